@@ -1,0 +1,1 @@
+"""Personalize Stable Diffusion with COMCAT adapters, and compress attention-based vision models."""

@@ -1,0 +1,191 @@
+"""The side-car of one attention: the factors of every adapter, by name, in the shape that PEFT expects of a layer."""
+
+import math
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, merged_weights
+
+
+class _NoBase(nn.Module):
+    """Stands for the base layer that a side-car does not have; tools that unwrap adapters put it in our place."""
+
+    weight = bias = None
+
+
+class ComcatLayer(nn.Module, BaseTunerLayer):
+    """All adapters of one attention. `live` names those that act; without any, the host runs untouched."""
+
+    adapter_layer_names = (
+        "comcat_q_down",
+        "comcat_k_down",
+        "comcat_v_down",
+        "comcat_out_up",
+        "comcat_q_core",
+        "comcat_out_core",
+    )
+    other_param_names = ("r", "alpha", "scaling")
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+        self.r: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self.style = seam.style_of(attention)
+        self._owner = (attention,)  # in a tuple, so that the parent is not a submodule of its own child
+        self._unmerged: tuple | None = None  # the base's Linears and width, while merged ones stand in their place
+
+    # What PEFT and diffusers ask of a layer
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """A stub: nothing is wrapped, so whoever unwraps adapters leaves the attention as it was."""
+        return _NoBase()
+
+    def get_base_layer(self) -> nn.Module:
+        """See `base_layer`."""
+        return _NoBase()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's query weight, (H*D, C)."""
+        return self._plain()[0].weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base's query bias, (H*D,)."""
+        return self._plain()[0].bias
+
+    def update_layer(self, adapter_name: str, rank: int, alpha: float, foldable: bool) -> None:
+        """Create an adapter's factors on the base's device and in its precision; what they add is exactly zero."""
+        q, k, v, out = self._plain()
+        across, width = self.heads * rank, self.width
+        factors = {"comcat_k_down": (k.in_features, across), "comcat_v_down": (v.in_features, across)}
+        if foldable:
+            factors |= {"comcat_q_core": (width, across), "comcat_out_core": (width, across)}
+        else:
+            factors |= {"comcat_q_down": (q.in_features, across), "comcat_out_up": (across, out.out_features)}
+        dtype = q.weight.dtype if q.weight.dtype.is_floating_point and q.weight.dtype.itemsize > 1 else torch.float32
+        for name, (wide_in, wide_out) in factors.items():
+            factor = nn.Linear(wide_in, wide_out, bias=False, device=q.weight.device, dtype=dtype)
+            # One factor of each product is zero, the other random: step 0 is the base, and gradients flow.
+            if name in ("comcat_k_down", "comcat_out_up", "comcat_out_core"):
+                nn.init.zeros_(factor.weight)
+            getattr(self, name)[adapter_name] = factor
+        self.r[adapter_name], self.alpha[adapter_name] = rank, alpha
+        self.set_scale(adapter_name, 1.0)
+        self.set_adapter(self.active_adapters)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Weight of an adapter relative to its trained strength alpha / r; other adapters keep theirs."""
+        if not math.isfinite(scale):
+            raise ValueError(f"The scale of an adapter must be a finite number, not {scale}.")
+        if adapter in self.r:
+            self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters (diffusers' `cross_attention_kwargs={"scale": ...}`)."""
+        for name in self._active():
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer`; without a number, go back to the trained strength."""
+        for name in self._active():
+            if scale is None:
+                self.set_scale(name, 1.0)
+            else:
+                self.scaling[name] /= scale
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters (default: the active ones) into wider projections; the base's own are kept for `unmerge`.
+
+        Raises ValueError if a projection is quantized or wrapped by another adapter, if the host has fused its
+        projections, or, with `safe_merge`, if a merged weight is not finite.
+        """
+        names = [n for n in (adapter_names or self.active_adapters) if n in self.r and n not in self.merged_adapters]
+        if not names:
+            return
+        together = self.merged_adapters + names
+        self.unmerge()
+        attention = self._owner[0]
+        base = self.style.projections(attention)
+        self._refuse_to_merge(base)
+        wide = self._wide_heads([name for name in together if self.scaling[name] != 0])
+        merged = merged_weights(wide, *base)
+        if safe_merge and not all(torch.isfinite(linear.weight).all() for linear in merged):
+            raise ValueError(f"Merging {', '.join(names)} would write NaN or infinity into the weights; nothing changed.")
+        self._unmerged = (base, seam.set_projections(attention, self.style, merged, wide.wide))
+        self.merged_adapters = together
+
+    def unmerge(self) -> None:
+        """Put the very Linears back that `merge` replaced."""
+        if self._unmerged is None:
+            return
+        base, width_attributes = self._unmerged
+        seam.set_projections(self._owner[0], self.style, base, width_attributes)
+        self._unmerged, self.merged_adapters = None, []
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
+        """Leave the base (or, with `merge`, the merged base) behind; the tuner then takes the side-car off."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            self.unmerge()
+        return _NoBase()
+
+    # What the seam asks
+
+    @property
+    def heads(self) -> int:
+        """Number of heads H."""
+        return self.style.head_count(self._owner[0])
+
+    @property
+    def width(self) -> int:
+        """Width D of the heads as they stand."""
+        return seam.width_of(self._owner[0], self.style)
+
+    @property
+    def live(self) -> list[str]:
+        """Adapters that act on the next forward pass."""
+        if self._disable_adapters or self.merged_adapters:
+            return []
+        return [name for name in self._active() if self.scaling[name] != 0]
+
+    def view(self) -> seam.View:
+        """The attention as its own forward should see it now."""
+        return seam.view_of(self._owner[0], self.style, self._wide_heads(self.live))
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.r]
+
+    def _plain(self) -> list[nn.Linear]:
+        return [seam.plain(projection) for projection in self.style.projections(self._owner[0])]
+
+    def _wide_heads(self, names: list[str]) -> WideHeads:
+        attention = self._owner[0]
+        by_width = self.style.scales_by_width and attention.scale_qk
+        return WideHeads(self.heads, self.width, [self._factors(n) for n in names], by_width, self.weight.device.type)
+
+    def _factors(self, name: str) -> Free | Foldable:
+        scale, k, v = self.scaling[name], self.comcat_k_down[name], self.comcat_v_down[name]
+        if name in self.comcat_q_core:
+            return Foldable(scale, k, v, self.comcat_q_core[name], self.comcat_out_core[name])
+        return Free(scale, self.comcat_q_down[name], k, v, self.comcat_out_up[name])
+
+    def _refuse_to_merge(self, projections: tuple[nn.Module, ...]) -> None:
+        if getattr(self._owner[0], "fused_projections", False):
+            raise ValueError("Call unfuse_qkv_projections() before merging: the fused copy would not see the merge.")
+        for projection in projections:
+            if type(projection) is not nn.Linear or not projection.weight.dtype.is_floating_point:
+                kind = type(projection).__name__
+                raise ValueError(
+                    f"Cannot merge into a projection of type {kind}: it is quantized or wrapped by another adapter. "
+                    "Keep the COMCAT adapter live, or fuse and unload the other one first."
+                )

@@ -1,0 +1,201 @@
+"""Where the adapter meets a host attention: its projections found by structure, and a view that widens them.
+
+The host keeps its Linears, its keys and its processor. Its class is swapped for a subclass whose forward runs the
+host's own code on a `View`: an object that looks like the attention but whose projections emit wider heads. So every
+processor and attention function works, without knowing of the adapter.
+"""
+
+import functools
+import inspect
+from dataclasses import dataclass
+
+from torch import nn
+
+from comcat_diffusion.adapters.wide import WideHeads
+
+SIDECAR = "comcat"  # name of the one child that an adapted attention has more than before
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a family of attention modules names its parts."""
+
+    q: str
+    k: str
+    v: str
+    out: str
+    heads: str
+    # diffusers' processors scale logits by the width they see; transformers passes the trained scale explicitly.
+    scales_by_width: bool
+
+    def projections(self, attention: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        """The four projections: into queries, keys, values and out of the heads."""
+        return tuple(attention.get_submodule(name) for name in (self.q, self.k, self.v, self.out))
+
+    def head_count(self, attention: nn.Module) -> int:
+        """Number of heads H."""
+        return getattr(attention, self.heads)
+
+
+_STYLES = (
+    Style("to_q", "to_k", "to_v", "to_out.0", heads="heads", scales_by_width=True),
+    Style("q_proj", "k_proj", "v_proj", "out_proj", heads="num_heads", scales_by_width=False),
+    Style("q_proj", "k_proj", "v_proj", "o_proj", heads="num_attention_heads", scales_by_width=False),
+)
+
+
+def style_of(module: nn.Module) -> Style | None:
+    """The style whose parts the module has, or None if it is no attention of a known style."""
+    for style in _STYLES:
+        if style.heads in vars(module) and all(_has_part(module, p) for p in (style.q, style.k, style.v, style.out)):
+            return style
+    return None
+
+
+def _has_part(module: nn.Module, path: str) -> bool:
+    try:
+        return module.get_submodule(path) is not None
+    except AttributeError:
+        return False
+
+
+def plain(projection: nn.Module) -> nn.Module:
+    """The Linear inside a projection, below any adapter of another method that wraps it."""
+    while hasattr(projection, "base_layer"):
+        projection = projection.base_layer
+    return projection
+
+
+def width_of(attention: nn.Module, style: Style) -> int:
+    """Head width D."""
+    return plain(style.projections(attention)[1]).out_features // style.head_count(attention)
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why this module cannot carry a head-level adapter, or None if it can."""
+    style = style_of(module)
+    if style is None:
+        return "it is not an attention with query, key, value and output projections"
+    for norm in ("norm_q", "norm_k", "q_norm", "k_norm"):
+        if getattr(module, norm, None) is not None:
+            return f"its queries and keys are normalized ({norm}), so a head is no longer a product of two matrices"
+    for added in ("add_k_proj", "add_v_proj", "add_q_proj"):
+        if getattr(module, added, None) is not None:
+            return f"it has added key and value projections ({added})"
+    q, k, v, out = (plain(projection) for projection in style.projections(module))
+    if not all(hasattr(p, "out_features") and hasattr(p, "in_features") for p in (q, k, v, out)):
+        return "its projections are not linear layers"
+    if not q.out_features == k.out_features == v.out_features == out.in_features:
+        return "its heads share keys and values (grouped queries)"
+    return None
+
+
+def is_cross_attention(module: nn.Module) -> bool:
+    """Whether keys and values come from another sequence than the queries."""
+    return bool(getattr(module, "is_cross_attention", False))
+
+
+class View:
+    """An object seen with some attributes replaced; methods of the object run with the view as their self."""
+
+    def __init__(self, host: object, **replaced: object) -> None:
+        self.__dict__.update(replaced, _host=host)
+
+    def __getattr__(self, name: str):
+        found = getattr(self.__dict__["_host"], name)
+        if inspect.ismethod(found) and found.__self__ is self.__dict__["_host"]:
+            return functools.partial(found.__func__, self)
+        return found
+
+
+class _ProcessorView(View):
+    """A processor that is a module itself (IP-Adapter) with its own projections widened."""
+
+    def __init__(self, host: object, **replaced: object) -> None:
+        # diffusers reads the accepted keyword arguments off the instance's __call__.
+        super().__init__(host, **replaced, __call__=functools.partial(type(host).__call__, self))
+
+    def __call__(self, *args, **kwargs):
+        return self.__dict__["__call__"](*args, **kwargs)
+
+
+def view_of(attention: nn.Module, style: Style, wide: WideHeads) -> View:
+    """The attention as its own forward should see it while adapters make its heads `wide`."""
+    q, k, v, out = style.projections(attention)
+    query, key = functools.partial(wide.query, q), functools.partial(wide.key, k)
+    value, output = functools.partial(wide.value, v), functools.partial(wide.output, out)
+    replaced = _width_attributes(attention, style, wide.wide)
+    if not style.scales_by_width:
+        return View(attention, **replaced, **{style.q: query, style.k: key, style.v: value, style.out: output})
+    replaced |= {"to_q": query, "to_k": key, "to_v": value, "to_out": [output, *attention.to_out[1:]]}
+    if getattr(attention, "fused_projections", False):
+        replaced["to_qkv"] = functools.partial(wide.fused, query, key, value)
+        replaced["to_kv"] = functools.partial(wide.fused, key, value)
+    if hasattr(attention.processor, "to_k_ip"):
+        replaced["processor"] = _ProcessorView(
+            attention.processor,
+            to_k_ip=[functools.partial(wide.foreign_key, project) for project in attention.processor.to_k_ip],
+            to_v_ip=[functools.partial(wide.foreign_value, project) for project in attention.processor.to_v_ip],
+        )
+    return View(attention, **replaced)
+
+
+def _width_attributes(attention: nn.Module, style: Style, width: int) -> dict[str, object]:
+    """The attributes in which a host remembers the width of its heads, as they are for another width."""
+    if not style.scales_by_width:
+        return {"head_dim": width}
+    return {"scale": width**-0.5} if attention.scale_qk else {}
+
+
+def set_projections(attention: nn.Module, style: Style, projections, width: int | dict) -> dict[str, object]:
+    """Put other projections, with heads of another width, in place. Returns what undoes the width, for `width`."""
+    for path, projection in zip((style.q, style.k, style.v, style.out), projections, strict=True):
+        parent, _, name = path.rpartition(".")
+        setattr(attention.get_submodule(parent), name, projection)
+    attributes = width if isinstance(width, dict) else _width_attributes(attention, style, width)
+    before = {name: getattr(attention, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(attention, name, value)
+    return before
+
+
+def _blank(host: type) -> nn.Module:
+    cls = adapted(host)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def adapted(host: type) -> type:
+    """The subclass of an attention class that looks at its side-car before it runs the host's forward."""
+    host_forward = host.forward  # taken here, not looked up in forward: what torch.compile can trace
+
+    def forward(self, *args, **kwargs):
+        layer = self.__dict__["_modules"][SIDECAR]
+        seen = layer.view() if getattr(layer, "live", ()) else self
+        return host_forward(seen, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol):  # the class is made at run time; copies and pickles name the host's instead
+        return _blank, (host,), self.__dict__
+
+    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": __name__, "host": host}
+    return type(f"Comcat{host.__name__}", (host,), body)
+
+
+def is_adapted(attention: nn.Module) -> bool:
+    """Whether the attention already carries a side-car."""
+    return SIDECAR in attention._modules
+
+
+def attach(attention: nn.Module, layer: nn.Module) -> None:
+    """Give the attention its side-car. Raises ValueError if its forward has been replaced on the instance."""
+    if "forward" in attention.__dict__:
+        raise ValueError("Attach adapters before offloading hooks are installed: this attention's forward is replaced.")
+    if not hasattr(type(attention), "host"):
+        attention.__class__ = adapted(type(attention))
+    attention.add_module(SIDECAR, layer)
+
+
+def detach(attention: nn.Module) -> None:
+    """Take the side-car off; the attention is then the very module that it was. The inverse of `attach`."""
+    del attention._modules[SIDECAR]
+    attention.__class__ = type(attention).host

@@ -1,0 +1,174 @@
+"""Wide heads: the projections of one attention as they are while adapters act on it.
+
+A free adapter adds, per head h and with s = alpha / r times the adapter's weight (DESIGN section 1),
+
+    logits_h += s (x Aq_h)(c Ak_h)^T        out += s P_h (c Av_h) Ao_h
+
+as R more columns of every head, so that one attention of width D + R computes both. A foldable adapter has
+Aq_h = Wq_h G'_h and Ao_h = G_h Wo_h, which is a change of keys and values in their own width. All scales stand on the
+context's side, which in cross-attention is the short one.
+
+Letters: B batch, N tokens, M context tokens, H heads, D head width, R rank, C channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from comcat_diffusion import heads as maths
+
+# Fused kernels on a GPU want head widths in multiples of this; what is missing is filled with zero columns.
+WIDTH_MULTIPLE = {"cuda": 8}
+
+
+@dataclass
+class Free:
+    """The factors of a free adapter, Linears without bias: C -> H*R three times, and H*R -> C."""
+
+    scale: float
+    q_down: nn.Linear
+    k_down: nn.Linear
+    v_down: nn.Linear
+    out_up: nn.Linear
+
+
+@dataclass
+class Foldable:
+    """The factors of a foldable adapter: C -> H*R twice, and G', G as H*R rows of width D."""
+
+    scale: float
+    k_down: nn.Linear
+    v_down: nn.Linear
+    q_core: nn.Linear
+    out_core: nn.Linear
+
+
+class WideHeads:
+    """Projections that emit D + R columns per head for H heads of width D."""
+
+    def __init__(self, heads: int, width: int, adapters: list[Free | Foldable], scales_by_width: bool, device: str):
+        self.heads, self.width = heads, width
+        self.free = [a for a in adapters if isinstance(a, Free)]
+        self.foldable = [a for a in adapters if isinstance(a, Foldable)]
+        self.ranks = [a.k_down.out_features // heads for a in self.free]
+        multiple = WIDTH_MULTIPLE.get(device, 1) if self.free else 1
+        self.wide = -(-(width + sum(self.ranks)) // multiple) * multiple
+        # Processors that scale by the width they see would scale by wide^-1/2; the gain makes it width^-1/2 again.
+        self.gain = maths.logit_gain(width, self.wide) if scales_by_width else 1.0
+
+    def query(self, project: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, N, C) -> (B, N, H*wide)."""
+        return self._widen(project(hidden), [_apply(a.q_down, hidden) for a in self.free])
+
+    def key(self, project: nn.Module, context: torch.Tensor) -> torch.Tensor:
+        """(B, M, C) -> (B, M, H*wide)."""
+        base = project(context)
+        for a in self.foldable:
+            base = base + a.scale * self._folded(a.k_down, a.q_core, context)
+        keys = self._widen(base, [a.scale * _apply(a.k_down, context) for a in self.free])
+        return keys * self.gain if self.gain != 1 else keys
+
+    def value(self, project: nn.Module, context: torch.Tensor) -> torch.Tensor:
+        """(B, M, C) -> (B, M, H*wide)."""
+        base = project(context)
+        for a in self.foldable:
+            base = base + a.scale * self._folded(a.v_down, a.out_core, context)
+        return self._widen(base, [a.scale * _apply(a.v_down, context) for a in self.free])
+
+    def output(self, project: nn.Module, mixed: torch.Tensor) -> torch.Tensor:
+        """(B, N, H*wide) -> (B, N, C)."""
+        if not self.free:
+            return project(mixed)
+        blank = self.wide - self.width - sum(self.ranks)
+        base, *extras, _ = maths.separate(mixed, self.width, *self.ranks, blank, heads=self.heads)
+        result = project(base)
+        for a, extra in zip(self.free, extras, strict=True):
+            result = result + _apply(a.out_up, extra)
+        return result
+
+    def fused(self, *projections_then_hidden) -> torch.Tensor:
+        """What a host's fused projection gives: several widened projections side by side."""
+        *projections, hidden = projections_then_hidden
+        return torch.cat([project(hidden) for project in projections], dim=-1)
+
+    def foreign_key(self, project: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        """Keys of tokens that no adapter speaks for (IP-Adapter's pictures): their new columns are zero."""
+        return self._widen(project(tokens), []) * self.gain
+
+    def foreign_value(self, project: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        """Values of tokens that no adapter speaks for."""
+        return self._widen(project(tokens), [])
+
+    def _widen(self, base: torch.Tensor, extras: list[torch.Tensor]) -> torch.Tensor:
+        if self.wide == self.width:
+            return base
+        filled = self.width + sum(extra.shape[-1] for extra in extras) // self.heads
+        if filled < self.wide:
+            extras = [*extras, base.new_zeros(*base.shape[:-1], self.heads * (self.wide - filled))]
+        return maths.interleave(base, *[extra.to(base.dtype) for extra in extras], heads=self.heads)
+
+    def _folded(self, down: nn.Linear, core: nn.Linear, context: torch.Tensor) -> torch.Tensor:
+        # Calling the core on the unit matrix reads its weight through whatever hook places it on a device.
+        unit = torch.eye(self.width, dtype=core.weight.dtype, device=context.device)
+        mix = core(unit).mT.unflatten(0, (self.heads, -1))  # H, R, D
+        lowered = maths.split_heads(_apply(down, context), self.heads)  # B, M, H, R
+        return maths.join_heads(torch.einsum("bmhr,hrd->bmhd", lowered, mix.to(lowered.dtype)))
+
+
+def _apply(factor: nn.Linear, features: torch.Tensor) -> torch.Tensor:
+    """A factor applied in its own precision; the result is in that of the features."""
+    return factor(features.to(factor.weight.dtype)).to(features.dtype)
+
+
+def merged_weights(
+    wide: WideHeads, q: nn.Linear, k: nn.Linear, v: nn.Linear, out: nn.Linear
+) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    """The four projections with the adapters written into them: the same function of wider, or as wide, heads."""
+    heads, blank = wide.heads, wide.wide - wide.width - sum(wide.ranks)
+    k_weight, v_weight = _full(k.weight), _full(v.weight)
+    for a in wide.foldable:
+        k_weight = k_weight + a.scale * _fold_weight(a.k_down, a.q_core, heads)
+        v_weight = v_weight + a.scale * _fold_weight(a.v_down, a.out_core, heads)
+
+    def rows(weight: torch.Tensor, extras: list[torch.Tensor]) -> torch.Tensor:
+        return maths.widen_in(weight, *extras, weight.new_zeros(heads * blank, *weight.shape[1:]), heads=heads)
+
+    def bias(linear: nn.Linear, gain: float = 1.0) -> torch.Tensor | None:
+        if linear.bias is None:
+            return None
+        full = _full(linear.bias)
+        return rows(full, [full.new_zeros(heads * rank) for rank in wide.ranks]) * gain
+
+    q_weight = rows(_full(q.weight), [_full(a.q_down.weight) for a in wide.free])
+    k_weight = rows(k_weight, [a.scale * _full(a.k_down.weight) for a in wide.free]) * wide.gain
+    v_weight = rows(v_weight, [a.scale * _full(a.v_down.weight) for a in wide.free])
+    empty = out.weight.new_zeros(out.out_features, heads * blank, dtype=torch.float32)
+    ups = [_full(a.out_up.weight) for a in wide.free]
+    out_weight = maths.widen_out(_full(out.weight), *ups, empty.to(_full(out.weight).dtype), heads=heads)
+    return (
+        _linear_like(q, q_weight, bias(q)),
+        _linear_like(k, k_weight, bias(k, wide.gain)),
+        _linear_like(v, v_weight, bias(v)),
+        _linear_like(out, out_weight, out.bias),
+    )
+
+
+def _full(weight: torch.Tensor) -> torch.Tensor:
+    """A detached copy in at least float32, so that the sum is rounded once."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _fold_weight(down: nn.Linear, core: nn.Linear, heads: int) -> torch.Tensor:
+    """Delta W = G'_h^T-mixed rows of A_h: (H*R, C), (H*R, D) -> (H*D, C)."""
+    lowered = _full(down.weight).unflatten(0, (heads, -1))  # H, R, C
+    mix = _full(core.weight).unflatten(0, (heads, -1))  # H, R, D
+    return torch.einsum("hrd,hrc->hdc", mix, lowered).flatten(0, 1)
+
+
+def _linear_like(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.to(linear.weight.dtype).contiguous(), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().to(linear.weight.dtype).clone(), requires_grad=False)
+    return made

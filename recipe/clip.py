@@ -1,0 +1,120 @@
+"""Stage 1, a small CLIP: its text tower becomes the base's text encoder, its vision tower the project's own metric."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers.trainers import BpeTrainer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+
+from recipe.autoencoder import as_tensor
+from recipe.draw import pictures, scenes
+from recipe.fit import Schedule, fit
+from recipe.world import OBJECTS, PIXELS, RARE_WORDS, Scene, caption
+
+WIDTH = 128
+TOKENS = 32  # longest prompt, begin and end included
+BATCH = 128
+
+
+def new_tokenizer() -> CLIPTokenizer:
+    """A CLIPTokenizer with its own byte-level BPE, learned from the world's captions; any other text still encodes."""
+    rng = random.Random(0)
+    corpus = [caption(scene, rng) for scene in scenes(4000, seed=3)]
+    corpus += [" ".join(RARE_WORDS)] * 200 + ["picture of the in with under over near big tiny two three dark light"] * 200
+    blank = CLIPTokenizer().backend_tokenizer
+    alphabet = sorted(blank.pre_tokenizer.alphabet()) if hasattr(blank.pre_tokenizer, "alphabet") else _byte_alphabet()
+    trainer = BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    blank.train_from_iterator(corpus, trainer)
+    model = _model_json(blank)
+    tokens = alphabet + [letter + "</w>" for letter in alphabet]
+    tokens += [token for token in model["vocab"] if token not in set(tokens)]
+    tokens = [t for t in tokens if not t.startswith("<|")] + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(pair) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
+
+
+def _byte_alphabet() -> list[str]:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return sorted(ByteLevel.alphabet())
+
+
+def _model_json(tokenizer) -> dict:
+    import json
+
+    return json.loads(tokenizer.to_str())["model"]
+
+
+def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """A randomly initialized CLIPModel of the base's shape."""
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        image_size=PIXELS,
+        patch_size=8,
+    )
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH))
+
+
+def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """Texts -> (B, TOKENS) ids, padded with the end token as Stable Diffusion does."""
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def _blemished(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A little blur and noise, so that generated pictures are judged by what they show and not by their texture."""
+    soft = torch.nn.functional.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
+    amount = torch.rand(len(pixels), 1, 1, 1, generator=generator)
+    noise = torch.randn(pixels.shape, generator=generator) * 0.06 * torch.rand(len(pixels), 1, 1, 1, generator=generator)
+    return pixels.lerp(soft, amount) + noise
+
+
+def train(state: Path, steps: int) -> tuple[CLIPModel, CLIPTokenizer]:
+    """Contrastive training on captioned scenes."""
+    torch.manual_seed(0)
+    tokenizer = new_tokenizer()
+    model = new_clip(tokenizer)
+    world: list[Scene] = scenes(30_000, seed=11)
+    pool = pictures(world, seed=12)
+
+    def loss_of(step: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(step)
+        rng = random.Random(step)
+        chosen = torch.randint(len(pool), (BATCH,), generator=generator).numpy()
+        pixels = _blemished(as_tensor(pool[chosen]), generator)
+        ids = token_ids(tokenizer, [caption(world[i], rng) for i in chosen])
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(input_ids=ids, pixel_values=pixels, return_loss=True).loss.float()
+
+    fit(model, loss_of, Schedule(steps=steps, learning_rate=8e-4, weight_decay=0.05, ema_decay=0.998), state)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def name_objects(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: torch.Tensor) -> list[str]:
+    """Which of the world's objects each picture (B, 3, H, W) shows, zero-shot from 'a photo of a NAME'."""
+    texts = [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in OBJECTS]
+    names = np.array(list(OBJECTS))
+    found = []
+    for batch in pixels.split(100):
+        logits = model(input_ids=token_ids(tokenizer, texts), pixel_values=batch).logits_per_image
+        found.extend(names[logits.argmax(-1).numpy()])
+    return found

@@ -1,0 +1,95 @@
+"""Stage 3, the U-Net: v-prediction in the VAE's latents, conditioned on the CLIP's text states, with EMA."""
+
+import random
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from recipe.autoencoder import LATENT_CHANNELS, as_tensor
+from recipe.clip import WIDTH, token_ids
+from recipe.draw import pictures, scenes
+from recipe.fit import Schedule, fit
+from recipe.world import PIXELS, caption
+
+CHANNELS = (96, 192)
+BATCH = 64
+UNCONDITIONAL = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+POOL = 40_000
+
+
+def new_unet() -> UNet2DConditionModel:
+    """A randomly initialized UNet2DConditionModel of Stable Diffusion's block types; heads are 32 wide."""
+    return UNet2DConditionModel(
+        sample_size=PIXELS // 8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        layers_per_block=2,
+        block_out_channels=CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=tuple(width // 32 for width in CHANNELS),  # diffusers' name for the number of heads
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule, with the v-prediction of its second version."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+@torch.no_grad()
+def encode_pool(vae: AutoencoderKL, pool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Posterior mean and std of every picture, (N, C, h, w) each; the VAE's scaling factor is set from their spread."""
+    means, stds = [], []
+    with torch.autocast("cpu", torch.bfloat16):
+        for start in range(0, len(pool), 100):
+            posterior = vae.encode(as_tensor(pool[start : start + 100])).latent_dist
+            means.append(posterior.mean.half())
+            stds.append(posterior.std.half())
+    mean, std = torch.cat(means), torch.cat(stds)
+    spread = (mean.float().var() + std.float().square().mean()).sqrt()
+    vae.register_to_config(scaling_factor=round(1 / spread.item(), 5))
+    return mean, std
+
+
+def train(state: Path, steps: int, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer):
+    """Fit the U-Net on `POOL` scenes; the encoders stay as they are."""
+    world = scenes(POOL, seed=21)
+    mean, std = encode_pool(vae, pictures(world, seed=22))
+    scaling = vae.config.scaling_factor
+    scheduler = new_scheduler()
+    torch.manual_seed(0)
+    unet = new_unet().to(memory_format=torch.channels_last)
+    unet.set_attn_processor(AttnProcessor())  # at 64 tokens plain products train faster on a CPU than the fused kernel
+
+    def loss_of(step: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(step)
+        rng = random.Random(step)
+        chosen = torch.randint(POOL, (BATCH,), generator=generator)
+        clean = mean[chosen] + std[chosen] * torch.randn(mean[chosen].shape, generator=generator)  # B, C, h, w
+        clean = (clean * scaling).to(memory_format=torch.channels_last)
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(1000, (BATCH,), generator=generator)
+        texts = ["" if rng.random() < UNCONDITIONAL else caption(world[i], rng) for i in chosen.tolist()]
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                states = text_encoder(token_ids(tokenizer, texts)).last_hidden_state  # B, M, C
+            noisy = scheduler.add_noise(clean, noise, timesteps)
+            predicted = unet(noisy, timesteps, states).sample.float()
+        return (predicted - scheduler.get_velocity(clean, noise, timesteps)).square().mean()
+
+    fit(unet, loss_of, Schedule(steps=steps, learning_rate=6e-4, warmup_steps=300, ema_decay=0.9995), state)
+    unet.set_attn_processor(AttnProcessor2_0())
+    return unet
