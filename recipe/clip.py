@@ -79,6 +79,10 @@ def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
+def _name_texts() -> list[str]:
+    return [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in OBJECTS]
+
+
 def _blemished(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A little blur and noise, so that generated pictures are judged by what they show and not by their texture."""
     soft = torch.nn.functional.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
@@ -95,6 +99,9 @@ def train(state: Path, steps: int) -> tuple[CLIPModel, CLIPTokenizer]:
     world: list[Scene] = scenes(30_000, seed=11)
     pool = pictures(world, seed=12)
 
+    names = list(OBJECTS)
+    name_ids = token_ids(tokenizer, _name_texts())
+
     def loss_of(step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(step)
         rng = random.Random(step)
@@ -102,7 +109,12 @@ def train(state: Path, steps: int) -> tuple[CLIPModel, CLIPTokenizer]:
         pixels = _blemished(as_tensor(pool[chosen]), generator)
         ids = token_ids(tokenizer, [caption(world[i], rng) for i in chosen])
         with torch.autocast("cpu", torch.bfloat16):
-            return model(input_ids=ids, pixel_values=pixels, return_loss=True).loss.float()
+            told_apart = model(input_ids=ids, pixel_values=pixels, return_loss=True).loss.float()
+            # Background and place are enough to tell the pictures of a batch apart; this makes it name the object too.
+            named = model(input_ids=name_ids, pixel_values=pixels).logits_per_image.float()  # B, objects
+        single = torch.tensor([len(world[i].things) == 1 for i in chosen])
+        objects = torch.tensor([names.index(world[i].things[0].name) for i in chosen])
+        return told_apart + torch.nn.functional.cross_entropy(named[single], objects[single])
 
     fit(model, loss_of, Schedule(steps=steps, learning_rate=8e-4, weight_decay=0.05, ema_decay=0.998), state)
     return model, tokenizer
@@ -111,7 +123,7 @@ def train(state: Path, steps: int) -> tuple[CLIPModel, CLIPTokenizer]:
 @torch.no_grad()
 def name_objects(model: CLIPModel, tokenizer: CLIPTokenizer, pixels: torch.Tensor) -> list[str]:
     """Which of the world's objects each picture (B, 3, H, W) shows, zero-shot from 'a photo of a NAME'."""
-    texts = [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in OBJECTS]
+    texts = _name_texts()
     names = np.array(list(OBJECTS))
     found = []
     for batch in pixels.split(100):

@@ -1,5 +1,6 @@
 """Stage 3, the U-Net: v-prediction in the VAE's latents, conditioned on the CLIP's text states, with EMA."""
 
+import json
 import random
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def train(state: Path, steps: int, vae: AutoencoderKL, text_encoder: CLIPTextMod
     world = scenes(POOL, seed=21)
     mean, std = encode_pool(vae, pictures(world, seed=22))
     scaling = vae.config.scaling_factor
+    state.parent.mkdir(parents=True, exist_ok=True)
+    (state.parent / "latents.json").write_text(json.dumps({"scaling_factor": scaling}))
     scheduler = new_scheduler()
     torch.manual_seed(0)
     unet = new_unet().to(memory_format=torch.channels_last)

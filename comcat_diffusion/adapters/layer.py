@@ -10,6 +10,17 @@ from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, merged_weights
 
 
+def factor_shapes(attention: nn.Module, rank: int, foldable: bool) -> dict[str, tuple[int, int]]:
+    """Name -> (in, out) features of the factors that an adapter of this rank has on an attention."""
+    style = seam.style_of(attention)
+    q, k, v, out = (seam.plain(projection) for projection in style.projections(attention))
+    across, width = style.head_count(attention) * rank, seam.width_of(attention, style)
+    shared = {"k_down": (k.in_features, across), "v_down": (v.in_features, across)}
+    if foldable:
+        return shared | {"q_core": (width, across), "out_core": (width, across)}
+    return shared | {"q_down": (q.in_features, across), "out_up": (across, out.out_features)}
+
+
 class _NoBase(nn.Module):
     """Stands for the base layer that a side-car does not have; tools that unwrap adapters put it in our place."""
 
@@ -64,20 +75,14 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, rank: int, alpha: float, foldable: bool) -> None:
         """Create an adapter's factors on the base's device and in its precision; what they add is exactly zero."""
-        q, k, v, out = self._plain()
-        across, width = self.heads * rank, self.width
-        factors = {"comcat_k_down": (k.in_features, across), "comcat_v_down": (v.in_features, across)}
-        if foldable:
-            factors |= {"comcat_q_core": (width, across), "comcat_out_core": (width, across)}
-        else:
-            factors |= {"comcat_q_down": (q.in_features, across), "comcat_out_up": (across, out.out_features)}
+        q = self._plain()[0]
         dtype = q.weight.dtype if q.weight.dtype.is_floating_point and q.weight.dtype.itemsize > 1 else torch.float32
-        for name, (wide_in, wide_out) in factors.items():
-            factor = nn.Linear(wide_in, wide_out, bias=False, device=q.weight.device, dtype=dtype)
+        for name, (into, outof) in factor_shapes(self._owner[0], rank, foldable).items():
+            factor = nn.Linear(into, outof, bias=False, device=q.weight.device, dtype=dtype)
             # One factor of each product is zero, the other random: step 0 is the base, and gradients flow.
-            if name in ("comcat_k_down", "comcat_out_up", "comcat_out_core"):
+            if name in ("k_down", "out_up", "out_core"):
                 nn.init.zeros_(factor.weight)
-            getattr(self, name)[adapter_name] = factor
+            getattr(self, f"comcat_{name}")[adapter_name] = factor
         self.r[adapter_name], self.alpha[adapter_name] = rank, alpha
         self.set_scale(adapter_name, 1.0)
         self.set_adapter(self.active_adapters)

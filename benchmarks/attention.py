@@ -1,0 +1,326 @@
+"""What a COMCAT adapter costs in time and memory, on the architecture of SD 1.5 with random weights.
+
+    python -m benchmarks.attention            # 512 px; about half an hour and 16 GB on two CPU cores, minutes on a GPU
+    python -m benchmarks.attention --quick    # 256 px, fewer rounds: under three minutes on two CPU cores
+    python -m benchmarks.attention --show F   # the tables of an earlier run
+
+Three parts: one attention layer of the largest resolution (512 px: 4096 tokens, 8 heads of 40, 320 channels), one whole
+training step of the U-Net (forward, backward, AdamW on the adapter), and one U-Net forward as in generation. Variants:
+
+- bare: the frozen model. Its training step runs the same forward and backward: the input of the earliest adapted
+  attention is made to require a gradient, so that the backward pass goes just as far as with an adapter there.
+- comcat: a live adapter of rank R. Also comcat_foldable, and comcat_merged (written into wider projections).
+- lora: PEFT's LoRA on to_q, to_k, to_v, to_out.0 of the same attentions, rank R*H/2: as many parameters in
+  self-attention, somewhat more in cross-attention (the tables print both counts).
+- two_branch: the authors' formula, both products and the softmax materialized. It gets the factors of `comcat` and must
+  give the same output, or the run stops.
+
+Expect `comcat` near 1 in every table, and `two_branch` several times slower wherever there are many tokens.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks import circumstances as shared
+from benchmarks import variants
+
+LAYER = ("bare", "comcat", "comcat_foldable", "lora", "two_branch")
+STEP = ("bare", "comcat", "lora", "two_branch")
+FORWARD = ("bare", "comcat", "comcat_merged", "comcat_foldable", "lora", "two_branch")
+PARTS = ("layer", "step", "memory", "generation")
+# Largest difference between comcat and two_branch, relative to the output: rounding, by the bits of the precision.
+AGREEMENT = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured and how often."""
+
+    device: torch.device
+    dtype: torch.dtype
+    threads: int | None
+    resolution: int  # pixels
+    batch: int
+    rank: int
+    rounds: int
+    parts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.resolution % 64:
+            raise ValueError(f"--resolution must be a multiple of 64, not {self.resolution}.")
+
+    @property
+    def latent(self) -> int:
+        """Side of the latent image, in its own pixels."""
+        return self.resolution // 8
+
+    def random(self, *shape: int) -> torch.Tensor:
+        """Standard normal numbers, always the same."""
+        generator = torch.Generator(self.device).manual_seed(7)
+        return torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, write the JSON, print its tables."""
+    parser = command_line()
+    flags = parser.parse_args(arguments)
+    if flags.show:
+        print(tables(json.loads(flags.show.read_text())))
+        return
+    settings = settings_of(flags)
+    shared.use_threads(settings.threads)
+    name = "attention-quick" if flags.quick else "attention"
+    path = flags.output or shared.results_path(name, settings.device)
+    shared.write_json(path, measure(settings))
+    print(tables(json.loads(path.read_text())))
+    print(f"\nWritten to {path}")
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags; a default that depends on --quick is None."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--dtype", choices=shared.DTYPES, default="float32", help="precision (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: as many as torch finds)")
+    parser.add_argument("--resolution", type=int, help="pixels, a multiple of 64 (default: 512, with --quick 256)")
+    parser.add_argument("--batch", type=int, default=1, help="images at once (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=2, help="COMCAT's rank per head (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="times each variant is timed (default: 7, with --quick 3)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, not what it costs")
+    parser.add_argument("--output", type=Path, help="the JSON (default: benchmarks/results/attention-DEVICE.json)")
+    parser.add_argument("--show", type=Path, metavar="JSON", help="print the tables of an earlier run and stop")
+    return parser
+
+
+def settings_of(flags: argparse.Namespace) -> Settings:
+    """The flags as settings."""
+    return Settings(
+        device=torch.device(flags.device),
+        dtype=shared.DTYPES[flags.dtype],
+        threads=flags.threads,
+        resolution=flags.resolution or (256 if flags.quick else 512),
+        batch=flags.batch,
+        rank=flags.rank,
+        rounds=flags.rounds or (3 if flags.quick else 7),
+        parts=tuple(flags.parts),
+    )
+
+
+def measure(settings: Settings) -> dict[str, object]:
+    """Everything asked for, as the JSON holds it."""
+    report = {
+        "circumstances": shared.circumstances(settings.device, settings.dtype),
+        "settings": {name: getattr(settings, name) for name in ("resolution", "batch", "rank", "rounds")},
+        "rows": [],
+    }
+    # Memory first: its processes need the room that the variants of the other parts take in this one.
+    measures = {"memory": memory_rows, "layer": layer_rows, "step": step_rows, "generation": generation_rows}
+    for part, rows in measures.items():
+        if part in settings.parts:
+            report["rows"] += rows(settings)
+    return report
+
+
+def layer_rows(settings: Settings) -> list[dict]:
+    """One attention of the largest resolution: forward as in generation, forward and backward as in training."""
+    rows = []
+    for title, cross in (("self-attention", False), ("cross-attention", True)):
+        base = variants.bare_attention(cross, settings.device, settings.dtype)
+        models = {kind: variants.variant(kind, base, ("attn",), settings.rank) for kind in FORWARD}
+        hidden = settings.random(settings.batch, settings.latent**2, 320)
+        context = context_of(settings) if cross else None
+        require_agreement({kind: _attend(model, hidden, context) for kind, model in models.items()}, models)
+        forwards = {kind: without_gradient(_attend(model, hidden, context)) for kind, model in models.items()}
+        rows += timed_rows(f"layer: {title}, forward", forwards, models, settings)
+        # Inside the network a gradient always comes back to the tokens, and never to the frozen text features.
+        hidden = hidden.clone().requires_grad_()
+        steps = {kind: with_gradient(_attend(models[kind], hidden, context), models[kind], hidden) for kind in LAYER}
+        rows += timed_rows(f"layer: {title}, forward and backward", steps, models, settings)
+    return rows
+
+
+def _attend(model: nn.Module, hidden: torch.Tensor, context: torch.Tensor | None) -> Callable[[], torch.Tensor]:
+    return lambda: model["attn"](hidden, encoder_hidden_states=context)
+
+
+def step_rows(settings: Settings) -> list[dict]:
+    """One training step of the U-Net, with adapters on self- and cross-attention, and on cross-attention alone."""
+    rows = []
+    base = variants.bare_unet(settings.device, settings.dtype)
+    for targets, suffixes in variants.ATTENTIONS.items():
+        models = {kind: variants.variant(kind, base, suffixes, settings.rank) for kind in STEP}
+        require_agreement({kind: denoise(model, settings) for kind, model in models.items()}, models)
+        steps = {kind: training_step(model, suffixes, settings) for kind, model in models.items()}
+        rows += timed_rows(f"training step: {targets}", steps, models, settings)
+    return rows
+
+
+def memory_rows(settings: Settings) -> list[dict]:
+    """Peak memory of two training steps, each variant in a process of its own."""
+    rows = []
+    for targets in variants.ATTENTIONS:
+        for kind in STEP:
+            peak, parameters = shared.in_fresh_process(peak_of_training, kind, targets, settings)
+            row = {"part": f"memory of a training step: {targets}", "variant": kind, "parameters": parameters}
+            rows.append(row | {"peak_mib": peak})
+    return rows
+
+
+def peak_of_training(kind: str, targets: str, settings: Settings) -> tuple[float, int]:
+    """MiB at the peak, and the adapter's parameters. Everything counts: weights, activations, libraries (on a CPU)."""
+    shared.use_threads(settings.threads)
+    suffixes = variants.ATTENTIONS[targets]
+    base = variants.bare_unet(settings.device, settings.dtype)
+    model = variants.variant(kind, base, suffixes, settings.rank)
+    step = training_step(model, suffixes, settings)
+    for _ in range(2):  # the optimizer's state exists from the second step's start
+        step()
+    shared.synchronize(settings.device)
+    return shared.peak_memory_mib(settings.device), count(model)
+
+
+def generation_rows(settings: Settings) -> list[dict]:
+    """One U-Net forward as generation makes it, without and with an adapter in its live and merged forms."""
+    rows = []
+    base = variants.bare_unet(settings.device, settings.dtype)
+    for targets, suffixes in variants.ATTENTIONS.items():
+        models = {kind: variants.variant(kind, base, suffixes, settings.rank) for kind in FORWARD}
+        forwards = {kind: without_gradient(denoise(model, settings)) for kind, model in models.items()}
+        rows += timed_rows(f"generation, one U-Net forward: {targets}", forwards, models, settings)
+    return rows
+
+
+def timed_rows(part: str, cases: dict[str, Callable], models: dict[str, nn.Module], settings: Settings) -> list[dict]:
+    """Time the cases against the first one, a row each."""
+    timings = shared.interleaved(cases, settings.rounds, settings.device)
+    return [
+        {"part": part, "variant": kind, "parameters": count(models[kind])} | timing.row()
+        for kind, timing in timings.items()
+    ]
+
+
+def count(model: nn.Module) -> int:
+    """Number of the adapter's parameters."""
+    return sum(parameter.numel() for parameter in variants.trainable(model))
+
+
+def context_of(settings: Settings) -> torch.Tensor:
+    """Stands for the text features of SD 1.5, (B, 77, 768)."""
+    return settings.random(settings.batch, variants.CONTEXT_TOKENS, variants.CONTEXT_CHANNELS)
+
+
+def denoise(unet: nn.Module, settings: Settings) -> Callable[[], torch.Tensor]:
+    """The U-Net's forward on fixed latents, (B, 4, side, side), timestep and text features."""
+    latents, context = settings.random(settings.batch, 4, settings.latent, settings.latent), context_of(settings)
+    timesteps = torch.full((settings.batch,), 500, device=settings.device)
+    return lambda: unet(latents, timesteps, encoder_hidden_states=context).sample
+
+
+def without_gradient(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """A forward as generation runs it."""
+    return torch.inference_mode()(forward)
+
+
+def with_gradient(forward: Callable[[], torch.Tensor], model: nn.Module, *leaves: torch.Tensor) -> Callable[[], None]:
+    """A forward and its backward; gradients are dropped afterwards, those of `leaves` as well as the adapter's."""
+    leaves = (*leaves, *variants.trainable(model))
+
+    def step() -> None:
+        output = forward()
+        output.float().square().mean().backward()
+        for leaf in leaves:
+            leaf.grad = None
+
+    return step
+
+
+def training_step(unet: nn.Module, suffixes: tuple[str, ...], settings: Settings) -> Callable[[], None]:
+    """Forward, backward and AdamW on the adapter's parameters, of which the bare model has none."""
+    forward, parameters = denoise(unet, settings), variants.trainable(unet)
+    if not parameters:
+        return with_gradient(requiring_gradient_at(variants.attentions_of(unet, suffixes)[0], unet, forward), unet)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+
+    def step() -> None:
+        forward().float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def requiring_gradient_at(name: str, model: nn.Module, forward: Callable) -> Callable[[], torch.Tensor]:
+    """`forward`, with the tokens that enter one attention made a leaf that requires a gradient."""
+
+    def make_leaf(module: nn.Module, inputs: tuple) -> tuple:
+        return inputs[0].detach().requires_grad_(), *inputs[1:]
+
+    def hooked() -> torch.Tensor:
+        handle = model.get_submodule(name).register_forward_pre_hook(make_leaf)
+        try:
+            return forward()
+        finally:
+            handle.remove()
+
+    return hooked
+
+
+def require_agreement(forwards: dict[str, Callable], models: dict[str, nn.Module]) -> None:
+    """Give two_branch the factors of comcat and compare outputs. Raises RuntimeError if they are not one function."""
+    variants.copy_factors(models["comcat"], models["two_branch"])
+    with torch.no_grad():
+        fused, slow, bare = (forwards[kind]().float() for kind in ("comcat", "two_branch", "bare"))
+    largest = slow.abs().max()
+    error, effect = ((other - slow).abs().max() / largest for other in (fused, bare))
+    allowed = AGREEMENT[forwards["bare"]().dtype]
+    if not (error < allowed and effect > 0 and math.isfinite(largest)):
+        raise RuntimeError(f"comcat and two_branch differ by {error:.1e} of the output (the adapter adds {effect:.1e}).")
+
+
+def tables(report: dict) -> str:
+    """The report as markdown, a table for every part."""
+    settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
+    lines = [shared.circumstances_text(report["circumstances"]), f"SD 1.5 architecture, random weights; {settings}."]
+    for part in dict.fromkeys(row["part"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["part"] == part]
+        lines.append(f"**{part}**\n\n" + (timing_table(rows) if "seconds" in rows[0] else memory_table(rows)))
+    return "\n\n".join(lines)
+
+
+def timing_table(rows: list[dict]) -> str:
+    """Medians over the rounds; the ratio is that of the same round, with its extremes."""
+    columns = ("variant", "parameters", "seconds", "x bare", "lowest to highest")
+    cells = [
+        (
+            row["variant"],
+            f"{row['parameters']:,}",
+            f"{row['seconds']:.4g}",
+            f"{row['ratio']:.3f}",
+            f"{row['ratio_min']:.3f} to {row['ratio_max']:.3f}",
+        )
+        for row in rows
+    ]
+    return shared.markdown_table(columns, cells)
+
+
+def memory_table(rows: list[dict]) -> str:
+    """Peak memory of the process and its ratio to the first variant's."""
+    cells = [
+        (r["variant"], f"{r['parameters']:,}", f"{r['peak_mib']:,.0f}", f"{r['peak_mib'] / rows[0]['peak_mib']:.3f}")
+        for r in rows
+    ]
+    return shared.markdown_table(("variant", "parameters", "peak MiB", "x bare"), cells)
+
+
+if __name__ == "__main__":
+    main()

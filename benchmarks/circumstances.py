@@ -1,0 +1,191 @@
+"""What every benchmark shares: the circumstances of a number, interleaved timing, peak memory, JSON and tables.
+
+A number without its circumstances cannot be repeated, so both stay in one JSON file, and tables are made from
+that file only.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One variant's seconds, and its ratios to the first variant, a ratio a round."""
+
+    seconds: list[float]
+    ratios: list[float]
+
+    def row(self) -> dict[str, float | int]:
+        """What goes into the JSON; the single ratios stay in it, so that other statistics can be made later."""
+        return {
+            "seconds": statistics.median(self.seconds),
+            "ratio": statistics.median(self.ratios),
+            "ratio_min": min(self.ratios),
+            "ratio_max": max(self.ratios),
+            "rounds": len(self.ratios),
+            "ratios": self.ratios,
+        }
+
+
+def interleaved(
+    cases: dict[str, Callable[[], object]], rounds: int, device: torch.device, least_seconds: float = 0.2
+) -> dict[str, Timing]:
+    """Time A B C D A B C D ... and compare every case with the first one of the same round.
+
+    Load from elsewhere, turbo clocks and heat drift over minutes; within a round they are nearly the same for all.
+    A short case is repeated until a sample lasts about `least_seconds`. Every case runs once untimed beforehand.
+    """
+    if rounds < 1:
+        raise ValueError(f"There must be at least one round, not {rounds}.")
+    repeats = {}
+    for name, case in cases.items():
+        _seconds(case, device)  # the first call plans kernels and allocates
+        repeats[name] = max(1, round(least_seconds / _seconds(case, device))) if least_seconds else 1
+    samples: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            samples[name].append(_seconds(case, device, repeats[name]))
+    first = samples[next(iter(cases))]
+    return {n: Timing(s, [a / b for a, b in zip(s, first, strict=True)]) for n, s in samples.items()}
+
+
+def _seconds(case: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        case()
+    synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory this process has held so far: allocated by tensors on a GPU, resident in all on a CPU.
+
+    Neither falls again, so measure each variant `in_fresh_process`.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss: on Linux a child inherits its parent's through fork and exec.
+        high = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(high.split()[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (MIB if sys.platform == "darwin" else 1024)
+
+
+def in_fresh_process(function: Callable, *arguments: object) -> object:
+    """The result of a module-level function, run in a new interpreter that ends afterwards."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch compute on this many threads of the CPU; without a number, on as many as it finds."""
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+    """Everything beside the code that a number depends on. Take them before measuring: the load is among them."""
+    commit, dirty = _git_state()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "dirty": dirty,
+        "command": " ".join(["python", "-m", *_module_and_arguments()]),
+        "device": device.type,
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "dtype": str(dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {library: version(library) for library in LIBRARIES},
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The name its maker gave the processor that computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _git_state() -> tuple[str, bool | None]:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", None
+
+
+def _module_and_arguments() -> list[str]:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return [spec.name if spec else Path(sys.argv[0]).stem, *sys.argv[1:]]
+
+
+def results_path(name: str, device: torch.device) -> Path:
+    """benchmarks/results/NAME-DEVICE.json, where DEVICE is cpu or the GPU's name."""
+    label = "cpu" if device.type == "cpu" else device_name(device).lower().replace(" ", "-")
+    return RESULTS / f"{name}-{label}.json"
+
+
+def write_json(path: Path, report: dict[str, object]) -> None:
+    """Write a report whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table of text cells; the first column is set left, the others right."""
+    columns = list(columns)
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def circumstances_text(taken: dict[str, object]) -> str:
+    """The circumstances as one line of markdown, to stand beside a table."""
+    dirty = " with uncommitted changes" if taken["dirty"] else ""
+    libraries = ", ".join(f"{name} {number}" for name, number in taken["versions"].items())
+    return (
+        f"{taken['device_name']} ({taken['device']}), {taken['threads']} threads of {taken['cpu_count']}, load average "
+        f"{taken['load_average']:.1f} at the start, {taken['dtype']}, {libraries}, Python {taken['python']}, commit "
+        f"{taken['commit'][:12]}{dirty}, {taken['date']}. `{taken['command']}`"
+    )

@@ -1,0 +1,153 @@
+"""What is compared: SD 1.5's U-Net, or one attention of it, with random weights, bare or with one kind of adapter.
+
+Letters: B batch, N tokens, M context tokens, H heads, D head width, R rank, C channels.
+"""
+
+import copy
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from comcat_diffusion.adapters.config import ComcatConfig
+from comcat_diffusion.adapters.model import adapted_layers
+
+CONTEXT_TOKENS, CONTEXT_CHANNELS = 77, 768
+NAME = "bench"  # of every adapter here
+ATTENTIONS = {"self+cross": ("attn1", "attn2"), "cross": ("attn2",)}
+FACTORS = ("q_down", "k_down", "v_down", "out_up")
+
+
+def bare_unet(device: torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """SD 1.5's U-Net, frozen: diffusers' default but for the width of the text features."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=CONTEXT_CHANNELS, attention_head_dim=8)
+    return _filled(unet, device, dtype, seed)
+
+
+def bare_attention(cross: bool, device: torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """The attention of SD 1.5's largest resolution, 8 heads of 40 on 320 channels, frozen, as the child `attn`."""
+    with torch.device("meta"):
+        attention = Attention(320, cross_attention_dim=CONTEXT_CHANNELS if cross else None, heads=8, dim_head=40)
+    return _filled(nn.ModuleDict({"attn": attention}), device, dtype, seed)
+
+
+def _filled(model: nn.Module, device: torch.device, dtype: torch.dtype, seed: int) -> nn.Module:
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.02, generator=generator)
+        else:
+            parameter.fill_(name.endswith("weight"))  # norms are the identity, biases zero
+    return model
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares the frozen weights, so that all variants fit in memory at once."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def attentions_of(model: nn.Module, suffixes: tuple[str, ...]) -> list[str]:
+    """Names of the attentions whose last part is one of `suffixes`, in the order of the forward pass."""
+    names = [name for name, module in model.named_modules() if isinstance(module, Attention)]
+    places = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    names.sort(key=lambda name: places.get(name.partition(".")[0], 0))
+    return [name for name in names if name.rpartition(".")[2] in suffixes]
+
+
+def variant(kind: str, base: nn.Module, suffixes: tuple[str, ...], rank: int) -> nn.Module:
+    """`base` with one kind of adapter on the attentions named by `suffixes`; every factor is random, none zero.
+
+    Kinds: bare, comcat, comcat_merged, comcat_foldable, lora, two_branch. LoRA gets the rank R*H/2, at which a
+    self-attention has exactly the parameters of COMCAT's rank R.
+    """
+    model = twin(base)
+    names = attentions_of(model, suffixes)
+    if kind.startswith("comcat"):
+        config = ComcatConfig(r=rank, target_modules=names, foldable=kind == "comcat_foldable")
+        inject_adapter_in_model(config, model, adapter_name=NAME)
+    elif kind == "lora":
+        lora_rank = rank * model.get_submodule(names[0]).heads // 2
+        targets = [f"{name}.{projection}" for name in names for projection in ("to_q", "to_k", "to_v", "to_out.0")]
+        config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets)
+        inject_adapter_in_model(config, model, adapter_name=NAME)
+    elif kind == "two_branch":
+        for name in names:
+            attention = model.get_submodule(name)
+            attention.set_processor(TwoBranch(attention, rank))
+    elif kind != "bare":
+        raise ValueError(f"There is no variant {kind!r}.")
+    _fill_factors(model)
+    if kind == "comcat_merged":
+        for layer in adapted_layers(model).values():
+            layer.merge()
+    return model
+
+
+def _fill_factors(model: nn.Module, seed: int = 1) -> None:
+    for parameter in trainable(model):
+        generator = torch.Generator(parameter.device).manual_seed(seed)
+        with torch.no_grad():
+            parameter.normal_(std=0.02, generator=generator)
+        seed += 1
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The adapter's parameters."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def copy_factors(comcat: nn.Module, two_branch: nn.Module) -> None:
+    """Give the authors' formula the very factors of a free COMCAT adapter: the two are then the same function."""
+    for name, layer in adapted_layers(comcat).items():
+        processor = two_branch.get_submodule(name).processor
+        for factor in FACTORS:
+            weight = getattr(layer, f"comcat_{factor}")[NAME].weight
+            getattr(processor, factor).weight.data.copy_(weight.data)
+
+
+class TwoBranch(nn.Module):
+    """The authors' formula as they compute it (PAPER section 3, strength 1), as a processor of diffusers' Attention.
+
+    logits = D^-1/2 [x Wq (c Wk)^T + x Uq (c Sk)^T] as two N x M products, softmax on the materialized sum,
+    y = (P c Wv) Wo + b + (P c Uv) So.
+    """
+
+    def __init__(self, attention: nn.Module, rank: int) -> None:
+        super().__init__()
+        queries, keys = attention.to_q.in_features, attention.to_k.in_features
+        across = attention.heads * rank
+        like = {"bias": False, "device": attention.to_q.weight.device, "dtype": attention.to_q.weight.dtype}
+        self.q_down = nn.Linear(queries, across, **like)
+        self.k_down = nn.Linear(keys, across, **like)
+        self.v_down = nn.Linear(keys, across, **like)
+        self.out_up = nn.Linear(across, attention.to_out[0].out_features, **like)
+
+    def forward(
+        self,
+        attention: nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        if attention_mask is not None:
+            raise ValueError("The authors' formula has no mask.")
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+
+        def per_head(features: torch.Tensor) -> torch.Tensor:
+            return features.unflatten(-1, (attention.heads, -1)).transpose(1, 2)  # B, H, N, D or R
+
+        def joined(mixed: torch.Tensor) -> torch.Tensor:
+            return mixed.transpose(1, 2).flatten(-2)  # B, N, H*D or H*R
+
+        query, key = per_head(attention.to_q(hidden_states)), per_head(attention.to_k(context))
+        low_query, low_key = per_head(self.q_down(hidden_states)), per_head(self.k_down(context))
+        logits = query @ key.mT * attention.scale + low_query @ low_key.mT * attention.scale  # B, H, N, M
+        weights = logits.softmax(dim=-1)
+        base = joined(weights @ per_head(attention.to_v(context)))
+        extra = joined(weights @ per_head(self.v_down(context)))
+        return attention.to_out[0](base) + self.out_up(extra)

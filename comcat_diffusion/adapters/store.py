@@ -1,0 +1,217 @@
+"""The adapter file: one safetensors that explains itself. Loading is strict, writing atomic and reproducible."""
+
+import json
+import struct
+from importlib.metadata import version
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from comcat_diffusion import atomic
+from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters.config import ComcatConfig
+from comcat_diffusion.adapters.fingerprint import difference, fingerprint, other_weights
+from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes, read_adapter
+from comcat_diffusion.adapters.layer import factor_shapes
+from comcat_diffusion.adapters.model import default_targets, factors
+
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")  # parts of a pipeline that can be adapted
+_CONFIG_FIELDS = (
+    "r",
+    "alpha",
+    "foldable",
+    "target_modules",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "layers_pattern",
+)
+
+
+def components(pipe: object) -> dict[str, nn.Module]:
+    """The adaptable parts of a pipeline by name; a bare model counts as its U-Net."""
+    if isinstance(pipe, nn.Module):
+        return {"unet": pipe}
+    return {name: getattr(pipe, name) for name in COMPONENTS if getattr(pipe, name, None) is not None}
+
+
+def denoiser(pipe: object) -> nn.Module:
+    """The U-Net or transformer of a pipeline: the part that identifies the base."""
+    parts = components(pipe)
+    return parts.get("unet", parts.get("transformer"))
+
+
+def save_adapter(
+    pipe: object,
+    path: str | Path,
+    adapter_name: str = "default",
+    base_model: str = "",
+    notes: Notes | None = None,
+    dtype: torch.dtype | None = None,
+) -> Header:
+    """Write one adapter of a pipeline to a file; `dtype` None keeps the precision that its weights have now.
+
+    Raises ValueError if there is no such adapter, OSError if the file cannot be written (an older one stays).
+    """
+    tensors, config = {}, {}
+    for part, model in components(pipe).items():
+        found = factors(model, adapter_name)
+        if found:
+            config[part] = _plain_config(model.peft_config[adapter_name])
+            tensors |= {f"{part}.{name}": factor.detach() for name, factor in found.items()}
+    if not tensors:
+        loaded = sorted({n for model in components(pipe).values() for n in getattr(model, "peft_config", {})})
+        raise ValueError(f"There is no COMCAT adapter '{adapter_name}' to save; loaded: {', '.join(loaded) or 'none'}.")
+    header = Header(
+        config=config,
+        base_model=str(base_model),
+        revision="",
+        fingerprint=_present(pipe),
+        notes=notes or Notes(),
+        versions={name: version(name) for name in ("comcat-diffusion", "diffusers", "peft", "torch", "transformers")},
+    )
+    atomic.write_bytes(path, serialized({name: t.to(dtype or t.dtype) for name, t in tensors.items()}, header))
+    return header
+
+
+def serialized(tensors: dict[str, torch.Tensor], header: Header) -> bytes:
+    """The bytes of the file. Same inputs, same bytes: the library shuffles metadata, so its order is set here.
+
+    Raises ValueError if a tensor is not finite.
+    """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"'{name}' holds NaN or infinity; nothing was written.")
+    plain = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in sorted(tensors.items())})
+    (length,) = struct.unpack("<Q", plain[:8])
+    table = {"__metadata__": dict(sorted(header.metadata().items())), **json.loads(plain[8 : 8 + length])}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + plain[8 + length :]
+
+
+def load_adapter(
+    pipe: object, path: str | Path, adapter_name: str = "default", any_weights: bool = False
+) -> Header:
+    """Attach an adapter file to a pipeline, active beside the adapters already there; returns the file's header.
+
+    Everything is checked before the pipeline is touched. Raises AdapterFileError for a damaged file or another base;
+    `any_weights` admits a base of the same shape with other weights (a fine-tune of the one that was trained on).
+    """
+    header = read_adapter(path)
+    _refuse_other_base(pipe, header, path, any_weights)
+    tensors = _read_tensors(path)
+    parts, configs = components(pipe), {}
+    for part, fields in header.config.items():
+        if part not in parts:
+            raise AdapterFileError(f"{path} adapts '{part}', which this pipeline does not have.")
+        configs[part] = _config(fields, path)
+        if adapter_name in getattr(parts[part], "peft_config", {}):
+            raise ValueError(f"An adapter named '{adapter_name}' is already loaded; give this one another name.")
+    _refuse_other_tensors(tensors, parts, configs, path)
+    for part, config in configs.items():
+        _attach(parts[part], config, adapter_name, part, tensors)
+    return header
+
+
+def _attach(model: nn.Module, config: ComcatConfig, adapter_name: str, part: str, tensors: dict) -> None:
+    active = _active_adapters(model)
+    model.add_adapter(config, adapter_name)
+    model.set_adapter([*active, adapter_name])
+    for name, factor in factors(model, adapter_name).items():
+        factor.requires_grad_(False)
+        factor.data = tensors[f"{part}.{name}"].to(factor.device, factor.dtype)
+
+
+def _active_adapters(model: nn.Module) -> list[str]:
+    known = getattr(model, "peft_config", {})
+    if not known:
+        return []
+    active = model.active_adapters
+    return [name for name in (active() if callable(active) else active) if name in known]
+
+
+def _present(pipe: object) -> dict:
+    scheduler = getattr(pipe, "scheduler", None)
+    prediction = getattr(getattr(scheduler, "config", None), "prediction_type", "epsilon")
+    return fingerprint(denoiser(pipe), prediction)
+
+
+def _refuse_other_base(pipe: object, header: Header, path: str | Path, any_weights: bool) -> None:
+    present = _present(pipe)
+    reason = difference(header.fingerprint, present)
+    if reason is None:
+        return
+    same_shape = {**header.fingerprint, "sketch": present["sketch"]}
+    if difference(same_shape, present) is None and other_weights(header.fingerprint, present):
+        if any_weights:
+            return
+        reason += " (a fine-tune of it? then load with any_weights=True or --any_weights)"
+    here = getattr(getattr(denoiser(pipe), "config", None), "_name_or_path", "") or "the loaded base"
+    raise AdapterFileError(f"{path} was trained on '{header.base_model}' and does not fit '{here}': {reason}.")
+
+
+def _read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    tensors = safetensors.torch.load_file(path)
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise AdapterFileError(f"{path} holds NaN or infinity in {_first_three(bad)}; train again or get another copy.")
+    return tensors
+
+
+def _config(fields: dict, path: str | Path) -> ComcatConfig:
+    unknown = sorted(set(fields) - set(_CONFIG_FIELDS))
+    if unknown:
+        raise AdapterFileError(f"{path} has settings that this version does not know: {_first_three(unknown)}.")
+    try:
+        return ComcatConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"{path} has a configuration that does not make sense: {error}") from error
+
+
+def _plain_config(config: ComcatConfig) -> dict:
+    return {name: getattr(config, name) for name in _CONFIG_FIELDS}
+
+
+def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the factors that an adapter of this configuration has on this model."""
+    if config.target_modules is None:
+        config.target_modules = default_targets(model)
+    shapes = {}
+    for key, module in model.named_modules():
+        # PEFT answers "excluded" with an object that is true; only a plain match counts.
+        matched = check_target_module_exists(config, key) if key else None
+        if not matched or type(matched).__name__ == "_ExcludedModule" or seam.why_not(module) is not None:
+            continue
+        pattern = config.rank_pattern
+        rank = pattern.get(get_pattern_key(pattern.keys(), key), config.r) if pattern else config.r
+        for name, (into, outof) in factor_shapes(module, rank, config.foldable).items():
+            shapes[f"{key}.{name}"] = (outof, into)
+    return shapes
+
+
+def _refuse_other_tensors(tensors: dict, parts: dict, configs: dict[str, ComcatConfig], path: str | Path) -> None:
+    expected = {
+        f"{part}.{name}": shape
+        for part, config in configs.items()
+        for name, shape in expected_shapes(parts[part], config).items()
+    }
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    misshapen = [
+        f"{name} {tuple(tensors[name].shape)} instead of {expected[name]}"
+        for name in sorted(expected.keys() & tensors.keys())
+        if tuple(tensors[name].shape) != expected[name]
+    ]
+    for problem, names in (("lacks", missing), ("has unknown tensors", extra), ("has misshapen tensors", misshapen)):
+        if names:
+            raise AdapterFileError(f"{path} {problem}: {_first_three(names)}; the file is damaged or was edited.")
+
+
+def _first_three(names: list[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest

@@ -1,0 +1,159 @@
+"""The generation story: a base, adapters and prompts in; pictures and a contact sheet out."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+from diffusers import DiffusionPipeline
+
+from comcat_diffusion import bases
+from comcat_diffusion.adapters.header import Header, read_adapter
+from comcat_diffusion.adapters.layer import ComcatLayer
+from comcat_diffusion.adapters.merge import merge_adapters, unmerge_adapters
+from comcat_diffusion.adapters.model import adapted_layers
+from comcat_diffusion.adapters.store import components, load_adapter
+from comcat_diffusion.config import EMBEDDED, GenerateConfig
+from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_png
+from comcat_diffusion.generation.sheet import Row, contact_sheet
+from comcat_diffusion.words import Subject, calls, filled
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An adapter as the user named it: the file, its scale, and what it says of itself."""
+
+    path: Path
+    scale: float
+    header: Header
+
+    @property
+    def subject(self) -> Subject:
+        """The words that call what it learned."""
+        return Subject(self.header.notes.trigger, self.header.notes.class_word)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a generation run leaves behind."""
+
+    files: list[Path]
+    sheet: Path
+
+
+def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = lambda done, total: None) -> Pictures:
+    """Draw every prompt from every seed; returns where the pictures and the sheet are.
+
+    Raises ValueError or OSError for bad input before anything is drawn.
+    """
+    # Prompts and adapters are checked from the files' headers, before the base is loaded.
+    chosen = [_chosen(text, config.scale) for text in config.adapter]
+    prompts = [_checked(prompt, chosen, config.any_prompt) for prompt in config.prompt]
+    folder = Path(config.output_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"--output_dir {folder} cannot be made ({error.strerror}).") from error
+
+    pipe = _pipeline(config, chosen)
+    drawings = [Drawing(prompt, config.seed + n) for prompt in prompts for n in range(config.num_images)]
+    sampling = Sampling(
+        config.num_inference_steps, config.guidance_scale, config.negative_prompt, config.resolution, config.batch_size
+    )
+    total = len(drawings) * (2 if config.compare else 1)
+
+    # The row before is drawn by the same pipeline with its adapters switched off.
+    rows, before = [], []
+    if config.compare and chosen:
+        for layer in _layers(pipe):
+            layer.enable_adapters(False)
+        for picture in draw(pipe, drawings, sampling):
+            before.append(picture)
+            on_picture(len(before), total)
+        rows.append(Row("before", before))
+        for layer in _layers(pipe):
+            layer.enable_adapters(True)
+    if config.merge:
+        merge_adapters(pipe)
+
+    files, after = [], []
+    made_by = _settings(config, pipe, chosen)
+    for drawing, picture in zip(drawings, draw(pipe, drawings, sampling), strict=True):
+        number = prompts.index(drawing.prompt)
+        path = folder / f"{number:02d}-{_slug(drawing.prompt)}-{drawing.seed}.png"
+        save_png(picture, path, {"prompt": drawing.prompt, "seed": drawing.seed, **made_by})
+        files.append(path)
+        after.append(picture)
+        on_picture(len(before) + len(after), total)
+    if config.merge:
+        unmerge_adapters(pipe)
+    rows.append(Row("after" if before else "", after))
+    sheet = folder / "sheet.png"
+    save_png(contact_sheet(rows, prompts, config.num_images), sheet, {"prompt": " | ".join(prompts), **made_by})
+    return Pictures(files, sheet)
+
+
+def _chosen(text: str, default_scale: float) -> Chosen:
+    """`dog.safetensors` or `dog.safetensors:0.8`."""
+    path, scale = text, default_scale
+    head, colon, tail = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            path, scale = head, float(tail)
+        except ValueError:
+            raise ValueError(f"--adapter {text}: '{tail}' after the colon is not a number.") from None
+    if not math.isfinite(scale):
+        raise ValueError(f"--adapter {text}: the scale must be a finite number.")
+    return Chosen(Path(path), scale, read_adapter(path))
+
+
+def _checked(prompt: str, chosen: list[Chosen], any_prompt: bool) -> str:
+    if not chosen:
+        return prompt
+    prompt = filled(prompt, chosen[0].subject)
+    if any_prompt or any(calls(prompt, one.subject) for one in chosen if one.subject.trigger):
+        return prompt
+    wanted = " or ".join(f"'{one.subject.phrase}'" for one in chosen)
+    raise ValueError(f"The prompt '{prompt}' does not name the subject: write {wanted}, or allow it with --any_prompt.")
+
+
+def _pipeline(config: GenerateConfig, chosen: list[Chosen]) -> DiffusionPipeline:
+    base = config.pretrained_model_name_or_path or chosen[0].header.base_model or EMBEDDED
+    pipe = bases.load_base(base, config.precision, config.revision, config.variant)
+    if config.scheduler:
+        kind = getattr(diffusers, config.scheduler, None)
+        if kind is None or not hasattr(kind, "set_timesteps"):
+            raise ValueError(f"--scheduler {config.scheduler}: diffusers has no scheduler of this name.")
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    names = [f"adapter_{number}" for number in range(len(chosen))]
+    for name, one in zip(names, chosen, strict=True):
+        load_adapter(pipe, one.path, name, any_weights=config.any_weights)
+    for layer in _layers(pipe):
+        for name, one in zip(names, chosen, strict=True):
+            layer.set_scale(name, one.scale)
+    return pipe.to(config.device or bases.fastest_device())
+
+
+def _layers(pipe: DiffusionPipeline) -> list[ComcatLayer]:
+    return [layer for model in components(pipe).values() for layer in adapted_layers(model).values()]
+
+
+def _settings(config: GenerateConfig, pipe: DiffusionPipeline, chosen: list[Chosen]) -> dict:
+    return {
+        "negative_prompt": config.negative_prompt or "",
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "scheduler": type(pipe.scheduler).__name__,
+        "base": config.pretrained_model_name_or_path or (chosen[0].header.base_model if chosen else EMBEDDED),
+        "adapters": [
+            {"file": one.path.name, "sha256": hashlib.sha256(one.path.read_bytes()).hexdigest(), "scale": one.scale}
+            for one in chosen
+        ],
+    }
+
+
+def _slug(prompt: str) -> str:
+    kept = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())
+    return "-".join(part for part in kept.split("-") if part)[:60].rstrip("-")

@@ -1,0 +1,49 @@
+"""What the U-Net is asked to predict, and how its answer is judged. Both follow from the scheduler's own config."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The noise process of a base, the target in it, and the weight of each timestep."""
+
+    scheduler: DDPMScheduler
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+
+    def draw(self, clean: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise (B, C, h, w) and timesteps (B,) for a batch of clean latents, on the generator's device."""
+        noise = torch.randn(clean.shape, generator=generator)
+        if self.noise_offset:
+            noise = noise + self.noise_offset * torch.randn(*clean.shape[:2], 1, 1, generator=generator)
+        timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (len(clean),), generator=generator)
+        return noise, timesteps
+
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the U-Net should answer: the noise, the velocity (arXiv 2202.00512) or the clean latents."""
+        kind = self.scheduler.config.prediction_type
+        if kind == "epsilon":
+            return noise
+        if kind == "v_prediction":
+            return self.scheduler.get_velocity(clean, noise, timesteps)
+        if kind == "sample":
+            return clean
+        raise ValueError(f"The base predicts '{kind}', which is not supported (epsilon, v_prediction, sample).")
+
+    def loss(self, predicted: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of every picture, weighted by min-SNR-gamma (arXiv 2303.09556, eq. 4) if asked: (B,)."""
+        error = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
+        if self.snr_gamma is None:
+            return error
+        snr = compute_snr(self.scheduler, timesteps)
+        weight = snr.clamp(max=self.snr_gamma)  # the weight of an x0 prediction
+        kind = self.scheduler.config.prediction_type
+        if kind == "epsilon":
+            weight = weight / snr.clamp(min=1e-8)
+        elif kind == "v_prediction":
+            weight = weight / (snr + 1)
+        return error * weight.to(error.device)

@@ -1,0 +1,96 @@
+"""Measure the base: what its pictures show against what their prompts asked for, read from the pixels."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPModel
+
+from recipe.autoencoder import as_tensor, psnr
+from recipe.clip import name_objects
+from recipe.draw import pictures, scenes
+from recipe.world import BACKGROUNDS, PIXELS, SIZES, Scene, prompt
+
+PROMPTS = 200
+STEPS, GUIDANCE = 25, 5.0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a picture shows: the colour of its border, and where and how big the thing inside is."""
+
+    background: str
+    place: str
+    size: str
+
+
+def see(picture: np.ndarray) -> Seen:
+    """Read background, place and size from a uint8 (H, W, 3) picture of the world."""
+    pixels = picture.astype(np.float32)
+    ring = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    border = np.median(ring, axis=0)
+    names = list(BACKGROUNDS)
+    distances = [np.abs(border - np.array(BACKGROUNDS[name])).sum() for name in names]
+    down, across = np.nonzero(np.abs(pixels - border).max(-1) > 40)
+    if len(down) < 20:
+        return Seen(names[int(np.argmin(distances))], "nowhere", "nothing")
+    # a few stray pixels must not move the box
+    left, right = np.percentile(across, (2, 98))
+    top, bottom = np.percentile(down, (2, 98))
+    off_x, off_y = (left + right + 1 - PIXELS) / 2, (top + bottom + 1 - PIXELS) / 2
+    place = "middle"
+    if max(abs(off_x), abs(off_y)) > 4.5:
+        place = ("left" if off_x < 0 else "right") if abs(off_x) > abs(off_y) else ("top" if off_y < 0 else "bottom")
+    side = max(right - left, bottom - top) + 1
+    return Seen(names[int(np.argmin(distances))], place, "small" if side < sum(SIZES.values()) / 2 else "big")
+
+
+def held_out() -> list[Scene]:
+    """The scenes that the scores are measured on; no stage has seen them."""
+    return scenes(PROMPTS, seed=31, held_out=True)
+
+
+def _share(hits: list[bool]) -> float:
+    return round(sum(hits) / len(hits), 4)
+
+
+def judged(world: list[Scene], drawn: np.ndarray, clip: CLIPModel, tokenizer) -> dict[str, float]:
+    """Shares of pictures whose background, place, size and object are those of their scenes."""
+    seen = [see(picture) for picture in drawn]
+    named = name_objects(clip, tokenizer, as_tensor(drawn))
+    return {
+        "background_right": _share([s.background == scene.background for s, scene in zip(seen, world, strict=True)]),
+        "place_right": _share([s.place == scene.things[0].place for s, scene in zip(seen, world, strict=True)]),
+        "size_right": _share([s.size == scene.things[0].size for s, scene in zip(seen, world, strict=True)]),
+        "object_named": _share([n == scene.things[0].name for n, scene in zip(named, world, strict=True)]),
+    }
+
+
+def generated(pipe: StableDiffusionPipeline, world: list[Scene]) -> np.ndarray:
+    """One picture per scene from its fixed seed: uint8 (count, H, W, 3)."""
+    made = []
+    for start in range(0, len(world), 25):
+        batch = range(start, min(start + 25, len(world)))
+        made += pipe(
+            [prompt(world[index]) for index in batch],
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=[torch.Generator().manual_seed(index) for index in batch],
+            output_type="np",
+        ).images.__iter__()
+    return (np.stack(made) * 255).round().astype(np.uint8)
+
+
+def scores(pipe: StableDiffusionPipeline, clip: CLIPModel) -> tuple[dict[str, float], np.ndarray]:
+    """All scores of a base, and the pictures they were read from. `drawn_*` are the same measures on drawn scenes."""
+    world = held_out()
+    drawn = pictures(world, seed=32)
+    truth = judged(world, drawn, clip, pipe.tokenizer)
+    made = generated(pipe, world)
+    result = {
+        **judged(world, made, clip, pipe.tokenizer),
+        "vae_psnr_db": round(psnr(pipe.vae, as_tensor(drawn)), 2),
+        **{f"drawn_{name}": value for name, value in truth.items()},
+    }
+    return result, made

@@ -1,0 +1,147 @@
+"""Tiny real models, built once per session and handed out as fresh copies. No test touches the network.
+
+Letters: B batch, N tokens, M context tokens, H heads, D head width, R rank, C channels.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig, ViTModel
+
+from comcat_diffusion.adapters.model import factors
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model: calling it gives a fresh copy, `run` gives the output on inputs that are always the same."""
+
+    original: nn.Module
+    inputs: Callable[[], dict[str, torch.Tensor]]
+
+    def __call__(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        return copy.deepcopy(self.original).to(dtype)
+
+    def run(self, model: nn.Module, **more) -> torch.Tensor:
+        inputs = {n: t.to(model.dtype) if t.is_floating_point() else t for n, t in self.inputs().items()}
+        return model(**inputs, **more)[0]
+
+
+def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A model of random weights whose biases are not zero, without touching the global generator."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build().eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.1)
+    return model.requires_grad_(False)
+
+
+def _noise(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def tiny_unet() -> Tiny:
+    """Two blocks and a middle, 8x8 latents, four self- and four cross-attentions, context width 24."""
+
+    def build() -> nn.Module:
+        return UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=24,
+            attention_head_dim=2,  # diffusers' name for the number of heads: widths 8 and 16
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+
+    def inputs() -> dict[str, torch.Tensor]:
+        noise, context = _noise(2, 4, 8, 8, seed=1), _noise(2, 7, 24, seed=2)  # B C 8 8, B M C
+        return {"sample": noise, "timestep": torch.tensor([10, 500]), "encoder_hidden_states": context}
+
+    return Tiny(_built(build, seed=0), inputs)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip() -> Tiny:
+    """Two layers of width 32, four heads of 8, a causal mask."""
+
+    def build() -> nn.Module:
+        config = CLIPTextConfig(
+            vocab_size=99,
+            hidden_size=32,
+            intermediate_size=37,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+            initializer_factor=3.0,
+            bos_token_id=97,
+            eos_token_id=98,
+        )
+        return CLIPTextModel(config)
+
+    def inputs() -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.arange(18).view(2, 9) * 5 % 99}  # B N
+
+    return Tiny(_built(build, seed=1), inputs)
+
+
+@pytest.fixture(scope="session")
+def tiny_vit() -> Tiny:
+    """Two layers of width 24, three heads of 8, pictures of 8x8 in patches of 4."""
+
+    def build() -> nn.Module:
+        config = ViTConfig(
+            hidden_size=24,
+            intermediate_size=37,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            image_size=8,
+            patch_size=4,
+            initializer_range=0.2,
+        )
+        return ViTModel(config, add_pooling_layer=False)
+
+    return Tiny(_built(build, seed=2), lambda: {"pixel_values": _noise(2, 3, 8, 8, seed=3)})
+
+
+@pytest.fixture(scope="session")
+def tiny_vae() -> Tiny:
+    """An autoencoder with one attention on a 4-d input, with a residual, a group norm and biases."""
+
+    def build() -> nn.Module:
+        return AutoencoderKL(block_out_channels=(16,), norm_num_groups=8, latent_channels=4, sample_size=8)
+
+    return Tiny(_built(build, seed=3), lambda: {"sample": _noise(2, 3, 8, 8, seed=4)})
+
+
+@pytest.fixture(scope="session")
+def randomize() -> Callable:
+    """`randomize(model, name, seed)` fills an adapter's factors with noise, so that it does something."""
+
+    def fill(model: nn.Module, adapter_name: str, seed: int = 0, std: float = 0.4) -> nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        found = factors(model, adapter_name)
+        assert found, f"no adapter named {adapter_name}"
+        with torch.no_grad():
+            for parameter in found.values():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(std * noise)
+        return model
+
+    return fill

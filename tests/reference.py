@@ -1,0 +1,89 @@
+"""The slow formulas, as DESIGN section 1 writes them: plain loops over heads in float64, one product at a time.
+
+    logits_h = D^-1/2 [q_h k_h^T + s (x Aq_h)(c Ak_h)^T] + mask
+    out      = sum_h softmax(logits_h) [c Wv_h Wo_h + s (c Av_h) Ao_h] + b
+
+Letters: B batch, N tokens, M context tokens, H heads, D head width, R rank, C channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass
+class FreeFactors:
+    """Weights as Linears store them: q_down, k_down, v_down (H*R, C) and out_up (C, H*R); s = `scale`."""
+
+    scale: float
+    q_down: torch.Tensor
+    k_down: torch.Tensor
+    v_down: torch.Tensor
+    out_up: torch.Tensor
+
+
+@dataclass
+class FoldableFactors:
+    """k_down, v_down (H*R, C); q_core (H*R, D) holds G'_h^T and out_core (H*R, D) holds G_h, head by head."""
+
+    scale: float
+    k_down: torch.Tensor
+    v_down: torch.Tensor
+    q_core: torch.Tensor
+    out_core: torch.Tensor
+
+
+def rows_of_head(weight: torch.Tensor, head: int, heads: int) -> torch.Tensor:
+    """(H*D, C) -> (D, C)."""
+    width = weight.shape[0] // heads
+    return weight.double()[head * width : (head + 1) * width]
+
+
+def head_terms(adapter, head: int, heads: int, x, c, q_h, wo_h) -> tuple[torch.Tensor, torch.Tensor]:
+    """What one adapter adds to one head: the term of the logits (B, N, M) and that of the values (B, M, C)."""
+    ak_h = rows_of_head(adapter.k_down, head, heads).T  # C, R
+    av_h = rows_of_head(adapter.v_down, head, heads).T  # C, R
+    if isinstance(adapter, FreeFactors):
+        lowered_query = x @ rows_of_head(adapter.q_down, head, heads).T  # B, N, R
+        ao_h = rows_of_head(adapter.out_up.T, head, heads)  # R, C
+    else:
+        # Aq_h = Wq_h G'_h acts on the query with its bias, and Ao_h = G_h Wo_h.
+        lowered_query = q_h @ rows_of_head(adapter.q_core, head, heads).T  # B, N, R
+        ao_h = rows_of_head(adapter.out_core, head, heads) @ wo_h  # R, C
+    logits = adapter.scale * lowered_query @ (c @ ak_h).transpose(1, 2)
+    return logits, adapter.scale * (c @ av_h) @ ao_h
+
+
+def project(linear: nn.Linear, head: int, heads: int, features: torch.Tensor) -> torch.Tensor:
+    """One head's share of a projection into the heads, bias included: (B, N, C) -> (B, N, D)."""
+    projected = features @ rows_of_head(linear.weight, head, heads).T
+    return projected if linear.bias is None else projected + rows_of_head(linear.bias, head, heads)
+
+
+def attention(
+    x: torch.Tensor,
+    c: torch.Tensor,
+    projections: tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear],
+    heads: int,
+    adapters: tuple = (),
+    mask: torch.Tensor | None = None,
+    out_bias: bool = True,
+) -> torch.Tensor:
+    """(B, N, C), (B, M, C) -> (B, N, C), with any number of adapters and an additive mask (B, 1 or H, N, M)."""
+    x, c = x.double(), c.double()
+    q, k, v, out = projections
+    width = k.weight.shape[0] // heads
+    total = torch.zeros(*x.shape[:2], out.weight.shape[0], dtype=torch.float64)
+    for head in range(heads):
+        q_h, k_h, v_h = (project(p, head, heads, f) for p, f in ((q, x), (k, c), (v, c)))
+        wo_h = rows_of_head(out.weight.T, head, heads)  # D, C
+        logits, values = q_h @ k_h.transpose(1, 2), v_h @ wo_h  # (B, N, M), (B, M, C)
+        for adapter in adapters:
+            more_logits, more_values = head_terms(adapter, head, heads, x, c, q_h, wo_h)
+            logits, values = logits + more_logits, values + more_values
+        logits = logits * width**-0.5
+        if mask is not None:
+            logits = logits + mask.double()[:, head if mask.shape[1] > 1 else 0]
+        total = total + logits.softmax(dim=-1) @ values
+    return total + out.bias.double() if out_bias and out.bias is not None else total
