@@ -54,14 +54,14 @@ def interleaved(
     """Time A B C D A B C D ... and compare every case with the first one of the same round.
 
     Load from elsewhere, turbo clocks and heat drift over minutes; within a round they are nearly the same for all.
-    A short case is repeated until a sample lasts about `least_seconds`. Every case runs once untimed beforehand.
+    A short case is repeated until a sample lasts about `least_seconds`. Every case runs untimed beforehand.
     """
     if rounds < 1:
         raise ValueError(f"There must be at least one round, not {rounds}.")
     repeats = {}
     for name, case in cases.items():
-        _seconds(case, device)  # the first call plans kernels and allocates
-        repeats[name] = max(1, round(least_seconds / _seconds(case, device))) if least_seconds else 1
+        warm = _seconds(case, device)  # the first call plans kernels and allocates: too slow to count by
+        repeats[name] = 1 if warm > least_seconds else max(1, round(least_seconds / _seconds(case, device)))
     samples: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():

@@ -35,11 +35,15 @@ def bare_attention(cross: bool, device: torch.device, dtype: torch.dtype, seed: 
 
 
 def _filled(model: nn.Module, device: torch.device, dtype: torch.dtype, seed: int) -> nn.Module:
-    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    # torch's own `to`: diffusers' one warns about a cast that is meant here.
+    model = nn.Module.to(model, dtype).to_empty(device=device).requires_grad_(False).eval()
     generator = torch.Generator(device).manual_seed(seed)
+    # One block of random numbers over and over: only their size matters, and filling takes a second, not ten.
+    block = torch.randn(2**20 + 7, generator=generator, device=device).mul_(0.02).to(dtype)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
-            parameter.normal_(std=0.02, generator=generator)
+            for piece in parameter.view(-1).split(len(block)):
+                piece.copy_(block[: len(piece)])
         else:
             parameter.fill_(name.endswith("weight"))  # norms are the identity, biases zero
     return model
@@ -87,12 +91,10 @@ def variant(kind: str, base: nn.Module, suffixes: tuple[str, ...], rank: int) ->
     return model
 
 
+@torch.no_grad()
 def _fill_factors(model: nn.Module, seed: int = 1) -> None:
-    for parameter in trainable(model):
-        generator = torch.Generator(parameter.device).manual_seed(seed)
-        with torch.no_grad():
-            parameter.normal_(std=0.02, generator=generator)
-        seed += 1
+    for index, parameter in enumerate(trainable(model)):
+        parameter.normal_(std=0.02, generator=torch.Generator(parameter.device).manual_seed(seed + index))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

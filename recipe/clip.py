@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers.trainers import BpeTrainer
+from torch.nn.functional import cross_entropy
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from recipe.autoencoder import as_tensor
@@ -109,12 +110,14 @@ def train(state: Path, steps: int) -> tuple[CLIPModel, CLIPTokenizer]:
         pixels = _blemished(as_tensor(pool[chosen]), generator)
         ids = token_ids(tokenizer, [caption(world[i], rng) for i in chosen])
         with torch.autocast("cpu", torch.bfloat16):
-            told_apart = model(input_ids=ids, pixel_values=pixels, return_loss=True).loss.float()
-            # Background and place are enough to tell the pictures of a batch apart; this makes it name the object too.
-            named = model(input_ids=name_ids, pixel_values=pixels).logits_per_image.float()  # B, objects
+            logits = model(input_ids=torch.cat([ids, name_ids]), pixel_values=pixels).logits_per_image.float()
+        pairs, named = logits[:, :BATCH], logits[:, BATCH:]  # (B, B) pictures x captions; (B, objects)
+        itself = torch.arange(BATCH)
+        told_apart = (cross_entropy(pairs, itself) + cross_entropy(pairs.T, itself)) / 2
+        # Background and place are enough to tell the pictures of a batch apart; this makes it name the object too.
         single = torch.tensor([len(world[i].things) == 1 for i in chosen])
         objects = torch.tensor([names.index(world[i].things[0].name) for i in chosen])
-        return told_apart + torch.nn.functional.cross_entropy(named[single], objects[single])
+        return told_apart + cross_entropy(named[single], objects[single])
 
     fit(model, loss_of, Schedule(steps=steps, learning_rate=8e-4, weight_decay=0.05, ema_decay=0.998), state)
     return model, tokenizer

@@ -18,7 +18,7 @@ from recipe.world import PIXELS, caption
 CHANNELS = (96, 192)
 BATCH = 64
 UNCONDITIONAL = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
-POOL = 40_000
+POOL = 30_000
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -54,14 +54,13 @@ def new_scheduler() -> DDIMScheduler:
 def encode_pool(vae: AutoencoderKL, pool) -> tuple[torch.Tensor, torch.Tensor]:
     """Posterior mean and std of every picture, (N, C, h, w) each; the VAE's scaling factor is set from their spread."""
     means, stds = [], []
-    with torch.autocast("cpu", torch.bfloat16):
-        for start in range(0, len(pool), 100):
-            posterior = vae.encode(as_tensor(pool[start : start + 100])).latent_dist
-            means.append(posterior.mean.half())
-            stds.append(posterior.std.half())
+    for start in range(0, len(pool), 100):
+        posterior = vae.encode(as_tensor(pool[start : start + 100])).latent_dist
+        means.append(posterior.mean.half())
+        stds.append(posterior.std.half())
     mean, std = torch.cat(means), torch.cat(stds)
     spread = (mean.float().var() + std.float().square().mean()).sqrt()
-    vae.register_to_config(scaling_factor=round(1 / spread.item(), 5))
+    vae.register_to_config(scaling_factor=round(1 / spread.item(), 4))
     return mean, std
 
 

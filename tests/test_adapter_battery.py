@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from reference import FoldableFactors, FreeFactors, attention
 from torch import nn
 from torch.testing import assert_close
 
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.model import adapted_layers, factors
+from tests.reference import FoldableFactors, FreeFactors, attention
 
 TARGETS = {
     "unet-cross": ("tiny_unet", "attn2"),

@@ -27,7 +27,7 @@ def distance(left: torch.Tensor, right: torch.Tensor) -> float:
 
 @pytest.fixture
 def live(tiny_unet, randomize):
-    """`live(names)` gives a float64 UNet with a random adapter of each name, all active."""
+    """`live(*names)` gives a float64 UNet with a random adapter of each name, all active."""
 
     def build(*names: str, foldable: bool = False, dtype: torch.dtype = torch.float64) -> nn.Module:
         unet = tiny_unet(dtype)
@@ -124,6 +124,20 @@ def test_a_weight_per_block_scales_only_that_block(live, tiny_unet):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_adapters_on_different_attentions_keep_to_their_own(live, tiny_unet, randomize):
+    unet, alone = live("dog"), live("dog")
+    unet.add_adapter(ComcatConfig(r=2, target_modules=["attn1"]), "kitten")
+    randomize(unet, "kitten", seed=1)
+    unet.set_adapters(["dog", "kitten"], [0.5, -0.3])
+    both = tiny_unet.run(unet)
+    unet.set_adapters(["dog"])
+    assert torch.equal(tiny_unet.run(unet), tiny_unet.run(alone))
+    unet.set_adapters(["kitten"])
+    assert distance(tiny_unet.run(unet), tiny_unet.run(alone)) > CLEAR and distance(tiny_unet.run(unet), both) > CLEAR
+
+
+@torch.no_grad()
 def test_transformers_saves_and_loads_the_adapter_under_any_name(tiny_clip, randomize, tmp_path):
     clip = tiny_clip()
     clip.add_adapter(ComcatConfig(r=3, target_modules=["self_attn"]), "kitten")
@@ -212,6 +226,16 @@ def test_a_model_moved_while_merged_unmerges_where_it_is(live, tiny_unet):
     unet.unfuse_lora()
     still = live("dog", dtype=torch.float32).to(torch.float64)
     assert torch.equal(tiny_unet.run(unet), tiny_unet.run(still))
+
+
+@torch.no_grad()
+def test_an_adapter_added_while_another_is_merged_fits_the_base(live, tiny_unet, randomize):
+    unet, alone = live("dog"), live("kitten", foldable=True)
+    unet.fuse_lora()
+    unet.add_adapter(ComcatConfig(r=3, target_modules=["attn2"], foldable=True), "kitten")
+    unet.unfuse_lora()
+    unet.set_adapters(["kitten"])
+    assert torch.equal(tiny_unet.run(randomize(unet, "kitten")), tiny_unet.run(alone))
 
 
 @torch.no_grad()

@@ -14,13 +14,13 @@ from diffusers import UNet2DConditionModel
 from diffusers.models import attention_processor as processors
 from diffusers.models.attention_processor import Attention
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from reference import FreeFactors, attention
 from torch import nn
 from torch.testing import assert_close
 
 from comcat_diffusion.adapters import wide
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import factors
+from tests.reference import FreeFactors, attention
 
 SAME = {"rtol": 0.0, "atol": 1e-10}
 CLEAR = 0.01  # an effect on the output this large cannot be rounding
@@ -107,12 +107,18 @@ PROCESSORS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("install", PROCESSORS.values(), ids=PROCESSORS)
-def test_every_processor_of_the_host_computes_the_adapter(live, tiny_unet, install):
+def test_every_processor_of_the_host_computes_the_adapter_live_and_merged(live, tiny_unet, install):
     unet = live()
     names, output = list(unet.attn_processors), tiny_unet.run(unet)
     install(unet)
     assert list(unet.attn_processors) == names == list(tiny_unet().attn_processors)
-    assert_close(tiny_unet.run(unet), output, **SAME)
+    before = tiny_unet.run(unet)
+    assert_close(before, output, **SAME)
+    if not unet.get_submodule(CROSS).fused_projections:  # where merging is refused
+        unet.fuse_lora()
+        assert_close(tiny_unet.run(unet), output, **SAME)
+        unet.unfuse_lora()
+        assert torch.equal(tiny_unet.run(unet), before)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -121,7 +122,9 @@ def load_adapter(
 
 def _attach(model: nn.Module, config: ComcatConfig, adapter_name: str, part: str, tensors: dict) -> None:
     active = _active_adapters(model)
-    model.add_adapter(config, adapter_name)
+    with warnings.catch_warnings():  # PEFT warns of every second adapter, diffusers' own way of adding one
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        model.add_adapter(config, adapter_name)
     model.set_adapter([*active, adapter_name])
     for name, factor in factors(model, adapter_name).items():
         factor.requires_grad_(False)

@@ -4,6 +4,7 @@ import json
 import random
 import resource
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -81,6 +82,7 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
     set_seed(config.seed)
     pipe = bases.load_base(config.pretrained_model_name_or_path, "fp32", config.revision, config.variant)
     config = _resolved(config, pipe, len(pictures))
+    atomic.write_bytes(target.parent / "run.toml", to_toml(config).encode())
     for text in _remarks(config, subject, pictures, pipe):
         watcher.note(text)
 
@@ -133,7 +135,8 @@ def _prepared_output(config: TrainConfig, subject: Subject) -> Path:
     folder = Path(config.output_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        atomic.write_bytes(folder / "run.toml", to_toml(config).encode())
+        with tempfile.TemporaryFile(dir=folder):  # an unwritable folder is better known now than after the training
+            pass
     except OSError as error:
         raise OSError(error.errno, f"--output_dir {folder} cannot be written to ({error.strerror}).") from error
     return folder / f"{config.name or subject.phrase.replace(' ', '-')}.safetensors"

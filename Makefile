@@ -1,0 +1,37 @@
+# `make demo` and `make test` need nothing but Python 3.11 and make; both create .venv on the first call.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := out/demo
+
+.PHONY: demo test lint base subject benchmarks clean
+
+demo: .venv/installed
+	$(BIN)/python train_customize.py --output_dir $(DEMO)
+	$(BIN)/python inference.py --config assets/subject/demo.toml --adapter $(DEMO)/sks-teddy.safetensors --output_dir $(DEMO)/pictures
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# torch comes first and pinned: otherwise another package could pull in a CUDA build of several GB.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Rebuilds the embedded base from nothing (hours on two cores; goes on from runs/base after a cut).
+base: .venv/installed
+	$(BIN)/python -m recipe.build
+
+subject: .venv/installed
+	$(BIN)/python -m recipe.subject assets/subject
+
+benchmarks: .venv/installed
+	$(BIN)/python -m benchmarks.attention
+
+clean:
+	rm -rf .venv out runs build dist

@@ -1,0 +1,74 @@
+"""The command line as a person meets it: fast help, one sentence for a mistake, an exit status that scripts can read."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from comcat_diffusion.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, cwd=ROOT):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+def test_help_imports_no_torch():
+    code = "import sys\nfrom comcat_diffusion.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
+    done = run("-c", code + "assert not {'torch', 'diffusers', 'peft', 'numpy'} & set(sys.modules)")
+    assert done.returncode == 0 and "--instance_data_dir" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--help"], ["info", "--help"]])
+def test_every_command_has_help(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 0 and "usage: comcat" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--rank", "0"], "--rank must be at least 1"),
+        (["train", "--max_train_steps", "0"], "--max_train_steps"),
+        (["train", "--instance_data_dir", "nowhere", "--instance_prompt", "a photo of sks dog"], "no folder nowhere"),
+        (["generate", "--adapter", "nope.safetensors", "--prompt", "sks dog"], "no adapter file nope.safetensors"),
+        (["generate", "--adapter", "README.md", "--prompt", "sks dog"], "README.md"),
+        (["generate", "--adapter", "x", "--prompt", "sks dog", "--scale", "nan"], "--scale must be a finite number"),
+        (["info", "nope.safetensors"], "no adapter file"),
+        (["train", "--config", "nope.toml"], "no file nope.toml"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    said = captured.err.splitlines()[-1]
+    assert message in said and said.startswith("comcat: ") and "Traceback" not in captured.err
+
+
+def test_an_unknown_flag_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--rnak", "2"])
+    assert stopped.value.code == 2 and "--rnak" in capsys.readouterr().err
+
+
+def test_the_two_scripts_are_the_two_commands():
+    for script, flag in (("train_customize.py", "--instance_prompt"), ("inference.py", "--adapter")):
+        done = run(script, "--help")
+        assert done.returncode == 0 and flag in done.stdout
+
+
+def test_train_generate_and_info_from_any_folder(tmp_path):
+    trained = run("-m", "comcat_diffusion.cli", "train", "--max_train_steps", "2", "--output_dir", "o", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "Saved o/sks-teddy.safetensors" in trained.stdout and "checked on a fresh base" in trained.stdout
+    for part in ("loss=", "lr=", "s/step=", "peak="):
+        assert part in trained.stderr
+    drawn = run("-m", "comcat_diffusion.cli", "generate", "--adapter", "o/sks-teddy.safetensors:0.8", "--prompt",
+                "{subject} on the left", "--num_images", "1", "--num_inference_steps", "2", cwd=tmp_path)  # fmt: skip
+    assert drawn.returncode == 0 and "pictures/sheet.png" in drawn.stdout, drawn.stderr
+    told = run("-m", "comcat_diffusion.cli", "info", "o/sks-teddy.safetensors", cwd=tmp_path)
+    assert told.returncode == 0 and "sks teddy" in told.stdout and "on attn2" in told.stdout

@@ -1,0 +1,161 @@
+"""The training story on the embedded base, run tiny: what it leaves, that it learns, and what it refuses."""
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from comcat_diffusion import bases, load_adapter, read_adapter
+from comcat_diffusion.config import TrainConfig, read_toml
+from comcat_diffusion.training.customize import customize, prove
+
+SUBJECT = bases.assets() / "subject"
+
+
+class Listener:
+    def __init__(self, stop_after=None):
+        self.notes, self.steps, self.stop_after = [], [], stop_after
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def step(self, done, total, peak_bytes):
+        assert peak_bytes > 1 << 20
+        self.steps.append(done)
+        if done.step == self.stop_after:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def config(tmp_path):
+    return lambda **settings: TrainConfig(**{"output_dir": str(tmp_path / "out"), "max_train_steps": 3, **settings})
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def test_a_run_leaves_exactly_these_files_and_says_what_it_did(config, tmp_path):
+    listener = Listener()
+    outcome = customize(config(max_train_steps=4), listener)
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["out/metrics.jsonl", "out/run.toml", "out/sks-teddy.safetensors"]
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] == [step.step for step in listener.steps]
+    header = read_adapter(outcome.adapter)
+    assert (header.notes.trigger, header.notes.class_word, header.base_model) == ("sks", "teddy", "embedded")
+    assert header.notes.training == {"resolution": 64, "steps": 4, "seed": 0, "pictures": 4}
+    assert not outcome.interrupted and any("Learning 'sks' from 4 pictures" in note for note in listener.notes)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_the_written_settings_repeat_the_run(config, tmp_path):
+    first = customize(config()).adapter
+    again = TrainConfig(**{**read_toml(TrainConfig, tmp_path / "out/run.toml"), "output_dir": str(tmp_path / "again")})
+    assert digest(first) == digest(customize(again).adapter)
+    assert digest(first) != digest(customize(config(seed=1, output_dir=str(tmp_path / "other"))).adapter)
+
+
+def test_the_loss_falls_and_foldable_adapters_learn_too(config, tmp_path):
+    for foldable in (False, True):
+        listener = Listener()
+        customize(config(max_train_steps=40, foldable=foldable, output_dir=str(tmp_path / str(foldable))), listener)
+        losses = [step.loss for step in listener.steps]
+        assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+
+
+def test_ctrl_c_keeps_what_was_learned_and_it_goes_on_from_there(config, tmp_path):
+    outcome = customize(config(max_train_steps=50), Listener(stop_after=2))
+    assert outcome.interrupted and outcome.steps == 2 and read_adapter(outcome.adapter).notes.training["steps"] == 2
+    more = config(init_adapter=str(outcome.adapter), output_dir=str(tmp_path / "more"))
+    assert customize(more).adapter.read_bytes() != outcome.adapter.read_bytes()
+
+
+def test_the_command_line_survives_a_real_ctrl_c(tmp_path):
+    command = [sys.executable, "train_customize.py", "--max_train_steps", "5000", "--output_dir", str(tmp_path)]
+    running = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, cwd=SUBJECT.parents[1])
+    metrics = tmp_path / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and metrics.read_text().count("\n") >= 1:
+            break
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    assert "Go on with --init_adapter" in said and "Traceback" not in said
+    assert read_adapter(tmp_path / "sks-teddy.safetensors").notes.trigger == "sks"
+
+
+def test_options_change_what_is_trained(config, tmp_path):
+    wide = config(target_modules=["attn1", "attn2"], rank=2, alpha=1.0, random_flip=True, gradient_checkpointing=True,
+                  center_crop=False, gradient_accumulation_steps=2, lr_warmup_steps=1, save_precision="fp32",
+                  mixed_precision="bf16", snr_gamma=5.0, noise_offset=0.05, name="mine", lr_scheduler="cosine")  # fmt: skip
+    outcome = customize(wide)
+    header = read_adapter(outcome.adapter)
+    assert outcome.adapter.name == "mine.safetensors"
+    assert header.config["unet"]["target_modules"] == ["attn1", "attn2"] and header.config["unet"]["alpha"] == 1.0
+
+
+def test_trackers_get_the_loss(config, tmp_path):
+    customize(config(report_to=["tensorboard"]))
+    assert list((tmp_path / "out").rglob("events.out.tfevents*"))
+
+
+def test_a_file_that_does_not_reproduce_the_training_is_an_error(config):
+    from comcat_diffusion.training.encode import Encoded
+
+    settings = config()
+    outcome = customize(settings)
+    other = bases.load_base("embedded")
+    load_adapter(other, outcome.adapter, "subject")
+    noise = torch.randn(1, other.unet.config.in_channels, 8, 8)
+    data = Encoded(noise, noise * 0, torch.randn(1, 32, other.unet.config.cross_attention_dim), ("a",))
+    prove(settings, other.unet, data, outcome.adapter)
+    for parameter in other.unet.parameters():
+        parameter.data *= 1.05
+    with pytest.raises(RuntimeError, match="does not reproduce"):
+        prove(settings, other.unet, data, outcome.adapter)
+
+
+def test_stray_files_and_odd_pictures_are_told(config, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(SUBJECT / "train", folder)
+    (folder / ".DS_Store").write_bytes(b"x")
+    from PIL import Image
+
+    Image.new("L", (9, 9)).save(folder / "5.png")
+    listener = Listener()
+    customize(config(instance_data_dir=str(folder), instance_prompt="a photo of sks teddy"), listener)
+    said = " ".join(listener.notes)
+    assert "Left aside: .DS_Store (a system file)" in said
+    assert "5.png: converted from L to RGB" in said and "5.png is tiny (9 x 9 for 64 pixels)" in said
+
+
+def test_a_prompt_that_is_too_long_is_told(config, tmp_path):
+    listener = Listener()
+    prompt = "a photo of sks teddy " + "on the left " * 20
+    customize(config(instance_data_dir=str(SUBJECT / "train"), instance_prompt=prompt), listener)
+    assert any("of which the text encoder reads 32: the end is cut off" in note for note in listener.notes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"instance_data_dir": "nowhere", "instance_prompt": "a photo of sks dog"}, FileNotFoundError, "no folder nowhere"),
+        ({"mixed_precision": "fp16"}, ValueError, "needs a GPU"),
+        ({"output_dir": "/proc/nope"}, OSError, "--output_dir /proc/nope cannot be written"),
+        ({"init_adapter": "nope.safetensors"}, ValueError, "no adapter file"),
+        ({"target_modules": ["nope"]}, ValueError, "nope"),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_step(config, settings, error, message):
+    listener = Listener()
+    with pytest.raises(error, match=message):
+        customize(config(**settings), listener)
+    assert listener.steps == []
