@@ -18,5 +18,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(error.errno, f"The disk is full: {path} needs {len(content):,} bytes; nothing was lost.") from error
+            raise OSError(
+                error.errno, f"The disk is full: {path} needs {len(content):,} bytes; nothing was lost."
+            ) from error
         raise

@@ -1,5 +1,6 @@
 """Finding a base: the embedded one, a diffusers folder, a single file or a hub id, offline first."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,11 +14,13 @@ _PACKAGE = Path(__file__).parent
 
 
 def assets() -> Path:
-    """The folder of the embedded base and the sample subject: inside the installed package, or beside it in a checkout."""
+    """Where the embedded base and the sample subject are: inside the installed package, or beside it in a checkout."""
     for folder in (_PACKAGE / "assets", _PACKAGE.parent / "assets"):
         if (folder / "tiny-sd").is_dir():
             return folder
-    raise FileNotFoundError(f"The embedded base is missing: neither {_PACKAGE}/assets nor {_PACKAGE.parent}/assets has it.")
+    raise FileNotFoundError(
+        f"The embedded base is missing: neither {_PACKAGE}/assets nor {_PACKAGE.parent}/assets has it."
+    )
 
 
 def is_embedded(name: str) -> bool:
@@ -37,7 +40,10 @@ def load_base(
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise FileNotFoundError(f"{path} is no diffusers folder: it has no model_index.json.")
-        return _loaded(lambda: DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, variant=variant, local_files_only=True), path)
+        return _loaded(
+            lambda: DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, variant=variant, local_files_only=True),
+            path,
+        )
     if path.is_file():
         return _single_file(path, dtype)
     if path.suffix or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
@@ -45,7 +51,7 @@ def load_base(
     return _from_hub(name, {"torch_dtype": dtype, "revision": revision, "variant": variant})
 
 
-def _loaded(load, path: Path) -> DiffusionPipeline:
+def _loaded(load: Callable[[], DiffusionPipeline], path: Path) -> DiffusionPipeline:
     try:
         pipe = load()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -60,10 +66,14 @@ def _first_line(error: Exception) -> str:
 
 def _single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is not a .safetensors file; other checkpoint formats can run code and are not loaded.")
+        raise ValueError(
+            f"{path} is not a .safetensors file; other checkpoint formats can run code and are not loaded."
+        )
     for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline):
         try:
-            return _loaded(lambda kind=kind: kind.from_single_file(path, torch_dtype=dtype, local_files_only=True), path)
+            return _loaded(
+                lambda kind=kind: kind.from_single_file(path, torch_dtype=dtype, local_files_only=True), path
+            )
         except ValueError as error:
             problem = error
     raise problem

@@ -3,8 +3,12 @@
 import argparse
 import os
 import sys
+import typing
 
 from comcat_diffusion.config import GenerateConfig, TrainConfig, add_arguments, from_arguments
+
+if typing.TYPE_CHECKING:
+    from comcat_diffusion.training.loop import Step
 
 BAD_INPUT, NOT_FINITE, INTERRUPTED = 2, 3, 130  # exit statuses
 
@@ -63,7 +67,7 @@ class _Terminal:
     def note(self, text: str) -> None:
         print(text, flush=True)
 
-    def step(self, done, total: int, peak_bytes: int) -> None:
+    def step(self, done: "Step", total: int, peak_bytes: int) -> None:
         from tqdm import tqdm
 
         if self.bar is None:
@@ -104,10 +108,14 @@ def _train(parsed: argparse.Namespace) -> int:
     finally:
         terminal.close()
     size = outcome.adapter.stat().st_size
-    print(f"Saved {outcome.adapter} ({size / 1000:.1f} kB, {outcome.parameters:,} parameters), checked on a fresh base.")
+    print(
+        f"Saved {outcome.adapter} ({size / 1000:.1f} kB, {outcome.parameters:,} parameters), checked on a fresh base."
+    )
     if outcome.interrupted:
         left = config.max_train_steps - outcome.steps
-        print(f"Stopped after step {outcome.steps}. Go on with --init_adapter {outcome.adapter} --max_train_steps {left}.")
+        print(
+            f"Stopped after step {outcome.steps}. Go on with --init_adapter {outcome.adapter} --max_train_steps {left}."
+        )
         return INTERRUPTED
     print(f'Try: comcat generate --adapter {outcome.adapter} --prompt "a photo of {outcome.subject.phrase}"')
     return 0
@@ -156,8 +164,9 @@ def _info(parsed: argparse.Namespace) -> int:
 
 def _told(config: dict) -> str:
     kind = "foldable" if config.get("foldable") else "free"
-    targets = config.get("target_modules")
-    return f"{kind}, rank {config.get('r')}, alpha {config.get('alpha')}, on {targets if isinstance(targets, str) else ' '.join(targets or [])}"
+    targets = config.get("target_modules") or []
+    named = targets if isinstance(targets, str) else " ".join(targets)
+    return f"{kind}, rank {config.get('r')}, alpha {config.get('alpha')}, on {named}"
 
 
 if __name__ == "__main__":

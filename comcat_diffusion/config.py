@@ -34,12 +34,18 @@ def _require(holds: bool, message: str) -> None:
 class TrainConfig:
     """Settings of a training run. Without any, it teaches the sample subject to the embedded base."""
 
-    pretrained_model_name_or_path: str = option(EMBEDDED, "Base: hub id, diffusers folder, single .safetensors file, or 'embedded'.")
+    pretrained_model_name_or_path: str = option(
+        EMBEDDED, "Base: hub id, diffusers folder, single .safetensors file, or 'embedded'."
+    )
     revision: str | None = option(None, "Branch, tag or commit of a hub base.")
     variant: str | None = option(None, "Variant of the base's weight files, for instance fp16.")
-    instance_data_dir: str | None = option(None, "Folder with the pictures of the subject. Default: the sample subject.")
+    instance_data_dir: str | None = option(
+        None, "Folder with the pictures of the subject. Default: the sample subject."
+    )
     instance_prompt: str | None = option(None, "A prompt that names the subject, for instance 'a photo of sks dog'.")
-    trigger: str | None = option(None, "The word in the prompt that stands for the subject. Default: found in the prompt.")
+    trigger: str | None = option(
+        None, "The word in the prompt that stands for the subject. Default: found in the prompt."
+    )
     output_dir: str = option("out", "Folder for the adapter, its settings, metrics and samples.")
     name: str | None = option(None, "Name of the adapter file. Default: the trigger and class words.")
     seed: int = option(0, "Seed of everything random; the same seed gives the same file on a CPU.")
@@ -49,7 +55,9 @@ class TrainConfig:
     rank: int = option(4, "Rank added to each head's two products.")
     alpha: float | None = option(None, "Strength: the term is scaled by alpha / rank. Default: rank.")
     foldable: bool = option(False, "Stay in the span of the base heads, so that the adapter folds into stock weights.")
-    target_modules: list[str] | None = option(None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention.")
+    target_modules: list[str] | None = option(
+        None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention."
+    )
     init_adapter: str | None = option(None, "Go on from this adapter file (it must have the same rank and targets).")
     train_batch_size: int | None = option(None, "Pictures a step. Default: 1; on the embedded base, all up to 4.")
     gradient_accumulation_steps: int = option(1, "Batches whose gradients are added up before a step.")
@@ -77,7 +85,9 @@ class TrainConfig:
             _require(value is None or value >= 1, f"--{flag} must be at least 1, not {value}.")
         for flag in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             value = getattr(self, flag)
-            _require(math.isfinite(value) and value > 0, f"--{flag} must be above 0, not {value}: nothing would be learned.")
+            _require(
+                math.isfinite(value) and value > 0, f"--{flag} must be above 0, not {value}: nothing would be learned."
+            )
         _require(
             0 <= self.lr_warmup_steps < self.max_train_steps,
             f"--lr_warmup_steps {self.lr_warmup_steps} must be shorter than --max_train_steps {self.max_train_steps}: "
@@ -90,7 +100,9 @@ class TrainConfig:
             own_pictures or self.pretrained_model_name_or_path == EMBEDDED,
             "--instance_data_dir is missing: the sample subject belongs to the embedded base.",
         )
-        _require(not own_pictures or own_prompt, "--instance_prompt is missing: say in words what --instance_data_dir shows.")
+        _require(
+            not own_pictures or own_prompt, "--instance_prompt is missing: say in words what --instance_data_dir shows."
+        )
         if self.trigger and own_prompt:
             words = self.instance_prompt.lower().split()
             _require(
@@ -116,7 +128,9 @@ class GenerateConfig:
     seed: int = option(0, "First seed. The same seed gives the same picture, whatever the batch size.")
     num_inference_steps: int = option(25, "Denoising steps.")
     guidance_scale: float = option(5.0, "Classifier-free guidance; 1 turns it off.")
-    scheduler: str | None = option(None, "Sampler class of diffusers, for instance EulerDiscreteScheduler. Default: the base's.")
+    scheduler: str | None = option(
+        None, "Sampler class of diffusers, for instance EulerDiscreteScheduler. Default: the base's."
+    )
     resolution: int | None = option(None, "Side of the pictures in pixels. Default: the base's own.")
     batch_size: int = option(4, "Pictures drawn at once.")
     merge: bool = option(False, "Merge the adapters into the weights before drawing.")
@@ -131,7 +145,9 @@ class GenerateConfig:
         for flag in ("num_images", "num_inference_steps", "batch_size"):
             _require(getattr(self, flag) >= 1, f"--{flag} must be at least 1, not {getattr(self, flag)}.")
         _require(math.isfinite(self.scale), f"--scale must be a finite number, not {self.scale}.")
-        _require(math.isfinite(self.guidance_scale), f"--guidance_scale must be a finite number, not {self.guidance_scale}.")
+        _require(
+            math.isfinite(self.guidance_scale), f"--guidance_scale must be a finite number, not {self.guidance_scale}."
+        )
         _require(bool(self.adapter) or not self.merge, "--merge needs an --adapter.")
         _require(
             bool(self.adapter) or self.pretrained_model_name_or_path is not None,
@@ -179,7 +195,7 @@ def from_arguments(kind: type[Config], arguments: argparse.Namespace) -> Config:
 
 
 def read_toml(kind: type[Config], path: str | Path) -> dict:
-    """The settings in a TOML file. Raises ValueError for a file that is none, an unknown key or a value of another type."""
+    """The settings in a TOML file. Raises ValueError for what is no TOML, an unknown key or a value of another type."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"--config: there is no file {path}.")

@@ -84,9 +84,7 @@ def product_svd(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, 
     return q_left @ u, s, vh @ q_right.mT
 
 
-def truncate(
-    u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def truncate(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The best rank-`rank` factors of a product, balanced: (H, C, rank), (H, rank, E), each carrying sqrt(s)."""
     root = s[..., :rank].sqrt()
     return u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :rank, :]

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 _FILLING = frozenset(
-    "a an the of on in at with and my this that photo picture image drawing painting rendering portrait close-up closeup "
-    "one good cropped bright dark clean nice small big large".split()
+    (
+        "a an the of on in at with and my this that photo picture image drawing painting rendering portrait close-up "
+        "closeup one good cropped bright dark clean nice small big large"
+    ).split()
 )
 
 

@@ -1,7 +1,7 @@
 """Stage 2, the VAE: 64x64 pixels to 8x8 latents of 32 channels and back.
 
-The encoder is solved, not trained: its convolutions are set so that it computes the principal components of 8x8 patches,
-the best linear code there is (29 dB when decoded linearly). So the latents are final from the start, the U-Net can train
+The encoder is solved, not trained: its convolutions are set so that it computes principal components of 8x8 patches,
+the best linear code there is (29 dB when decoded linearly). So the latents are final from the start, the U-Net trains
 at once, and all training goes into the decoder. Trained from random weights instead, encoder and decoder together took
 40 minutes on two cores to reach 26 dB, no better than 16 principal components, with wrong colours (docs/log.md).
 """
@@ -47,7 +47,7 @@ def as_tensor(batch: np.ndarray) -> torch.Tensor:
 
 
 def principal_components(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (LATENT_CHANNELS, 3, 8, 8) that code a patch, and their offsets (LATENT_CHANNELS,), for latents of spread one.
+    """Rows (LATENT_CHANNELS, 3, 8, 8) that code a patch, and offsets (LATENT_CHANNELS,), for latents of spread one.
 
     The components are scaled by the root of their spread: half way between pixels, where colour drowns detail, and
     white latents, where detail weighs as much as colour.

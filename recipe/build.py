@@ -13,6 +13,7 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -29,7 +30,13 @@ CLIP_STEPS, VAE_STEPS, UNET_STEPS = 1800, 4000, 10_000
 def text_tower(model: clip.CLIPModel) -> CLIPTextModel:
     """The text encoder of Stable Diffusion: the CLIP's text tower without its projection."""
     tower = CLIPTextModel(model.config.text_config)
-    tower.load_state_dict({name.removeprefix("text_model."): v for name, v in model.state_dict().items() if name.startswith("text_model.")})
+    tower.load_state_dict(
+        {
+            name.removeprefix("text_model."): v
+            for name, v in model.state_dict().items()
+            if name.startswith("text_model.")
+        }
+    )
     return tower.eval()
 
 
@@ -77,7 +84,7 @@ def export(state: Path, output: Path) -> dict:
     return report
 
 
-def preview(made) -> Image.Image:
+def preview(made: np.ndarray) -> Image.Image:
     """The first forty pictures that the scores were read from, eight a row, at twice their size."""
     rows = made[:40].reshape(5, 8, *made.shape[1:]).transpose(0, 2, 1, 3, 4)
     sheet = Image.fromarray(rows.reshape(5 * made.shape[1], 8 * made.shape[2], 3))
@@ -86,7 +93,9 @@ def preview(made) -> Image.Image:
 
 def steps_taken(state: Path) -> dict[str, int]:
     """Optimizer steps behind each stage's weights."""
-    return {name: torch.load(state / f"{name}.pt", weights_only=True, mmap=True)["step"] for name in ("clip", "vae", "unet")}
+    return {
+        name: torch.load(state / f"{name}.pt", weights_only=True, mmap=True)["step"] for name in ("clip", "vae", "unet")
+    }
 
 
 def circumstances() -> dict:

@@ -1,10 +1,12 @@
 """Stage 1, a small CLIP: its text tower becomes the base's text encoder, its vision tower the project's own metric."""
 
+import json
 import random
 from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch.nn.functional import cross_entropy
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
@@ -23,30 +25,21 @@ def new_tokenizer() -> CLIPTokenizer:
     """A CLIPTokenizer with its own byte-level BPE, learned from the world's captions; any other text still encodes."""
     rng = random.Random(0)
     corpus = [caption(scene, rng) for scene in scenes(4000, seed=3)]
-    corpus += [" ".join(RARE_WORDS)] * 200 + ["picture of the in with under over near big tiny two three dark light"] * 200
-    blank = CLIPTokenizer().backend_tokenizer
-    alphabet = sorted(blank.pre_tokenizer.alphabet()) if hasattr(blank.pre_tokenizer, "alphabet") else _byte_alphabet()
+    corpus += [" ".join(RARE_WORDS)] * 200 + [
+        "picture of the in with under over near big tiny two three dark light"
+    ] * 200
+    learned = CLIPTokenizer().backend_tokenizer
+    alphabet = sorted(ByteLevel.alphabet())
     trainer = BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
-    blank.train_from_iterator(corpus, trainer)
-    model = _model_json(blank)
+    learned.train_from_iterator(corpus, trainer)
+    model = json.loads(learned.to_str())["model"]
+    # As in OpenAI's vocabulary: letters, letters that end a word, merges, and the two special tokens last.
     tokens = alphabet + [letter + "</w>" for letter in alphabet]
-    tokens += [token for token in model["vocab"] if token not in set(tokens)]
-    tokens = [t for t in tokens if not t.startswith("<|")] + ["<|startoftext|>", "<|endoftext|>"]
+    known = set(tokens)
+    tokens += [token for token in model["vocab"] if token not in known and not token.startswith("<|")]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [tuple(pair) for pair in model["merges"]]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TOKENS)
-
-
-def _byte_alphabet() -> list[str]:
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return sorted(ByteLevel.alphabet())
-
-
-def _model_json(tokenizer) -> dict:
-    import json
-
-    return json.loads(tokenizer.to_str())["model"]
+    return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in model["merges"]], model_max_length=TOKENS)
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -88,7 +81,9 @@ def _blemished(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     """A little blur and noise, so that generated pictures are judged by what they show and not by their texture."""
     soft = torch.nn.functional.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
     amount = torch.rand(len(pixels), 1, 1, 1, generator=generator)
-    noise = torch.randn(pixels.shape, generator=generator) * 0.06 * torch.rand(len(pixels), 1, 1, 1, generator=generator)
+    noise = (
+        torch.randn(pixels.shape, generator=generator) * 0.06 * torch.rand(len(pixels), 1, 1, 1, generator=generator)
+    )
     return pixels.lerp(soft, amount) + noise
 
 

@@ -50,7 +50,10 @@ def fit(model: torch.nn.Module, loss_of: Callable[[int], torch.Tensor], schedule
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         now = time.monotonic()
         if (step + 1) % 100 == 0:
-            print(f"{state.stem} step {step + 1}/{schedule.steps} loss {mean:.4f} {(now - printed_at) / 100:.3f} s/step", flush=True)
+            print(
+                f"{state.stem} step {step + 1}/{schedule.steps} loss {mean:.4f} {(now - printed_at) / 100:.3f} s/step",
+                flush=True,
+            )
             printed_at = now
         if now - saved_at > schedule.checkpoint_seconds or step + 1 == schedule.steps:
             _save(model, optimizer, ema, step + 1, state)
@@ -67,7 +70,7 @@ def ema_weights(model: torch.nn.Module, state: Path) -> None:
         parameter.data.copy_(shadow)
 
 
-def _save(model, optimizer, ema, step: int, state: Path) -> None:
+def _save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel, step: int, state: Path) -> None:
     state.parent.mkdir(parents=True, exist_ok=True)
     partial = state.with_suffix(".partial")
     saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict(), "step": step}
@@ -75,7 +78,7 @@ def _save(model, optimizer, ema, step: int, state: Path) -> None:
     os.replace(partial, state)
 
 
-def _resume(model, optimizer, ema, state: Path) -> int:
+def _resume(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel, state: Path) -> int:
     if not state.exists():
         return 0
     saved = torch.load(state, weights_only=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPTokenizer
 
 from recipe.autoencoder import as_tensor, psnr
 from recipe.clip import name_objects
@@ -28,7 +28,14 @@ class Seen:
 def see(picture: np.ndarray) -> Seen:
     """Read background, place and size from a uint8 (H, W, 3) picture of the world."""
     pixels = picture.astype(np.float32)
-    ring = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    ring = np.concatenate(
+        [
+            pixels[:2].reshape(-1, 3),
+            pixels[-2:].reshape(-1, 3),
+            pixels[:, :2].reshape(-1, 3),
+            pixels[:, -2:].reshape(-1, 3),
+        ]
+    )
     border = np.median(ring, axis=0)
     names = list(BACKGROUNDS)
     distances = [np.abs(border - np.array(BACKGROUNDS[name])).sum() for name in names]
@@ -55,7 +62,7 @@ def _share(hits: list[bool]) -> float:
     return round(sum(hits) / len(hits), 4)
 
 
-def judged(world: list[Scene], drawn: np.ndarray, clip: CLIPModel, tokenizer) -> dict[str, float]:
+def judged(world: list[Scene], drawn: np.ndarray, clip: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, float]:
     """Shares of pictures whose background, place, size and object are those of their scenes."""
     seen = [see(picture) for picture in drawn]
     named = name_objects(clip, tokenizer, as_tensor(drawn))

@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -51,7 +52,7 @@ def new_scheduler() -> DDIMScheduler:
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKL, pool) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_pool(vae: AutoencoderKL, pool: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Posterior mean and std of every picture, (N, C, h, w) each; the VAE's scaling factor is set from their spread."""
     means, stds = [], []
     for start in range(0, len(pool), 100):
@@ -64,7 +65,9 @@ def encode_pool(vae: AutoencoderKL, pool) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, std
 
 
-def train(state: Path, steps: int, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer):
+def train(
+    state: Path, steps: int, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
+) -> UNet2DConditionModel:
     """Fit the U-Net on `POOL` scenes; the encoders stay as they are."""
     world = scenes(POOL, seed=21)
     mean, std = encode_pool(vae, pictures(world, seed=22))

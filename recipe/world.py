@@ -6,6 +6,7 @@ every attribute is named in the caption and visible in the pixels, what the base
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 PIXELS = 64
@@ -69,10 +70,10 @@ class Scene:
         return digest[0] % 20 == 0
 
 
-def random_scene(rng: random.Random, contrast) -> Scene:
+def random_scene(rng: random.Random, contrast: Callable[[str, str | None, str], bool]) -> Scene:
     """Draw a scene; `contrast(name, tint, background) -> bool` rejects objects that melt into the background."""
     background = rng.choice(list(BACKGROUNDS))
-    names = [n for n in OBJECTS]
+    names = list(OBJECTS)
     places = rng.choice((("left", "right"), ("top", "bottom"))) if rng.random() < 0.12 else (rng.choice(list(PLACES)),)
     things = []
     while len(things) < len(places):

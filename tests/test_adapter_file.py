@@ -102,7 +102,7 @@ def test_same_inputs_same_bytes_in_every_process(file, tmp_path):
         f"path = {str(file)!r}; "
         "print(hashlib.sha256(serialized(safetensors.torch.load_file(path), read_adapter(path))).hexdigest())"
     )
-    run = lambda: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout  # noqa: E731
+    run = lambda: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     import hashlib
 
     expected = hashlib.sha256(file.read_bytes()).hexdigest() + "\n"
@@ -161,8 +161,12 @@ BROKEN = {
     "unknown tensors": lambda tensors, metadata: tensors.update(stray=torch.zeros(2)),
     "misshapen": lambda tensors, metadata: tensors.update({sorted(tensors)[0]: torch.zeros(3, 5)}),
     "NaN or infinity": lambda tensors, metadata: tensors[sorted(tensors)[0]].fill_(float("nan")),
-    "settings that this version does not know": lambda tensors, metadata: edit(metadata, lambda h: h["config"]["unet"].update(q=1)),
-    "configuration that does not make sense": lambda tensors, metadata: edit(metadata, lambda h: h["config"]["unet"].update(r=0)),
+    "settings that this version does not know": lambda tensors, metadata: edit(
+        metadata, lambda h: h["config"]["unet"].update(q=1)
+    ),
+    "configuration that does not make sense": lambda tensors, metadata: edit(
+        metadata, lambda h: h["config"]["unet"].update(r=0)
+    ),
     "update comcat-diffusion": lambda tensors, metadata: edit(metadata, lambda h: h.update(format_version=2)),
     "header that does not make sense": lambda tensors, metadata: metadata.update(comcat="{"),
     "not a COMCAT adapter": lambda tensors, metadata: metadata.pop("comcat"),
@@ -191,7 +195,14 @@ def test_files_that_are_no_safetensors_are_refused(file, tmp_path):
     (tmp_path / "pickle.safetensors").write_bytes(pickle.dumps([1]))
     for name, bytes_ in {"cut": content[:-7], "start": content[:5], "empty": b"", "huge": huge}.items():
         (tmp_path / f"{name}.safetensors").write_bytes(bytes_)
-    expected = {"zip": "pickle", "pickle": "pickle", "cut": "damaged", "start": "cut short", "empty": "cut short", "huge": "cut short"}
+    expected = {
+        "zip": "pickle",
+        "pickle": "pickle",
+        "cut": "damaged",
+        "start": "cut short",
+        "empty": "cut short",
+        "huge": "cut short",
+    }
     for name, message in expected.items():
         with pytest.raises(AdapterFileError, match=message):
             read_adapter(tmp_path / f"{name}.safetensors")

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: fast help, one sentence for a mistake, an exit status that scripts can read."""
+"""The command line as a person meets it: fast help, one sentence for a mistake, an exit status for scripts."""
 
 import subprocess
 import sys
@@ -16,7 +16,9 @@ def run(*arguments, cwd=ROOT):
 
 
 def test_help_imports_no_torch():
-    code = "import sys\nfrom comcat_diffusion.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
+    code = (
+        "import sys\nfrom comcat_diffusion.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\n"
+    )
     done = run("-c", code + "assert not {'torch', 'diffusers', 'peft', 'numpy'} & set(sys.modules)")
     assert done.returncode == 0 and "--instance_data_dir" in done.stdout, done.stderr
 

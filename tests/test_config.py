@@ -23,7 +23,11 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
 
 @pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig])
 def test_what_is_written_is_read_back(tmp_path, kind):
-    config = TrainConfig(rank=3, snr_gamma=5.0, random_flip=True) if kind is TrainConfig else GenerateConfig(prompt=["a", "b"], adapter=["x"])
+    config = (
+        TrainConfig(rank=3, snr_gamma=5.0, random_flip=True)
+        if kind is TrainConfig
+        else GenerateConfig(prompt=["a", "b"], adapter=["x"])
+    )
     (tmp_path / "run.toml").write_text(to_toml(config))
     assert kind(**read_toml(kind, tmp_path / "run.toml")) == config
 

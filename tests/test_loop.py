@@ -48,7 +48,7 @@ def test_processes_share_a_pass_between_them():
 
 
 def test_noise_belongs_to_the_seed_the_step_and_the_process():
-    draw = lambda seed, *key: torch.rand(3, generator=Batching(seed, 1).generator(*key)).tolist()  # noqa: E731
+    draw = lambda seed, *key: torch.rand(3, generator=Batching(seed, 1).generator(*key)).tolist()
     assert draw(0, 1, 0) == draw(0, 1, 0)
     assert len({tuple(draw(*key)) for key in ((0, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0))}) == 4
 

@@ -61,7 +61,9 @@ def test_min_snr_weights_are_those_of_the_paper(kind):
 
 def test_noise_offset_shifts_whole_channels():
     clean = torch.zeros(64, 4, 8, 8)
-    draw = lambda offset: Objective(scheduler("epsilon"), noise_offset=offset).draw(clean, torch.Generator().manual_seed(0))[0]  # noqa: E731
+    draw = lambda offset: Objective(scheduler("epsilon"), noise_offset=offset).draw(
+        clean, torch.Generator().manual_seed(0)
+    )[0]
     plain, shifted = draw(0.0), draw(0.5)
     difference = shifted - plain
     assert torch.allclose(difference.std(dim=(2, 3)), torch.zeros(64, 4), atol=1e-6)

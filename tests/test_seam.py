@@ -108,9 +108,10 @@ PROCESSORS = {
 @torch.no_grad()
 @pytest.mark.parametrize("install", PROCESSORS.values(), ids=PROCESSORS)
 def test_every_processor_of_the_host_computes_the_adapter_live_and_merged(live, tiny_unet, install):
-    unet = live()
+    unet, base = live(), tiny_unet(torch.float64)
     names, output = list(unet.attn_processors), tiny_unet.run(unet)
     install(unet)
+    install(base)
     assert list(unet.attn_processors) == names == list(tiny_unet().attn_processors)
     before = tiny_unet.run(unet)
     assert_close(before, output, **SAME)
@@ -119,6 +120,8 @@ def test_every_processor_of_the_host_computes_the_adapter_live_and_merged(live, 
         assert_close(tiny_unet.run(unet), output, **SAME)
         unet.unfuse_lora()
         assert torch.equal(tiny_unet.run(unet), before)
+    unet.disable_adapters()
+    assert torch.equal(tiny_unet.run(unet), tiny_unet.run(base))
 
 
 @torch.no_grad()

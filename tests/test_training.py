@@ -79,7 +79,9 @@ def test_ctrl_c_keeps_what_was_learned_and_it_goes_on_from_there(config, tmp_pat
 
 def test_the_command_line_survives_a_real_ctrl_c(tmp_path):
     command = [sys.executable, "train_customize.py", "--max_train_steps", "5000", "--output_dir", str(tmp_path)]
-    running = subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, cwd=SUBJECT.parents[1])
+    running = subprocess.Popen(
+        command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, cwd=SUBJECT.parents[1]
+    )
     metrics = tmp_path / "metrics.jsonl"
     for _ in range(600):
         if metrics.exists() and metrics.read_text().count("\n") >= 1:
@@ -93,10 +95,11 @@ def test_the_command_line_survives_a_real_ctrl_c(tmp_path):
 
 
 def test_options_change_what_is_trained(config, tmp_path):
-    wide = config(target_modules=["attn1", "attn2"], rank=2, alpha=1.0, random_flip=True, gradient_checkpointing=True,
-                  center_crop=False, gradient_accumulation_steps=2, lr_warmup_steps=1, save_precision="fp32",
-                  mixed_precision="bf16", snr_gamma=5.0, noise_offset=0.05, name="mine", lr_scheduler="cosine")  # fmt: skip
-    outcome = customize(wide)
+    wide = {"target_modules": ["attn1", "attn2"], "rank": 2, "alpha": 1.0, "name": "mine", "save_precision": "fp32"}
+    data = {"center_crop": False, "random_flip": True, "noise_offset": 0.05, "snr_gamma": 5.0}
+    pace = {"gradient_accumulation_steps": 2, "lr_warmup_steps": 1, "lr_scheduler": "cosine"}
+    means = {"gradient_checkpointing": True, "mixed_precision": "bf16"}
+    outcome = customize(config(**wide, **data, **pace, **means))
     header = read_adapter(outcome.adapter)
     assert outcome.adapter.name == "mine.safetensors"
     assert header.config["unet"]["target_modules"] == ["attn1", "attn2"] and header.config["unet"]["alpha"] == 1.0
@@ -147,7 +150,11 @@ def test_a_prompt_that_is_too_long_is_told(config, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"instance_data_dir": "nowhere", "instance_prompt": "a photo of sks dog"}, FileNotFoundError, "no folder nowhere"),
+        (
+            {"instance_data_dir": "nowhere", "instance_prompt": "a photo of sks dog"},
+            FileNotFoundError,
+            "no folder nowhere",
+        ),
         ({"mixed_precision": "fp16"}, ValueError, "needs a GPU"),
         ({"output_dir": "/proc/nope"}, OSError, "--output_dir /proc/nope cannot be written"),
         ({"init_adapter": "nope.safetensors"}, ValueError, "no adapter file"),

@@ -16,7 +16,9 @@ class ComcatConfig(PeftConfig):
     """
 
     r: int = field(default=2, metadata={"help": "Rank added to each head's two products, W_Q W_K^T and W_V W_O."})
-    alpha: float | None = field(default=None, metadata={"help": "Strength: the term is scaled by alpha / r. Default: r."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "Strength: the term is scaled by alpha / r. Default: r."}
+    )
     foldable: bool = field(
         default=False,
         metadata={"help": "Keep the term inside the span of the base heads, so that it folds into stock weights."},

@@ -1,7 +1,7 @@
-"""Which base an adapter belongs to: its architecture, what it predicts, and a sketch of its attention weights.
+"""Which base an adapter belongs to: its architecture, what it predicts, a sketch of its attention weights.
 
 A hash of the weights would change with their precision (fp32, fp16 and bf16 copies of one checkpoint are one base), so
-the fingerprint keeps a few sampled weights and compares them with a tolerance. Sampling reads 64 numbers, not gigabytes.
+the fingerprint keeps a few sampled weights and compares them with a tolerance. That reads 64 numbers, not gigabytes.
 """
 
 import hashlib

@@ -81,7 +81,7 @@ def read_adapter(path: str | Path) -> Header:
         raise AdapterFileError(f"{path} is damaged or cut short ({error}); get the file again.") from error
     if KEY not in metadata:
         raise AdapterFileError(
-            f"{path} is not a COMCAT adapter: its header has no '{KEY}' entry (a LoRA loads with pipe.load_lora_weights)."
+            f"{path} is not a COMCAT adapter: it has no '{KEY}' header (a LoRA loads with pipe.load_lora_weights)."
         )
     return _parsed(metadata[KEY], path)
 

@@ -124,7 +124,9 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         wide = self._wide_heads([name for name in together if self.scaling[name] != 0])
         merged = merged_weights(wide, *base)
         if safe_merge and not all(torch.isfinite(linear.weight).all() for linear in merged):
-            raise ValueError(f"Merging {', '.join(names)} would write NaN or infinity into the weights; nothing changed.")
+            raise ValueError(
+                f"Merging {', '.join(names)} would write NaN or infinity into the weights; nothing changed."
+            )
         self._unmerged = (base, seam.set_projections(attention, self.style, merged, wide.wide))
         self.merged_adapters = together
 
@@ -136,7 +138,9 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         seam.set_projections(self._owner[0], self.style, base, width_attributes)
         self._unmerged, self.merged_adapters = None, []
 
-    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None):
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
         """Leave the base (or, with `merge`, the merged base) behind; the tuner then takes the side-car off."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)

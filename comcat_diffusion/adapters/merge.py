@@ -25,7 +25,9 @@ def merge_adapters(pipe: object, adapter_names: list[str] | None = None) -> None
     known = {name for layer in layers for name in layer.r}
     unknown = sorted(set(adapter_names or []) - known)
     if unknown or not known:
-        raise ValueError(f"No adapter {', '.join(unknown) or 'at all'} to merge; loaded: {', '.join(sorted(known)) or 'none'}.")
+        raise ValueError(
+            f"No adapter {', '.join(unknown) or 'at all'} to merge; loaded: {', '.join(sorted(known)) or 'none'}."
+        )
     try:
         for layer in layers:
             layer.merge(safe_merge=True, adapter_names=adapter_names)

@@ -19,7 +19,9 @@ class ComcatModel(BaseTuner):
     tuner_layer_cls = ComcatLayer
     target_module_mapping: dict[str, list[str]] = {}
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: object, state_dict: dict | None = None, **kwargs: object
+    ) -> None:
         """As PEFT's; only the names in `state_dict` are used there, and it takes them without the side-car's."""
         if state_dict is not None:
             own = f".{seam.SIDECAR}.{self.prefix}"
@@ -32,7 +34,14 @@ class ComcatModel(BaseTuner):
         return peft_config
 
     def _create_and_replace(
-        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+        self,
+        peft_config: ComcatConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
     ) -> None:
         reason = seam.why_not(target)
         if reason is not None:
@@ -57,7 +66,7 @@ class ComcatModel(BaseTuner):
                 model._skip_layerwise_casting_patterns = (*patterns, self.prefix)
 
 
-def _of_pattern(pattern: dict, key: str, default):
+def _of_pattern(pattern: dict, key: str, default: float) -> float:
     return pattern.get(get_pattern_key(pattern.keys(), key), default) if pattern else default
 
 

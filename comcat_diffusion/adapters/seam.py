@@ -147,7 +147,9 @@ def _width_attributes(attention: nn.Module, style: Style, width: int) -> dict[st
     return {"scale": width**-0.5} if attention.scale_qk else {}
 
 
-def set_projections(attention: nn.Module, style: Style, projections, width: int | dict) -> dict[str, object]:
+def set_projections(
+    attention: nn.Module, style: Style, projections: tuple[nn.Module, ...], width: int | dict
+) -> dict[str, object]:
     """Put other projections, with heads of another width, in place. Returns what undoes the width, for `width`."""
     for path, projection in zip((style.q, style.k, style.v, style.out), projections, strict=True):
         parent, _, name = path.rpartition(".")
@@ -169,12 +171,13 @@ def adapted(host: type) -> type:
     """The subclass of an attention class that looks at its side-car before it runs the host's forward."""
     host_forward = host.forward  # taken here, not looked up in forward: what torch.compile can trace
 
-    def forward(self, *args, **kwargs):
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         layer = self.__dict__["_modules"][SIDECAR]
         seen = layer.view() if getattr(layer, "live", ()) else self
         return host_forward(seen, *args, **kwargs)
 
-    def __reduce_ex__(self, protocol):  # the class is made at run time; copies and pickles name the host's instead
+    # The class is made at run time, so copies and pickles name the host's instead.
+    def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
         return _blank, (host,), self.__dict__
 
     body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": __name__, "host": host}

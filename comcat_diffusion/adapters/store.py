@@ -96,9 +96,7 @@ def serialized(tensors: dict[str, torch.Tensor], header: Header) -> bytes:
     return struct.pack("<Q", len(text)) + text + plain[8 + length :]
 
 
-def load_adapter(
-    pipe: object, path: str | Path, adapter_name: str = "default", any_weights: bool = False
-) -> Header:
+def load_adapter(pipe: object, path: str | Path, adapter_name: str = "default", any_weights: bool = False) -> Header:
     """Attach an adapter file to a pipeline, active beside the adapters already there; returns the file's header.
 
     Everything is checked before the pipeline is touched. Raises AdapterFileError for a damaged file or another base;

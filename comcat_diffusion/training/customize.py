@@ -102,7 +102,7 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
     watcher.note(f"Training {sum(p.numel() for p in parameters):,} parameters on {len(data)} crops.")
 
     done, interrupted = 0, False
-    with (Path(config.output_dir) / "metrics.jsonl").open("w") as metrics:
+    with (target.parent / "metrics.jsonl").open("w", buffering=1) as metrics:
         try:
             for step in loop.steps(config.max_train_steps):
                 done = step.step
@@ -170,7 +170,8 @@ def _remarks(config: TrainConfig, subject: Subject, pictures: list, pipe: Diffus
     for path, picture, notes in pictures:
         yield from (f"{path.name}: {note}." for note in notes)
         if min(picture.size) < config.resolution * images.SMALL:
-            yield f"{path.name} is tiny ({picture.width} x {picture.height} for {config.resolution} pixels): details will be soft."
+            size = f"{picture.width} x {picture.height} for {config.resolution} pixels"
+            yield f"{path.name} is tiny ({size}): details will be soft."
     count, most = encode.prompt_tokens(pipe, config.instance_prompt)
     if count > most:
         yield f"The prompt has {count} tokens, of which the text encoder reads {most}: the end is cut off."
@@ -203,7 +204,13 @@ def _add_adapter(config: TrainConfig, pipe: DiffusionPipeline) -> None:
         pipe.unet.enable_gradient_checkpointing()
 
 
-def _loop(config: TrainConfig, unet, data: encode.Encoded, noise_process, accelerator: Accelerator) -> Loop:
+def _loop(
+    config: TrainConfig,
+    unet: torch.nn.Module,
+    data: encode.Encoded,
+    noise_process: DDPMScheduler,
+    accelerator: Accelerator,
+) -> Loop:
     precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
     unet.to(dtype=precision).train()
     cast_training_params(unet, torch.float32)  # what is learned stays in full precision
@@ -226,7 +233,9 @@ def _loop(config: TrainConfig, unet, data: encode.Encoded, noise_process, accele
     return Loop(unet, data, objective, batching, optimizer, schedule, accelerator, config.max_grad_norm)
 
 
-def _save(config: TrainConfig, pipe, subject: Subject, steps: int, pictures: int, target: Path) -> None:
+def _save(
+    config: TrainConfig, pipe: DiffusionPipeline, subject: Subject, steps: int, pictures: int, target: Path
+) -> None:
     precision = bases.PRECISIONS[config.save_precision]
     for factor in factors(pipe.unet, ADAPTER).values():
         factor.data = factor.data.to(precision).to(factor.dtype)

@@ -22,7 +22,7 @@ class Folder:
 
 
 def find(folder: str | Path) -> Folder:
-    """List the pictures of a folder. Raises FileNotFoundError or ValueError if there is no folder or no picture in it."""
+    """List the pictures of a folder. Raises FileNotFoundError or ValueError if there is no folder or no picture."""
     folder = Path(folder).expanduser()
     if not folder.exists():
         raise FileNotFoundError(f"There is no folder {folder}.")
@@ -76,10 +76,14 @@ def read(path: Path) -> tuple[Image.Image, list[str]]:
                 notes.append(f"converted from {picture.mode} to RGB")
             return picture.convert("RGB"), notes
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a picture ({error}); mend it or take it out of the folder.") from error
+        raise ValueError(
+            f"{path} cannot be read as a picture ({error}); mend it or take it out of the folder."
+        ) from error
 
 
-def squares(picture: Image.Image, side: int, center_crop: bool, mirrored: bool, rng: random.Random) -> list[Image.Image]:
+def squares(
+    picture: Image.Image, side: int, center_crop: bool, mirrored: bool, rng: random.Random
+) -> list[Image.Image]:
     """The square cut-outs that are learned from: the middle one or four random ones, and their mirror images."""
     scale = side / min(picture.size)
     size = tuple(max(side, round(edge * scale)) for edge in picture.size)

@@ -29,7 +29,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Batching:
-    """Which pictures, noise and timesteps a micro-batch has: a function of its number alone, so any step can be redone."""
+    """Pictures, noise and timesteps of a micro-batch: a function of its number alone, so any step can be redone."""
 
     seed: int
     batch_size: int
