@@ -27,8 +27,8 @@ STEADY = 100.0  # a constant in every normalization group, so large that the gro
 
 
 def new_autoencoder() -> AutoencoderKL:
-    """A randomly initialized AutoencoderKL of the base's shape."""
-    return AutoencoderKL(
+    """A randomly initialized AutoencoderKL of the base's shape; its encoder is not to be trained."""
+    vae = AutoencoderKL(
         block_out_channels=CHANNELS,
         down_block_types=("DownEncoderBlock2D",) * len(CHANNELS),
         up_block_types=("UpDecoderBlock2D",) * len(CHANNELS),
@@ -39,6 +39,9 @@ def new_autoencoder() -> AutoencoderKL:
         scaling_factor=1.0,
         force_upcast=False,
     )
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    return vae
 
 
 def as_tensor(batch: np.ndarray) -> torch.Tensor:
@@ -114,8 +117,6 @@ def with_solved_encoder() -> tuple[AutoencoderKL, np.ndarray]:
     vae = new_autoencoder()
     pool = pictures(scenes(30_000, seed=1), seed=2)
     solve_encoder(vae, *principal_components(as_tensor(pool[:5000])))
-    for part in (vae.encoder, vae.quant_conv):
-        part.requires_grad_(False)
     return vae, pool
 
 

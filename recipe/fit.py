@@ -37,6 +37,7 @@ def fit(model: torch.nn.Module, loss_of: Callable[[int], torch.Tensor], schedule
     optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
     ema = EMAModel(trained, decay=schedule.ema_decay)
     first = _resume(model, optimizer, ema, state)
+    ema.decay = schedule.ema_decay  # a resumed run may change it
     saved_at, printed_at, mean = time.monotonic(), time.monotonic(), None
     for step in range(first, schedule.steps):
         for group in optimizer.param_groups:

@@ -17,7 +17,7 @@ from recipe.fit import Schedule, fit
 from recipe.world import PIXELS, caption
 
 CHANNELS = (96, 192)
-BATCH = 64
+BATCH = 32
 UNCONDITIONAL = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
 POOL = 30_000
 
@@ -95,6 +95,6 @@ def train(
             predicted = unet(noisy, timesteps, states).sample.float()
         return (predicted - scheduler.get_velocity(clean, noise, timesteps)).square().mean()
 
-    fit(unet, loss_of, Schedule(steps=steps, learning_rate=6e-4, warmup_steps=300, ema_decay=0.9995), state)
+    fit(unet, loss_of, Schedule(steps=steps, learning_rate=6e-4, warmup_steps=300, ema_decay=0.999), state)
     unet.set_attn_processor(AttnProcessor2_0())
     return unet
