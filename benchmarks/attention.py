@@ -1,6 +1,6 @@
 """What a COMCAT adapter costs in time and memory, on the architecture of SD 1.5 with random weights.
 
-    python -m benchmarks.attention            # 512 px; about half an hour and 16 GB on two CPU cores, minutes on a GPU
+    python -m benchmarks.attention            # 512 px; about half an hour and 12 GB on two CPU cores, minutes on a GPU
     python -m benchmarks.attention --quick    # 256 px, fewer rounds: under three minutes on two CPU cores
     python -m benchmarks.attention --show F   # the tables of an earlier run
 
@@ -10,8 +10,8 @@ training step of the U-Net (forward, backward, AdamW on the adapter), and one U-
 - bare: the frozen model. Its training step runs the same forward and backward: the input of the earliest adapted
   attention is made to require a gradient, so that the backward pass goes just as far as with an adapter there.
 - comcat: a live adapter of rank R. Also comcat_foldable, and comcat_merged (written into wider projections).
-- lora: PEFT's LoRA on to_q, to_k, to_v, to_out.0 of the same attentions, rank R*H/2: as many parameters in
-  self-attention, somewhat more in cross-attention (the tables print both counts).
+- lora: PEFT's LoRA on to_q, to_k, to_v, to_out.0 of the same attentions, rank R*H/2: just as many parameters in
+  self-attention, nearly as many in cross-attention (the tables print the counts).
 - two_branch: the authors' formula, both products and the softmax materialized. It gets the factors of `comcat` and must
   give the same output, or the run stops.
 

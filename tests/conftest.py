@@ -52,29 +52,31 @@ def _noise(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def build_tiny_unet() -> nn.Module:
+    """Two blocks and a middle, 8x8 latents, four self- and four cross-attentions, context width 24."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=2,  # diffusers' name for the number of heads: widths 8 and 16
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_unet() -> Tiny:
-    """Two blocks and a middle, 8x8 latents, four self- and four cross-attentions, context width 24."""
-
-    def build() -> nn.Module:
-        return UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            norm_num_groups=8,
-            cross_attention_dim=24,
-            attention_head_dim=2,  # diffusers' name for the number of heads: widths 8 and 16
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        )
+    """See `build_tiny_unet`."""
 
     def inputs() -> dict[str, torch.Tensor]:
         noise, context = _noise(2, 4, 8, 8, seed=1), _noise(2, 7, 24, seed=2)  # B C 8 8, B M C
         return {"sample": noise, "timestep": torch.tensor([10, 500]), "encoder_hidden_states": context}
 
-    return Tiny(_built(build, seed=0), inputs)
+    return Tiny(_built(build_tiny_unet, seed=0), inputs)
 
 
 @pytest.fixture(scope="session")

@@ -34,10 +34,12 @@ class ComcatConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Where the layer index stands."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train as a whole."})
     # PEFT reads this of every config; the adapter targets attentions, never single parameters.
-    target_parameters: list[str] | None = field(default=None, init=False, repr=False)
+    target_parameters: list[str] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.target_parameters is not None:
+            raise ValueError("A COMCAT adapter targets attentions, never single parameters (target_parameters).")
         self.peft_type = COMCAT
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)

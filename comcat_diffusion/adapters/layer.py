@@ -1,6 +1,8 @@
 """The side-car of one attention: the factors of every adapter, by name, in the shape that PEFT expects of a layer."""
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,13 +14,26 @@ from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, merged_wei
 
 def factor_shapes(attention: nn.Module, rank: int, foldable: bool) -> dict[str, tuple[int, int]]:
     """Name -> (in, out) features of the factors that an adapter of this rank has on an attention."""
+    layer = attention._modules.get(seam.SIDECAR)
+    if isinstance(layer, ComcatLayer):  # which knows the base's own projections while merged ones stand in their place
+        return _shapes(layer._plain(), layer.heads, rank, foldable)
     style = seam.style_of(attention)
-    q, k, v, out = (seam.plain(projection) for projection in style.projections(attention))
-    across, width = style.head_count(attention) * rank, seam.width_of(attention, style)
+    plain = [seam.plain(projection) for projection in style.projections(attention)]
+    return _shapes(plain, style.head_count(attention), rank, foldable)
+
+
+def _shapes(projections: list[nn.Linear], heads: int, rank: int, foldable: bool) -> dict[str, tuple[int, int]]:
+    q, k, v, out = projections
+    across, width = heads * rank, k.out_features // heads
     shared = {"k_down": (k.in_features, across), "v_down": (v.in_features, across)}
     if foldable:
         return shared | {"q_core": (width, across), "out_core": (width, across)}
     return shared | {"q_down": (q.in_features, across), "out_up": (across, out.out_features)}
+
+
+def _refuse_scale(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"The scale of an adapter must be a finite number, not {scale}.")
 
 
 class _NoBase(nn.Module):
@@ -75,6 +90,8 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, rank: int, alpha: float, foldable: bool) -> None:
         """Create an adapter's factors on the base's device and in its precision; what they add is exactly zero."""
+        if adapter_name in self.r:
+            raise ValueError(f"An adapter named {adapter_name} exists already: delete it or choose another name.")
         q = self._plain()[0]
         dtype = q.weight.dtype if q.weight.dtype.is_floating_point and q.weight.dtype.itemsize > 1 else torch.float32
         for name, (into, outof) in factor_shapes(self._owner[0], rank, foldable).items():
@@ -89,13 +106,13 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Weight of an adapter relative to its trained strength alpha / r; other adapters keep theirs."""
-        if not math.isfinite(scale):
-            raise ValueError(f"The scale of an adapter must be a finite number, not {scale}.")
+        _refuse_scale(scale)
         if adapter in self.r:
             self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the strength of the active adapters (diffusers' `cross_attention_kwargs={"scale": ...}`)."""
+        _refuse_scale(scale)
         for name in self._active():
             self.scaling[name] *= scale
 
@@ -113,30 +130,47 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         Raises ValueError if a projection is quantized or wrapped by another adapter, if the host has fused its
         projections, or, with `safe_merge`, if a merged weight is not finite.
         """
-        names = [n for n in (adapter_names or self.active_adapters) if n in self.r and n not in self.merged_adapters]
+        before = [name for name in self.merged_adapters if name in self.r]
+        names = [n for n in (adapter_names or self.active_adapters) if n in self.r and n not in before]
         if not names:
             return
-        together = self.merged_adapters + names
-        self.unmerge()
-        attention = self._owner[0]
-        base = self.style.projections(attention)
-        self._refuse_to_merge(base)
-        wide = self._wide_heads([name for name in together if self.scaling[name] != 0])
+        attention, base = self._owner[0], self._base_projections()
+        self._refuse_to_merge(self.style.projections(attention))
+        wide = self._wide_heads([name for name in before + names if self.scaling[name] != 0])
         merged = merged_weights(wide, *base)
         if safe_merge and not all(torch.isfinite(linear.weight).all() for linear in merged):
-            raise ValueError(
-                f"Merging {', '.join(names)} would write NaN or infinity into the weights; nothing changed."
-            )
-        self._unmerged = (base, seam.set_projections(attention, self.style, merged, wide.wide))
-        self.merged_adapters = together
+            raise ValueError(f"Merging {', '.join(names)} would write NaN or infinity; nothing changed.")
+        self.unmerge()
+        self._unmerged = (base, merged, seam.set_projections(attention, self.style, merged, wide.wide))
+        self.merged_adapters = before + names
 
     def unmerge(self) -> None:
-        """Put the very Linears back that `merge` replaced."""
+        """Put the very Linears back that `merge` replaced. Raises ValueError if another adapter has wrapped these."""
         if self._unmerged is None:
             return
-        base, width_attributes = self._unmerged
+        base, merged, width_attributes = self._unmerged
+        now = self.style.projections(self._owner[0])
+        if any(here is not ours for here, ours in zip(now, merged, strict=True)):
+            raise ValueError("Cannot unmerge: another adapter wraps the merged projections. Unload that one first.")
         seam.set_projections(self._owner[0], self.style, base, width_attributes)
         self._unmerged, self.merged_adapters = None, []
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As PEFT's; a merged adapter that is disabled is unmerged, as LoRA's layers do."""
+        if not enabled:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        # The base's Linears are nobody's children while merged ones stand in their place: they move with the side-car.
+        super()._apply(fn, recurse)
+        if self._unmerged is not None:
+            for linear in self._unmerged[0]:
+                linear._apply(fn, recurse)
+        return self
+
+    def _base_projections(self) -> tuple[nn.Module, ...]:
+        return self.style.projections(self._owner[0]) if self._unmerged is None else self._unmerged[0]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -157,8 +191,8 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
 
     @property
     def width(self) -> int:
-        """Width D of the heads as they stand."""
-        return seam.width_of(self._owner[0], self.style)
+        """Width D of the base's heads, merged or not."""
+        return self._plain()[1].out_features // self.heads
 
     @property
     def live(self) -> list[str]:
@@ -175,12 +209,12 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.r]
 
     def _plain(self) -> list[nn.Linear]:
-        return [seam.plain(projection) for projection in self.style.projections(self._owner[0])]
+        return [seam.plain(projection) for projection in self._base_projections()]
 
     def _wide_heads(self, names: list[str]) -> WideHeads:
-        attention = self._owner[0]
-        by_width = self.style.scales_by_width and attention.scale_qk
-        return WideHeads(self.heads, self.width, [self._factors(n) for n in names], by_width, self.weight.device.type)
+        adapters = [self._factors(name) for name in names]
+        device = self.weight.device.type
+        return WideHeads(self.heads, self.width, adapters, self.style.scales_by_width, device)
 
     def _factors(self, name: str) -> Free | Foldable:
         scale, k, v = self.scaling[name], self.comcat_k_down[name], self.comcat_v_down[name]

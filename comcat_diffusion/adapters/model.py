@@ -28,6 +28,19 @@ class ComcatModel(BaseTuner):
             state_dict = {key.replace(own, f".{self.prefix}"): value for key, value in state_dict.items()}
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
 
+    def _prepare_model(self, peft_config: ComcatConfig, model: nn.Module) -> None:
+        # PEFT creates layer by layer: refuse before the first, so that a refused model is left as it was.
+        for name, module in model.named_modules():
+            if name and seam.SIDECAR not in name.split(".") and self._check_target_module_exists(peft_config, name):
+                self._refuse(module, name)
+
+    def _refuse(self, module: nn.Module, name: str) -> None:
+        reason = seam.why_not(module)
+        if reason is None and not seam.is_adapted(module) and "forward" in vars(module):
+            reason = "offloading hooks replaced its forward; attach adapters before offloading hooks are installed"
+        if reason is not None:
+            raise ValueError(f"Cannot adapt '{name}' ({type(module).__name__}): {reason}.")
+
     def _prepare_adapter_config(self, peft_config: ComcatConfig, model_config: dict) -> ComcatConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = default_targets(self.model)
@@ -43,9 +56,7 @@ class ComcatModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        reason = seam.why_not(target)
-        if reason is not None:
-            raise ValueError(f"Cannot adapt '{current_key}' ({type(target).__name__}): {reason}.")
+        self._refuse(target, current_key)  # again, for modules that a state dict names
         layer = target._modules.get(seam.SIDECAR)
         if not isinstance(layer, ComcatLayer):
             layer = ComcatLayer(target)

@@ -66,11 +66,6 @@ def plain(projection: nn.Module) -> nn.Module:
     return projection
 
 
-def width_of(attention: nn.Module, style: Style) -> int:
-    """Head width D."""
-    return plain(style.projections(attention)[1]).out_features // style.head_count(attention)
-
-
 def why_not(module: nn.Module) -> str | None:
     """Why this module cannot carry a head-level adapter, or None if it can."""
     style = style_of(module)
@@ -82,6 +77,8 @@ def why_not(module: nn.Module) -> str | None:
     for added in ("add_k_proj", "add_v_proj", "add_q_proj"):
         if getattr(module, added, None) is not None:
             return f"it has added key and value projections ({added})"
+    if style.scales_by_width and not getattr(module, "scale_qk", False):
+        return "its logits have no scale of their own (scale_qk), about which processors disagree"
     q, k, v, out = (plain(projection) for projection in style.projections(module))
     if not all(hasattr(p, "out_features") and hasattr(p, "in_features") for p in (q, k, v, out)):
         return "its projections are not linear layers"
@@ -124,7 +121,7 @@ def view_of(attention: nn.Module, style: Style, wide: WideHeads) -> View:
     q, k, v, out = style.projections(attention)
     query, key = functools.partial(wide.query, q), functools.partial(wide.key, k)
     value, output = functools.partial(wide.value, v), functools.partial(wide.output, out)
-    replaced = _width_attributes(attention, style, wide.wide)
+    replaced = _width_attributes(style, wide.wide)
     if not style.scales_by_width:
         return View(attention, **replaced, **{style.q: query, style.k: key, style.v: value, style.out: output})
     replaced |= {"to_q": query, "to_k": key, "to_v": value, "to_out": [output, *attention.to_out[1:]]}
@@ -140,11 +137,9 @@ def view_of(attention: nn.Module, style: Style, wide: WideHeads) -> View:
     return View(attention, **replaced)
 
 
-def _width_attributes(attention: nn.Module, style: Style, width: int) -> dict[str, object]:
+def _width_attributes(style: Style, width: int) -> dict[str, object]:
     """The attributes in which a host remembers the width of its heads, as they are for another width."""
-    if not style.scales_by_width:
-        return {"head_dim": width}
-    return {"scale": width**-0.5} if attention.scale_qk else {}
+    return {"scale": width**-0.5} if style.scales_by_width else {"head_dim": width}
 
 
 def set_projections(
@@ -154,7 +149,7 @@ def set_projections(
     for path, projection in zip((style.q, style.k, style.v, style.out), projections, strict=True):
         parent, _, name = path.rpartition(".")
         setattr(attention.get_submodule(parent), name, projection)
-    attributes = width if isinstance(width, dict) else _width_attributes(attention, style, width)
+    attributes = width if isinstance(width, dict) else _width_attributes(style, width)
     before = {name: getattr(attention, name) for name in attributes}
     for name, value in attributes.items():
         setattr(attention, name, value)
@@ -190,9 +185,7 @@ def is_adapted(attention: nn.Module) -> bool:
 
 
 def attach(attention: nn.Module, layer: nn.Module) -> None:
-    """Give the attention its side-car. Raises ValueError if its forward has been replaced on the instance."""
-    if "forward" in attention.__dict__:
-        raise ValueError("Attach adapters before offloading hooks are installed: this attention's forward is replaced.")
+    """Give the attention its side-car; `why_not` says which attentions can carry one."""
     if not hasattr(type(attention), "host"):
         attention.__class__ = adapted(type(attention))
     attention.add_module(SIDECAR, layer)
