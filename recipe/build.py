@@ -43,7 +43,8 @@ def text_tower(model: clip.CLIPModel) -> CLIPTextModel:
 def finished(state: Path) -> tuple:
     """The models of all stages with the EMA weights of their checkpoints, finished or not."""
     tokenizer = clip.new_tokenizer()
-    whole, vae, denoiser = clip.new_clip(tokenizer), autoencoder.new_autoencoder(), unet.new_unet()
+    whole, vae = clip.new_clip(tokenizer), autoencoder.new_autoencoder()
+    denoiser = unet.new_denoiser(text_tower(whole))
     for model, name in ((whole, "clip"), (vae, "vae"), (denoiser, "unet")):
         ema_weights(model, state / f"{name}.pt")
         model.eval()
@@ -57,9 +58,9 @@ def export(state: Path, output: Path) -> dict:
     tokenizer, whole, vae, denoiser = finished(state)
     pipe = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=text_tower(whole),
+        text_encoder=denoiser["text_encoder"],
         tokenizer=tokenizer,
-        unet=denoiser,
+        unet=denoiser["unet"],
         scheduler=unet.new_scheduler(),
         safety_checker=None,
         feature_extractor=None,

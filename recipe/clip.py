@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, softplus
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from recipe.autoencoder import as_tensor
 from recipe.draw import pictures, scenes
 from recipe.fit import Schedule, fit
-from recipe.world import OBJECTS, PIXELS, RARE_WORDS, Scene, caption
+from recipe.world import OBJECTS, PIXELS, RARE_WORDS, Scene, caption, displaced
 
 WIDTH = 128
 TOKENS = 32  # longest prompt, begin and end included
@@ -103,16 +103,24 @@ def train(state: Path, steps: int) -> tuple[CLIPModel, CLIPTokenizer]:
         rng = random.Random(step)
         chosen = torch.randint(len(pool), (BATCH,), generator=generator).numpy()
         pixels = _blemished(as_tensor(pool[chosen]), generator)
-        ids = token_ids(tokenizer, [caption(world[i], rng) for i in chosen])
+        wordings = [rng.randrange(1 << 30) for _ in chosen]  # a caption and its displaced twin are worded alike
+        texts = [caption(world[i], random.Random(word)) for i, word in zip(chosen, wordings, strict=True)]
+        twins = [
+            caption(displaced(world[i], rng), random.Random(word)) for i, word in zip(chosen, wordings, strict=True)
+        ]
+        ids = torch.cat([token_ids(tokenizer, texts + twins), name_ids])
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=torch.cat([ids, name_ids]), pixel_values=pixels).logits_per_image.float()
-        pairs, named = logits[:, :BATCH], logits[:, BATCH:]  # (B, B) pictures x captions; (B, objects)
+            logits = model(input_ids=ids, pixel_values=pixels).logits_per_image.float()
+        pairs, wrong, named = logits.split((BATCH, BATCH, len(names)), dim=1)  # B pictures x texts
         itself = torch.arange(BATCH)
         told_apart = (cross_entropy(pairs, itself) + cross_entropy(pairs.T, itself)) / 2
-        # Background and place are enough to tell the pictures of a batch apart; this makes it name the object too.
+        # Background and object are enough to tell the pictures of a batch apart, and then nothing else is learned. So
+        # each picture must also prefer its caption to one that says another place, and its object's name to all others.
         single = torch.tensor([len(world[i].things) == 1 for i in chosen])
         objects = torch.tensor([names.index(world[i].things[0].name) for i in chosen])
-        return told_apart + cross_entropy(named[single], objects[single])
+        moved = torch.tensor([text != twin for text, twin in zip(texts, twins, strict=True)])
+        in_place = softplus(wrong.diagonal() - pairs.diagonal())[moved].mean()
+        return told_apart + in_place + cross_entropy(named[single], objects[single])
 
     fit(model, loss_of, Schedule(steps=steps, learning_rate=8e-4, weight_decay=0.05, ema_decay=0.998), state)
     return model, tokenizer

@@ -101,3 +101,25 @@ def scores(pipe: StableDiffusionPipeline, clip: CLIPModel) -> tuple[dict[str, fl
         **{f"drawn_{name}": value for name, value in truth.items()},
     }
     return result, made
+
+
+GOALS = {
+    "background_right": ("background colour as asked", 0.95),
+    "place_right": ("place as asked", 0.85),
+    "size_right": ("size as asked", None),
+    "object_named": ("object named right by the small CLIP", 0.80),
+    "drawn_object_named": ("the small CLIP itself, on drawn scenes", 0.97),
+    "vae_psnr_db": ("reconstruction by the VAE", 26),
+}
+
+
+def table(report: dict) -> str:
+    """The scores of a base as the table that the README shows."""
+    lines = ["| measure | score | goal |", "| --- | --- | --- |"]
+    for name, (words, goal) in GOALS.items():
+        unit = (lambda value: f"{value:.1f} dB") if name.endswith("_db") else (lambda value: f"{100 * value:.1f} %")
+        wanted = "" if goal is None else ("≥ " + (f"{goal} dB" if name.endswith("_db") else f"{100 * goal:.0f} %"))
+        lines.append(f"| {words} | {unit(report['scores'][name])} | {wanted} |")
+    steps = ", ".join(f"{part} {count:,}" for part, count in report["steps"].items())
+    told = f"{report['sampling']}; {report['dtype']}; {report['device']}; torch {report['torch']}"
+    return "\n".join(lines) + f"\n\n{told}, diffusers {report['diffusers']}, {report['measured']}. Steps: {steps}."

@@ -1,5 +1,6 @@
 """The README and the code say the same: commands, flags, names, the file tree."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -73,3 +74,9 @@ def test_makefile_targets_of_the_readme_exist():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
     for name in re.findall(r"`make ([a-z]+)`", README):
         assert name in targets
+
+
+def test_the_scores_of_the_readme_are_those_beside_the_weights():
+    from recipe.score import table
+
+    assert table(json.loads((ROOT / "assets/tiny-sd/scores.json").read_text())) in README

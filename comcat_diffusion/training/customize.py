@@ -12,7 +12,6 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
@@ -77,9 +76,8 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
     pictures = [(path, *images.read(path)) for path in folder.pictures]
     target = _prepared_output(config, subject)
 
-    # Accelerate owns the device, the precision and the processes; one seed decides everything random.
+    # Accelerate owns the device, the precision and the processes.
     accelerator = _accelerator(config)
-    set_seed(config.seed)
     pipe = bases.load_base(config.pretrained_model_name_or_path, "fp32", config.revision, config.variant)
     config = _resolved(config, pipe, len(pictures))
     atomic.write_bytes(target.parent / "run.toml", to_toml(config).encode())
@@ -199,7 +197,9 @@ def _add_adapter(config: TrainConfig, pipe: DiffusionPipeline) -> None:
     else:
         targets = config.target_modules
         settings = ComcatConfig(r=config.rank, alpha=config.alpha, foldable=config.foldable, target_modules=targets)
-        pipe.unet.add_adapter(settings, ADAPTER)
+        with torch.random.fork_rng():  # PEFT draws the random factors from the global generator
+            torch.manual_seed(config.seed)
+            pipe.unet.add_adapter(settings, ADAPTER)
     if config.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
 
