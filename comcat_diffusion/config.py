@@ -62,7 +62,7 @@ class TrainConfig:
     train_batch_size: int | None = option(None, "Pictures a step. Default: 1; on the embedded base, all up to 4.")
     gradient_accumulation_steps: int = option(1, "Batches whose gradients are added up before a step.")
     max_train_steps: int = option(400, "Number of optimizer steps.")
-    learning_rate: float = option(2.5e-3, "Peak learning rate.")
+    learning_rate: float = option(1e-3, "Peak learning rate.")
     lr_scheduler: str = option("linear", "Course of the learning rate.", choices=SCHEDULES)
     lr_warmup_steps: int = option(0, "Steps over which the learning rate rises from zero.")
     adam_beta1: float = option(0.9, "AdamW: decay of the first moment.")
