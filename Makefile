@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/python inference.py --config assets/subject/demo.toml --adapter $(DEMO)/sks-teddy.safetensors --output_dir $(DEMO)/pictures
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
@@ -143,6 +144,7 @@ def _prepared_output(config: TrainConfig, subject: Subject) -> Path:
 def _accelerator(config: TrainConfig) -> Accelerator:
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use no or bf16.")
+    AcceleratorState._reset_state()  # an earlier run in this process must not decide this one's precision
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
