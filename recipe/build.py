@@ -4,6 +4,10 @@
 
 Stages: CLIP, VAE, U-Net, then scores on 200 prompts never used in training. Each stage keeps a checkpoint a minute in
 the state folder and goes on from it, so a cut costs a minute. Needs Debian's `fonts-noto-color-emoji`.
+
+Expect, on two CPU cores: about half an hour for the CLIP, half an hour for the VAE's decoder and 45 minutes for 10,000
+steps of the U-Net. What the shipped base reached, with fewer steps than the defaults below, stands in
+`assets/tiny-sd/scores.json`: backgrounds 100 %, sizes 98 %, objects 67.5 %, places 18 % (not learned), VAE 30.1 dB.
 """
 
 import argparse
@@ -24,7 +28,7 @@ from recipe.fit import ema_weights
 from recipe.score import held_out, scores
 from recipe.world import BACKGROUNDS, OBJECTS, PLACES, SIZES, TINTS, prompt
 
-CLIP_STEPS, VAE_STEPS, UNET_STEPS = 1800, 4000, 10_000
+CLIP_STEPS, VAE_STEPS, UNET_STEPS = 3000, 2800, 10_000
 
 
 def text_tower(model: clip.CLIPModel) -> CLIPTextModel:
