@@ -6,8 +6,8 @@ Stages: CLIP, VAE, U-Net, then scores on 200 prompts never used in training. Eac
 the state folder and goes on from it, so a cut costs a minute. Needs Debian's `fonts-noto-color-emoji`.
 
 Expect, on two CPU cores: three quarters of an hour for the CLIP, half an hour for the VAE's decoder and three quarters
-of an hour for 10,000 steps of the U-Net. What the shipped base reached, with fewer steps than the defaults below, stands
-in `assets/tiny-sd/scores.json`: backgrounds 100 %, sizes 98 %, objects 67.5 %, places 18 % (not learned), VAE 30.1 dB.
+of an hour for 10,000 steps of the U-Net. What the shipped base reached, with fewer steps than the defaults below, is
+in `assets/tiny-sd/scores.json`: backgrounds 100 %, sizes 98 %, objects 67.5 %, places 18 % (chance), VAE 30.1 dB.
 """
 
 import argparse
