@@ -88,7 +88,7 @@ def _from_hub(name: str, settings: dict) -> DiffusionPipeline:
         except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
             raise FileNotFoundError(
                 f"The base '{name}' is neither a local folder or file nor in the local cache (looked for its "
-                f"model_index.json), and the hub could not be asked: {_first_line(error)}"
+                "model_index.json), and the hub did not give it: check the name and the connection."
             ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe

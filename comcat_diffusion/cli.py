@@ -128,12 +128,13 @@ def _generate(parsed: argparse.Namespace) -> int:
 
     from comcat_diffusion.generation.generate import generate
 
-    with tqdm(desc="Pictures", unit="picture") as bar:
+    bar = tqdm(desc="Pictures", unit="picture", delay=0.01)  # nothing is shown before the first picture
 
-        def shown(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def shown(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
 
+    with bar:
         made = generate(config, shown)
     print(f"{len(made.files)} pictures in {made.sheet.parent}, all on one sheet: {made.sheet}")
     return 0
