@@ -14,7 +14,15 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 
-from comcat_diffusion import ComcatConfig, load_adapter, read_adapter, save_adapter
+from comcat_diffusion import (
+    ComcatConfig,
+    load_adapter,
+    merge_adapters,
+    read_adapter,
+    save_adapter,
+    unload_adapters,
+    unmerge_adapters,
+)
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.adapters.model import factors
 
@@ -276,3 +284,23 @@ def test_the_golden_file_of_format_version_1_opens_for_ever(tiny_unet):
 def _with_adapter(unet):
     unet.add_adapter(ComcatConfig(r=2, alpha=4.0, target_modules=["attn2"]), "golden")
     return unet
+
+
+def test_the_verbs_for_a_whole_pipeline_undo_each_other(trained, tiny_unet, tiny_clip):
+    live = tiny_unet.run(trained.unet), tiny_clip.run(trained.text_encoder)
+    with pytest.raises(ValueError, match="nothing to unmerge"):
+        unmerge_adapters(trained)
+    merge_adapters(trained)
+    torch.testing.assert_close(tiny_unet.run(trained.unet), live[0], rtol=1e-4, atol=1e-5)  # sums in another order
+    with pytest.raises(ValueError, match="merged already"):
+        merge_adapters(trained)
+    unmerge_adapters(trained)
+    assert torch.equal(tiny_unet.run(trained.unet), live[0])
+    assert torch.equal(tiny_clip.run(trained.text_encoder), live[1])
+    with pytest.raises(ValueError, match="No adapter cat to merge; loaded: dog"):
+        merge_adapters(trained, ["cat"])
+    unload_adapters(trained)
+    assert torch.equal(tiny_unet.run(trained.unet), tiny_unet.run(tiny_unet()))
+    assert (tiny_unet.run(trained.unet) - live[0]).abs().max() > 0.01
+    with pytest.raises(ValueError, match="No adapter at all to merge"):
+        merge_adapters(trained)

@@ -102,7 +102,13 @@ def test_the_command_line_survives_a_real_ctrl_c(tmp_path):
 def test_options_change_what_is_trained(config, tmp_path):
     wide = {"target_modules": ["attn1", "attn2"], "rank": 2, "alpha": 1.0, "name": "mine", "save_precision": "fp32"}
     data = {"center_crop": False, "random_flip": True, "noise_offset": 0.05, "snr_gamma": 5.0}
-    pace = {"gradient_accumulation_steps": 2, "lr_warmup_steps": 1, "lr_scheduler": "cosine"}
+    pace = {
+        "adam_weight_decay": 0.0,
+        "adam_epsilon": 1e-7,
+        "gradient_accumulation_steps": 2,
+        "lr_warmup_steps": 1,
+        "lr_scheduler": "cosine",
+    }
     means = {"gradient_checkpointing": True, "mixed_precision": "bf16"}
     outcome = customize(config(**wide, **data, **pace, **means))
     header = read_adapter(outcome.adapter)

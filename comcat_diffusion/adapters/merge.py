@@ -9,7 +9,8 @@ from comcat_diffusion.adapters.peft_type import COMCAT
 from comcat_diffusion.adapters.store import components
 
 
-def _layers(pipe: object) -> list[ComcatLayer]:
+def layers_of(pipe: object) -> list[ComcatLayer]:
+    """The side-cars of all parts of a pipeline."""
     return [layer for model in components(pipe).values() for layer in adapted_layers(model).values()]
 
 
@@ -19,7 +20,7 @@ def merge_adapters(pipe: object, adapter_names: list[str] | None = None) -> None
     All or nothing. Raises ValueError if there is nothing to merge, something is merged already, or a projection cannot
     take it (quantized, or wrapped by another adapter).
     """
-    layers = _layers(pipe)
+    layers = layers_of(pipe)
     if any(layer.merged for layer in layers):
         raise ValueError("Adapters are merged already; call unmerge_adapters first.")
     known = {name for layer in layers for name in layer.r}
@@ -39,7 +40,7 @@ def merge_adapters(pipe: object, adapter_names: list[str] | None = None) -> None
 
 def unmerge_adapters(pipe: object) -> None:
     """Put the very tensors of the base back; the adapters are live again. Raises ValueError if nothing is merged."""
-    layers = [layer for layer in _layers(pipe) if layer.merged]
+    layers = [layer for layer in layers_of(pipe) if layer.merged]
     if not layers:
         raise ValueError("No adapter is merged, so there is nothing to unmerge.")
     for layer in layers:

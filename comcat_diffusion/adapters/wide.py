@@ -143,9 +143,9 @@ def merged_weights(
     q_weight = rows(_full(q.weight), [_full(a.q_down.weight) for a in wide.free])
     k_weight = rows(k_weight, [a.scale * _full(a.k_down.weight) for a in wide.free]) * wide.gain
     v_weight = rows(v_weight, [a.scale * _full(a.v_down.weight) for a in wide.free])
-    empty = out.weight.new_zeros(out.out_features, heads * blank, dtype=torch.float32)
+    out_weight = _full(out.weight)
     ups = [_full(a.out_up.weight) for a in wide.free]
-    out_weight = maths.widen_out(_full(out.weight), *ups, empty.to(_full(out.weight).dtype), heads=heads)
+    out_weight = maths.widen_out(out_weight, *ups, out_weight.new_zeros(len(out_weight), heads * blank), heads=heads)
     return (
         _linear_like(q, q_weight, bias(q)),
         _linear_like(k, k_weight, bias(k, wide.gain)),

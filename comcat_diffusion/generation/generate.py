@@ -11,10 +11,8 @@ from diffusers import DiffusionPipeline
 
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.header import Header, read_adapter
-from comcat_diffusion.adapters.layer import ComcatLayer
-from comcat_diffusion.adapters.merge import merge_adapters, unmerge_adapters
-from comcat_diffusion.adapters.model import adapted_layers
-from comcat_diffusion.adapters.store import components, load_adapter
+from comcat_diffusion.adapters.merge import layers_of, merge_adapters, unmerge_adapters
+from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.config import EMBEDDED, GenerateConfig
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_png
 from comcat_diffusion.generation.sheet import Row, contact_sheet
@@ -67,13 +65,13 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
     # The row before is drawn by the same pipeline with its adapters switched off.
     rows, before = [], []
     if config.compare and chosen:
-        for layer in _layers(pipe):
+        for layer in layers_of(pipe):
             layer.enable_adapters(False)
         for picture in draw(pipe, drawings, sampling):
             before.append(picture)
             on_picture(len(before), total)
         rows.append(Row("before", before))
-        for layer in _layers(pipe):
+        for layer in layers_of(pipe):
             layer.enable_adapters(True)
     if config.merge:
         merge_adapters(pipe)
@@ -130,14 +128,10 @@ def _pipeline(config: GenerateConfig, chosen: list[Chosen]) -> DiffusionPipeline
     names = [f"adapter_{number}" for number in range(len(chosen))]
     for name, one in zip(names, chosen, strict=True):
         load_adapter(pipe, one.path, name, any_weights=config.any_weights)
-    for layer in _layers(pipe):
+    for layer in layers_of(pipe):
         for name, one in zip(names, chosen, strict=True):
             layer.set_scale(name, one.scale)
     return pipe.to(config.device or bases.fastest_device())
-
-
-def _layers(pipe: DiffusionPipeline) -> list[ComcatLayer]:
-    return [layer for model in components(pipe).values() for layer in adapted_layers(model).values()]
 
 
 def _settings(config: GenerateConfig, pipe: DiffusionPipeline, chosen: list[Chosen]) -> dict:
