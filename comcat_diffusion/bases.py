@@ -3,13 +3,24 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from comcat_diffusion.config import EMBEDDED
+from comcat_diffusion.config import EMBEDDED, GenerateConfig, TrainConfig
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CONFIG_FILES = ("*.json", "*.txt")  # of a diffusers folder: everything but its weights
 _PACKAGE = Path(__file__).parent
 
 
@@ -29,11 +40,16 @@ def is_embedded(name: str) -> bool:
 
 
 def load_base(
-    name: str, precision: str = "fp32", revision: str | None = None, variant: str | None = None
+    name: str,
+    precision: str = "fp32",
+    revision: str | None = None,
+    variant: str | None = None,
+    base_config: str | None = None,
 ) -> DiffusionPipeline:
     """The whole pipeline of a base. Only a hub id that is not in the local cache asks the network.
 
-    Raises FileNotFoundError, saying what was looked for, and ValueError for a file that holds no Stable Diffusion.
+    `base_config` is for single files: a diffusers folder, or the hub id of a cached one, of the same family. Raises
+    FileNotFoundError, saying what was looked for, and ValueError for a file that holds no Stable Diffusion.
     """
     dtype = PRECISIONS[precision]
     path = assets() / "tiny-sd" if is_embedded(name) else Path(name).expanduser()
@@ -45,10 +61,16 @@ def load_base(
             path,
         )
     if path.is_file():
-        return _single_file(path, dtype)
+        return _single_file(path, dtype, base_config)
     if path.suffix or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"There is no base at '{name}': no such folder or file, and a hub id reads owner/name.")
     return _from_hub(name, {"torch_dtype": dtype, "revision": revision, "variant": variant})
+
+
+def asked_base(config: TrainConfig | GenerateConfig, precision: str, name: str | None = None) -> DiffusionPipeline:
+    """The base that the settings of a run name; `name` where they leave it open."""
+    name = config.pretrained_model_name_or_path or name or EMBEDDED
+    return load_base(name, precision, config.revision, config.variant, config.base_config)
 
 
 def _loaded(load: Callable[[], DiffusionPipeline], path: Path) -> DiffusionPipeline:
@@ -64,19 +86,38 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
+def _single_file(path: Path, dtype: torch.dtype, config: str | None) -> DiffusionPipeline:
     if path.suffix != ".safetensors":
         raise ValueError(
             f"{path} is not a .safetensors file; other checkpoint formats can run code and are not loaded."
         )
-    for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline):
-        try:
-            return _loaded(
-                lambda kind=kind: kind.from_single_file(path, torch_dtype=dtype, local_files_only=True), path
-            )
-        except ValueError as error:
-            problem = error
-    raise problem
+    folder = _config_of_single_file(path, config)
+    kind = getattr(diffusers, DiffusionPipeline.load_config(folder)["_class_name"])
+    return _loaded(
+        lambda: kind.from_single_file(path, config=str(folder), torch_dtype=dtype, local_files_only=True), path
+    )
+
+
+def _config_of_single_file(path: Path, config: str | None) -> Path:
+    """Where the configuration and tokenizer of a single file are: it holds weights alone.
+
+    Left to itself, diffusers would fetch them from the hub even when told to stay offline.
+    """
+    if config and (Path(config).expanduser() / "model_index.json").is_file():
+        return Path(config).expanduser()
+    try:
+        family = config or fetch_diffusers_config(load_file(path))["pretrained_model_name_or_path"]
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); get the file again.") from error
+    try:
+        return Path(snapshot_download(family, local_files_only=True, allow_patterns=CONFIG_FILES))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        patterns = " ".join(f"'{pattern}'" for pattern in CONFIG_FILES)
+        raise FileNotFoundError(
+            f"{path} holds weights without their configuration, and that of '{family}' is not in the local cache: "
+            f"fetch it once with: hf download {family} --include {patterns}, or name a diffusers folder of the same "
+            "family with --base_config."
+        ) from error
 
 
 def _from_hub(name: str, settings: dict) -> DiffusionPipeline:

@@ -39,6 +39,9 @@ class TrainConfig:
     )
     revision: str | None = option(None, "Branch, tag or commit of a hub base.")
     variant: str | None = option(None, "Variant of the base's weight files, for instance fp16.")
+    base_config: str | None = option(
+        None, "For a single-file base: diffusers folder or cached hub id of its family. Default: found in the cache."
+    )
     instance_data_dir: str | None = option(
         None, "Folder with the pictures of the subject. Default: the sample subject."
     )
@@ -118,6 +121,9 @@ class GenerateConfig:
     pretrained_model_name_or_path: str | None = option(None, "Base. Default: the one the first adapter was trained on.")
     revision: str | None = option(None, "Branch, tag or commit of a hub base.")
     variant: str | None = option(None, "Variant of the base's weight files, for instance fp16.")
+    base_config: str | None = option(
+        None, "For a single-file base: diffusers folder or cached hub id of its family. Default: found in the cache."
+    )
     adapter: list[str] = option([], "Adapter files, each with a scale after a colon if wanted: dog.safetensors:0.8.")
     scale: float = option(1.0, "Scale of the adapters that name none.")
     any_weights: bool = option(False, "Allow a base of the same shape with other weights (a fine-tune).")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from comcat_diffusion import bases
 from comcat_diffusion.config import GenerateConfig, TrainConfig
 from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.generation.sheet import Row, contact_sheet
@@ -108,17 +107,6 @@ def test_bad_input_is_one_sentence(config, settings, message):
 
 def test_any_prompt_can_be_allowed(config):
     assert len(generate(config(prompt=["a cat"], any_prompt=True)).files) == 2
-
-
-def test_bases_that_are_none_say_what_was_looked_for(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
-        bases.load_base(str(tmp_path))
-    (tmp_path / "model.ckpt").write_bytes(b"x")
-    with pytest.raises(ValueError, match="not a .safetensors file"):
-        bases.load_base(str(tmp_path / "model.ckpt"))
-    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match="could not be loaded"):
-        bases.load_base(str(tmp_path / "model.safetensors"))
 
 
 def test_the_sheet_holds_every_picture_under_its_prompt():

@@ -118,8 +118,7 @@ def _checked(prompt: str, chosen: list[Chosen], any_prompt: bool) -> str:
 
 
 def _pipeline(config: GenerateConfig, chosen: list[Chosen]) -> DiffusionPipeline:
-    base = config.pretrained_model_name_or_path or chosen[0].header.base_model or EMBEDDED
-    pipe = bases.load_base(base, config.precision, config.revision, config.variant)
+    pipe = bases.asked_base(config, config.precision, chosen[0].header.base_model if chosen else None)
     if config.scheduler:
         kind = getattr(diffusers, config.scheduler, None)
         if kind is None or not hasattr(kind, "set_timesteps"):

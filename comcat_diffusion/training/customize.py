@@ -79,7 +79,7 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
 
     # Accelerate owns the device, the precision and the processes.
     accelerator = _accelerator(config)
-    pipe = bases.load_base(config.pretrained_model_name_or_path, "fp32", config.revision, config.variant)
+    pipe = bases.asked_base(config, "fp32")
     config = _resolved(config, pipe, len(pictures))
     atomic.write_bytes(target.parent / "run.toml", to_toml(config).encode())
     for text in _remarks(config, subject, pictures, pipe):
@@ -249,7 +249,7 @@ def _save(
 @torch.no_grad()
 def prove(config: TrainConfig, trained: torch.nn.Module, data: encode.Encoded, adapter: Path) -> None:
     """Load the saved file onto a fresh base and compare one forward pass. Raises RuntimeError at a difference."""
-    fresh = bases.load_base(config.pretrained_model_name_or_path, "fp32", config.revision, config.variant)
+    fresh = bases.asked_base(config, "fp32")
     load_adapter(fresh, adapter, ADAPTER)
     parameter = next(trained.parameters())
     fresh.unet.to(parameter.device, parameter.dtype)
