@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch.nn.functional import pixel_unshuffle
 
 from recipe.draw import pictures, scenes
-from recipe.fit import Schedule, fit
+from recipe.fit import Schedule, fast_precision, fit
 from recipe.world import PIXELS
 
 CHANNELS = (32, 64, 128, 128)
@@ -124,13 +124,15 @@ def train(state: Path, steps: int, learning_rate: float = 1e-3) -> AutoencoderKL
     """Solve the encoder, then fit the decoder to samples of the posterior."""
     vae, pool = with_solved_encoder()
 
+    precision = fast_precision()
+
     def loss_of(step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(step)
         chosen = torch.randint(len(pool), (BATCH,), generator=generator).numpy()
         pixels = as_tensor(pool[chosen])  # B, 3, H, W
         with torch.no_grad():
             latents = vae.encode(pixels).latent_dist.sample(generator)  # B, C, h, w
-        with torch.autocast("cpu", torch.bfloat16):
+        with precision:
             decoded = vae.decode(latents).sample.float()
         error = decoded - pixels
         # L1 keeps edges, L2 keeps colours

@@ -21,14 +21,15 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from recipe import autoencoder, clip, unet
-from recipe.fit import ema_weights
+from recipe.fit import adopt, ema_weights
 from recipe.score import held_out, scores
 from recipe.world import BACKGROUNDS, OBJECTS, PLACES, SIZES, TINTS, prompt
 
-CLIP_STEPS, VAE_STEPS, UNET_STEPS = 3000, 2800, 10_000
+STEPS = {"clip": 3000, "vae": 2800, "unet": 18_000}
 
 
 def text_tower(model: clip.CLIPModel) -> CLIPTextModel:
@@ -44,22 +45,24 @@ def text_tower(model: clip.CLIPModel) -> CLIPTextModel:
     return tower.eval()
 
 
-def finished(state: Path) -> tuple:
-    """The models of all stages with the EMA weights of their checkpoints, finished or not."""
+def trained(state: Path) -> tuple:
+    """Tokenizer, CLIP, VAE and denoiser with the EMA weights of their checkpoints; a stage without one stays random."""
     tokenizer = clip.new_tokenizer()
     whole, vae = clip.new_clip(tokenizer), autoencoder.new_autoencoder()
+    if (state / "clip.pt").exists():
+        ema_weights(whole, state / "clip.pt")
     denoiser = unet.new_denoiser(text_tower(whole))
-    for model, name in ((whole, "clip"), (vae, "vae"), (denoiser, "unet")):
-        ema_weights(model, state / f"{name}.pt")
-        model.eval()
-    facts = json.loads((state / "latents.json").read_text())
-    vae.register_to_config(scaling_factor=facts["scaling_factor"])
-    return tokenizer, whole, vae, denoiser
+    for model, checkpoint in ((vae, state / "vae.pt"), (denoiser, state / "unet.pt")):
+        if checkpoint.exists():
+            ema_weights(model, checkpoint)
+    if (state / "latents.json").exists():
+        vae.register_to_config(**json.loads((state / "latents.json").read_text()))
+    return tokenizer, whole.eval(), vae.eval(), denoiser.eval()
 
 
 def export(state: Path, output: Path) -> dict:
     """Write the base as a diffusers folder in fp16, its CLIP, its world, its scores and a preview sheet."""
-    tokenizer, whole, vae, denoiser = finished(state)
+    tokenizer, whole, vae, denoiser = trained(state)
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=denoiser["text_encoder"],
@@ -96,11 +99,30 @@ def preview(made: np.ndarray) -> Image.Image:
     return sheet.resize((sheet.width * 2, sheet.height * 2), Image.BICUBIC)
 
 
+def train_further(base: Path, state: Path) -> None:
+    """Make a shipped base the starting point of every stage that has no checkpoint yet."""
+    taken = json.loads((base / "scores.json").read_text())["steps"]
+    tokenizer = clip.new_tokenizer()
+    whole, vae = clip.new_clip(tokenizer), autoencoder.new_autoencoder()
+    denoiser = unet.new_denoiser(text_tower(whole))
+    shipped = {
+        "clip": [(whole, "clip/model")],
+        "vae": [(vae, "vae/diffusion_pytorch_model")],
+        "unet": [
+            (denoiser["unet"], "unet/diffusion_pytorch_model"),
+            (denoiser["text_encoder"], "text_encoder/model"),
+        ],
+    }
+    for (name, parts), stage in zip(shipped.items(), (whole, vae, denoiser), strict=True):
+        if not (state / f"{name}.pt").exists():
+            for model, file in parts:
+                model.load_state_dict({key: v.float() for key, v in load_file(base / f"{file}.safetensors").items()})
+            adopt(stage, taken[name], state / f"{name}.pt")
+
+
 def steps_taken(state: Path) -> dict[str, int]:
     """Optimizer steps behind each stage's weights."""
-    return {
-        name: torch.load(state / f"{name}.pt", weights_only=True, mmap=True)["step"] for name in ("clip", "vae", "unet")
-    }
+    return {name: torch.load(state / f"{name}.pt", weights_only=True, mmap=True)["step"] for name in STEPS}
 
 
 def circumstances() -> dict:
@@ -122,13 +144,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("assets/tiny-sd"))
     parser.add_argument("--state", type=Path, default=Path("runs/base"), help="folder of the checkpoints")
-    parser.add_argument("--unet_steps", type=int, default=UNET_STEPS)
-    parser.add_argument("--export_only", action="store_true", help="export the checkpoints as they are")
+    parser.add_argument("--stages", nargs="*", choices=STEPS, default=list(STEPS), help="none: export only")
+    for stage, steps in STEPS.items():
+        parser.add_argument(f"--{stage}_steps", type=int, default=steps)
+    parser.add_argument("--further", type=Path, metavar="BASE", help="train this shipped base further")
     asked = parser.parse_args()
-    if not asked.export_only:
-        whole, tokenizer = clip.train(asked.state / "clip.pt", CLIP_STEPS)
-        vae = autoencoder.train(asked.state / "vae.pt", VAE_STEPS)
-        unet.train(asked.state / "unet.pt", asked.unet_steps, vae.eval(), text_tower(whole), tokenizer)
+    if asked.further:
+        train_further(asked.further, asked.state)
+    if "clip" in asked.stages:
+        clip.train(asked.state / "clip.pt", asked.clip_steps)
+    if "vae" in asked.stages:
+        autoencoder.train(asked.state / "vae.pt", asked.vae_steps)
+    if "unet" in asked.stages:
+        tokenizer, whole, vae, _ = trained(asked.state)
+        unet.train(asked.state / "unet.pt", asked.unet_steps, vae, text_tower(whole), tokenizer)
     print(json.dumps(export(asked.state, asked.output), indent=1))
 
 

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 
 from recipe.autoencoder import as_tensor
 from recipe.draw import pictures, scenes
-from recipe.fit import Schedule, fit
+from recipe.fit import Schedule, fast_precision, fit
 from recipe.world import OBJECTS, PIXELS, RARE_WORDS, Scene, caption, displaced
 
 WIDTH = 128
@@ -98,6 +98,8 @@ def train(state: Path, steps: int) -> tuple[CLIPModel, CLIPTokenizer]:
     names = list(OBJECTS)
     name_ids = token_ids(tokenizer, _name_texts())
 
+    precision = fast_precision()
+
     def loss_of(step: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(step)
         rng = random.Random(step)
@@ -109,7 +111,7 @@ def train(state: Path, steps: int) -> tuple[CLIPModel, CLIPTokenizer]:
             caption(displaced(world[i], rng), random.Random(word)) for i, word in zip(chosen, wordings, strict=True)
         ]
         ids = torch.cat([token_ids(tokenizer, texts + twins), name_ids])
-        with torch.autocast("cpu", torch.bfloat16):
+        with precision:
             logits = model(input_ids=ids, pixel_values=pixels).logits_per_image.float()
         pairs, wrong, named = logits.split((BATCH, BATCH, len(names)), dim=1)  # B pictures x texts
         itself = torch.arange(BATCH)

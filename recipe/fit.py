@@ -62,6 +62,18 @@ def fit(model: torch.nn.Module, loss_of: Callable[[int], torch.Tensor], schedule
     ema.copy_to(trained)
 
 
+def adopt(model: torch.nn.Module, step: int, state: Path) -> None:
+    """Write `model`, as it is, as the checkpoint of `step`, so that `fit` trains it further with a fresh optimizer."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    _save(model, torch.optim.AdamW(trained, fused=True), EMAModel(trained), step, state)
+
+
+def fast_precision() -> torch.autocast:
+    """bfloat16 where the processor multiplies it in tiles (AMX), float32 elsewhere: there bfloat16 is slower."""
+    facts = Path("/proc/cpuinfo")
+    return torch.autocast("cpu", torch.bfloat16, enabled=facts.exists() and "amx_bf16" in facts.read_text())
+
+
 def ema_weights(model: torch.nn.Module, state: Path) -> None:
     """Put the EMA weights of an unfinished (or finished) run into `model`."""
     saved = torch.load(state, weights_only=True)
