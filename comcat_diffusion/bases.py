@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from comcat_diffusion.config import EMBEDDED, GenerateConfig, TrainConfig
+from comcat_diffusion.config import EMBEDDED, BaseSettings
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CONFIG_FILES = ("*.json", "*.txt")  # of a diffusers folder: everything but its weights
@@ -67,7 +67,7 @@ def load_base(
     return _from_hub(name, {"torch_dtype": dtype, "revision": revision, "variant": variant})
 
 
-def asked_base(config: TrainConfig | GenerateConfig, precision: str, name: str | None = None) -> DiffusionPipeline:
+def asked_base(config: BaseSettings, precision: str, name: str | None = None) -> DiffusionPipeline:
     """The base that the settings of a run name; `name` where they leave it open."""
     name = config.pretrained_model_name_or_path or name or EMBEDDED
     return load_base(name, precision, config.revision, config.variant, config.base_config)

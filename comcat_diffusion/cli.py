@@ -5,7 +5,9 @@ import os
 import sys
 import typing
 
-from comcat_diffusion.config import GenerateConfig, TrainConfig, add_arguments, from_arguments
+from comcat_diffusion.config import add_arguments, from_arguments
+from comcat_diffusion.generation.config import GenerateConfig
+from comcat_diffusion.training.config import TrainConfig
 
 if typing.TYPE_CHECKING:
     from comcat_diffusion.training.loop import Step
@@ -112,11 +114,10 @@ def _train(parsed: argparse.Namespace) -> int:
         f"Saved {outcome.adapter} ({size / 1000:.1f} kB, {outcome.parameters:,} parameters), checked on a fresh base."
     )
     if outcome.interrupted:
-        left = config.max_train_steps - outcome.steps
-        print(
-            f"Stopped after step {outcome.steps}. Go on with --init_adapter {outcome.adapter} --max_train_steps {left}."
-        )
+        print(f"Stopped after step {outcome.steps}. Go on with the same settings and --resume_from_checkpoint latest.")
         return INTERRUPTED
+    if outcome.samples:
+        print(f"Samples: {outcome.samples}")
     print(f'Try: comcat generate --adapter {outcome.adapter} --prompt "a photo of {outcome.subject.phrase}"')
     return 0
 

@@ -6,6 +6,7 @@ Letters: B batch, N tokens, M context tokens, H heads, D head width, R rank, C c
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: two workers share two cores
 
 import copy
 from collections.abc import Callable

@@ -7,8 +7,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from comcat_diffusion import bases, load_adapter
-from comcat_diffusion.config import GenerateConfig, TrainConfig
+from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
+from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
 from tests import tiny_bases
 

@@ -5,7 +5,9 @@ from dataclasses import fields
 
 import pytest
 
-from comcat_diffusion.config import GenerateConfig, TrainConfig, add_arguments, from_arguments, read_toml, to_toml
+from comcat_diffusion.config import add_arguments, from_arguments, read_toml, to_toml
+from comcat_diffusion.generation.config import GenerateConfig
+from comcat_diffusion.training.config import TrainConfig
 
 
 def parsed(kind, *flags):

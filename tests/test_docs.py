@@ -54,6 +54,8 @@ def test_the_file_tree_of_the_readme_is_the_one_on_disk():
     named = {line[4:].split()[0] for line in block.splitlines() if line.strip()}
     folder, found = "", set()
     for line in block.splitlines():
+        if line.startswith(" " * 20):  # the description goes on
+            continue
         name = line.strip().split()[0]
         path = folder + name if line.startswith("        ") else name
         folder = name if name.endswith("/") and not line.startswith("        ") else folder

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from comcat_diffusion.config import GenerateConfig, TrainConfig
+from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.generation.sheet import Row, contact_sheet
+from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
 
 PROMPT = "a photo of sks teddy on the left, red background"

@@ -1,7 +1,5 @@
 """Pictures as people have them: found, read, turned upright, and refused by name when they cannot be used."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -13,30 +11,6 @@ from comcat_diffusion.training import images
 def gradient(width=40, height=20):
     across = np.linspace(0, 255, width)[None, :, None].repeat(height, 0)
     return Image.fromarray(np.concatenate([across, across * 0, 255 - across], -1).astype(np.uint8))
-
-
-def test_pictures_are_found_in_order_of_name_and_the_rest_is_listed(tmp_path):
-    for name in ("b.png", "a.JPG", "c.webp"):
-        gradient().save(tmp_path / name, {"b": "PNG", "a": "JPEG", "c": "WEBP"}[name[0]])
-    for name in (".DS_Store", "._a.JPG", "Thumbs.db", "notes.txt"):
-        (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "more").mkdir()
-    found = images.find(tmp_path)
-    assert [path.name for path in found.pictures] == ["a.JPG", "b.png", "c.webp"]
-    assert set(found.ignored) == {".DS_Store", "._a.JPG", "Thumbs.db", "notes.txt", "more"}
-    assert found.ignored["more"] == "a folder" and found.ignored["notes.txt"] == "not a picture"
-
-
-def test_a_folder_without_pictures_is_refused_by_what_it_holds(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        images.find(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="it is empty"):
-        images.find(tmp_path)
-    (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(ValueError, match=r"no pictures.*it holds notes\.txt"):
-        images.find(tmp_path)
-    with pytest.raises(ValueError, match="is a file"):
-        images.find(tmp_path / "notes.txt")
 
 
 def test_a_file_that_is_no_picture_or_cut_short_is_named(tmp_path):
@@ -80,19 +54,23 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_unpacked(tmp_path,
         images.read(tmp_path / "huge.png")
 
 
-def test_squares_are_the_middle_or_four_seeded_places_and_mirrored_on_demand():
-    picture = gradient(80, 40)
-    (middle,) = images.squares(picture, 20, center_crop=True, mirrored=False, rng=random.Random(0))
-    assert middle.size == (20, 20)
-    left, right = np.asarray(middle)[10, [0, -1], 0].astype(int)
-    assert abs((left + right) / 2 - 127.5) < 3  # as far from either end
-    once = images.squares(picture, 20, center_crop=False, mirrored=False, rng=random.Random(0))
-    again = images.squares(picture, 20, center_crop=False, mirrored=False, rng=random.Random(0))
-    assert len(once) == 4 and [a.tobytes() for a in once] == [b.tobytes() for b in again]
-    assert len({a.tobytes() for a in once}) > 1
-    plain, flipped = images.squares(picture, 20, center_crop=True, mirrored=True, rng=random.Random(0))
-    assert np.array_equal(np.asarray(plain)[:, ::-1], np.asarray(flipped))
-    assert images.squares(gradient(5, 3), 20, True, False, random.Random(0))[0].size == (20, 20)
+def test_a_mask_is_read_as_grey_and_must_be_of_its_pictures_size(tmp_path):
+    gradient(30, 20).save(tmp_path / "a-mask.png")
+    assert images.read_mask(tmp_path / "a-mask.png", (30, 20)).mode == "L"
+    with pytest.raises(ValueError, match=r"a-mask\.png is 30 x 20 and its picture 20 x 30"):
+        images.read_mask(tmp_path / "a-mask.png", (20, 30))
+
+
+def test_the_alpha_channel_is_read_upright(tmp_path):
+    picture = Image.new("RGBA", (10, 4), (1, 2, 3, 0))
+    picture.paste((1, 2, 3, 255), (0, 0, 5, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture.save(tmp_path / "a.png", exif=exif)
+    alpha = np.asarray(images.read_alpha(tmp_path / "a.png"))
+    assert alpha[:, :5].max() == 0 and alpha[:, 5:].min() == 255
+    gradient().save(tmp_path / "b.png")
+    assert images.read_alpha(tmp_path / "b.png") is None
 
 
 def test_pixels_become_minus_one_to_one():

@@ -1,5 +1,7 @@
 """The loop: which pictures a step sees, that accumulation equals a larger batch, and that a broken step is caught."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,16 +9,31 @@ from diffusers import DDPMScheduler
 
 from comcat_diffusion import ComcatConfig
 from comcat_diffusion.adapters.model import factors
-from comcat_diffusion.training.encode import Encoded
-from comcat_diffusion.training.loop import Batching, Loop, NotFinite
+from comcat_diffusion.training.batching import Batching
+from comcat_diffusion.training.encode import Crop
+from comcat_diffusion.training.learner import Learner
+from comcat_diffusion.training.loop import Loop, NotFinite, held_out_loss
 from comcat_diffusion.training.objective import Objective
 
 
-def data(count=4):
+def data(count=4, sizes=((8, 8),)):
     noise = torch.Generator().manual_seed(3)
-    mean = torch.randn(count, 4, 8, 8, generator=noise)
-    context = torch.randn(1, 7, 24, generator=noise).expand(count, -1, -1)
-    return Encoded(mean, torch.full_like(mean, 0.1), context, tuple(f"{n}.png" for n in range(count)))
+    crops = []
+    for number in range(count):
+        mean = torch.randn(4, *sizes[number % len(sizes)], generator=noise)
+        crops.append(Crop(mean, torch.full_like(mean, 0.1), f"prompt {number % 2}", f"{number}.png", (8,) * 6))
+    return crops
+
+
+def learner(unet):
+    """A learner whose text states are noise of their own for every prompt."""
+
+    def encode_prompt(prompt, **settings):
+        states = [torch.randn(7, 24, generator=torch.Generator().manual_seed(len(p) + ord(p[-1]))) for p in prompt]
+        return torch.stack(states), None
+
+    pipe = SimpleNamespace(unet=unet, encode_prompt=encode_prompt, device=torch.device("cpu"))
+    return Learner(pipe, ["prompt 0", "prompt 1"], train_text=False)
 
 
 def loop(unet, batch_size=2, accumulate=1, pictures=None, rate=1e-2):
@@ -27,30 +44,50 @@ def loop(unet, batch_size=2, accumulate=1, pictures=None, rate=1e-2):
     optimizer = torch.optim.SGD([p for p in unet.parameters() if p.requires_grad], lr=rate)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
-    unet, optimizer, schedule = accelerator.prepare(unet, optimizer, schedule)
-    scheduler = DDPMScheduler(prediction_type="v_prediction")
-    batching = Batching(7, batch_size)
-    return Loop(unet, pictures or data(), Objective(scheduler), batching, optimizer, schedule, accelerator, 1e9)
+    prepared, optimizer, schedule = accelerator.prepare(learner(unet), optimizer, schedule)
+    objective = Objective(DDPMScheduler(prediction_type="v_prediction"))
+    pictures = pictures or data()
+    batching = Batching.of(pictures, 7, batch_size)
+    return Loop(prepared, pictures, objective, batching, optimizer, schedule, accelerator, 1e9)
 
 
 def test_every_picture_comes_once_per_pass_in_an_order_of_its_own():
-    batching = Batching(seed=5, batch_size=2)
-    seen = [index for number in range(9) for index in batching.pictures(6, number, 0, 1).tolist()]
+    batching = Batching(5, 2, (tuple(range(6)),))
+    seen = [index for number in range(9) for index in batching.chosen(number)]
     passes = [seen[0:6], seen[6:12], seen[12:18]]
     assert all(sorted(one) == list(range(6)) for one in passes) and len({tuple(one) for one in passes}) == 3
 
 
-def test_processes_share_a_pass_between_them():
-    batching = Batching(seed=5, batch_size=1)
-    alone = [batching.pictures(4, number, 0, 1).item() for number in range(8)]
-    shared = [batching.pictures(4, number, process, 2).item() for number in range(4) for process in range(2)]
-    assert alone == shared
+def test_buckets_are_never_mixed_and_get_their_share():
+    crops = data(6, sizes=((8, 8), (4, 8), (8, 8)))  # four square ones, two wide ones
+    batching = Batching.of(crops, 5, 3)
+    batches = [batching.chosen(number) for number in range(12)]
+    assert all(len({crops[index].mean.shape for index in batch}) == 1 for batch in batches)
+    counts = [sum(batch.count(index) for batch in batches) for index in range(6)]
+    assert counts == [6] * 6
+    shapes = [crops[batch[0]].mean.shape for batch in batches]
+    assert len(set(shapes[:3])) == 2 or len(set(shapes[:6])) == 2  # in random order
 
 
-def test_noise_belongs_to_the_seed_the_step_and_the_process():
-    draw = lambda seed, *key: torch.rand(3, generator=Batching(seed, 1).generator(*key)).tolist()
-    assert draw(0, 1, 0) == draw(0, 1, 0)
-    assert len({tuple(draw(*key)) for key in ((0, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0))}) == 4
+def test_repeats_make_a_picture_count_more():
+    crops = [crop if n else Crop(**{**vars(crop), "repeats": 3}) for n, crop in enumerate(data(3))]
+    batching = Batching.of(crops, 5, 1)
+    seen = [batching.chosen(number)[0] for number in range(10)]
+    assert [seen.count(index) for index in range(3)] == [6, 2, 2]
+
+
+@pytest.mark.parametrize(("processes", "batch_size"), [(2, 2), (4, 1)])
+def test_processes_see_what_one_with_the_larger_batch_sees(processes, batch_size):
+    crops, objective = data(5), Objective(DDPMScheduler())
+    alone = Batching.of(crops, 5, 4)
+    shared = Batching.of(crops, 5, batch_size)
+    for number in range(3):
+        whole = alone.batch(crops, objective, number)
+        parts = [shared.batch(crops, objective, number, process, processes) for process in range(processes)]
+        assert whole.names == [name for part in parts for name in part.names]
+        for field in ("noisy", "target", "timesteps", "frames"):
+            assert torch.equal(getattr(whole, field), torch.cat([getattr(part, field) for part in parts]))
+    assert not torch.equal(whole.noisy, Batching.of(crops, 6, 4).batch(crops, objective, 2).noisy)
 
 
 def test_steps_train_the_adapter_alone_and_tell_what_they_did(tiny_unet):
@@ -78,7 +115,7 @@ def test_accumulated_gradients_equal_those_of_the_larger_batch(tiny_unet):
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(tiny_unet):
     pictures = data()
-    pictures.mean[2] = float("nan")
+    pictures[2].mean[:] = float("nan")
     unet = tiny_unet()
     broken = loop(unet, batch_size=4, pictures=pictures)
     start = {name: factor.detach().clone() for name, factor in factors(unet, "dog").items()}
@@ -93,3 +130,13 @@ def test_a_gradient_that_is_no_number_stops_too(tiny_unet):
     next(iter(factors(unet, "dog").values())).register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NotFinite, match="The gradient of step 1"):
         list(training.steps(1))
+
+
+def test_the_held_out_loss_has_fixed_noise_and_sees_what_is_learned(tiny_unet):
+    unet = tiny_unet()
+    training = loop(unet, rate=0.1)
+    judged = lambda: held_out_loss(training.learner, data(2), training.objective, torch.device("cpu"))
+    before = judged()
+    assert judged() == before
+    list(training.steps(3))
+    assert judged() != before

@@ -16,7 +16,8 @@ def scheduler(kind):
 def batch(objective, size=3):
     generator = torch.Generator().manual_seed(0)
     clean = torch.randn(size, 4, 8, 8, generator=generator)
-    return clean, *objective.draw(clean, generator)
+    noise, timesteps = map(torch.stack, zip(*(objective.draw(one, generator) for one in clean), strict=True))
+    return clean, noise, timesteps
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,11 +61,24 @@ def test_min_snr_weights_are_those_of_the_paper(kind):
 
 
 def test_noise_offset_shifts_whole_channels():
-    clean = torch.zeros(64, 4, 8, 8)
+    clean = torch.zeros(256, 8, 8)
     draw = lambda offset: Objective(scheduler("epsilon"), noise_offset=offset).draw(
         clean, torch.Generator().manual_seed(0)
     )[0]
     plain, shifted = draw(0.0), draw(0.5)
     difference = shifted - plain
-    assert torch.allclose(difference.std(dim=(2, 3)), torch.zeros(64, 4), atol=1e-6)
-    assert abs(difference.mean(dim=(2, 3)).std().item() - 0.5) < 0.1
+    assert torch.allclose(difference.std(dim=(1, 2)), torch.zeros(256), atol=1e-6)
+    assert abs(difference.mean(dim=(1, 2)).std().item() - 0.5) < 0.1
+
+
+def test_weights_count_places_and_what_has_none_gets_no_gradient():
+    objective = Objective(scheduler("epsilon"))
+    predicted = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    target, timesteps = torch.zeros(2, 4, 8, 8), torch.tensor([10, 900])
+    weights = torch.ones(2, 1, 8, 8)
+    assert torch.equal(
+        objective.loss(predicted, target, timesteps, weights), objective.loss(predicted, target, timesteps)
+    )
+    weights[:, :, :4] = 0
+    objective.loss(predicted, target, timesteps, weights).sum().backward()
+    assert predicted.grad[:, :, :4].abs().max() == 0 and predicted.grad[:, :, 4:].abs().min() > 0

@@ -13,8 +13,12 @@ import pytest
 import torch
 
 from comcat_diffusion import bases, load_adapter, read_adapter
-from comcat_diffusion.config import TrainConfig, read_toml
-from comcat_diffusion.training.customize import customize, prove
+from comcat_diffusion.config import read_toml
+from comcat_diffusion.training.batching import Batch
+from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.customize import customize
+from comcat_diffusion.training.learner import Learner
+from comcat_diffusion.training.output import prove
 
 SUBJECT = bases.assets() / "subject"
 
@@ -35,7 +39,8 @@ class Listener:
 
 @pytest.fixture
 def config(tmp_path):
-    return lambda **settings: TrainConfig(**{"output_dir": str(tmp_path / "out"), "max_train_steps": 3, **settings})
+    defaults = {"output_dir": str(tmp_path / "out"), "max_train_steps": 3}
+    return lambda **settings: TrainConfig(**{**defaults, **settings})
 
 
 def digest(path):
@@ -46,13 +51,14 @@ def test_a_run_leaves_exactly_these_files_and_says_what_it_did(config, tmp_path)
     listener = Listener()
     outcome = customize(config(max_train_steps=4), listener)
     left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
-    assert left == ["out/metrics.jsonl", "out/run.toml", "out/sks-teddy.safetensors"]
+    samples = [f"out/samples/step-000004-00-{seed}.png" for seed in range(4)] + ["out/samples/step-000004.png"]
+    assert left == ["out/metrics.jsonl", "out/run.toml", *samples, "out/sks-teddy.safetensors"]
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4] == [step.step for step in listener.steps]
     header = read_adapter(outcome.adapter)
     assert (header.notes.trigger, header.notes.class_word, header.base_model) == ("sks", "teddy", "embedded")
     assert header.notes.training == {"resolution": 64, "steps": 4, "seed": 0, "pictures": 4}
-    assert not outcome.interrupted and any("Learning 'sks' from 4 pictures" in note for note in listener.notes)
+    assert not outcome.interrupted and any("Learning 'sks teddy' from 4 pictures" in note for note in listener.notes)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_the_written_settings_repeat_the_run(config, tmp_path):
@@ -95,7 +101,7 @@ def test_the_command_line_survives_a_real_ctrl_c(tmp_path):
     running.send_signal(signal.SIGINT)
     said, _ = running.communicate(timeout=60)
     assert running.returncode == 130, said
-    assert "Go on with --init_adapter" in said and "Traceback" not in said
+    assert "--resume_from_checkpoint latest" in said and "Traceback" not in said
     assert read_adapter(tmp_path / "sks-teddy.safetensors").notes.trigger == "sks"
 
 
@@ -122,19 +128,18 @@ def test_trackers_get_the_loss(config, tmp_path):
 
 
 def test_a_file_that_does_not_reproduce_the_training_is_an_error(config):
-    from comcat_diffusion.training.encode import Encoded
-
-    settings = config()
+    settings = config(pretrained_model_name_or_path="embedded")
     outcome = customize(settings)
     other = bases.load_base("embedded")
     load_adapter(other, outcome.adapter, "subject")
     noise = torch.randn(1, other.unet.config.in_channels, 8, 8)
-    data = Encoded(noise, noise * 0, torch.randn(1, 32, other.unet.config.cross_attention_dim), ("a",))
-    prove(settings, other.unet, data, outcome.adapter)
+    batch = Batch(noise, noise, torch.tensor([500]), torch.zeros(1, 6), None, ["a photo of sks teddy"], ["a"])
+    learner = Learner(other, batch.prompts, train_text=False)
+    prove(settings, learner, batch, outcome.adapter)
     for parameter in other.unet.parameters():
         parameter.data *= 1.05
     with pytest.raises(RuntimeError, match="does not reproduce"):
-        prove(settings, other.unet, data, outcome.adapter)
+        prove(settings, learner, batch, outcome.adapter)
 
 
 def test_stray_files_and_odd_pictures_are_told(config, tmp_path):

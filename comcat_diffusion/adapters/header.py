@@ -1,6 +1,7 @@
 """What an adapter file says of itself, readable without torch: the header of `NAME.safetensors`."""
 
 import json
+import re
 import struct
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 FORMAT_VERSION = 1
+PACKED_VERSION = 2  # keeps only the rows that each head has, see adapters/packing.py
 KEY = "comcat"
+_DERIVED = ("target_modules", "rank_pattern")  # what a packed file's config leaves out, see settings_of_layers
 LONGEST_HEADER = 4 << 20  # bytes; an honest header is a few tens of kilobytes
 
 
@@ -24,6 +27,7 @@ class Notes:
     instance_prompt: str = ""  # a prompt as it was trained
     class_word: str = ""  # what kind of thing the subject is
     training: dict = field(default_factory=dict)  # resolution, steps, seed and the like
+    others: list[dict] = field(default_factory=list)  # trigger and class_word of every further subject
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,20 @@ class Header:
     notes: Notes
     versions: dict[str, str]  # of the libraries that wrote the file
     format_version: int = FORMAT_VERSION
+    # Packed files only. By component and attention: the rank of every head, of its QK and of its VO product.
+    head_ranks: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
+    tokens: list[str] = field(default_factory=list)  # new words whose embeddings the file brings
 
     def metadata(self) -> dict[str, str]:
         """As the string pairs of a safetensors header; the `modelspec.*` keys are what other tools read."""
-        notes = self.notes
+        notes, content = self.notes, asdict(self)
+        for table, name in ((content, "head_ranks"), (content, "tokens"), (content["notes"], "others")):
+            if not table[name]:  # a file that does without is one that older versions read
+                del table[name]
+        for part in self.head_ranks:  # the ranks of the heads say which layers there are, and of which rank
+            content["config"][part] = {n: v for n, v in content["config"][part].items() if n not in _DERIVED}
         pairs = {
-            KEY: json.dumps(asdict(self), sort_keys=True),
+            KEY: json.dumps(content, sort_keys=True, separators=(",", ":") if self.head_ranks else None),
             "format": "pt",
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": _architecture(self.fingerprint) + "/comcat",
@@ -70,9 +82,12 @@ def read_adapter(path: str | Path) -> Header:
         raise AdapterFileError(f"There is no adapter file {path}.")
     with path.open("rb") as file:
         start = file.read(8)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        raise AdapterFileError(f"{path} is a pickle (.pt), which can run code; only .safetensors adapters are loaded.")
+    # The length comes first: an honest header of 128 bytes more than a multiple of 256 begins like a pickle.
     if len(start) < 8 or struct.unpack("<Q", start)[0] > LONGEST_HEADER:
+        if start[:2] == b"PK" or start[:1] == b"\x80":
+            raise AdapterFileError(
+                f"{path} is a pickle (.pt), which can run code; only .safetensors adapters are loaded."
+            )
         raise AdapterFileError(f"{path} is not a safetensors file, or it is cut short.")
     try:
         with safe_open(path, framework="numpy") as opened:
@@ -90,14 +105,37 @@ def _parsed(text: str, path: Path) -> Header:
     try:
         content = json.loads(text)
         version = content["format_version"]
-        if version == FORMAT_VERSION:
+        if version in (FORMAT_VERSION, PACKED_VERSION):
             content["notes"] = Notes(**content["notes"])
             header = Header(**content)
+            _refuse_other_ranks(header)
             if not (isinstance(header.config, dict) and all(isinstance(c, dict) for c in header.config.values())):
                 raise TypeError("config is not a table of tables")
+            for part, attentions in header.head_ranks.items():
+                ranks = {name: max(map(max, products)) for name, products in attentions.items()}
+                header.config[part].update(settings_of_layers(ranks, header.config[part]["r"]))
             return header
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise AdapterFileError(f"{path} has a header that does not make sense ({error}).") from error
-    newer = isinstance(version, int) and version > FORMAT_VERSION
+    newer = isinstance(version, int) and version > PACKED_VERSION
     way_out = "update comcat-diffusion" if newer else "the file was not written by comcat-diffusion"
-    raise AdapterFileError(f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}: {way_out}.")
+    raise AdapterFileError(
+        f"{path} has format version {version!r}, this program reads {FORMAT_VERSION} and {PACKED_VERSION}: {way_out}."
+    )
+
+
+def settings_of_layers(ranks: dict[str, int], common: int) -> dict:
+    """The settings of a configuration that name every layer and its rank, `common` being the rank of most."""
+    others = {f"^{re.escape(name)}": rank for name, rank in sorted(ranks.items()) if rank != common}
+    return {"target_modules": sorted(ranks), "rank_pattern": others}
+
+
+def _refuse_other_ranks(header: Header) -> None:
+    if bool(header.head_ranks) != (header.format_version == PACKED_VERSION):
+        raise TypeError("head_ranks belong to packed files and to no others")
+    for part, attentions in header.head_ranks.items():
+        for name, products in attentions.items():
+            numbers = [rank for ranks in products for rank in ranks]
+            proper = all(type(rank) is int and rank >= 0 for rank in numbers) and any(numbers)
+            if part not in header.config or len(products) != 2 or len({len(r) for r in products}) != 1 or not proper:
+                raise TypeError(f"head_ranks of {part}.{name} are not two lists of whole numbers")

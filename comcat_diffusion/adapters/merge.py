@@ -7,6 +7,7 @@ from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.peft_type import COMCAT
 from comcat_diffusion.adapters.store import components
+from comcat_diffusion.adapters.token import take_tokens
 
 
 def layers_of(pipe: object) -> list[ComcatLayer]:
@@ -48,10 +49,26 @@ def unmerge_adapters(pipe: object) -> None:
 
 
 def unload_adapters(pipe: object) -> None:
-    """Remove every COMCAT adapter, merged or live; the base is bit for bit what it was. Others' adapters stay."""
+    """Remove every COMCAT adapter, merged or live, and its new tokens; the base is bit for bit what it was.
+
+    Adapters of other kinds stay.
+    """
     for model in components(pipe).values():
         for name, layer in adapted_layers(model).items():
             layer.unmerge()
+            seam.detach(model.get_submodule(name))
+        _forget_configs(model)
+    take_tokens(pipe)
+
+
+def bake_adapters(pipe: object) -> None:
+    """Merge the active adapters for good: the merged weights stay, every trace of COMCAT goes.
+
+    Raises ValueError as `merge_adapters` does, and then nothing changed.
+    """
+    merge_adapters(pipe)
+    for model in components(pipe).values():
+        for name in adapted_layers(model):
             seam.detach(model.get_submodule(name))
         _forget_configs(model)
 

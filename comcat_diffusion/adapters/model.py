@@ -61,8 +61,8 @@ class ComcatModel(BaseTuner):
         if not isinstance(layer, ComcatLayer):
             layer = ComcatLayer(target)
             seam.attach(target, layer)
-        rank = _of_pattern(peft_config.rank_pattern, current_key, peft_config.r)
-        alpha = _of_pattern(peft_config.alpha_pattern, current_key, peft_config.alpha)
+        rank = of_pattern(peft_config.rank_pattern, current_key, peft_config.r)
+        alpha = of_pattern(peft_config.alpha_pattern, current_key, peft_config.alpha)
         layer.update_layer(adapter_name, rank, alpha, peft_config.foldable)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -77,7 +77,8 @@ class ComcatModel(BaseTuner):
                 model._skip_layerwise_casting_patterns = (*patterns, self.prefix)
 
 
-def _of_pattern(pattern: dict, key: str, default: float) -> float:
+def of_pattern(pattern: dict, key: str, default: float) -> float:
+    """What a configuration's pattern says of one module (PEFT's rule: the end of the name), else the default."""
     return pattern.get(get_pattern_key(pattern.keys(), key), default) if pattern else default
 
 

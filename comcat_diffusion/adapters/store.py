@@ -19,7 +19,11 @@ from comcat_diffusion.adapters.fingerprint import difference, fingerprint, other
 from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes, read_adapter
 from comcat_diffusion.adapters.layer import factor_shapes
 from comcat_diffusion.adapters.model import default_targets, factors
+from comcat_diffusion.adapters.packing import unpack
+from comcat_diffusion.adapters.token import ENCODERS, put_token, refuse_token
 
+Tokens = dict[str, dict[str, torch.Tensor]]  # by token and text encoder: embeddings (n, E)
+TOKEN = "token"
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")  # parts of a pipeline that can be adapted
 _CONFIG_FIELDS = (
     "r",
@@ -54,34 +58,44 @@ def save_adapter(
     base_model: str = "",
     notes: Notes | None = None,
     dtype: torch.dtype | None = None,
+    revision: str = "",
+    tokens: Tokens | None = None,
 ) -> Header:
     """Write one adapter of a pipeline to a file; `dtype` None keeps the precision that its weights have now.
 
+    `tokens` are new words that belong to it: for each, its (n, E) embeddings by text encoder.
     Raises ValueError if there is no such adapter, OSError if the file cannot be written (an older one stays).
     """
     tensors, config = {}, {}
     for part, model in components(pipe).items():
         found = factors(model, adapter_name)
         if found:
-            config[part] = _plain_config(model.peft_config[adapter_name])
+            config[part] = plain_config(model.peft_config[adapter_name])
             tensors |= {f"{part}.{name}": factor.detach() for name, factor in found.items()}
     if not tensors:
         loaded = sorted({n for model in components(pipe).values() for n in getattr(model, "peft_config", {})})
         raise ValueError(f"There is no COMCAT adapter '{adapter_name}' to save; loaded: {', '.join(loaded) or 'none'}.")
-    header = Header(
-        config=config,
-        base_model=str(base_model),
-        revision="",
-        fingerprint=_present(pipe),
-        notes=notes or Notes(),
-        versions={name: version(name) for name in ("comcat-diffusion", "diffusers", "peft", "torch", "transformers")},
-    )
+    tokens = tokens or {}
+    for number, vectors in enumerate(tokens.values()):
+        tensors |= {f"{TOKEN}.{number}.{encoder}": values for encoder, values in vectors.items()}
+    known = present_base(pipe), notes or Notes(), library_versions()
+    header = Header(config, str(base_model), revision, *known, tokens=list(tokens))
     atomic.write_bytes(path, serialized({name: t.to(dtype or t.dtype) for name, t in tensors.items()}, header))
     return header
 
 
+def library_versions() -> dict[str, str]:
+    """The versions that a header names as the file's writers."""
+    return {name: version(name) for name in ("comcat-diffusion", "diffusers", "peft", "torch", "transformers")}
+
+
 def serialized(tensors: dict[str, torch.Tensor], header: Header) -> bytes:
-    """The bytes of the file. Same inputs, same bytes: the library shuffles metadata, so its order is set here.
+    """The bytes of an adapter file. Raises ValueError if a tensor is not finite."""
+    return safetensors_bytes(tensors, header.metadata())
+
+
+def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """The bytes of a safetensors file. Same inputs, same bytes: the library shuffles metadata, here it is sorted.
 
     Raises ValueError if a tensor is not finite.
     """
@@ -90,7 +104,7 @@ def serialized(tensors: dict[str, torch.Tensor], header: Header) -> bytes:
             raise ValueError(f"'{name}' holds NaN or infinity; nothing was written.")
     plain = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in sorted(tensors.items())})
     (length,) = struct.unpack("<Q", plain[:8])
-    table = {"__metadata__": dict(sorted(header.metadata().items())), **json.loads(plain[8 : 8 + length])}
+    table = {"__metadata__": dict(sorted(metadata.items())), **json.loads(plain[8 : 8 + length])}
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + plain[8 + length :]
@@ -104,18 +118,35 @@ def load_adapter(pipe: object, path: str | Path, adapter_name: str = "default", 
     """
     header = read_adapter(path)
     _refuse_other_base(pipe, header, path, any_weights)
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path, header)
+    tokens = _taken_tokens(tensors, header, path)
+    for token, vectors in tokens.items():
+        refuse_token(pipe, token, vectors)
     parts, configs = components(pipe), {}
     for part, fields in header.config.items():
         if part not in parts:
             raise AdapterFileError(f"{path} adapts '{part}', which this pipeline does not have.")
-        configs[part] = _config(fields, path)
+        configs[part] = config_of(fields, path)
         if adapter_name in getattr(parts[part], "peft_config", {}):
             raise ValueError(f"An adapter named '{adapter_name}' is already loaded; give this one another name.")
     _refuse_other_tensors(tensors, parts, configs, path)
     for part, config in configs.items():
         _attach(parts[part], config, adapter_name, part, tensors)
+    for token, vectors in tokens.items():
+        put_token(pipe, token, vectors)
     return header
+
+
+def _taken_tokens(tensors: dict[str, torch.Tensor], header: Header, path: str | Path) -> Tokens:
+    """Take the embeddings of new words out of a file's tensors."""
+    found: Tokens = {token: {} for token in header.tokens}
+    for name in [name for name in tensors if name.startswith(f"{TOKEN}.")]:
+        _, number, encoder = name.split(".", 2)
+        values = tensors.pop(name)
+        if not number.isdigit() or int(number) >= len(header.tokens) or values.ndim != 2 or encoder not in ENCODERS:
+            raise AdapterFileError(f"{path} has unknown tensors: {name}; the file is damaged or was edited.")
+        found[header.tokens[int(number)]][encoder] = values
+    return found
 
 
 def _attach(model: nn.Module, config: ComcatConfig, adapter_name: str, part: str, tensors: dict) -> None:
@@ -137,14 +168,15 @@ def _active_adapters(model: nn.Module) -> list[str]:
     return [name for name in (active() if callable(active) else active) if name in known]
 
 
-def _present(pipe: object) -> dict:
+def present_base(pipe: object) -> dict:
+    """The fingerprint of a pipeline's base."""
     scheduler = getattr(pipe, "scheduler", None)
     prediction = getattr(getattr(scheduler, "config", None), "prediction_type", "epsilon")
     return fingerprint(denoiser(pipe), prediction)
 
 
 def _refuse_other_base(pipe: object, header: Header, path: str | Path, any_weights: bool) -> None:
-    present = _present(pipe)
+    present = present_base(pipe)
     reason = difference(header.fingerprint, present)
     if reason is None:
         return
@@ -157,15 +189,20 @@ def _refuse_other_base(pipe: object, header: Header, path: str | Path, any_weigh
     raise AdapterFileError(f"{path} was trained on '{header.base_model}' and does not fit '{here}': {reason}.")
 
 
-def _read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: str | Path, header: Header) -> dict[str, torch.Tensor]:
+    """The factors by name, PART.ATTENTION.FACTOR. Raises AdapterFileError for misfit rows, NaN and infinity."""
     tensors = safetensors.torch.load_file(path)
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise AdapterFileError(f"{path} holds NaN or infinity in {_first_three(bad)}; train again or get another copy.")
-    return tensors
+    try:
+        return unpack(tensors, header.head_ranks) if header.head_ranks else tensors
+    except ValueError as error:
+        raise AdapterFileError(f"{path} is damaged or was edited: {error}.") from error
 
 
-def _config(fields: dict, path: str | Path) -> ComcatConfig:
+def config_of(fields: dict, path: str | Path) -> ComcatConfig:
+    """The configuration that a header holds for one component. Raises AdapterFileError if it makes no sense."""
     unknown = sorted(set(fields) - set(_CONFIG_FIELDS))
     if unknown:
         raise AdapterFileError(f"{path} has settings that this version does not know: {_first_three(unknown)}.")
@@ -175,7 +212,8 @@ def _config(fields: dict, path: str | Path) -> ComcatConfig:
         raise AdapterFileError(f"{path} has a configuration that does not make sense: {error}") from error
 
 
-def _plain_config(config: ComcatConfig) -> dict:
+def plain_config(config: ComcatConfig) -> dict:
+    """A configuration as a header holds it; the inverse of `config_of`."""
     return {name: getattr(config, name) for name in _CONFIG_FIELDS}
 
 

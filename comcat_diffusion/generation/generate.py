@@ -13,7 +13,8 @@ from comcat_diffusion import bases
 from comcat_diffusion.adapters.header import Header, read_adapter
 from comcat_diffusion.adapters.merge import layers_of, merge_adapters, unmerge_adapters
 from comcat_diffusion.adapters.store import load_adapter
-from comcat_diffusion.config import EMBEDDED, GenerateConfig
+from comcat_diffusion.config import EMBEDDED
+from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_png
 from comcat_diffusion.generation.sheet import Row, contact_sheet
 from comcat_diffusion.words import Subject, calls, filled
@@ -28,9 +29,10 @@ class Chosen:
     header: Header
 
     @property
-    def subject(self) -> Subject:
+    def subjects(self) -> list[Subject]:
         """The words that call what it learned."""
-        return Subject(self.header.notes.trigger, self.header.notes.class_word)
+        notes = self.header.notes
+        return [Subject(notes.trigger, notes.class_word), *(Subject(**other) for other in notes.others)]
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,11 @@ def _chosen(text: str, default_scale: float) -> Chosen:
 def _checked(prompt: str, chosen: list[Chosen], any_prompt: bool) -> str:
     if not chosen:
         return prompt
-    prompt = filled(prompt, chosen[0].subject)
-    if any_prompt or any(calls(prompt, one.subject) for one in chosen if one.subject.trigger):
+    prompt = filled(prompt, chosen[0].subjects[0])
+    subjects = [subject for one in chosen for subject in one.subjects]
+    if any_prompt or any(calls(prompt, subject) for subject in subjects if subject.trigger):
         return prompt
-    wanted = " or ".join(f"'{one.subject.phrase}'" for one in chosen)
+    wanted = " or ".join(f"'{subject.phrase}'" for subject in subjects)
     raise ValueError(f"The prompt '{prompt}' does not name the subject: write {wanted}, or allow it with --any_prompt.")
 
 

@@ -1,11 +1,12 @@
 """The training story: pictures in, one adapter file out. Read it from top to bottom."""
 
 import json
-import random
 import resource
+import signal
 import sys
-import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -18,17 +19,20 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
 
 from comcat_diffusion import atomic, bases
-from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.header import Notes
-from comcat_diffusion.adapters.model import factors
-from comcat_diffusion.adapters.store import load_adapter, save_adapter
-from comcat_diffusion.config import TrainConfig, to_toml
-from comcat_diffusion.training import encode, images
-from comcat_diffusion.training.loop import Batching, Loop, Step
+from comcat_diffusion.config import to_toml
+from comcat_diffusion.training import learned, output
+from comcat_diffusion.training.batching import Batching
+from comcat_diffusion.training.checkpoint import Checkpoints, last_good
+from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.dataset import Dataset, read_dataset, remarks
+from comcat_diffusion.training.encode import Material, encode_all, tiny
+from comcat_diffusion.training.judge import Judge
+from comcat_diffusion.training.learner import Learner, cut_off
+from comcat_diffusion.training.loop import Loop, NotFinite, Step
 from comcat_diffusion.training.objective import Objective
-from comcat_diffusion.words import Subject, subject_of
-
-ADAPTER = "subject"  # name of the adapter inside the model while it is trained
+from comcat_diffusion.training.preview import Preview
+from comcat_diffusion.training.prior import ClassPictures, Teacher
+from comcat_diffusion.words import Subject
 
 
 class Watcher(Protocol):
@@ -56,10 +60,16 @@ class Outcome:
     """What a run leaves behind."""
 
     adapter: Path
-    subject: Subject
+    subjects: tuple[Subject, ...]
     steps: int
     interrupted: bool
     parameters: int
+    samples: Path | None = None
+
+    @property
+    def subject(self) -> Subject:
+        """The first subject."""
+        return self.subjects[0]
 
 
 def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
@@ -70,58 +80,84 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
     watcher = watcher or Silent()
     # Everything that can be wrong with the input is looked at before the base, which is big, is loaded.
     config = _with_sample(config)
-    subject = subject_of(config.instance_prompt, config.trigger)
-    folder = images.find(config.instance_data_dir)
-    for name, reason in folder.ignored.items():
-        watcher.note(f"Left aside: {name} ({reason}).")
-    pictures = [(path, *images.read(path)) for path in folder.pictures]
-    target = _prepared_output(config, subject)
-
+    dataset = read_dataset(config)
+    target = output.target_of(config, dataset.subjects)
+    for text in remarks(dataset):
+        watcher.note(text)
     # Accelerate owns the device, the precision and the processes.
     accelerator = _accelerator(config)
-    pipe = bases.asked_base(config, "fp32")
-    config = _resolved(config, pipe, len(pictures))
+    with output.locked(target.parent) if accelerator.is_main_process else nullcontext():
+        return _run(config, dataset, target, accelerator, watcher)
+
+
+def _run(config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accelerator, watcher: Watcher) -> Outcome:
+    pipe = bases.asked_base(config, "fp32").to(accelerator.device)
+    config = _resolved(config, pipe, dataset)
     atomic.write_bytes(target.parent / "run.toml", to_toml(config).encode())
-    for text in _remarks(config, subject, pictures, pipe):
+
+    # Pictures and prompts are encoded once, by the bare base; then the encoders make room. The adapter starts as
+    # exactly nothing, so the first step is taken from the base itself.
+    objective = Objective(DDPMScheduler.from_config(pipe.scheduler.config), config.snr_gamma, config.noise_offset)
+    material = encode_all(config, pipe, dataset, watcher.note)
+    learned.prepare(config, pipe)
+    prompts = [*material.prompts, *config.validation_prompt, ""]
+    for text in (*cut_off(pipe, prompts), *tiny(material.crops, config.resolution)):
         watcher.note(text)
+    learner = Learner(pipe, prompts, train_text=config.train_text_encoder or config.placeholder_token is not None)
+    learned.add_tokens(config, pipe, learner)
+    _make_room(pipe, learner)
 
-    # Pictures and prompt are encoded once; then the encoders make room.
-    data = _encoded(config, pipe.to(accelerator.device), pictures)
-    noise_process = DDPMScheduler.from_config(pipe.scheduler.config)
-    unet = pipe.unet
-    for part in ("vae", "text_encoder", "text_encoder_2"):
-        if getattr(pipe, part, None) is not None:
-            setattr(pipe, part, None)
-    free_memory()
+    loop = _loop(config, pipe, learner, material, objective, accelerator)
+    parameters = learned.learned(learner)
+    ema = learned.Ema(list(parameters.values()), config.ema_decay if config.use_ema else None)
+    checkpoints = Checkpoints(config, dataset.digest, accelerator, parameters, ema)
+    done = checkpoints.resume(config.resume_from_checkpoint) if config.resume_from_checkpoint else 0
+    count = sum(p.numel() for p in parameters.values())
+    for subject in dataset.subjects:
+        pictures = sum(example.subject == subject for example in dataset.examples)
+        watcher.note(f"Learning '{subject.phrase}' from {pictures} pictures.")
+    watcher.note(f"Training {count:,} parameters on {len(material.crops)} crops.")
 
-    # The adapter starts as exactly nothing, so the first step is taken from the base itself.
-    _add_adapter(config, pipe)
-    parameters = [p for p in unet.parameters() if p.requires_grad]
-    loop = _loop(config, unet, data, noise_process, accelerator)
-    watcher.note(f"Training {sum(p.numel() for p in parameters):,} parameters on {len(data)} crops.")
-
-    done, interrupted = 0, False
-    with (target.parent / "metrics.jsonl").open("w", buffering=1) as metrics:
+    judge = Judge(
+        config, dataset.subjects, len(dataset.examples), target, pipe, learner, material.held_out, objective, ema,
+        Preview(config, pipe), accelerator, watcher.note,
+    )  # fmt: skip
+    with _metrics(target.parent / "metrics.jsonl", done, accelerator) as write, _patience() as asked_to_stop:
+        interrupted = False
         try:
-            for step in loop.steps(config.max_train_steps):
+            for step in loop.steps(config.max_train_steps, done):
                 done = step.step
-                metrics.write(json.dumps(asdict(step)) + "\n")
+                ema.step()
+                write(asdict(step))
                 accelerator.log({"loss": step.loss, "lr": step.learning_rate}, step=done)
+                last = done == config.max_train_steps
+                if config.checkpointing_steps and done % config.checkpointing_steps == 0:
+                    checkpoints.save(done)
+                if config.validation_steps and done % config.validation_steps == 0 and not last:
+                    write(judge.look(done))
                 watcher.step(step, config.max_train_steps, peak_bytes(accelerator.device))
-        except KeyboardInterrupt:  # what was learned so far is kept
+                if asked_to_stop():
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:  # between two steps: what was learned so far is kept, and the run can go on from it
             interrupted = True
-    accelerator.end_training()
+            checkpoints.save(done)
+        except NotFinite as error:
+            raise NotFinite(f"{error} {last_good(checkpoints.folder)}") from error
 
-    # What is saved is what was trained: the factors are first rounded to the file's precision, then proved.
-    if accelerator.is_main_process:
-        pipe.unet = accelerator.unwrap_model(loop.unet)
-        _save(config, pipe, subject, done, len(pictures), target)
-        prove(config, pipe.unet, data, target)
-    return Outcome(target, subject, done, interrupted, sum(p.numel() for p in parameters))
+        # What is saved is what was trained: everything learned is first rounded to the file's precision, then proved.
+        write(judge.look(done, draw=False))
+        learned.finish(learner, ema, bases.PRECISIONS[config.save_precision])
+        if accelerator.is_main_process:
+            judge.save(target, done)
+            output.prove(config, learner, loop.batching.batch(material.crops, objective, 0), target)
+        if not (interrupted or config.skip_final_inference):
+            judge.look(done)
+    accelerator.end_training()
+    return Outcome(target, dataset.subjects, done, interrupted, count, judge.sheet)
 
 
 def _with_sample(config: TrainConfig) -> TrainConfig:
-    if config.instance_data_dir is not None:
+    if config.instance_data_dir is not None or config.subjects:
         return config
     return replace(
         config,
@@ -130,20 +166,12 @@ def _with_sample(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _prepared_output(config: TrainConfig, subject: Subject) -> Path:
-    folder = Path(config.output_dir).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # an unwritable folder is better known now than after the training
-            pass
-    except OSError as error:
-        raise OSError(error.errno, f"--output_dir {folder} cannot be written to ({error.strerror}).") from error
-    return folder / f"{config.name or subject.phrase.replace(' ', '-')}.safetensors"
-
-
 def _accelerator(config: TrainConfig) -> Accelerator:
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use no or bf16.")
+    if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ValueError("--mixed_precision bf16 is not supported by this GPU; use fp16.")
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     AcceleratorState._reset_state()  # an earlier run in this process must not decide this one's precision
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -156,68 +184,48 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _resolved(config: TrainConfig, pipe: DiffusionPipeline, pictures: int) -> TrainConfig:
-    """Fill in the defaults that depend on the base."""
+def _resolved(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset) -> TrainConfig:
+    """Fill in the defaults that depend on the base and the pictures."""
     small = bases.native_resolution(pipe) <= 128
+    prompts = [f"a photo of {subject.phrase}" for subject in dataset.subjects]
+    if not config.subjects and config.instance_prompt:
+        prompts = [config.instance_prompt]
     return replace(
         config,
+        pretrained_model_name_or_path=config.pretrained_model_name_or_path or bases.EMBEDDED,
         resolution=config.resolution or bases.native_resolution(pipe),
-        train_batch_size=config.train_batch_size or (min(4, pictures) if small else 1),
+        train_batch_size=config.train_batch_size or (min(4, len(dataset.examples)) if small else 1),
+        validation_prompt=config.validation_prompt or prompts,
     )
 
 
-def _remarks(config: TrainConfig, subject: Subject, pictures: list, pipe: DiffusionPipeline) -> Iterator[str]:
-    for path, picture, notes in pictures:
-        yield from (f"{path.name}: {note}." for note in notes)
-        if min(picture.size) < config.resolution * images.SMALL:
-            size = f"{picture.width} x {picture.height} for {config.resolution} pixels"
-            yield f"{path.name} is tiny ({size}): details will be soft."
-    count, most = encode.prompt_tokens(pipe, config.instance_prompt)
-    if count > most:
-        yield f"The prompt has {count} tokens, of which the text encoder reads {most}: the end is cut off."
-    yield f"Learning '{subject.trigger}' from {len(pictures)} pictures as '{config.instance_prompt}'."
-
-
-def _encoded(config: TrainConfig, pipe: DiffusionPipeline, pictures: list) -> encode.Encoded:
-    rng = random.Random(config.seed)
-    cuts, names = [], []
-    for path, picture, _ in pictures:
-        squares = images.squares(picture, config.resolution, config.center_crop, config.random_flip, rng)
-        cuts += squares
-        names += [path.name] * len(squares)
-    mean, std = encode.posterior(pipe.vae, images.to_tensor(cuts))
-    context = encode.text_states(pipe, config.instance_prompt).expand(len(cuts), -1, -1)
-    return encode.Encoded(mean, std, context, tuple(names))
-
-
-def _add_adapter(config: TrainConfig, pipe: DiffusionPipeline) -> None:
-    pipe.unet.requires_grad_(False)
-    if config.init_adapter:
-        load_adapter(pipe, config.init_adapter, ADAPTER)
-        for factor in factors(pipe.unet, ADAPTER).values():
-            factor.requires_grad_(True)
-    else:
-        targets = config.target_modules
-        settings = ComcatConfig(r=config.rank, alpha=config.alpha, foldable=config.foldable, target_modules=targets)
-        with torch.random.fork_rng():  # PEFT draws the random factors from the global generator
-            torch.manual_seed(config.seed)
-            pipe.unet.add_adapter(settings, ADAPTER)
-    if config.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
+def _make_room(pipe: DiffusionPipeline, learner: Learner) -> None:
+    """Take off the accelerator what no step needs: the VAE, and text encoders that are not trained."""
+    pipe.vae.to("cpu")
+    if not learner.encoders:
+        for name in ("text_encoder", "text_encoder_2"):
+            if getattr(pipe, name, None) is not None:
+                setattr(pipe, name, None)
+    free_memory()
 
 
 def _loop(
     config: TrainConfig,
-    unet: torch.nn.Module,
-    data: encode.Encoded,
-    noise_process: DDPMScheduler,
+    pipe: DiffusionPipeline,
+    learner: Learner,
+    material: Material,
+    objective: Objective,
     accelerator: Accelerator,
 ) -> Loop:
     precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-    unet.to(dtype=precision).train()
-    cast_training_params(unet, torch.float32)  # what is learned stays in full precision
+    learner.train().unet.to(dtype=precision)
+    cast_training_params(learner.unet, torch.float32)  # what is learned stays in full precision
+    if config.gradient_checkpointing:
+        learner.unet.enable_gradient_checkpointing()
+    if config.compile:
+        learner.unet.compile()
     optimizer = torch.optim.AdamW(
-        [p for p in unet.parameters() if p.requires_grad],
+        learned.groups(config, learner),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
@@ -229,36 +237,62 @@ def _loop(
         num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
         num_training_steps=config.max_train_steps * accelerator.num_processes,
     )
-    unet, optimizer, schedule = accelerator.prepare(unet, optimizer, schedule)
-    objective = Objective(noise_process, config.snr_gamma, config.noise_offset)
-    batching = Batching(config.seed, config.train_batch_size)
-    return Loop(unet, data, objective, batching, optimizer, schedule, accelerator, config.max_grad_norm)
+    prepared, optimizer, schedule = accelerator.prepare(learner, optimizer, schedule)
+    prior = None
+    if config.prior_kind == "teacher":
+        prior = Teacher(pipe, material.class_prompts)
+    elif config.prior_kind == "images":
+        prior = ClassPictures(material.class_crops, config.seed, config.train_batch_size, objective)
+    return Loop(
+        prepared,
+        material.crops,
+        objective,
+        Batching.of(material.crops, config.seed, config.train_batch_size),
+        optimizer,
+        schedule,
+        accelerator,
+        config.max_grad_norm,
+        prior,
+        config.prior_loss_weight,
+    )
 
 
-def _save(
-    config: TrainConfig, pipe: DiffusionPipeline, subject: Subject, steps: int, pictures: int, target: Path
-) -> None:
-    precision = bases.PRECISIONS[config.save_precision]
-    for factor in factors(pipe.unet, ADAPTER).values():
-        factor.data = factor.data.to(precision).to(factor.dtype)
-    training = {"resolution": config.resolution, "steps": steps, "seed": config.seed, "pictures": pictures}
-    notes = Notes(subject.trigger, config.instance_prompt, subject.class_word, training)
-    save_adapter(pipe, target, ADAPTER, config.pretrained_model_name_or_path, notes, precision)
+@contextmanager
+def _metrics(path: Path, done: int, accelerator: Accelerator) -> Iterator[Callable[[dict], None]]:
+    """A function that adds a line; a resumed run goes on after the lines of the steps that it has."""
+    if not accelerator.is_main_process:
+        yield lambda record: None
+        return
+    lines = path.read_text().splitlines() if done and path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= done]
+    path.write_text("".join(line + "\n" for line in kept))
+    with path.open("a", buffering=1) as file:
+
+        def write(record: dict) -> None:
+            if record:
+                file.write(json.dumps({name: v for name, v in record.items() if v is not None}) + "\n")
+
+        yield write
 
 
-@torch.no_grad()
-def prove(config: TrainConfig, trained: torch.nn.Module, data: encode.Encoded, adapter: Path) -> None:
-    """Load the saved file onto a fresh base and compare one forward pass. Raises RuntimeError at a difference."""
-    fresh = bases.asked_base(config, "fp32")
-    load_adapter(fresh, adapter, ADAPTER)
-    parameter = next(trained.parameters())
-    fresh.unet.to(parameter.device, parameter.dtype)
-    inputs = (data.mean[:1], torch.tensor([500]), data.context[:1])
-    inputs = [part.to(parameter.device, parameter.dtype if part.is_floating_point() else None) for part in inputs]
-    expected, found = (model.eval()(*inputs).sample.float() for model in (trained, fresh.unet))
-    off = (expected - found).abs().max() / expected.abs().max()
-    if not off < (1e-4 if parameter.dtype == torch.float32 else 5e-2):
-        raise RuntimeError(f"{adapter} does not reproduce what was trained (off by {off:.1e}); please report this.")
+@contextmanager
+def _patience() -> Iterator[Callable[[], bool]]:
+    """Let the step in hand finish when Ctrl-C comes, so that what is saved is whole; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = threading.Event()
+
+    def remember(number: int, frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def peak_bytes(device: torch.device) -> int:

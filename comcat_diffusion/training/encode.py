@@ -1,52 +1,125 @@
-"""Everything that a picture and its prompt mean to the U-Net, computed once; the encoders are not needed again.
+"""Pictures as the U-Net sees them, computed once; the VAE is not needed again.
 
-Letters: P pictures (crops), C latent channels, h x w latent size, M context tokens, E width of the text states.
+Letters: C latent channels, h x w latent size, B batch.
 """
 
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch.nn.functional import interpolate
+
+from comcat_diffusion.training import images
+from comcat_diffusion.training.cache import Cache
+from comcat_diffusion.training.class_pictures import class_pictures, class_prompt_of
+from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.crops import Cut, cuts, sizes
+from comcat_diffusion.training.dataset import Dataset, Example
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """The training set in latents: the posterior of every crop, what it is called, and where it came from."""
+class Crop:
+    """One cut-out in latents: the VAE's posterior, already times its scaling factor, and what goes with it."""
 
-    mean: torch.Tensor  # P, C, h, w, already times the VAE's scaling factor
-    std: torch.Tensor  # P, C, h, w, likewise
-    context: torch.Tensor  # P, M, E
-    names: tuple[str, ...]  # P names for messages
+    mean: torch.Tensor  # C, h, w
+    std: torch.Tensor  # C, h, w
+    prompt: str
+    name: str  # of the picture, for messages
+    frame: tuple[int, ...]  # SDXL's micro-conditioning: original h, w, top, left, target h, w
+    weight: torch.Tensor | None = None  # 1, h, w: how much each place counts, mean one
+    repeats: int = 1
 
-    def __len__(self) -> int:
-        return len(self.names)
+    def latents(self, generator: torch.Generator) -> torch.Tensor:
+        """A sample of the posterior, (C, h, w)."""
+        return self.mean + self.std * torch.randn(self.mean.shape, generator=generator)
 
-    def latents(self, chosen: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """A sample from the posteriors of the chosen crops: (B, C, h, w)."""
-        noise = torch.randn(self.mean[chosen].shape, generator=generator)
-        return self.mean[chosen] + self.std[chosen] * noise
+
+SMALL = 0.5  # below this share of the training resolution a picture is called tiny
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything encoded: what is learned, what it is judged by, and the class that is to stay as it is."""
+
+    crops: list[Crop]
+    held_out: list[Crop]
+    class_crops: list[Crop]
+    class_prompts: dict[str, str]  # the class prompt that goes with each prompt
+
+    @property
+    def prompts(self) -> list[str]:
+        """Every prompt that a step or a judgement may need."""
+        crops = (*self.crops, *self.held_out, *self.class_crops)
+        return list(dict.fromkeys([crop.prompt for crop in crops] + list(self.class_prompts.values())))
+
+
+def encode_all(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset, note: Callable[[str], None]) -> Material:
+    """Encode a dataset with a pipeline's VAE, after the base has drawn the class pictures that are missing."""
+    divisible = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    if config.resolution % divisible:
+        raise ValueError(f"--resolution {config.resolution} must be a multiple of {divisible} for this base.")
+    options = sizes(config.resolution, config.aspect_ratio_buckets, divisible)
+    cache = Cache(config.cache_dir)
+    class_examples = []
+    if config.prior_kind == "images":
+        class_examples = class_pictures(config, pipe, dataset.subjects, note)
+    class_prompts = {}
+    if config.prior_kind == "teacher":
+        class_prompts = {e.prompt: class_prompt_of(config, e.subject, dataset.subjects) for e in dataset.examples}
+    square = [(config.resolution, config.resolution)]
+    return Material(
+        encode(config, pipe.vae, dataset.examples, options, cache),
+        encode(config, pipe.vae, dataset.held_out, options, cache),
+        encode(config, pipe.vae, class_examples, square, cache),
+        class_prompts,
+    )
+
+
+def tiny(crops: Sequence[Crop], resolution: int) -> Iterator[str]:
+    """A sentence for every picture that is far smaller than what is trained on."""
+    for name, (high, wide) in {crop.name: crop.frame[:2] for crop in crops}.items():
+        if min(high, wide) < resolution * SMALL:
+            yield f"{name} is tiny ({wide} x {high} for {resolution} pixels): details will be soft."
+
+
+def encode(
+    config: TrainConfig, vae: AutoencoderKL, examples: Sequence[Example], sizes: list[tuple[int, int]], cache: Cache
+) -> list[Crop]:
+    """All crops of the examples, one picture at a time. Raises ValueError if latents are no numbers."""
+    crops = []
+    for example in examples:
+        picture, mask, _ = example.read()
+        rng = random.Random(f"{config.seed} {example.path.name}")
+        for cut in cuts(picture, mask, sizes, config.center_crop, config.random_flip, rng):
+            mean, std = cache.posterior(vae, cut.image, lambda cut=cut: posterior(vae, images.to_tensor([cut.image])))
+            if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+                raise ValueError(f"The VAE gives latents of {example.path} that are no numbers; encode in fp32.")
+            frame = (*cut.original, *cut.corner, *cut.size)
+            weight = weight_map(cut, mean.shape[-2:], config.unmasked_weight) if cut.mask else None
+            crops.append(Crop(mean, std, example.prompt, example.path.name, frame, weight, example.repeats))
+    return crops
+
+
+def weight_map(cut: Cut, size: tuple[int, int], unmasked_weight: float) -> torch.Tensor:
+    """The weight of every latent place, (1, h, w) with mean one: one under the mask, `unmasked_weight` elsewhere.
+
+    Raises ValueError if nothing has any weight.
+    """
+    shown = torch.from_numpy(np.asarray(cut.mask, dtype=np.float32) / 255)[None, None]  # 1, 1, H, W
+    share = interpolate(shown, size=tuple(size), mode="area")[0]
+    weight = share + (1 - share) * unmasked_weight
+    if weight.mean() <= 0:
+        raise ValueError("A mask is black wherever its picture is cut: nothing would be learned from it.")
+    return weight / weight.mean()
 
 
 @torch.no_grad()
 def posterior(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and std of the latents of (P, 3, H, W) pixels, scaled as the U-Net wants them, float32 on the CPU."""
+    """Mean and std of the latents of one (1, 3, H, W) picture, (C, h, w) each, scaled as the U-Net wants them."""
     shift, factor = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
-    means, stds = [], []
-    for picture in pixels:  # one at a time: the peak memory does not depend on how many pictures there are
-        found = vae.encode(picture[None].to(vae.device, vae.dtype)).latent_dist
-        means.append(((found.mean.float() - shift) * factor).cpu())
-        stds.append((found.std.float() * factor).cpu())
-    return torch.cat(means), torch.cat(stds)
-
-
-@torch.no_grad()
-def text_states(pipe: StableDiffusionPipeline, prompt: str) -> torch.Tensor:
-    """The text states of a prompt as the pipeline itself makes them: float32 (1, M, E) on the CPU."""
-    states, _ = pipe.encode_prompt(prompt, pipe.device, 1, do_classifier_free_guidance=False)
-    return states.float().cpu()
-
-
-def prompt_tokens(pipe: StableDiffusionPipeline, prompt: str) -> tuple[int, int]:
-    """(tokens of the prompt, tokens that fit), begin and end included."""
-    tokens = pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids
-    return len(tokens), pipe.tokenizer.model_max_length
+    found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    mean, std = (found.mean.float() - shift) * factor, found.std.float() * factor
+    return mean[0].cpu(), std[0].cpu()

@@ -16,12 +16,11 @@ class Objective:
     noise_offset: float = 0.0
 
     def draw(self, clean: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise (B, C, h, w) and timesteps (B,) for a batch of clean latents, on the generator's device."""
+        """Noise (C, h, w) and a timestep () for one sample's clean latents."""
         noise = torch.randn(clean.shape, generator=generator)
         if self.noise_offset:
-            noise = noise + self.noise_offset * torch.randn(*clean.shape[:2], 1, 1, generator=generator)
-        timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (len(clean),), generator=generator)
-        return noise, timesteps
+            noise = noise + self.noise_offset * torch.randn(len(clean), 1, 1, generator=generator)
+        return noise, torch.randint(self.scheduler.config.num_train_timesteps, (), generator=generator)
 
     def target(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What the U-Net should answer: the noise, the velocity (arXiv 2202.00512) or the clean latents."""
@@ -34,9 +33,17 @@ class Objective:
             return clean
         raise ValueError(f"The base predicts '{kind}', which is not supported (epsilon, v_prediction, sample).")
 
-    def loss(self, predicted: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Mean squared error of every picture, weighted by min-SNR-gamma (arXiv 2303.09556, eq. 4) if asked: (B,)."""
-        error = (predicted.float() - target.float()).square().mean(dim=(1, 2, 3))
+    def loss(
+        self,
+        predicted: torch.Tensor,
+        target: torch.Tensor,
+        timesteps: torch.Tensor,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Mean squared error of every sample, (B,): places weighted by (B, 1, h, w), timesteps by min-SNR-gamma
+        (arXiv 2303.09556, eq. 4) if asked."""
+        error = (predicted.float() - target.float()).square()
+        error = (error if weights is None else error * weights).mean(dim=(1, 2, 3))
         if self.snr_gamma is None:
             return error
         snr = compute_snr(self.scheduler, timesteps)

@@ -1,0 +1,70 @@
+"""Packed factors: only the rows that a head really has, where the dense form gives every head of a layer one rank.
+
+In a dense file an attention of H heads and rank R has H*R rows in each factor. In a packed one (format version 2) the
+header's `head_ranks` says the rank of every head, once for its QK and once for its VO product, and each factor holds
+that many rows, head after head; `out_up`, whose ranks are columns, is stored transposed. Factors may be int8; then
+`row_scales` holds one float32 for each of their rows, factor after factor in the order of their names. `unpack` fills
+the missing rows with zeros, which is exact.
+
+Letters: H heads, R rank, C channels, K rows kept.
+"""
+
+import torch
+
+PRODUCT = {"q_down": 0, "k_down": 0, "q_core": 0, "v_down": 1, "out_up": 1, "out_core": 1}  # 0: QK, 1: VO
+COLUMNS = "out_up"  # the one factor whose ranks are columns
+ROW_SCALES = "row_scales"
+NO_FACTOR = "token."  # the embeddings of new words stand beside the factors, as they are
+
+HeadRanks = dict[str, dict[str, list[list[int]]]]
+
+
+def kept_rows(ranks: list[int], rank: int) -> torch.Tensor:
+    """Which of the H*rank rows of a dense factor exist: (K,), the first `ranks[h]` of every head h."""
+    return torch.cat([torch.arange(count) + head * rank for head, count in enumerate(ranks)])
+
+
+def pack(tensors: dict[str, torch.Tensor], head_ranks: HeadRanks, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Dense factors by name, PART.ATTENTION.FACTOR, to packed ones in `dtype` (float16, ..., or int8)."""
+    packed, scales = {}, []
+    for name, dense in sorted(tensors.items()):
+        ranks, product = _ranks_of(name, head_ranks)
+        rows = dense.T if name.endswith("." + COLUMNS) else dense  # H*R, C
+        kept = rows[kept_rows(ranks[product], max(map(max, ranks)))].contiguous()  # K, C
+        if dtype == torch.int8:
+            scales.append(kept.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny).float() / 127)  # K
+            kept = (kept / scales[-1].unsqueeze(1)).round()
+        packed[name] = kept.to(dtype)
+    return packed | {ROW_SCALES: torch.cat(scales)} if scales else packed
+
+
+def unpack(tensors: dict[str, torch.Tensor], head_ranks: HeadRanks) -> dict[str, torch.Tensor]:
+    """The inverse of `pack`. Raises ValueError, naming the tensor, if the rows are not those that the ranks ask for."""
+    dense, scales, used = {}, tensors.get(ROW_SCALES, torch.zeros(0)), 0
+    for name, kept in sorted(tensors.items()):
+        if name == ROW_SCALES:
+            continue
+        if name.startswith(NO_FACTOR):
+            dense[name] = kept
+            continue
+        ranks, product = _ranks_of(name, head_ranks)
+        rank, heads, count = max(map(max, ranks)), len(ranks[product]), sum(ranks[product])
+        if kept.dim() != 2 or len(kept) != count:
+            raise ValueError(f"{name} {tuple(kept.shape)} does not have the {count} rows of its heads")
+        if kept.dtype == torch.int8:
+            scale, used = scales[used : used + count], used + count
+            if tuple(scale.shape) != (count,):
+                raise ValueError(f"{name} is int8 and lacks its {count} {ROW_SCALES}")
+            kept = kept.float() * scale.float().unsqueeze(1)
+        rows = kept.new_zeros(heads * rank, kept.shape[1])  # H*R, C
+        rows[kept_rows(ranks[product], rank)] = kept
+        dense[name] = rows.T.contiguous() if name.endswith("." + COLUMNS) else rows
+    return dense
+
+
+def _ranks_of(name: str, head_ranks: HeadRanks) -> tuple[list[list[int]], int]:
+    part, _, rest = name.partition(".")
+    attention, _, factor = rest.rpartition(".")
+    if factor not in PRODUCT or attention not in head_ranks.get(part, {}):
+        raise ValueError(f"{name} is of no head that the header speaks of")
+    return head_ranks[part][attention], PRODUCT[factor]

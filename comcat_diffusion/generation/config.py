@@ -1,0 +1,78 @@
+"""The settings of a generation run."""
+
+from dataclasses import dataclass
+
+from comcat_diffusion.config import (
+    BaseSettings,
+    Group,
+    option,
+    require,
+    require_at_least,
+    require_finite,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings(Group):
+    """The adapters"""
+
+    adapter: list[str] = option([], "Adapter files, each with a scale after a colon if wanted: dog.safetensors:0.8.")
+    scale: float = option(1.0, "Scale of the adapters that name none.")
+    any_weights: bool = option(False, "Allow a base of the same shape with other weights (a fine-tune).")
+    merge: bool = option(False, "Merge the adapters into the weights before drawing.")
+
+    def check(self) -> None:
+        """Numbers are numbers, and merging has something to merge."""
+        require_finite(self, "scale")
+        require(bool(self.adapter) or not self.merge, "--merge needs an --adapter.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingSettings(Group):
+    """The pictures"""
+
+    prompt: list[str] = option([], "What to draw; {subject} stands for the first adapter's trigger and class.")
+    negative_prompt: str | None = option(None, "What not to draw.")
+    any_prompt: bool = option(False, "Allow prompts without the adapter's trigger.")
+    num_images: int = option(4, "Pictures per prompt, from consecutive seeds.")
+    seed: int = option(0, "First seed. The same seed gives the same picture, whatever the batch size.")
+    num_inference_steps: int = option(25, "Denoising steps.")
+    guidance_scale: float = option(5.0, "Classifier-free guidance; 1 turns it off.")
+    scheduler: str | None = option(
+        None, "Sampler class of diffusers, for instance EulerDiscreteScheduler. Default: the base's."
+    )
+    resolution: int | None = option(None, "Side of the pictures in pixels. Default: the base's own.")
+    compare: bool = option(False, "Also draw every picture without adapters, as the row above.")
+
+    def check(self) -> None:
+        """There is something to draw, with numbers that make sense."""
+        require(bool(self.prompt), "--prompt is missing: say what to draw.")
+        require(all(p.strip() for p in self.prompt), "--prompt is empty: say what to draw.")
+        require_at_least(self, 1, "num_images", "num_inference_steps", "resolution")
+        require_finite(self, "guidance_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSettings(Group):
+    """The machine"""
+
+    batch_size: int = option(4, "Pictures drawn at once.")
+    precision: str = option("fp32", "Precision of the base.", choices=("fp32", "fp16", "bf16"))
+    device: str | None = option(None, "cpu, cuda, mps, ... Default: the fastest that is there.")
+    output_dir: str = option("pictures", "Folder for the pictures and the contact sheet.")
+
+    def check(self) -> None:
+        """A batch holds at least one picture."""
+        require_at_least(self, 1, "batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(MachineSettings, DrawingSettings, BaseSettings, AdapterSettings):
+    """Settings of a generation run: prompts x seeds, with any number of adapters. The base is the first adapter's."""
+
+    def check(self) -> None:
+        """There is a base to draw with."""
+        require(
+            bool(self.adapter) or self.pretrained_model_name_or_path is not None,
+            "--adapter is missing (or, to draw with a base alone, --pretrained_model_name_or_path).",
+        )

@@ -1,0 +1,153 @@
+"""Checkpoints that a run can be trusted to: whole or not there, checked when read, and of the same settings.
+
+`checkpoints/checkpoint-N/` holds what Accelerate saves of optimizer, schedule and scaler, the learned tensors in full
+precision, and `checkpoint.json` with the step, the settings and the hash of every file.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from comcat_diffusion.training.config import BESIDE, STEADY_SCHEDULES, TrainConfig
+from comcat_diffusion.training.learned import Ema
+
+RECORD = "checkpoint.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        pictures: str,
+        accelerator: Accelerator,
+        parameters: dict[str, nn.Parameter],
+        ema: Ema,
+    ):
+        self.folder, self.limit = Path(config.output_dir).expanduser() / "checkpoints", config.checkpoints_total_limit
+        self.settings = settings_of(config) | {"pictures": pictures}
+        self.accelerator, self.parameters, self.ema = accelerator, parameters, ema
+        # The base is not Accelerate's to save: all that changes is in `parameters`.
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+
+    def save(self, step: int) -> Path:
+        """Write a checkpoint beside its place, then move it there; drop those beyond the limit. Every process calls."""
+        target, partial = self.folder / f"checkpoint-{step}", self.folder / f".checkpoint-{step}.partial"
+        main = self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if main:
+            tensors = {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}
+            save_file(tensors, partial / "learned.safetensors")
+            if self.ema.mean:
+                save_file({k: v.cpu().contiguous() for k, v in self.ema.tensors().items()}, partial / "ema.safetensors")
+            record = {"step": step, "settings": self.settings, "files": _digests(partial)}
+            (partial / RECORD).write_text(json.dumps(record, indent=1))
+            _flush(partial)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+            self._prune()
+        self.accelerator.wait_for_everyone()
+        return target
+
+    def resume(self, asked: str) -> int:
+        """Put everything back as it was at a checkpoint (a folder, or "latest"); returns its step.
+
+        Raises ValueError or FileNotFoundError for a missing or damaged one, naming the last good one, and for settings
+        that are not those of the run, naming them.
+        """
+        folder = self._latest() if asked == "latest" else Path(asked).expanduser()
+        problem = damage(folder)
+        if problem:
+            good = [path for path in listed(self.folder) if path != folder and damage(path) is None]
+            way_out = f"the last good one is {good[-1]}" if good else "there is no good one: start afresh without it"
+            raise ValueError(f"--resume_from_checkpoint: {problem}; {way_out}.")
+        record = json.loads((folder / RECORD).read_text())
+        self._refuse_other_settings(record["settings"])
+        self.accelerator.load_state(str(folder))
+        with torch.no_grad():
+            for name, tensor in load_file(folder / "learned.safetensors").items():
+                self.parameters[name].copy_(tensor)
+        if self.ema.mean:
+            self.ema.load(load_file(folder / "ema.safetensors"))
+        return record["step"]
+
+    def _latest(self) -> Path:
+        there = listed(self.folder)
+        if not there:
+            raise FileNotFoundError(f"--resume_from_checkpoint latest: there is no checkpoint in {self.folder}.")
+        return there[-1]
+
+    def _refuse_other_settings(self, saved: dict) -> None:
+        names = sorted(saved.keys() | self.settings.keys())
+        changed = [name for name in names if saved.get(name) != self.settings.get(name)]
+        if changed:
+            told = ", ".join(f"{name} (was {saved.get(name)}, is {self.settings.get(name)})" for name in changed[:5])
+            raise ValueError(
+                f"--resume_from_checkpoint: the settings have changed: {told}. Give the same ones, or start from the "
+                "weights alone with --init_adapter."
+            )
+
+    def _prune(self) -> None:
+        if self.limit:
+            for old in listed(self.folder)[: -self.limit]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def settings_of(config: TrainConfig) -> dict:
+    """The settings that decide what is learned, as JSON holds them."""
+    beside = set(BESIDE) | ({"max_train_steps"} if config.lr_scheduler in STEADY_SCHEDULES else set())
+    return json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in beside}))
+
+
+def listed(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def last_good(folder: Path) -> str:
+    """A sentence that says which checkpoint is whole."""
+    good = [path for path in listed(folder) if damage(path) is None]
+    return f"The last good checkpoint is {good[-1]}." if good else "No checkpoint was written yet."
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    if not folder.is_dir():
+        return f"there is no checkpoint {folder}"
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        files = record["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{folder} has no readable {RECORD}"
+    for name, digest in files.items():
+        path = folder / Path(name).name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            return f"{folder} is damaged: {name} is missing or changed"
+    return None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def _flush(folder: Path) -> None:
+    """Force the files to disk before the rename makes them count."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())

@@ -1,0 +1,47 @@
+"""The class that a subject belongs to: its prompt, and pictures of it, drawn by the base where they are missing."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_png
+from comcat_diffusion.training import folder
+from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.dataset import Example
+from comcat_diffusion.words import Subject
+
+STEPS, GUIDANCE = 25, 5.0
+
+
+def class_prompt_of(config: TrainConfig, subject: Subject, subjects: Sequence[Subject]) -> str:
+    """The class prompt of a subject: the one given, or its prompt without the trigger. Raises ValueError."""
+    one = config.all_subjects()[list(subjects).index(subject)]
+    words = (one.instance_prompt or "").split()
+    derived = " ".join(word for word in words if word.strip(".,;:!?").lower() != subject.trigger)
+    if one.class_prompt or (subject.class_word and derived):
+        return one.class_prompt or derived
+    raise ValueError(
+        f"--class_prompt is missing: what kind of thing is '{subject.trigger}'? For instance 'a photo of a dog'."
+    )
+
+
+def class_pictures(
+    config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Subject], note: Callable[[str], None]
+) -> list[Example]:
+    """Examples of every subject's class; the folder is filled up to `num_class_images` first. A cut run goes on."""
+    examples = []
+    for one, subject in zip(config.all_subjects(), subjects, strict=True):
+        prompt = class_prompt_of(config, subject, subjects)
+        place = Path(one.class_data_dir or Path(config.output_dir) / "class").expanduser()
+        place.mkdir(parents=True, exist_ok=True)
+        there = sum(path.suffix.lower() in folder.SUFFIXES for path in place.iterdir())
+        missing = [Drawing(prompt, config.seed + number) for number in range(there, config.num_class_images)]
+        if missing:
+            note(f"Drawing {len(missing)} pictures of '{prompt}' into {place}.")
+        sampling = Sampling(STEPS, GUIDANCE, resolution=config.resolution)
+        for drawing, picture in zip(missing, draw(pipe, missing, sampling), strict=True):
+            save_png(picture, place / f"class-{drawing.seed:06d}.png", {"prompt": prompt, "seed": drawing.seed})
+        shots = folder.find(place).shots[: config.num_class_images]
+        examples += [Example(shot.path, prompt, subject) for shot in shots]
+    return examples

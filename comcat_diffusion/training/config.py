@@ -1,0 +1,266 @@
+"""The settings of a training run, in groups."""
+
+from dataclasses import dataclass
+
+from comcat_diffusion.config import (
+    EMBEDDED,
+    BaseSettings,
+    Group,
+    option,
+    require,
+    require_at_least,
+    require_finite,
+)
+
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+STEADY_SCHEDULES = ("constant", "constant_with_warmup")  # whose rate does not depend on how long the run is
+PRIORS = ("none", "images", "teacher")
+# Settings that change what a run leaves beside its weights; a resumed run may have others.
+BESIDE = (
+    "output_dir", "name", "overwrite", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
+    "validation_prompt", "num_validation_images", "validation_steps", "skip_final_inference", "report_to",
+    "cache_dir", "save_precision",
+)  # fmt: skip
+
+
+def _require_word(prompt: str | None, word: str | None, kind: str = "") -> None:
+    if prompt and word:
+        there = word.lower() in prompt.lower().split()
+        require(there, f"--instance_prompt '{prompt}' does not contain {kind}'{word}'.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectConfig:
+    """One subject; several stand in a TOML file as [[subjects]] tables."""
+
+    instance_data_dir: str
+    instance_prompt: str | None = None
+    trigger: str | None = None
+    class_prompt: str | None = None
+    class_data_dir: str | None = None
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        require(
+            self.instance_prompt is not None or self.trigger is not None,
+            f"--instance_prompt is missing: say in words what {self.instance_data_dir} shows (or, where every picture "
+            "has a caption, name the --trigger).",
+        )
+        require(self.repeats >= 1, f"--repeats must be at least 1, not {self.repeats}.")
+        _require_word(self.instance_prompt, self.trigger, "the trigger ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings(Group):
+    """The pictures"""
+
+    instance_data_dir: str | None = option(
+        None, "Folder with the pictures of the subject. Default: the sample subject."
+    )
+    instance_prompt: str | None = option(None, "A prompt that names the subject, for instance 'a photo of sks dog'.")
+    trigger: str | None = option(
+        None, "The word in the prompt that stands for the subject. Default: found in the prompt."
+    )
+    repeats: int = option(1, "Times that every picture counts in a pass; of use with several subjects.")
+    subjects: list[SubjectConfig] = option(
+        [], "Several subjects, each a [[subjects]] table with the settings above.", file_only=True
+    )
+    resolution: int | None = option(None, "Side in pixels of the training pictures. Default: the base's own.")
+    aspect_ratio_buckets: bool = option(False, "Cut pictures to the nearest of several shapes instead of a square.")
+    center_crop: bool = option(True, "Crop the middle; otherwise four random places of every picture.")
+    random_flip: bool = option(False, "Also learn from mirrored pictures.")
+    alpha_mask: bool = option(False, "Use the alpha channel as a mask (PICTURE-mask.png files are always used).")
+    unmasked_weight: float = option(0.1, "Weight of what the mask leaves out, where the mask has weight 1.")
+    cache_dir: str | None = option(None, "Keep latents in this folder, so that the next run starts faster.")
+
+    def check(self) -> None:
+        """Numbers make sense; one subject or several, not both."""
+        require_at_least(self, 1, "resolution", "repeats")
+        require_finite(self, "unmasked_weight")
+        require(0 <= self.unmasked_weight <= 1, f"--unmasked_weight must be 0 to 1, not {self.unmasked_weight}.")
+        require(
+            not (self.subjects and self.instance_data_dir),
+            "--instance_data_dir and [[subjects]] tables exclude each other: put the folder into a table.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningSettings(Group):
+    """What is learned"""
+
+    rank: int = option(4, "Rank added to each head's two products.")
+    alpha: float | None = option(None, "Strength: the term is scaled by alpha / rank. Default: rank.")
+    foldable: bool = option(False, "Stay in the span of the base heads, so that the adapter folds into stock weights.")
+    target_modules: list[str] | None = option(
+        None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention."
+    )
+    init_adapter: str | None = option(None, "Start from this adapter file (it must have the same rank and targets).")
+    train_text_encoder: bool = option(False, "Also adapt the text encoder(s); text is then encoded at every step.")
+    placeholder_token: str | None = option(
+        None, "Learn a new token together with the adapter, for instance '<my-cat>'."
+    )
+    initializer_token: str | None = option(None, "A known word that the new token starts from, for instance cat.")
+    num_vectors: int = option(1, "Embeddings that the new token consists of.")
+
+    def check(self) -> None:
+        """Ranks are positive; a new token starts from a known one."""
+        require_at_least(self, 1, "rank", "num_vectors")
+        require_finite(self, "alpha")
+        require(
+            (self.placeholder_token is None) == (self.initializer_token is None),
+            "--placeholder_token and --initializer_token belong together: a new token starts from a known word.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings(Group):
+    """The loss"""
+
+    snr_gamma: float | None = option(None, "Min-SNR weighting of the loss; 5.0 is usual. Default: none.")
+    noise_offset: float = option(0.0, "Constant noise per channel; about 0.1 helps very dark or bright subjects.")
+    prior: str = option(
+        "none",
+        "Keep the class as it is: by pictures of it, or by the frozen base as a teacher, which needs none.",
+        choices=PRIORS,
+    )
+    with_prior_preservation: bool = option(False, "The same as --prior images.")
+    prior_loss_weight: float = option(1.0, "Weight of the prior loss.")
+    class_prompt: str | None = option(None, "Prompt of the class. Default: the instance prompt without the trigger.")
+    class_data_dir: str | None = option(None, "Pictures of the class; missing ones are drawn by the base.")
+    num_class_images: int = option(100, "Pictures of the class that there must be.")
+
+    def check(self) -> None:
+        """Weights are positive, and only one kind of prior is asked for."""
+        require_finite(self, "snr_gamma", "prior_loss_weight", above=0)
+        require_finite(self, "noise_offset")
+        require_at_least(self, 1, "num_class_images")
+        require(
+            not (self.with_prior_preservation and self.prior == "teacher"),
+            "--with_prior_preservation means --prior images; it excludes --prior teacher.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaceSettings(Group):
+    """The pace"""
+
+    max_train_steps: int = option(400, "Number of optimizer steps.")
+    train_batch_size: int | None = option(None, "Pictures a step. Default: 1; on the embedded base, all up to 4.")
+    gradient_accumulation_steps: int = option(1, "Batches whose gradients are added up before a step.")
+    learning_rate: float = option(1e-3, "Peak learning rate.")
+    text_encoder_lr: float | None = option(None, "That of the text encoders' adapters. Default: a tenth of the other.")
+    token_lr: float | None = option(None, "That of a new token. Default: the learning rate.")
+    lr_scheduler: str = option("linear", "Course of the learning rate.", choices=SCHEDULES)
+    lr_warmup_steps: int = option(0, "Steps over which the learning rate rises from zero.")
+    adam_beta1: float = option(0.9, "AdamW: decay of the first moment.")
+    adam_beta2: float = option(0.999, "AdamW: decay of the second moment.")
+    adam_weight_decay: float = option(1e-2, "AdamW: weight decay.")
+    adam_epsilon: float = option(1e-8, "AdamW: epsilon.")
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+    use_ema: bool = option(False, "Save a running mean of the weights instead of the last ones.")
+    ema_decay: float = option(0.99, "Decay of that mean per step.")
+
+    def check(self) -> None:
+        """Something can be learned at this pace."""
+        require_at_least(self, 1, "max_train_steps", "gradient_accumulation_steps", "train_batch_size")
+        rates = ("learning_rate", "text_encoder_lr", "token_lr", "max_grad_norm", "adam_epsilon")
+        require_finite(self, *rates, above=0)
+        require(0 < self.ema_decay < 1, f"--ema_decay must be between 0 and 1, not {self.ema_decay}.")
+        require(
+            0 <= self.lr_warmup_steps < self.max_train_steps,
+            f"--lr_warmup_steps {self.lr_warmup_steps} must be shorter than --max_train_steps {self.max_train_steps}: "
+            "the learning rate would never reach its peak.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSettings(Group):
+    """The machine"""
+
+    mixed_precision: str = option("no", "Precision of the frozen base.", choices=("no", "fp16", "bf16"))
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
+    allow_tf32: bool = option(False, "Faster, slightly less exact float32 products on recent GPUs.")
+    compile: bool = option(False, "Compile the U-Net: a slow first step, then faster ones.")
+    seed: int = option(0, "Seed of everything random; the same seed gives the same file on a CPU.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Group):
+    """What is written"""
+
+    output_dir: str = option("out", "Folder for the adapter, its settings, metrics and samples.")
+    name: str | None = option(None, "Name of the adapter file. Default: the trigger and class words.")
+    overwrite: bool = option(False, "Replace an adapter of the same name in --output_dir.")
+    save_precision: str = option("fp16", "Precision of the adapter file.", choices=("fp16", "bf16", "fp32"))
+    checkpointing_steps: int | None = option(None, "Steps between checkpoints. Default: only one, at Ctrl-C.")
+    checkpoints_total_limit: int | None = option(None, "Checkpoints to keep; the oldest go. Default: all.")
+    resume_from_checkpoint: str | None = option(None, "Go on from this checkpoint folder, or from the latest.")
+    report_to: list[str] = option([], "Trackers that Accelerate knows, for instance tensorboard.")
+
+    def check(self) -> None:
+        """Counts are positive."""
+        require_at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSettings(Group):
+    """How it is judged"""
+
+    validation_prompt: list[str] = option([], "Prompts that samples are drawn from. Default: the instance prompt.")
+    num_validation_images: int = option(4, "Samples per prompt, from fixed seeds.")
+    validation_steps: int | None = option(None, "Steps between samples and held-out losses. Default: only at the end.")
+    skip_final_inference: bool = option(False, "Draw no samples at the end.")
+    validation_data_dir: str | None = option(None, "Pictures that are not learned from but judged by.")
+    validation_fraction: float = option(0.0, "Share of the pictures to keep out of the training and judge by.")
+
+    def check(self) -> None:
+        """Counts are positive and shares below one."""
+        require_at_least(self, 1, "num_validation_images", "validation_steps")
+        require(
+            0 <= self.validation_fraction < 1,
+            f"--validation_fraction must be at least 0 and below 1, not {self.validation_fraction}.",
+        )
+        require(all(p.strip() for p in self.validation_prompt), "--validation_prompt is empty: say what to draw.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    ValidationSettings,
+    RunSettings,
+    MachineSettings,
+    PaceSettings,
+    ObjectiveSettings,
+    LearningSettings,
+    BaseSettings,
+    PictureSettings,
+):
+    """Settings of a training run. Without any, it teaches the sample subject to the embedded base."""
+
+    def check(self) -> None:
+        """The groups fit each other."""
+        own_base = self.pretrained_model_name_or_path not in (None, EMBEDDED)
+        own_pictures = bool(self.subjects) or self.instance_data_dir is not None
+        require(
+            own_pictures or not own_base,
+            "--instance_data_dir is missing: the sample subject belongs to the embedded base.",
+        )
+        _require_word(self.instance_prompt, self.trigger, "the trigger ")
+        _require_word(self.instance_prompt, self.placeholder_token)
+        require(
+            not (
+                self.prior_kind == "images" and self.subjects and any(s.class_data_dir is None for s in self.subjects)
+            ),
+            "--prior images needs a class_data_dir in every [[subjects]] table.",
+        )
+        if self.instance_data_dir is not None:
+            self.all_subjects()  # which checks its words
+
+    @property
+    def prior_kind(self) -> str:
+        """none, images or teacher."""
+        return "images" if self.with_prior_preservation else self.prior
+
+    def all_subjects(self) -> list[SubjectConfig]:
+        """The subjects: those of the tables, or the one that the flags describe."""
+        names = ("instance_data_dir", "instance_prompt", "trigger", "class_prompt", "class_data_dir", "repeats")
+        return list(self.subjects) or [SubjectConfig(**{name: getattr(self, name) for name in names})]

@@ -1,0 +1,111 @@
+"""What is to be learned: the pictures of every subject with their prompts, read and checked before a base is loaded."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from comcat_diffusion.training import folder, images
+from comcat_diffusion.training.config import SubjectConfig, TrainConfig
+from comcat_diffusion.words import Subject, calls, subject_of
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture to learn from."""
+
+    path: Path
+    prompt: str
+    subject: Subject
+    mask: Path | None = None
+    alpha_mask: bool = False
+    repeats: int = 1
+
+    def read(self) -> tuple[Image.Image, Image.Image | None, list[str]]:
+        """The picture, its mask, and what had to be done to it. Raises ValueError, naming the file."""
+        picture, notes = images.read(self.path)
+        if self.mask:
+            return picture, images.read_mask(self.mask, picture.size), notes
+        return picture, images.read_alpha(self.path) if self.alpha_mask else None, notes
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Everything that a run learns from and everything that it is judged on."""
+
+    examples: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    subjects: tuple[Subject, ...]
+    ignored: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """A hash over pictures, masks and prompts: what a resumed run must have the same of."""
+        digest = hashlib.sha256()
+        for example in (*self.examples, *self.held_out):
+            digest.update(f"{example.prompt} {example.repeats} ".encode())
+            for path in filter(None, (example.path, example.mask)):
+                digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+
+def read_dataset(config: TrainConfig) -> Dataset:
+    """List the examples of all subjects; pictures are opened by `remarks` and later. Raises ValueError or OSError."""
+    examples, subjects, ignored = [], [], {}
+    for one in config.all_subjects():
+        subject = subject_of(one.instance_prompt or one.trigger, one.trigger)
+        if subject.trigger in {other.trigger for other in subjects}:
+            raise ValueError(f"Two subjects have the trigger '{subject.trigger}'; give each a word of its own.")
+        found = folder.find(one.instance_data_dir)
+        examples += [_example(shot, one, subject, config) for shot in found.shots]
+        ignored |= found.ignored
+        subjects.append(subject)
+    examples, held_out = _split(config, examples)
+    if config.validation_data_dir:
+        one = config.all_subjects()[0]
+        found = folder.find(config.validation_data_dir)
+        held_out += [_example(shot, one, subjects[0], config) for shot in found.shots]
+    return Dataset(tuple(examples), tuple(held_out), tuple(subjects), ignored)
+
+
+def _example(shot: folder.Shot, one: SubjectConfig, subject: Subject, config: TrainConfig) -> Example:
+    prompt = shot.caption or one.instance_prompt
+    if not prompt:
+        raise ValueError(f"{shot.path} has no caption and there is no --instance_prompt: write one of the two.")
+    return Example(shot.path, prompt, subject, shot.mask, config.alpha_mask, one.repeats)
+
+
+def _split(config: TrainConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Keep a fraction of the pictures out of the training, chosen by their names so that new pictures move none."""
+    count = round(len(examples) * config.validation_fraction)
+    if not config.validation_fraction:
+        return examples, []
+    if not 0 < count < len(examples):
+        raise ValueError(
+            f"--validation_fraction {config.validation_fraction} of {len(examples)} pictures leaves {count} to judge "
+            f"by and {len(examples) - count} to learn from: choose another one or name a --validation_data_dir."
+        )
+    names = sorted(examples, key=lambda e: hashlib.sha256(f"{config.seed} {e.path.name}".encode()).digest())
+    kept_out = {example.path for example in names[:count]}
+    return [e for e in examples if e.path not in kept_out], [e for e in examples if e.path in kept_out]
+
+
+def remarks(dataset: Dataset) -> Iterator[str]:
+    """What a person should know of their data. Opens every picture; raises ValueError for a bad one."""
+    for name, reason in dataset.ignored.items():
+        yield f"Left aside: {name} ({reason})."
+    seen = {}
+    for example in (*dataset.examples, *dataset.held_out):
+        picture, _, notes = example.read()
+        yield from (f"{example.path.name}: {note}." for note in notes)
+        digest = hashlib.sha256(picture.tobytes()).digest()
+        if digest in seen:
+            yield f"{example.path.name} shows the same as {seen[digest]}: it only counts twice."
+        seen.setdefault(digest, example.path.name)
+        if not calls(example.prompt, example.subject):
+            yield (
+                f"The caption of {example.path.name} does not contain '{example.subject.trigger}': it teaches nothing "
+                "of the subject."
+            )

@@ -1,0 +1,121 @@
+"""Which parameters are learned: the factors of the adapters and the embeddings of a new token, with their rates."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from comcat_diffusion.adapters.config import ComcatConfig
+from comcat_diffusion.adapters.model import factors
+from comcat_diffusion.adapters.store import load_adapter
+from comcat_diffusion.adapters.token import LearnedToken, put_token, start_vectors, token_ids
+from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.learner import Learner, text_encoders
+
+ADAPTER = "subject"  # name of the adapter inside the models while it is trained
+
+
+def prepare(config: TrainConfig, pipe: DiffusionPipeline) -> None:
+    """Freeze the base and add what is learned to it; the adapters are exactly nothing yet. Raises ValueError."""
+    pipe.unet.requires_grad_(False)
+    for encoder in text_encoders(pipe).values():
+        encoder.requires_grad_(False)
+    if config.placeholder_token:
+        put_token(pipe, config.placeholder_token, start_vectors(pipe, config.initializer_token, config.num_vectors))
+        for encoder in text_encoders(pipe).values():
+            encoder.requires_grad_(False)  # a resized table is a new one
+    if config.init_adapter:
+        load_adapter(pipe, config.init_adapter, ADAPTER)
+    else:
+        with torch.random.fork_rng():  # PEFT draws the random factors from the global generator
+            torch.manual_seed(config.seed)
+            pipe.unet.add_adapter(_adapter_config(config, config.target_modules), ADAPTER)
+            for encoder in text_encoders(pipe).values() if config.train_text_encoder else ():
+                encoder.add_adapter(_adapter_config(config, None), ADAPTER)
+    for model in (pipe.unet, *text_encoders(pipe).values()):
+        for factor in factors(model, ADAPTER).values():
+            factor.requires_grad_(True)
+
+
+def _adapter_config(config: TrainConfig, targets: list[str] | None) -> ComcatConfig:
+    return ComcatConfig(r=config.rank, alpha=config.alpha, foldable=config.foldable, target_modules=targets)
+
+
+def add_tokens(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner) -> None:
+    """Make the embeddings of the new token parameters of the learner."""
+    learner.tokens = nn.ModuleDict(
+        {
+            name: LearnedToken(encoder, token_ids(pipe, name, config.placeholder_token))
+            for name, encoder in text_encoders(pipe).items()
+            if config.placeholder_token
+        }
+    )
+
+
+def learned(learner: Learner) -> dict[str, nn.Parameter]:
+    """Every parameter that is trained, by name."""
+    return {name: p for name, p in learner.named_parameters() if p.requires_grad}
+
+
+def groups(config: TrainConfig, learner: Learner) -> list[dict]:
+    """AdamW's parameter groups: U-Net, text encoders and token, each at its own rate."""
+    rates = {
+        "unet": config.learning_rate,
+        "encoders": config.text_encoder_lr or config.learning_rate / 10,
+        "tokens": config.token_lr or config.learning_rate,
+    }
+    found = {}
+    for name, parameter in learned(learner).items():
+        found.setdefault(name.partition(".")[0], []).append(parameter)
+    return [{"params": parameters, "lr": rates[part]} for part, parameters in found.items()]
+
+
+@torch.no_grad()
+def finish(learner: Learner, ema: "Ema", precision: torch.dtype) -> None:
+    """Leave in the models what the file will hold: the running mean, where there is one, in the file's precision."""
+    if ema.mean:
+        ema.mean.copy_to(ema.parameters)
+    for parameter in learned(learner).values():
+        parameter.copy_(parameter.to(precision))
+
+
+class Ema:
+    """diffusers' running mean of everything learned, or, without a decay, nothing at all."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float | None):
+        self.parameters = parameters
+        self.mean = EMAModel(parameters, decay=decay) if decay else None
+
+    def step(self) -> None:
+        """Take the parameters as they are into the mean."""
+        if self.mean:
+            self.mean.step(self.parameters)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The mean in the place of the parameters, for as long as the block lasts."""
+        if self.mean:
+            self.mean.store(self.parameters)
+            self.mean.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            if self.mean:
+                self.mean.restore(self.parameters)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps."""
+        if not self.mean:
+            return {}
+        shadows = {f"shadow.{index}": p for index, p in enumerate(self.mean.shadow_params)}
+        return shadows | {"steps": torch.tensor(self.mean.optimization_step)}
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take back what `tensors` gave."""
+        if self.mean:
+            for index, shadow in enumerate(self.mean.shadow_params):
+                shadow.copy_(tensors[f"shadow.{index}"])
+            self.mean.optimization_step = int(tensors["steps"])

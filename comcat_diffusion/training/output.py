@@ -1,0 +1,92 @@
+"""The folder of a run: looked at before the base is loaded, locked while the run lasts, and the adapter file in it."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from comcat_diffusion import bases
+from comcat_diffusion.adapters.header import Notes
+from comcat_diffusion.adapters.store import load_adapter, save_adapter
+from comcat_diffusion.training.batching import Batch
+from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.learned import ADAPTER
+from comcat_diffusion.training.learner import Learner
+from comcat_diffusion.words import Subject
+
+LOCK = ".lock"
+
+
+def target_of(config: TrainConfig, subjects: Sequence[Subject]) -> Path:
+    """Where the adapter will be. Raises ValueError if one is there and must not be replaced, OSError if none can be."""
+    folder = Path(config.output_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # an unwritable folder is better known now than after the training
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"--output_dir {folder} cannot be written to ({error.strerror}).") from error
+    name = config.name or "-".join(subject.phrase.replace(" ", "-") for subject in subjects)
+    target = folder / f"{''.join(c for c in name if c.isalnum() or c in '-_.')}.safetensors"
+    if target.exists() and not (config.overwrite or config.resume_from_checkpoint):
+        raise ValueError(
+            f"{target} is there already: choose another --output_dir or --name, or replace it with --overwrite."
+        )
+    return target
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the folder for as long as the block lasts. Raises ValueError if there is one."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing to lock with
+        yield
+        return
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"Another run is writing to {folder}: give this one another --output_dir.") from error
+        try:
+            yield
+        finally:
+            os.unlink(folder / LOCK)
+
+
+def save(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner, notes: Notes, path: Path) -> None:
+    """Write the adapter, and the new token where there is one, as they are now."""
+    tokens = {}
+    if config.placeholder_token:
+        tokens = {config.placeholder_token: {name: token.vectors.detach() for name, token in learner.tokens.items()}}
+    save_adapter(
+        pipe,
+        path,
+        ADAPTER,
+        config.pretrained_model_name_or_path,
+        notes,
+        bases.PRECISIONS[config.save_precision],
+        config.revision or "",
+        tokens,
+    )
+
+
+@torch.no_grad()
+def prove(config: TrainConfig, learner: Learner, batch: Batch, path: Path) -> None:
+    """Load a saved file onto a fresh base and compare one prediction. Raises RuntimeError at a difference."""
+    fresh = bases.asked_base(config, "fp32")
+    load_adapter(fresh, path, ADAPTER)
+    unet = learner.unet
+    fresh.to(unet.device)
+    fresh.unet.to(unet.dtype)
+    batch = batch.to(unet.device)
+    inputs = (batch.noisy.to(unet.dtype), batch.timesteps, batch.prompts, batch.frames)
+    expected = learner.eval()(*inputs).float()
+    found = Learner(fresh, batch.prompts, train_text=False).eval()(*inputs).float()
+    off = (expected - found).abs().max() / expected.abs().max()
+    if not off < (1e-4 if unet.dtype == torch.float32 else 5e-2):
+        raise RuntimeError(f"{path} does not reproduce what was trained (off by {off:.1e}); please report this.")

@@ -1,0 +1,72 @@
+"""Samples of a run, drawn in place: no second pipeline, fixed seeds, always as PNG files; a failing one ends no run."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from comcat_diffusion.generation.pictures import Drawing, save_png
+from comcat_diffusion.generation.sheet import Row, contact_sheet
+from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.learner import Learner
+
+STEPS, GUIDANCE = 25, 5.0
+
+
+class Preview:
+    """Draws the validation prompts with the U-Net as it is at the moment."""
+
+    def __init__(self, config: TrainConfig, pipe: DiffusionPipeline):
+        self.pipe, self.prompts, self.side = pipe, config.validation_prompt, config.resolution
+        self.folder = Path(config.output_dir).expanduser() / "samples"
+        self.seeds = range(config.seed, config.seed + config.num_validation_images)
+
+    def draw(self, learner: Learner, step: int) -> list[Path]:
+        """Write `samples/step-N-P-SEED.png` and a sheet of all; returns the files, the sheet last."""
+        training = learner.training
+        learner.eval()
+        self.pipe.vae.to(learner.unet.device)
+        files, pictures = [], []
+        try:
+            for number, prompt in enumerate(self.prompts):
+                for seed in self.seeds:
+                    picture = self._one(learner, Drawing(prompt, seed))
+                    path = self.folder / f"step-{step:06d}-{number:02d}-{seed}.png"
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    save_png(picture, path, {"prompt": prompt, "seed": seed, "step": step})
+                    files.append(path)
+                    pictures.append(picture)
+        finally:
+            self.pipe.vae.to("cpu")
+            learner.train(training)
+        sheet = self.folder / f"step-{step:06d}.png"
+        rows = [Row(f"step {step}", pictures)]
+        save_png(contact_sheet(rows, self.prompts, len(self.seeds)), sheet, {"prompt": " | ".join(self.prompts)})
+        return [*files, sheet]
+
+    @torch.no_grad()
+    def _one(self, learner: Learner, drawing: Drawing) -> Image.Image:
+        states, pooled = learner.condition([drawing.prompt, ""], learner.unet.device)
+        pooled_too = {}
+        if pooled is not None:
+            zeros = getattr(self.pipe.config, "force_zeros_for_empty_prompt", False)
+            states = torch.stack([states[0], states[1] * (not zeros)])
+            pooled_too = {
+                "pooled_prompt_embeds": pooled[:1],
+                "negative_pooled_prompt_embeds": pooled[1:] * (not zeros),
+            }
+        latents = self.pipe(
+            prompt_embeds=states[:1],
+            negative_prompt_embeds=states[1:],
+            **pooled_too,
+            height=self.side,
+            width=self.side,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator().manual_seed(drawing.seed),
+            output_type="latent",
+        ).images
+        vae = self.pipe.vae
+        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        return self.pipe.image_processor.postprocess(decoded.float())[0]

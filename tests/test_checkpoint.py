@@ -1,0 +1,151 @@
+"""Checkpoints: a resumed run is the unbroken one to the byte; a broken or foreign checkpoint is an error that helps."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from comcat_diffusion import bases
+from comcat_diffusion.training import checkpoint
+from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.customize import customize
+
+STEPS = 6
+# Three pictures and batches of two: a pass ends in the middle of a batch. Everything with a state is switched on.
+SETTINGS = {
+    "max_train_steps": STEPS,
+    "train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 2,
+    "use_ema": True,
+    "skip_final_inference": True,
+    "instance_prompt": "a photo of sks teddy",
+}
+
+
+class Stop:
+    """Presses Ctrl-C after a step."""
+
+    def __init__(self, after=None):
+        self.after, self.seen = after, []
+
+    def note(self, text):
+        pass
+
+    def step(self, done, total, peak_bytes):
+        self.seen.append(done.step)
+        if done.step == self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three")
+    for name in ("1.png", "2.png", "3.png"):
+        shutil.copy(bases.assets() / "subject" / "train" / name, folder)
+    return str(folder)
+
+
+@pytest.fixture
+def config(three):
+    return lambda output, **more: TrainConfig(
+        **{"instance_data_dir": three, "output_dir": str(output), **SETTINGS, **more}
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(three, tmp_path_factory):
+    output = tmp_path_factory.mktemp("unbroken")
+    settings = {"instance_data_dir": three, "output_dir": str(output), **SETTINGS}
+    return customize(TrainConfig(**settings)).adapter.read_bytes()
+
+
+@pytest.mark.parametrize("stop", [1, 4, STEPS - 1])
+def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(config, tmp_path, unbroken, stop):
+    first = customize(config(tmp_path), Stop(stop))
+    assert first.interrupted and first.steps == stop and first.adapter.read_bytes() != unbroken
+    watcher = Stop()
+    second = customize(config(tmp_path, resume_from_checkpoint="latest"), watcher)
+    assert watcher.seen == list(range(stop + 1, STEPS + 1))
+    assert second.adapter.read_bytes() == unbroken
+    logged = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert logged == list(range(1, STEPS + 1))
+
+
+def test_the_last_step_can_be_resumed_too(config, tmp_path, unbroken):
+    customize(config(tmp_path, checkpointing_steps=STEPS))
+    again = customize(config(tmp_path, resume_from_checkpoint="latest"))
+    assert again.adapter.read_bytes() == unbroken
+
+
+def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
+    customize(config(tmp_path, checkpointing_steps=1, checkpoints_total_limit=2))
+    assert [path.name for path in checkpoint.listed(tmp_path / "checkpoints")] == ["checkpoint-5", "checkpoint-6"]
+
+
+@pytest.fixture
+def two(config, tmp_path):
+    customize(config(tmp_path, checkpointing_steps=2, max_train_steps=4))
+    return checkpoint.listed(tmp_path / "checkpoints")
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_named(config, tmp_path, two):
+    learned = two[1] / "learned.safetensors"
+    learned.write_bytes(learned.read_bytes()[:-1] + b"x")
+    settings = config(tmp_path, max_train_steps=4, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match=r"learned\.safetensors is missing or changed; the last good one is .*-2\."):
+        customize(settings)
+    (two[0] / checkpoint.RECORD).write_text("{")
+    with pytest.raises(ValueError, match="there is no good one"):
+        customize(settings)
+
+
+def test_a_missing_checkpoint_is_no_fresh_start(config, tmp_path, two):
+    with pytest.raises(ValueError, match=r"there is no checkpoint .*checkpoint-9; the last good one is .*-4"):
+        customize(config(tmp_path, max_train_steps=4, resume_from_checkpoint=str(two[0].with_name("checkpoint-9"))))
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
+        customize(config(tmp_path / "elsewhere", resume_from_checkpoint="latest"))
+
+
+def test_other_settings_or_pictures_are_refused_by_name(config, tmp_path, two, three):
+    asked = {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    with pytest.raises(ValueError, match=r"learning_rate \(was 0\.001, is 0\.1\)"):
+        customize(config(tmp_path, **asked, learning_rate=0.1))
+    other = tmp_path / "pictures"
+    shutil.copytree(three, other)
+    shutil.copy(other / "1.png", other / "3.png")
+    with pytest.raises(ValueError, match="instance_data_dir .*pictures"):
+        customize(config(tmp_path, **asked, instance_data_dir=str(other)))
+
+
+def test_a_steady_schedule_can_be_made_longer(config, tmp_path):
+    steady = {"lr_scheduler": "constant", "lr_warmup_steps": 0}
+    customize(config(tmp_path, max_train_steps=2, checkpointing_steps=2, **steady))
+    watcher = Stop()
+    customize(config(tmp_path, max_train_steps=3, resume_from_checkpoint="latest", **steady), watcher)
+    assert watcher.seen == [3]
+
+
+def test_a_run_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path):
+    """Checkpoints are written at every step, so that the kill falls into a write sooner or later."""
+    command = [sys.executable, "train_customize.py", "--max_train_steps", "4000", "--output_dir", str(tmp_path)]
+    command += ["--checkpointing_steps", "1", "--checkpoints_total_limit", "3"]
+    running = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parents[1]
+    )
+    folder = tmp_path / "checkpoints"
+    for _ in range(1200):
+        if list(folder.glob("checkpoint-4")) and list(folder.glob(".*.partial")):
+            break
+        time.sleep(0.05)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    there = checkpoint.listed(folder)
+    assert there and checkpoint.damage(there[-1]) is None

@@ -1,0 +1,333 @@
+"""What is learned besides one folder: captions, masks, buckets, several subjects, priors, new tokens, text encoders."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from comcat_diffusion import bases, load_adapter, read_adapter, unload_adapters
+from comcat_diffusion.adapters.model import factors
+from comcat_diffusion.config import read_toml
+from comcat_diffusion.generation.config import GenerateConfig
+from comcat_diffusion.generation.generate import generate
+from comcat_diffusion.training.config import SubjectConfig, TrainConfig
+from comcat_diffusion.training.customize import customize
+from tests import tiny_bases
+
+TRAIN = bases.assets() / "subject" / "train"
+BASE = bases.assets() / "tiny-sd"
+
+
+class Listener:
+    def __init__(self):
+        self.notes, self.steps = [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def step(self, done, total, peak_bytes):
+        self.steps.append(done)
+
+
+def run(output, **settings):
+    listener = Listener()
+    defaults = {"max_train_steps": 2, "skip_final_inference": True, "train_batch_size": 2}
+    if "subjects" not in settings:
+        defaults |= {"instance_data_dir": str(TRAIN), "instance_prompt": "a photo of sks teddy"}
+    outcome = customize(TrainConfig(**{**defaults, "output_dir": str(output), **settings}), listener)
+    return outcome, listener
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(TRAIN, folder)
+    return folder
+
+
+def test_captions_are_what_is_learned(tmp_path, pictures):
+    for path in sorted(pictures.glob("*.png")):
+        path.with_suffix(".txt").write_text(f"sks teddy number {path.stem}")
+    captioned, listener = run(tmp_path / "a", instance_data_dir=str(pictures), instance_prompt=None, trigger="sks")
+    plain, _ = run(tmp_path / "b")
+    assert captioned.adapter.read_bytes() != plain.adapter.read_bytes()
+    assert read_adapter(captioned.adapter).notes.trigger == "sks"
+    assert not any("does not contain" in note for note in listener.notes)
+
+
+def test_a_caption_without_the_trigger_is_told(tmp_path, pictures):
+    for path in sorted(pictures.glob("*.png")):
+        path.with_suffix(".txt").write_text("a teddy" if path.stem == "2" else "sks teddy")
+    _, listener = run(tmp_path / "a", instance_data_dir=str(pictures))
+    assert any("The caption of 2.png does not contain 'sks'" in note for note in listener.notes)
+
+
+def test_what_a_mask_leaves_out_is_not_learned(tmp_path, pictures):
+    """Painting over what the mask hides changes nothing of the adapter; painting over what it shows does."""
+    made = {}
+    for name, box in (("as is", None), ("hidden", (0, 0, 64, 256)), ("shown", (192, 0, 256, 256))):
+        folder = tmp_path / name
+        shutil.copytree(pictures, folder)
+        for path in sorted(folder.glob("*.png")):
+            picture = Image.open(path).convert("RGB")
+            if box:
+                picture.paste((255, 0, 255), box)
+            picture.save(path)
+            mask = np.zeros((picture.height, picture.width), dtype=np.uint8)
+            mask[:, 128:] = 255
+            Image.fromarray(mask).save(path.with_name(f"{path.stem}-mask.png"))
+        # With a prediction of the clean latents themselves, no other place would matter to a place; the U-Net's view
+        # of the noisy neighbours does, so the loss alone is compared, at a rate that leaves the base as it is.
+        _, listener = run(
+            tmp_path / f"out {name}", instance_data_dir=str(folder), unmasked_weight=0.0, learning_rate=1e-12
+        )
+        made[name] = listener.steps[0].loss
+    assert abs(made["hidden"] - made["as is"]) < 0.2 * abs(made["shown"] - made["as is"])
+
+
+def test_the_alpha_channel_can_be_the_mask(tmp_path, pictures):
+    for path in sorted(pictures.glob("*.png")):
+        picture = Image.open(path).convert("RGBA")
+        picture.putalpha(Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1))))
+        picture.save(path)
+    plain, _ = run(tmp_path / "a", instance_data_dir=str(pictures))
+    masked, _ = run(tmp_path / "b", instance_data_dir=str(pictures), alpha_mask=True)
+    assert plain.adapter.read_bytes() != masked.adapter.read_bytes()
+
+
+def test_a_mask_that_hides_everything_is_refused(tmp_path, pictures):
+    Image.new("L", (256, 256)).save(pictures / "1-mask.png")
+    with pytest.raises(ValueError, match="nothing would be learned"):
+        run(tmp_path / "a", instance_data_dir=str(pictures), unmasked_weight=0.0)
+
+
+def test_buckets_train_pictures_of_several_shapes(tmp_path, pictures):
+    Image.open(pictures / "1.png").resize((300, 150)).save(pictures / "wide.png")
+    outcome, listener = run(
+        tmp_path / "a", instance_data_dir=str(pictures), aspect_ratio_buckets=True, max_train_steps=5
+    )
+    assert len(listener.steps) == 5 and outcome.adapter.is_file()
+
+
+def test_two_subjects_in_one_run_from_a_file(tmp_path, pictures):
+    (tmp_path / "run.toml").write_text(
+        f"""
+        output_dir = {json.dumps(str(tmp_path / "out"))}
+        max_train_steps = 2
+        skip_final_inference = true
+        [[subjects]]
+        instance_data_dir = {json.dumps(str(TRAIN))}
+        instance_prompt = "a photo of sks teddy"
+        repeats = 2
+        [[subjects]]
+        instance_data_dir = {json.dumps(str(pictures))}
+        instance_prompt = "a photo of ohwx bear"
+        """
+    )
+    config = TrainConfig(**read_toml(TrainConfig, tmp_path / "run.toml"))
+    assert config.subjects[0] == SubjectConfig(
+        instance_data_dir=str(TRAIN), instance_prompt="a photo of sks teddy", repeats=2
+    )
+    outcome = customize(config)
+    assert outcome.adapter.name == "sks-teddy-ohwx-bear.safetensors"
+    written = TrainConfig(**read_toml(TrainConfig, tmp_path / "out" / "run.toml"))
+    assert written.subjects == config.subjects
+    for prompt in ("sks teddy", "ohwx bear"):
+        draw = {"num_images": 1, "num_inference_steps": 1, "output_dir": str(tmp_path / "drawn")}
+        assert generate(GenerateConfig(adapter=[str(outcome.adapter)], prompt=[prompt], **draw)).files
+    with pytest.raises(ValueError, match="Two subjects have the trigger 'sks'"):
+        run(tmp_path / "b", subjects=[config.subjects[0], config.subjects[0]])
+
+
+def test_the_teachers_loss_is_zero_at_the_start_and_then_holds_the_class(tmp_path):
+    def class_drift(name, **settings):
+        outcome, listener = run(
+            tmp_path / name, max_train_steps=25, learning_rate=2e-3, lr_scheduler="constant", **settings
+        )
+        pipe = bases.load_base("embedded")
+        states, _ = pipe.encode_prompt(["a photo of teddy"], "cpu", 1, False)
+        noise = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            before = pipe.unet(noise, 600, states).sample
+            load_adapter(pipe, outcome.adapter)
+            return (pipe.unet(noise, 600, states).sample - before).norm().item(), listener
+
+    free, listener = class_drift("free")
+    assert all(step.prior_loss is None for step in listener.steps)
+    held, listener = class_drift("held", prior="teacher", prior_loss_weight=10.0)
+    # Not exactly zero: with an adapter, though it adds nothing, attention runs in wider heads, which round otherwise.
+    assert listener.steps[0].prior_loss < 1e-12 and listener.steps[-1].prior_loss > 1e-6
+    assert 0 < held < 0.9 * free
+
+
+def test_class_pictures_are_drawn_once_counted_and_learned(tmp_path):
+    settings = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "num_class_images": 3}
+    _, listener = run(tmp_path / "a", **settings)
+    assert any("Drawing 3 pictures of 'a photo of teddy'" in note for note in listener.notes)
+    assert listener.steps[0].prior_loss > 0
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
+    (tmp_path / "class" / "class-000002.png").unlink()
+    _, listener = run(tmp_path / "b", **settings)
+    assert any("Drawing 1 pictures" in note for note in listener.notes)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()} == drawn
+
+
+def test_a_prior_without_a_class_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--class_prompt is missing"):
+        run(tmp_path / "a", prior="teacher", instance_prompt="a photo of sks")
+
+
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_a_new_token_travels_with_the_adapter(tmp_path, vectors):
+    settings = {"placeholder_token": "<my-teddy>", "initializer_token": "teddy", "token_lr": 0.1}
+    outcome, _ = run(
+        tmp_path / "a", instance_prompt="a photo of <my-teddy>", num_vectors=vectors, max_train_steps=3, **settings
+    )
+    pipe = bases.load_base("embedded")
+    before = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
+    known = len(pipe.tokenizer)
+    header = load_adapter(pipe, outcome.adapter)
+    assert header.tokens == ["<my-teddy>"] and len(pipe.tokenizer) == known + vectors
+    table = pipe.text_encoder.get_input_embeddings().weight
+    teddy = before[pipe.tokenizer("teddy", add_special_tokens=False).input_ids[0]]
+    assert torch.equal(table[: len(before)], before) and (table[-1] - teddy).abs().max() > 0.05
+    with pytest.raises(ValueError, match="already has the token '<my-teddy>'"):
+        load_adapter(pipe, outcome.adapter, "again")
+    unload_adapters(pipe)
+    assert len(pipe.tokenizer) == known
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[: len(before)], before)
+    drawn = {"num_images": 1, "num_inference_steps": 1, "output_dir": str(tmp_path / "drawn")}
+    assert generate(GenerateConfig(adapter=[str(outcome.adapter)], prompt=["a photo of {subject}"], **drawn)).files
+
+
+def test_a_token_that_cannot_be_learned_is_refused(tmp_path):
+    token = {"placeholder_token": "<t>", "instance_prompt": "a photo of <t>"}
+    with pytest.raises(ValueError, match="'extraordinary' is .* tokens"):
+        run(tmp_path / "a", **token, initializer_token="extraordinary")
+    with pytest.raises(ValueError, match="already has the token 'cat</w>'"):
+        run(tmp_path / "a", placeholder_token="cat</w>", initializer_token="dog", instance_prompt="a photo of cat</w>")
+    with pytest.raises(ValueError, match="belong together"):
+        TrainConfig(placeholder_token="<t>")
+    with pytest.raises(ValueError, match="does not contain '<t>'"):
+        TrainConfig(placeholder_token="<t>", initializer_token="cat", instance_prompt="a photo of sks cat")
+
+
+def test_the_text_encoder_can_be_adapted_at_its_own_rate(tmp_path):
+    outcome, _ = run(tmp_path / "a", train_text_encoder=True, text_encoder_lr=1e-2, save_precision="fp32")
+    header = read_adapter(outcome.adapter)
+    assert set(header.config) == {"unet", "text_encoder"}
+    pipe = StableDiffusionPipeline.from_pretrained(BASE)
+    load_adapter(pipe, outcome.adapter, "dog")
+    moved = max(f.abs().max() for name, f in factors(pipe.text_encoder, "dog").items() if name.endswith("out_up"))
+    assert moved > 5e-3  # AdamW's first steps are about as large as the rate
+
+
+def test_sdxl_trains_with_both_text_encoders_and_a_token(tmp_path):
+    base = tiny_bases.sdxl(tmp_path / "sdxl")
+    settings = {"placeholder_token": "<my-teddy>", "initializer_token": "teddy", "train_text_encoder": True}
+    outcome, _ = run(
+        tmp_path / "a",
+        pretrained_model_name_or_path=str(base),
+        instance_prompt="a photo of <my-teddy>",
+        skip_final_inference=False,
+        num_validation_images=1,
+        **settings,
+    )
+    header = read_adapter(outcome.adapter)
+    assert set(header.config) == {"unet", "text_encoder", "text_encoder_2"} and header.tokens == ["<my-teddy>"]
+    assert outcome.samples.is_file()
+    plain, _ = run(tmp_path / "b", pretrained_model_name_or_path=str(base), skip_final_inference=False)
+    drawn = {"num_images": 1, "num_inference_steps": 2, "output_dir": str(tmp_path / "drawn")}
+    assert generate(GenerateConfig(adapter=[str(plain.adapter)], prompt=["{subject}"], **drawn)).files
+
+
+def test_the_held_out_loss_chooses_the_best(tmp_path):
+    outcome, _ = run(tmp_path, max_train_steps=6, validation_fraction=0.25, validation_steps=2, num_validation_images=1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    judged = {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
+    assert list(judged) == [2, 4, 6]
+    best = outcome.adapter.with_name("sks-teddy-best.safetensors")
+    assert read_adapter(best).notes.training["steps"] == min(judged, key=judged.get)
+    assert (tmp_path / "samples" / "step-000002-00-0.png").is_file() and not (
+        tmp_path / "samples/step-000006.png"
+    ).exists()
+    with pytest.raises(ValueError, match="leaves 0 to judge"):
+        run(tmp_path / "b", validation_fraction=0.01)
+
+
+def test_a_sample_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch):
+    from comcat_diffusion.training.preview import Preview
+
+    def fail(*whatever):
+        raise torch.OutOfMemoryError("no room left")
+
+    monkeypatch.setattr(Preview, "_one", fail)
+    outcome, listener = run(tmp_path, skip_final_inference=False)
+    assert outcome.steps == 2 and any("No samples at step 2: no room left" in note for note in listener.notes)
+
+
+def test_the_running_mean_is_what_is_saved(tmp_path):
+    plain, _ = run(tmp_path / "a", max_train_steps=4)
+    mean, _ = run(tmp_path / "b", max_train_steps=4, use_ema=True, ema_decay=0.9)
+    assert plain.adapter.read_bytes() != mean.adapter.read_bytes()
+
+
+def test_the_cache_gives_the_same_run_and_notices_a_changed_picture(tmp_path, pictures):
+    cached = {"cache_dir": str(tmp_path / "cache"), "instance_data_dir": str(pictures)}
+    first, _ = run(tmp_path / "a", **cached)
+    kept = sorted((tmp_path / "cache").iterdir())
+    assert len(kept) == 4
+    second, _ = run(tmp_path / "b", **cached)
+    assert second.adapter.read_bytes() == first.adapter.read_bytes() and sorted((tmp_path / "cache").iterdir()) == kept
+    kept[0].write_bytes(b"damaged")
+    third, _ = run(tmp_path / "c", **cached)
+    assert third.adapter.read_bytes() == first.adapter.read_bytes()
+    Image.open(pictures / "1.png").transpose(Image.Transpose.ROTATE_90).save(pictures / "1.png")
+    run(tmp_path / "d", **cached)
+    assert len(list((tmp_path / "cache").iterdir())) == 5
+
+
+def test_an_adapter_is_not_overwritten_unless_asked(tmp_path):
+    first, _ = run(tmp_path)
+    with pytest.raises(ValueError, match="is there already.*--overwrite"):
+        run(tmp_path, seed=1)
+    before = first.adapter.read_bytes()
+    again, _ = run(tmp_path, seed=1, overwrite=True)
+    assert again.adapter.read_bytes() != before
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    from comcat_diffusion.training.output import locked
+
+    with locked(tmp_path), pytest.raises(ValueError, match="Another run is writing"):
+        run(tmp_path)
+    run(tmp_path)
+
+
+def test_two_processes_learn_what_one_with_the_larger_batch_learns(tmp_path):
+    def launched(processes, batch):
+        output = tmp_path / str(processes)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command += ["train_customize.py", "--output_dir", str(output), "--train_batch_size", str(batch)]
+        command += ["--max_train_steps", "3", "--save_precision", "fp32", "--skip_final_inference"]
+        command += ["--learning_rate", "1e-2"]
+        settings = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        root = Path(__file__).parents[1]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, env=settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+        pipe = bases.load_base("embedded")
+        load_adapter(pipe, output / "sks-teddy.safetensors", "dog")
+        return factors(pipe.unet, "dog")
+
+    one, two = launched(1, 4), launched(2, 2)
+    largest = max(factor.abs().max() for factor in one.values())
+    for name, factor in one.items():
+        torch.testing.assert_close(two[name], factor, rtol=1e-3, atol=1e-4 * largest.item())
