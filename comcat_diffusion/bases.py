@@ -21,6 +21,7 @@ from comcat_diffusion.config import EMBEDDED, BaseSettings
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CONFIG_FILES = ("*.json", "*.txt")  # of a diffusers folder: everything but its weights
+_NOT_GIVEN = (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 _PACKAGE = Path(__file__).parent
 
 
@@ -62,15 +63,41 @@ def load_base(
         )
     if path.is_file():
         return _single_file(path, dtype, base_config)
+    _refuse_no_hub_id(name, path)
+    return _from_hub(name, {"torch_dtype": dtype, "revision": revision, "variant": variant})
+
+
+def _refuse_no_hub_id(name: str, path: Path) -> None:
     if path.suffix or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"There is no base at '{name}': no such folder or file, and a hub id reads owner/name.")
-    return _from_hub(name, {"torch_dtype": dtype, "revision": revision, "variant": variant})
 
 
 def asked_base(config: BaseSettings, precision: str, name: str | None = None) -> DiffusionPipeline:
     """The base that the settings of a run name; `name` where they leave it open."""
     name = config.pretrained_model_name_or_path or name or EMBEDDED
     return load_base(name, precision, config.revision, config.variant, config.base_config)
+
+
+def config_folder(config: BaseSettings) -> Path:
+    """Where the configurations and tokenizers of a base are; of a hub base, these small files alone are fetched.
+
+    Raises FileNotFoundError or ValueError as `load_base` does.
+    """
+    name = config.pretrained_model_name_or_path or EMBEDDED
+    path = assets() / "tiny-sd" if is_embedded(name) else Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise FileNotFoundError(f"{path} is no diffusers folder: it has no model_index.json.")
+        return path
+    if path.is_file():
+        return _config_of_single_file(path, config.base_config)
+    _refuse_no_hub_id(name, path)
+    for local in (True, False):
+        try:
+            return Path(snapshot_download(name, local_files_only=local, allow_patterns=CONFIG_FILES))
+        except _NOT_GIVEN as error:
+            problem = error
+    raise _nowhere(name) from problem
 
 
 def _loaded(load: Callable[[], DiffusionPipeline], path: Path) -> DiffusionPipeline:
@@ -126,13 +153,17 @@ def _from_hub(name: str, settings: dict) -> DiffusionPipeline:
     except (OSError, ValueError):  # not, or not wholly, in the cache: the user named a hub id, so ask the hub
         try:
             pipe = DiffusionPipeline.from_pretrained(name, **settings)
-        except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            raise FileNotFoundError(
-                f"The base '{name}' is neither a local folder or file nor in the local cache (looked for its "
-                "model_index.json), and the hub did not give it: check the name and the connection."
-            ) from error
+        except _NOT_GIVEN as error:
+            raise _nowhere(name) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _nowhere(name: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"The base '{name}' is neither a local folder or file nor in the local cache (looked for its "
+        "model_index.json), and the hub did not give it: check the name and the connection."
+    )
 
 
 def native_resolution(pipe: DiffusionPipeline) -> int:

@@ -1,18 +1,25 @@
-"""The command line. It alone prints and exits; torch is imported only by the command that needs it."""
+"""The command line: which commands there are, and what becomes of an error. It alone, with `commands`, prints."""
 
 import argparse
 import os
 import sys
-import typing
 
-from comcat_diffusion.config import add_arguments, from_arguments
+from comcat_diffusion import commands
+from comcat_diffusion.config import add_arguments
+from comcat_diffusion.export.config import CombineConfig, ExportConfig, ImportConfig, MergeConfig, ShrinkConfig
 from comcat_diffusion.generation.config import GenerateConfig
-from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 
-if typing.TYPE_CHECKING:
-    from comcat_diffusion.training.loop import Step
-
-BAD_INPUT, NOT_FINITE, INTERRUPTED = 2, 3, 130  # exit statuses
+COMMANDS = {
+    "train": (commands.train, TrainConfig),
+    "validate": (commands.validate, ValidateConfig),
+    "generate": (commands.generate, GenerateConfig),
+    "export": (commands.export, ExportConfig),
+    "merge": (commands.merge, MergeConfig),
+    "combine": (commands.combine, CombineConfig),
+    "shrink": (commands.shrink, ShrinkConfig),
+    "import": (commands.import_, ImportConfig),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,15 +31,15 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("COMCAT_TRACEBACK"):
             raise
         print(f"comcat: {_sentence(error)}", file=sys.stderr)
-        return BAD_INPUT
+        return commands.BAD_INPUT
     except RuntimeError as error:
         if type(error).__name__ != "NotFinite":
             raise
         print(f"comcat: {_sentence(error)}", file=sys.stderr)
-        return NOT_FINITE
+        return commands.NOT_FINITE
     except KeyboardInterrupt:
         print("comcat: stopped.", file=sys.stderr)
-        return INTERRUPTED
+        return commands.INTERRUPTED
 
 
 def _sentence(error: BaseException) -> str:
@@ -47,128 +54,20 @@ def _parser() -> argparse.ArgumentParser:
         description="Teach Stable Diffusion a subject from a few pictures, share kilobytes, generate.",
         epilog="COMCAT_TRACEBACK=1 in the environment shows where an error came from.",
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="learn a subject from a folder of pictures")
-    add_arguments(train, TrainConfig)
-    train.set_defaults(run=_train)
-    generate = commands.add_parser("generate", help="draw pictures from prompts, with adapters")
-    add_arguments(generate, GenerateConfig)
-    generate.set_defaults(run=_generate)
-    info = commands.add_parser("info", help="show what an adapter file says of itself")
+    there = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, (run, settings) in COMMANDS.items():
+        command = there.add_parser(name, help=_help(run), description=_help(run) + ".")
+        add_arguments(command, settings)
+        command.set_defaults(run=run)
+    info = there.add_parser("info", help=_help(commands.info))
     info.add_argument("adapter", metavar="FILE", help="An adapter, .safetensors.")
-    info.set_defaults(run=_info)
+    info.set_defaults(run=commands.info)
     return parser
 
 
-class _Terminal:
-    """Shows a training run: notes as lines, steps as a progress bar."""
-
-    def __init__(self) -> None:
-        self.bar = None
-
-    def note(self, text: str) -> None:
-        print(text, flush=True)
-
-    def step(self, done: "Step", total: int, peak_bytes: int) -> None:
-        from tqdm import tqdm
-
-        if self.bar is None:
-            self.bar = tqdm(total=total, desc="Steps", unit="step")
-        shown = {"loss": f"{done.loss:.4f}", "lr": f"{done.learning_rate:.1e}", "s/step": f"{done.seconds:.2f}"}
-        self.bar.set_postfix(shown | {"peak": f"{peak_bytes / 2**30:.1f} GiB"}, refresh=False)
-        self.bar.update()
-        if done.step == total:
-            self.close()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def _quiet() -> None:
-    """Leave the terminal to our own words: the libraries' progress bars and advice are for their developers."""
-    import warnings
-
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def _train(parsed: argparse.Namespace) -> int:
-    config = from_arguments(TrainConfig, parsed)
-    _quiet()
-    from comcat_diffusion.training.customize import customize
-
-    terminal = _Terminal()
-    try:
-        outcome = customize(config, terminal)
-    finally:
-        terminal.close()
-    size = outcome.adapter.stat().st_size
-    print(
-        f"Saved {outcome.adapter} ({size / 1000:.1f} kB, {outcome.parameters:,} parameters), checked on a fresh base."
-    )
-    if outcome.interrupted:
-        print(f"Stopped after step {outcome.steps}. Go on with the same settings and --resume_from_checkpoint latest.")
-        return INTERRUPTED
-    if outcome.samples:
-        print(f"Samples: {outcome.samples}")
-    print(f'Try: comcat generate --adapter {outcome.adapter} --prompt "a photo of {outcome.subject.phrase}"')
-    return 0
-
-
-def _generate(parsed: argparse.Namespace) -> int:
-    config = from_arguments(GenerateConfig, parsed)
-    _quiet()
-    from tqdm import tqdm
-
-    from comcat_diffusion.generation.generate import generate
-
-    bar = tqdm(desc="Pictures", unit="picture", delay=0.01)  # nothing is shown before the first picture
-
-    def shown(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    with bar:
-        made = generate(config, shown)
-    print(f"{len(made.files)} pictures in {made.sheet.parent}, all on one sheet: {made.sheet}")
-    return 0
-
-
-def _info(parsed: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from comcat_diffusion.adapters.header import read_adapter
-
-    header = read_adapter(parsed.adapter)
-    notes = header.notes
-    rows = {
-        "file": f"{parsed.adapter} ({Path(parsed.adapter).stat().st_size / 1000:.1f} kB)",
-        "subject": f"{notes.trigger} {notes.class_word}".strip() or "not said",
-        "prompt": notes.instance_prompt or "not said",
-        "base": header.base_model or "not said",
-        "base kind": f"{header.fingerprint.get('class')}, predicts {header.fingerprint.get('prediction_type')}",
-        **{f"adapter of {part}": _told(config) for part, config in header.config.items()},
-        "training": ", ".join(f"{key} {value}" for key, value in notes.training.items()) or "not said",
-        "written by": ", ".join(f"{name} {version}" for name, version in header.versions.items()),
-    }
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
-    return 0
-
-
-def _told(config: dict) -> str:
-    kind = "foldable" if config.get("foldable") else "free"
-    targets = config.get("target_modules") or []
-    named = targets if isinstance(targets, str) else " ".join(targets)
-    return f"{kind}, rank {config.get('r')}, alpha {config.get('alpha')}, on {named}"
+def _help(run: object) -> str:
+    sentence = run.__doc__.strip().rstrip(".")
+    return sentence[0].lower() + sentence[1:]
 
 
 if __name__ == "__main__":

@@ -144,6 +144,19 @@ def _checked(name: str, value: object, kind: type, several: bool, path: Path) ->
     raise ValueError(f"--config: {path}: {name} must be {wanted}, not {value!r}.")
 
 
+def weighted(text: str, weight: float = 1.0) -> tuple[str, float]:
+    """(file, weight) of `dog.safetensors` or `dog.safetensors:0.8`. Raises ValueError if that is no number."""
+    path = text
+    head, colon, tail = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            path, weight = head, float(tail)
+        except ValueError:
+            raise ValueError(f"--adapter {text}: '{tail}' after the colon is not a number.") from None
+    require(math.isfinite(weight), f"--adapter {text}: the weight must be a finite number.")
+    return path, weight
+
+
 def to_toml(config: object) -> str:
     """Every setting that is set, as TOML that `read_toml` takes back."""
     return tomli_w.dumps(_set_values(asdict(config)))

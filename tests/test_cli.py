@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from comcat_diffusion.cli import main
+from comcat_diffusion import bases, load_adapter
+from comcat_diffusion.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,10 +24,10 @@ def test_help_imports_no_torch():
     assert done.returncode == 0 and "--instance_data_dir" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--help"], ["info", "--help"]])
-def test_every_command_has_help(arguments, capsys):
+@pytest.mark.parametrize("command", [*COMMANDS, "info"])
+def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(arguments)
+        main([command, "--help"])
     assert stopped.value.code == 0 and "usage: comcat" in capsys.readouterr().out
 
 
@@ -41,6 +42,12 @@ def test_every_command_has_help(arguments, capsys):
         (["generate", "--adapter", "x", "--prompt", "sks dog", "--scale", "nan"], "--scale must be a finite number"),
         (["info", "nope.safetensors"], "no adapter file"),
         (["train", "--config", "nope.toml"], "no file nope.toml"),
+        (["export", "--adapter", "nope.safetensors", "--output", "x"], "no adapter file"),
+        (["export", "--adapter", "x"], "--output is missing"),
+        (["merge", "--output_dir", "x"], "--adapter is missing"),
+        (["combine", "--adapter", "nope.safetensors:loud", "--output", "x"], "'loud' after the colon"),
+        (["shrink", "--adapter", "x", "--output", "y"], "--max_bytes is missing"),
+        (["import", "--weights", "x.pt", "--output", "y"], "--pretrained_model_name_or_path is missing"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(arguments, message, capsys, monkeypatch):
@@ -74,3 +81,38 @@ def test_train_generate_and_info_from_any_folder(tmp_path):
     assert drawn.returncode == 0 and "pictures/sheet.png" in drawn.stdout, drawn.stderr
     told = run("-m", "comcat_diffusion.cli", "info", "o/sks-teddy.safetensors", cwd=tmp_path)
     assert told.returncode == 0 and "sks teddy" in told.stdout and "on attn2" in told.stdout
+
+
+def test_an_adapter_becomes_every_other_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = ["--max_train_steps", "3", "--skip_final_inference", "--learning_rate", "1e-2"]
+    assert main(["train", "--foldable", "--output_dir", "o", *steps]) == 0
+    adapter = "o/sks-teddy.safetensors"
+    for form in ("diffusers-lora", "kohya"):
+        assert main(["export", "--adapter", adapter, "--output", f"{form}.safetensors", "--format", form]) == 0
+    assert main(["merge", "--adapter", f"{adapter}:0.5", "--output_dir", "merged"]) == 0
+    assert main(["combine", "--adapter", adapter, f"{adapter}:0.5", "--output", "sum.safetensors"]) == 0
+    assert main(["shrink", "--adapter", adapter, "--output", "small.safetensors", "--max_bytes", "30000"]) == 0
+    assert (tmp_path / "small.safetensors").stat().st_size <= 30_000
+    assert main(["info", "small.safetensors"]) == 0
+    said = capsys.readouterr().out
+    assert "Wrote kohya.safetensors" in said and "rank 8, 100.00% of the energy" in said and "by head" in said
+    pipe = bases.load_base("embedded")
+    pipe.load_lora_weights("diffusers-lora.safetensors")
+    pipe.unload_lora_weights()
+    for file in ("sum", "small"):
+        load_adapter(pipe, f"{file}.safetensors", file)
+    assert bases.load_base("merged")
+    assert main(["merge", "--adapter", adapter, "--output_dir", "merged"]) == 2
+    assert "holds something already" in capsys.readouterr().err
+
+
+def test_a_free_adapter_is_not_exported_as_if_it_were_foldable(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = ["--max_train_steps", "3", "--skip_final_inference", "--learning_rate", "1e-2"]
+    assert main(["train", "--output_dir", "o", *steps]) == 0
+    export = ["export", "--adapter", "o/sks-teddy.safetensors", "--output", "x.safetensors"]
+    assert main(export) == 2 and main([*export, "--approximate"]) == 2
+    assert not (tmp_path / "x.safetensors").exists()
+    assert "of its effect, more than the 10%" in capsys.readouterr().err
+    assert main([*export, "--approximate", "--force"]) == 0 and (tmp_path / "x.safetensors").exists()

@@ -1,7 +1,6 @@
 """The generation story: a base, adapters and prompts in; pictures and a contact sheet out."""
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from comcat_diffusion import bases
 from comcat_diffusion.adapters.header import Header, read_adapter
 from comcat_diffusion.adapters.merge import layers_of, merge_adapters, unmerge_adapters
 from comcat_diffusion.adapters.store import load_adapter
-from comcat_diffusion.config import EMBEDDED
+from comcat_diffusion.config import EMBEDDED, weighted
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_png
 from comcat_diffusion.generation.sheet import Row, contact_sheet
@@ -96,16 +95,7 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
 
 
 def _chosen(text: str, default_scale: float) -> Chosen:
-    """`dog.safetensors` or `dog.safetensors:0.8`."""
-    path, scale = text, default_scale
-    head, colon, tail = text.rpartition(":")
-    if colon and not Path(text).exists():
-        try:
-            path, scale = head, float(tail)
-        except ValueError:
-            raise ValueError(f"--adapter {text}: '{tail}' after the colon is not a number.") from None
-    if not math.isfinite(scale):
-        raise ValueError(f"--adapter {text}: the scale must be a finite number.")
+    path, scale = weighted(text, default_scale)
     return Chosen(Path(path), scale, read_adapter(path))
 
 

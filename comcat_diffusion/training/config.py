@@ -264,3 +264,10 @@ class TrainConfig(
         """The subjects: those of the tables, or the one that the flags describe."""
         names = ("instance_data_dir", "instance_prompt", "trigger", "class_prompt", "class_data_dir", "repeats")
         return list(self.subjects) or [SubjectConfig(**{name: getattr(self, name) for name in names})]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig(TrainConfig):
+    """The check"""
+
+    measure: bool = option(False, "Also run a few real steps: seconds per step and the peak of the memory.")

@@ -79,10 +79,10 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
     """
     watcher = watcher or Silent()
     # Everything that can be wrong with the input is looked at before the base, which is big, is loaded.
-    config = _with_sample(config)
+    config = with_sample(config)
     dataset = read_dataset(config)
     target = output.target_of(config, dataset.subjects)
-    for text in remarks(dataset):
+    for _, text in remarks(dataset):
         watcher.note(text)
     # Accelerate owns the device, the precision and the processes.
     accelerator = _accelerator(config)
@@ -156,7 +156,8 @@ def _run(config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accel
     return Outcome(target, dataset.subjects, done, interrupted, count, judge.sheet)
 
 
-def _with_sample(config: TrainConfig) -> TrainConfig:
+def with_sample(config: TrainConfig) -> TrainConfig:
+    """The settings, with the sample subject where no pictures are named."""
     if config.instance_data_dir is not None or config.subjects:
         return config
     return replace(
@@ -186,7 +187,6 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 def _resolved(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset) -> TrainConfig:
     """Fill in the defaults that depend on the base and the pictures."""
-    small = bases.native_resolution(pipe) <= 128
     prompts = [f"a photo of {subject.phrase}" for subject in dataset.subjects]
     if not config.subjects and config.instance_prompt:
         prompts = [config.instance_prompt]
@@ -194,9 +194,14 @@ def _resolved(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset) ->
         config,
         pretrained_model_name_or_path=config.pretrained_model_name_or_path or bases.EMBEDDED,
         resolution=config.resolution or bases.native_resolution(pipe),
-        train_batch_size=config.train_batch_size or (min(4, len(dataset.examples)) if small else 1),
+        train_batch_size=config.train_batch_size or default_batch(bases.native_resolution(pipe), len(dataset.examples)),
         validation_prompt=config.validation_prompt or prompts,
     )
+
+
+def default_batch(resolution: int, pictures: int) -> int:
+    """One picture a step, or, where they are as small as the embedded base's, all of them up to four."""
+    return min(4, pictures) if resolution <= 128 else 1
 
 
 def _make_room(pipe: DiffusionPipeline, learner: Learner) -> None:

@@ -92,20 +92,28 @@ def _split(config: TrainConfig, examples: list[Example]) -> tuple[list[Example],
     return [e for e in examples if e.path not in kept_out], [e for e in examples if e.path in kept_out]
 
 
-def remarks(dataset: Dataset) -> Iterator[str]:
-    """What a person should know of their data. Opens every picture; raises ValueError for a bad one."""
+def remarks(dataset: Dataset, stop: bool = True) -> Iterator[tuple[str, str]]:
+    """What a person should know of their data: ("note" or "error", a sentence). Opens every picture.
+
+    Raises ValueError at the first picture that cannot be used, or, without `stop`, yields it and goes on.
+    """
     for name, reason in dataset.ignored.items():
-        yield f"Left aside: {name} ({reason})."
+        yield "note", f"Left aside: {name} ({reason})."
     seen = {}
     for example in (*dataset.examples, *dataset.held_out):
-        picture, _, notes = example.read()
-        yield from (f"{example.path.name}: {note}." for note in notes)
+        name = example.path.name
+        try:
+            picture, _, notes = example.read()
+        except ValueError as error:
+            if stop:
+                raise
+            yield "error", str(error)
+            continue
+        yield from (("note", f"{name}: {note}.") for note in notes)
         digest = hashlib.sha256(picture.tobytes()).digest()
         if digest in seen:
-            yield f"{example.path.name} shows the same as {seen[digest]}: it only counts twice."
-        seen.setdefault(digest, example.path.name)
+            yield "note", f"{name} shows the same as {seen[digest]}: it only counts twice."
+        seen.setdefault(digest, name)
+        trigger = example.subject.trigger
         if not calls(example.prompt, example.subject):
-            yield (
-                f"The caption of {example.path.name} does not contain '{example.subject.trigger}': it teaches nothing "
-                "of the subject."
-            )
+            yield "note", f"The caption of {name} does not contain '{trigger}': it teaches nothing of the subject."

@@ -1,0 +1,154 @@
+"""Several adapters of one base as one file: their products are added, exactly or to a rank.
+
+Letters: H heads, R rank, C channels.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from comcat_diffusion import heads as maths
+from comcat_diffusion.adapters.fingerprint import difference
+from comcat_diffusion.adapters.header import Header, Notes
+from comcat_diffusion.adapters.store import TOKEN
+from comcat_diffusion.adapters.terms import Contents, Term, read_contents, write_contents
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What a combination left behind."""
+
+    header: Header
+    rank: int  # the largest of any attention
+    energy_kept: float  # share of the squared Frobenius norm of all products; 1 if nothing was cut off
+
+
+@dataclass(frozen=True)
+class _Read:
+    path: str | Path
+    weight: float
+    contents: Contents
+
+
+def combine(
+    adapters: Sequence[tuple[str | Path, float]],
+    output: str | Path,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Combined:
+    """Write the weighted sum of adapter files, (file, weight) each, as one adapter.
+
+    Without a rank the heads' ranks are concatenated, which is exact up to the rounding to `dtype`. With one, every
+    head's sum is cut by QR and SVD to its best approximation of that rank; of a foldable adapter it is the product
+    without the base, G' Ak^T and Av G, that is approximated. Raises ValueError for adapters of different bases or
+    kinds and for weights without meaning.
+    """
+    if not adapters:
+        raise ValueError("Name at least one adapter to combine.")
+    if rank is not None and rank < 1:
+        raise ValueError(f"The rank must be a whole number of at least 1, not {rank}.")
+    for path, weight in adapters:
+        if not math.isfinite(weight) or weight == 0:
+            raise ValueError(f"The weight of {path} must be a finite number other than zero, not {weight}.")
+    read = [_Read(path, weight, read_contents(path)) for path, weight in adapters]
+    _refuse_other_bases(read)
+    added: dict[str, list[Term]] = {}
+    for file in read:
+        for term in file.contents.terms:
+            added.setdefault(term.key, []).append(replace(term, scale=file.weight * term.scale))
+    whole = kept = 0.0
+    combined = []
+    for group in added.values():
+        term = concatenated(group)
+        if rank is not None:
+            term, of_all, of_it = cut(term, rank)
+            whole, kept = whole + of_all, kept + of_it
+        combined.append(term)
+    words, vectors = _tokens(read)
+    header = replace(read[0].contents.header, notes=_notes(read), tokens=words)
+    header = write_contents(output, Contents(header, combined, vectors), dtype)
+    return Combined(header, max(term.rank for term in combined), kept / whole if whole else 1.0)
+
+
+def concatenated(terms: Sequence[Term]) -> Term:
+    """The sum of terms of one attention: head by head, their ranks side by side."""
+    if len(terms) == 1:
+        return terms[0]
+    joined = []
+    for products in zip(*(term.products() for term in terms), strict=True):  # first all QK, then all VO
+        lefts, rights = zip(*products, strict=True)
+        joined.append((torch.cat(lefts, dim=-1), torch.cat(rights, dim=-2)))
+    return terms[0].rebuilt(*joined)
+
+
+def cut(term: Term, rank: int) -> tuple[Term, float, float]:
+    """The best term of a rank, and the squared norm of the products before and after."""
+    whole = kept = 0.0
+    products = []
+    for left, right in term.products():
+        u, s, vh = maths.product_svd(left, right)
+        whole, kept = whole + float(s.square().sum()), kept + float(s[..., :rank].square().sum())
+        products.append(maths.truncate(u, s, vh, rank))
+    return term.rebuilt(*products), whole, kept
+
+
+def _refuse_other_bases(read: list[_Read]) -> None:
+    first_path, first = read[0].path, read[0].contents.header
+    kinds: dict[str, bool] = {}
+    widths: dict[str, tuple] = {}
+    for path, header, terms in ((file.path, file.contents.header, file.contents.terms) for file in read):
+        reason = difference(first.fingerprint, header.fingerprint)
+        if reason is not None:
+            raise ValueError(
+                f"{first_path} ('{first.base_model}') and {path} ('{header.base_model}') are of different bases: "
+                f"for the second, {reason}; combine adapters of one base."
+            )
+        for term in terms:
+            if kinds.setdefault(term.part, term.foldable) != term.foldable:
+                raise ValueError(
+                    f"{first_path} and {path} are of different kinds, one free and one foldable, and cannot be one "
+                    "file; load them side by side instead."
+                )
+            if widths.setdefault(term.key, _channels(term)) != _channels(term):
+                raise ValueError(f"{first_path} and {path} do not fit each other: {term.key} has other widths.")
+
+
+def _channels(term: Term) -> tuple:
+    return term.heads, *(left.shape[1] for left, _ in term.products()), *(r.shape[2] for _, r in term.products())
+
+
+def _tokens(read: list[_Read]) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """The new words of all files, and their embeddings as a file names them. A weight does not change a word."""
+    words: list[str] = []
+    vectors: dict[str, torch.Tensor] = {}
+    for file in read:
+        for old, word in enumerate(file.contents.header.tokens):
+            mark = f"{TOKEN}.{old}."
+            own = {n.removeprefix(mark): v for n, v in file.contents.tokens.items() if n.startswith(mark)}
+            if word not in words:
+                words.append(word)
+                vectors |= {f"{TOKEN}.{len(words) - 1}.{encoder}": values for encoder, values in own.items()}
+            elif any(not torch.equal(vectors[f"{TOKEN}.{words.index(word)}.{e}"], values) for e, values in own.items()):
+                raise ValueError(f"Two of the adapters bring the new word '{word}' with different meanings.")
+    return words, vectors
+
+
+def _notes(read: list[_Read]) -> Notes:
+    """The first adapter's words, and under `training` what went into the file."""
+    told = [
+        {
+            "file": Path(file.path).name,
+            "weight": file.weight,
+            "trigger": file.contents.header.notes.trigger,
+            "class_word": file.contents.header.notes.class_word,
+            "sha256": hashlib.sha256(Path(file.path).read_bytes()).hexdigest(),
+        }
+        for file in read
+    ]
+    notes = read[0].contents.header.notes
+    kept = {key: value for key, value in notes.training.items() if key == "resolution"}
+    return replace(notes, training=kept | {"combined": told})

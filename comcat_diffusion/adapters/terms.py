@@ -1,0 +1,180 @@
+"""An adapter file taken apart without its base: per attention and head, the two products that it adds.
+
+    free:      QK_h = s Aq_h Ak_h^T, VO_h = s Av_h Ao_h       foldable: QK_h = s G'_h Ak_h^T, VO_h = s Av_h G_h
+
+Letters: H heads, D head width, R rank, C channels; E the rows of a left factor (C or D).
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch.nn.functional import pad
+
+from comcat_diffusion import atomic
+from comcat_diffusion import heads as maths
+from comcat_diffusion.adapters.header import (
+    FORMAT_VERSION,
+    PACKED_VERSION,
+    AdapterFileError,
+    Header,
+    read_adapter,
+    settings_of_layers,
+)
+from comcat_diffusion.adapters.model import of_pattern
+from comcat_diffusion.adapters.packing import HeadRanks, pack
+from comcat_diffusion.adapters.store import TOKEN, config_of, library_versions, read_tensors, serialized
+
+FREE = ("q_down", "k_down", "v_down", "out_up")
+FOLDABLE = ("q_core", "k_down", "v_down", "out_core")
+
+Product = tuple[torch.Tensor, torch.Tensor]  # of every head: left (H, E, R), right (H, R, C)
+
+
+@dataclass(frozen=True)
+class Term:
+    """What an adapter adds to one attention. Its factors are as a file holds them, without the scale."""
+
+    part: str  # component of the pipeline
+    attention: str  # name within the component
+    scale: float  # s = alpha / r
+    rank: int
+    foldable: bool
+    factors: dict[str, torch.Tensor]  # k_down, v_down, q_down (H*R, C), out_up (C, H*R), q_core, out_core (H*R, D)
+
+    @property
+    def key(self) -> str:
+        """PART.ATTENTION, as in the file."""
+        return f"{self.part}.{self.attention}"
+
+    @property
+    def heads(self) -> int:
+        """Number of heads H."""
+        return self.factors["k_down"].shape[0] // self.rank
+
+    @property
+    def width(self) -> int:
+        """Width D of the heads; of a free term, that of heads which share the channels C among them, as they all do."""
+        return self.factors["q_core"].shape[1] if self.foldable else self.factors["q_down"].shape[1] // self.heads
+
+    def products(self) -> tuple[Product, Product]:
+        """QK and VO of every head in float64, the scale included (on the context's side)."""
+        f = {name: factor.double() for name, factor in self.factors.items()}
+        k, v = (self.scale * maths.in_factors(f[name], self.heads) for name in ("k_down", "v_down"))  # H, C, R
+        if self.foldable:
+            core, back = maths.in_factors(f["q_core"], self.heads), maths.in_factors(f["out_core"], self.heads)
+            return (core, k.mT), (v, back.mT)
+        return (maths.in_factors(f["q_down"], self.heads), k.mT), (v, maths.out_factors(f["out_up"], self.heads))
+
+    def rebuilt(self, qk: Product, vo: Product) -> "Term":
+        """The same attention with other products; the scale is then one, the rank that of the longer product."""
+        rank = max(qk[0].shape[-1], vo[0].shape[-1])
+        qk, vo = _padded(qk, rank), _padded(vo, rank)
+        factors = {"k_down": maths.in_weight(qk[1].mT), "v_down": maths.in_weight(vo[0])}
+        if self.foldable:
+            factors |= {"q_core": maths.in_weight(qk[0]), "out_core": maths.in_weight(vo[1].mT)}
+        else:
+            factors |= {"q_down": maths.in_weight(qk[0]), "out_up": maths.out_weight(vo[1])}
+        return replace(self, scale=1.0, rank=rank, factors=factors)
+
+
+def _padded(product: Product, rank: int) -> Product:
+    """Zeros up to a rank: a product that is cut to fewer channels than ranks is shorter than its partner."""
+    missing = rank - product[0].shape[-1]
+    return pad(product[0], (0, missing)), pad(product[1], (0, 0, 0, missing))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in an adapter file."""
+
+    header: Header
+    terms: list[Term]
+    tokens: dict[str, torch.Tensor] = field(default_factory=dict)  # embeddings (n, E) by name, token.NUMBER.ENCODER
+
+
+def read_contents(path: str | Path) -> Contents:
+    """A file taken apart. What needs no base is checked as strictly as when loading.
+
+    Raises AdapterFileError for a damaged file, naming the attention whose factors do not fit each other.
+    """
+    header = read_adapter(path)
+    tensors = read_tensors(path, header)
+    tokens = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith(f"{TOKEN}.")}
+    grouped: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        attention, _, factor = rest.rpartition(".")
+        grouped.setdefault((part, attention), {})[factor] = tensor
+    configs = {part: config_of(fields, path) for part, fields in header.config.items()}
+    terms = []
+    for (part, attention), factors in sorted(grouped.items()):
+        if part not in configs:
+            raise AdapterFileError(f"{path} has tensors of '{part}', of which its header does not speak.")
+        config = configs[part]
+        rank = of_pattern(config.rank_pattern, attention, config.r)
+        alpha = of_pattern(config.alpha_pattern, attention, config.alpha)
+        term = Term(part, attention, alpha / rank, rank, config.foldable, factors)
+        if not _fits(term):
+            raise AdapterFileError(f"{path} has factors of {term.key} that do not fit its rank {rank}: it is damaged.")
+        terms.append(term)
+    if not terms:
+        raise AdapterFileError(f"{path} holds no factors: it is damaged.")
+    return Contents(header, terms, tokens)
+
+
+def _fits(term: Term) -> bool:
+    names = FOLDABLE if term.foldable else FREE
+    if sorted(term.factors) != sorted(names) or any(f.dim() != 2 for f in term.factors.values()):
+        return False
+    rows = {f.shape[1] if name == "out_up" else f.shape[0] for name, f in term.factors.items()}
+    same_context = term.factors["k_down"].shape == term.factors["v_down"].shape
+    same_width = not term.foldable or term.factors["q_core"].shape == term.factors["out_core"].shape
+    return len(rows) == 1 and rows.pop() % term.rank == 0 and same_context and same_width and term.heads > 0
+
+
+def assembled(contents: Contents, dtype: torch.dtype, head_ranks: HeadRanks | None = None) -> tuple[Header, bytes]:
+    """A file of these terms that keeps the header's base and notes: dense, or packed where `head_ranks` are given.
+
+    A layer whose rank is not the common one would be scaled by alpha / rank, so its factors on the context's side
+    carry the inverse: no module needs an alpha of its own. Raises ValueError if a factor leaves the range of `dtype`.
+    """
+    config, tensors = {}, {}
+    for part, own in _by_part(contents.terms).items():
+        common = Counter(term.rank for term in own).most_common(1)[0][0]
+        config[part] = _config(own, common)
+        for term in own:
+            gain = term.scale * term.rank / common
+            for name, factor in term.factors.items():
+                tensors[f"{term.key}.{name}"] = factor * gain if name in ("k_down", "v_down") else factor
+    if head_ranks:
+        tensors = pack(tensors, head_ranks, dtype)
+    else:
+        tensors = {name: factor.to(dtype) for name, factor in tensors.items()}
+    embeddings = dtype if dtype.is_floating_point else torch.float16
+    tensors |= {name: vectors.to(embeddings) for name, vectors in contents.tokens.items()}
+    version = PACKED_VERSION if head_ranks else FORMAT_VERSION
+    new = {"config": config, "versions": library_versions(), "format_version": version, "head_ranks": head_ranks or {}}
+    header = replace(contents.header, **new)
+    return header, serialized(tensors, header)
+
+
+def write_contents(path: str | Path, contents: Contents, dtype: torch.dtype) -> Header:
+    """Write a dense file; see `assembled`. Raises OSError if it cannot be written."""
+    made, content = assembled(contents, dtype)
+    atomic.write_bytes(path, content)
+    return made
+
+
+def _by_part(terms: Iterable[Term]) -> dict[str, list[Term]]:
+    parts: dict[str, list[Term]] = {}
+    for term in terms:
+        parts.setdefault(term.part, []).append(term)
+    return parts
+
+
+def _config(terms: list[Term], common: int) -> dict:
+    layers = settings_of_layers({term.attention: term.rank for term in terms}, common)
+    return {"r": common, "alpha": float(common), "foldable": terms[0].foldable, **layers}

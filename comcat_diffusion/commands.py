@@ -1,0 +1,243 @@
+"""What every command does and prints. A command imports what it needs itself, so that `--help` waits for nothing."""
+
+import argparse
+import math
+import tempfile
+import typing
+from pathlib import Path
+
+from comcat_diffusion.config import from_arguments, weighted
+from comcat_diffusion.export.config import CombineConfig, ExportConfig, ImportConfig, MergeConfig, ShrinkConfig
+from comcat_diffusion.generation.config import GenerateConfig
+from comcat_diffusion.training.config import TrainConfig, ValidateConfig
+
+if typing.TYPE_CHECKING:
+    from comcat_diffusion.adapters.header import Header
+    from comcat_diffusion.training.loop import Step
+
+BAD_INPUT, NOT_FINITE, INTERRUPTED = 2, 3, 130  # exit statuses
+
+
+class _Terminal:
+    """Shows a training run: notes as lines, steps as a progress bar."""
+
+    def __init__(self) -> None:
+        self.bar = None
+
+    def note(self, text: str) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(text)
+
+    def step(self, done: "Step", total: int, peak_bytes: int) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(total=total, initial=done.step - 1, desc="Steps", unit="step")
+        shown = {"loss": f"{done.loss:.4f}", "lr": f"{done.learning_rate:.1e}", "s/step": f"{done.seconds:.2f}"}
+        self.bar.set_postfix(shown | {"peak": f"{peak_bytes / 2**30:.1f} GiB"}, refresh=False)
+        self.bar.update()
+        if done.step == total:
+            self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _quiet() -> None:
+    """Leave the terminal to our own words: the libraries' progress bars and advice are for their developers."""
+    import warnings
+
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def train(parsed: argparse.Namespace) -> int:
+    """Learn a subject from a folder of pictures."""
+    config = from_arguments(TrainConfig, parsed)
+    _quiet()
+    from comcat_diffusion.training.customize import customize
+
+    terminal = _Terminal()
+    try:
+        outcome = customize(config, terminal)
+    finally:
+        terminal.close()
+    size = outcome.adapter.stat().st_size
+    print(
+        f"Saved {outcome.adapter} ({size / 1000:.1f} kB, {outcome.parameters:,} parameters), checked on a fresh base."
+    )
+    if outcome.interrupted:
+        print(f"Stopped after step {outcome.steps}. Go on with the same settings and --resume_from_checkpoint latest.")
+        return INTERRUPTED
+    if outcome.samples:
+        print(f"Samples: {outcome.samples}")
+    print(f'Try: comcat generate --adapter {outcome.adapter} --prompt "a photo of {outcome.subject.phrase}"')
+    return 0
+
+
+def validate(parsed: argparse.Namespace) -> int:
+    """Look a training run over before it starts."""
+    config = from_arguments(ValidateConfig, parsed)
+    _quiet()
+    from comcat_diffusion.training.validate import validate
+
+    report = validate(config)
+    for mark, lines in (("  ", report.facts), ("? ", report.doubts), ("! ", report.errors)):
+        for line in lines:
+            print(mark + line)
+    print("This run would fail." if report.errors else "This run can start.")
+    return BAD_INPUT if report.errors else 0
+
+
+def generate(parsed: argparse.Namespace) -> int:
+    """Draw pictures from prompts, with adapters."""
+    config = from_arguments(GenerateConfig, parsed)
+    _quiet()
+    from tqdm import tqdm
+
+    from comcat_diffusion.generation.generate import generate
+
+    bar = tqdm(desc="Pictures", unit="picture", delay=0.01)  # nothing is shown before the first picture
+
+    def shown(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    with bar:
+        made = generate(config, shown)
+    print(f"{len(made.files)} pictures in {made.sheet.parent}, all on one sheet: {made.sheet}")
+    return 0
+
+
+def info(parsed: argparse.Namespace) -> int:
+    """Show what an adapter file says of itself."""
+    from comcat_diffusion.adapters.header import read_adapter
+
+    header = read_adapter(parsed.adapter)
+    notes = header.notes
+    others = [f"{other['trigger']} {other['class_word']}".strip() for other in notes.others]
+    rows = {
+        "file": f"{parsed.adapter} ({_size(parsed.adapter)}, format version {header.format_version})",
+        "subject": ", ".join(filter(None, [f"{notes.trigger} {notes.class_word}".strip(), *others])) or "not said",
+        "prompt": notes.instance_prompt or "not said",
+        "new words": ", ".join(header.tokens) or "none",
+        "base": " ".join(filter(None, (header.base_model, header.revision))) or "not said",
+        "base kind": f"{header.fingerprint.get('class')}, predicts {header.fingerprint.get('prediction_type')}",
+        **{f"adapter of {part}": _told(header, part) for part in header.config},
+        "training": ", ".join(f"{key} {value}" for key, value in notes.training.items()) or "not said",
+        "written by": ", ".join(f"{name} {version}" for name, version in header.versions.items()),
+    }
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _told(header: "Header", part: str) -> str:
+    config = header.config[part]
+    kind = "foldable" if config.get("foldable") else "free"
+    targets = config.get("target_modules") or []
+    named = targets if isinstance(targets, str) else " ".join(targets)
+    rank = f"rank {config.get('r')}"
+    if part in header.head_ranks:
+        ranks = [rank for products in header.head_ranks[part].values() for heads in products for rank in heads]
+        rank = f"ranks {min(ranks)} to {max(ranks)} by head"
+    return f"{kind}, {rank}, alpha {config.get('alpha')}, on {named}"
+
+
+def _size(path: str | Path) -> str:
+    return f"{Path(path).stat().st_size / 1000:.1f} kB"
+
+
+def export(parsed: argparse.Namespace) -> int:
+    """Write an adapter as an ordinary LoRA file."""
+    config = from_arguments(ExportConfig, parsed)
+    _quiet()
+    from comcat_diffusion import bases
+    from comcat_diffusion.adapters.header import read_adapter
+    from comcat_diffusion.export.approximate import approximate
+    from comcat_diffusion.export.lora import export_adapter
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = config.adapter
+        if config.approximate:
+            header = read_adapter(source)
+            prompts = config.prompt or [header.notes.instance_prompt or header.notes.trigger or "a photo"]
+            pipe = bases.asked_base(config, "fp32", header.base_model)
+            source = Path(folder) / Path(config.adapter).name
+            found = approximate(pipe, config.adapter, source, prompts, math.inf if config.force else 0.1)
+            print(f"The closest foldable adapter differs by {found.error:.1%} of the adapter's effect.")
+        made = export_adapter(source, config.output, config.format, bases.PRECISIONS[config.save_precision])
+    for file in made.files:
+        print(f"Wrote {file} ({_size(file)}).")
+    return 0
+
+
+def merge(parsed: argparse.Namespace) -> int:
+    """Write foldable adapters into their base, as a folder that diffusers loads."""
+    config = from_arguments(MergeConfig, parsed)
+    _quiet()
+    from comcat_diffusion import bases
+    from comcat_diffusion.adapters.header import read_adapter
+    from comcat_diffusion.export.checkpoint import merge_to_folder
+
+    files = [weighted(text) for text in config.adapter]
+    pipe = bases.asked_base(config, "fp32", read_adapter(files[0][0]).base_model)
+    merge_to_folder(pipe, files, config.output_dir, config.any_weights)
+    print(f'Wrote {config.output_dir}; load it with DiffusionPipeline.from_pretrained("{config.output_dir}").')
+    return 0
+
+
+def combine(parsed: argparse.Namespace) -> int:
+    """Add several adapters of one base into one file."""
+    config = from_arguments(CombineConfig, parsed)
+    _quiet()
+    from comcat_diffusion import bases
+    from comcat_diffusion.adapters.combine import combine
+
+    files = [weighted(text) for text in config.adapter]
+    made = combine(files, config.output, config.rank, bases.PRECISIONS[config.save_precision])
+    print(f"Wrote {config.output} ({_size(config.output)}, rank {made.rank}, {made.energy_kept:.2%} of the energy).")
+    return 0
+
+
+def shrink(parsed: argparse.Namespace) -> int:
+    """Write an adapter in fewer bytes."""
+    config = from_arguments(ShrinkConfig, parsed)
+    _quiet()
+    import torch
+
+    from comcat_diffusion.adapters.shrink import shrink
+
+    dtype = {None: None, "fp16": torch.float16, "int8": torch.int8}[config.save_precision]
+    made = shrink(config.adapter, config.output, config.max_bytes, dtype)
+    before = _size(config.adapter)
+    print(f"Wrote {config.output} ({made.bytes:,} bytes of {before}, {made.energy_kept:.2%} of the energy).")
+    return 0
+
+
+def import_(parsed: argparse.Namespace) -> int:
+    """Read the paper authors' comcat_weight.pt into an adapter file."""
+    config = from_arguments(ImportConfig, parsed)
+    _quiet()
+    from comcat_diffusion import bases
+    from comcat_diffusion.adapters.header import Notes
+    from comcat_diffusion.export.authors import import_authors_file
+    from comcat_diffusion.words import subject_of
+
+    notes = None
+    if config.instance_prompt:
+        subject = subject_of(config.instance_prompt)
+        notes = Notes(subject.trigger, config.instance_prompt, subject.class_word)
+    pipe, base = bases.asked_base(config, "fp32"), config.pretrained_model_name_or_path
+    import_authors_file(pipe, config.weights, config.output, config.strength, base, notes)
+    print(f"Wrote {config.output} ({_size(config.output)}).")
+    return 0

@@ -1,0 +1,127 @@
+"""The foldable adapter closest to a free one, for export, with the error that this costs.
+
+A free term's Aq and Ao may point anywhere; a foldable one has Aq' = Wq G' and Ao' = G Wo. Both fits are linear and
+have a closed form, since the best unconstrained change of a product is of rank R already (no alternation is needed):
+
+    G'_h = argmin |X (Wq_h G' - Aq_h)|      X the queries' inputs over a few sampled pictures, bias included
+    G_h  = argmin |G Wo_h - Ao_h|           whatever the values are
+
+How well it fits is a property of the adapter: heads span D of C channels. So the error is measured on the denoiser
+itself, and what is too far off is not written.
+
+Letters: H heads, D head width, R rank, C channels, N tokens.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from comcat_diffusion import atomic
+from comcat_diffusion import heads as maths
+from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters.header import AdapterFileError, Header
+from comcat_diffusion.adapters.merge import layers_of, unload_adapters
+from comcat_diffusion.adapters.store import denoiser, load_adapter
+from comcat_diffusion.adapters.terms import Term, assembled, read_contents
+
+STEPS, SEED = 4, 0  # of the sampled pictures
+
+
+@dataclass(frozen=True)
+class Approximated:
+    """What an approximation left behind."""
+
+    header: Header
+    error: float  # |denoiser with it - with the free adapter|, over the effect of the free adapter
+
+
+@torch.no_grad()
+def approximate(
+    pipe: object, adapter: str | Path, output: str | Path, prompts: Sequence[str], largest_error: float = 0.1
+) -> Approximated:
+    """Write the foldable adapter that comes closest to a free one on what the base sees while it draws the prompts.
+
+    The pipeline must carry no adapter, and carries none afterwards. Raises AdapterFileError for an adapter that is
+    foldable already or acts on a text encoder, ValueError if the error is above `largest_error`.
+    """
+    contents = read_contents(adapter)
+    if any(term.foldable for term in contents.terms):
+        raise AdapterFileError(f"{adapter} is foldable already and exports exactly; nothing has to be approximated.")
+    others = sorted({term.part for term in contents.terms} - {"unet", "transformer"})
+    if others:
+        raise AdapterFileError(f"{adapter} also adapts {', '.join(others)}, for which no approximation is offered.")
+    if not any((left @ right).any() for term in contents.terms for left, right in term.products()):
+        raise AdapterFileError(f"{adapter} adds nothing to its base, since all its products are zero; train it first.")
+    if layers_of(pipe):
+        raise ValueError("The pipeline carries adapters already; approximate on a freshly loaded base.")
+    model = denoiser(pipe)
+    load_adapter(pipe, adapter)
+    try:
+        calls, grams = _observed(pipe, model, contents.terms, prompts)
+        free = _replayed(model, calls)
+        unload_adapters(pipe)
+        base = _replayed(model, calls)
+        terms = [_closest(term, model.get_submodule(term.attention), grams[term.key]) for term in contents.terms]
+        header, written = assembled(replace(contents, terms=terms), torch.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "closest.safetensors").write_bytes(written)
+            load_adapter(pipe, Path(folder) / "closest.safetensors")
+        error = float((_replayed(model, calls) - free).norm() / (free - base).norm())
+    finally:
+        unload_adapters(pipe)
+    if not error <= largest_error:
+        raise ValueError(
+            f"The closest foldable adapter differs from {adapter} by {error:.0%} of its effect, more than the "
+            f"{largest_error:.0%} allowed: train it again with --foldable, or force it."
+        )
+    atomic.write_bytes(output, written)
+    return Approximated(header, error)
+
+
+def _observed(pipe: object, model: nn.Module, terms: list[Term], prompts: Sequence[str]) -> tuple[list, dict]:
+    """Draw the prompts; the denoiser's calls, and per attention the Gram matrix (C+1, C+1) of its queries' inputs."""
+    calls, grams = [], {}
+
+    def gram(key: str) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            tokens = args[0].flatten(0, -2).double()  # N, C
+            tokens = torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)  # the bias is one more channel
+            grams[key] = grams.get(key, 0) + tokens.T @ tokens
+
+        return hook
+
+    hooks = [model.register_forward_pre_hook(lambda m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)]
+    for term in terms:
+        attention = model.get_submodule(term.attention)
+        query = seam.plain(seam.style_of(attention).projections(attention)[0])
+        hooks.append(query.register_forward_pre_hook(gram(term.key)))
+    try:
+        generator = torch.Generator().manual_seed(SEED)
+        pipe(list(prompts), num_inference_steps=STEPS, generator=generator, output_type="latent")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls, grams
+
+
+def _replayed(model: nn.Module, calls: list) -> torch.Tensor:
+    """All that the denoiser gives on the recorded calls, as one vector."""
+    outputs = [model(*args, **{**kwargs, "return_dict": False})[0] for args, kwargs in calls]
+    return torch.cat([output.double().flatten() for output in outputs])
+
+
+def _closest(term: Term, attention: nn.Module, gram: torch.Tensor) -> Term:
+    """The foldable term of the same rank that is closest to a free one."""
+    q, _, _, out = (seam.plain(projection) for projection in seam.style_of(attention).projections(attention))
+    (query, key), (value, back) = term.products()  # (H, C, R), (H, R, C), (H, C, R), (H, R, C)
+    into = maths.in_factors(q.weight.double(), term.heads)  # H, C, D
+    bias = into.new_zeros(len(q.weight)) if q.bias is None else q.bias.double()
+    into = torch.cat([into, bias.view(term.heads, 1, -1)], dim=1)  # H, C+1, D
+    query = torch.cat([query.to(into.device), into.new_zeros(term.heads, 1, term.rank)], dim=1)
+    core = torch.linalg.pinv(into.mT @ gram @ into, hermitian=True) @ (into.mT @ gram @ query)  # H, D, R
+    mix = back.to(into.device) @ torch.linalg.pinv(maths.out_factors(out.weight.double(), term.heads))  # H, R, D
+    return replace(term, foldable=True).rebuilt((core.cpu(), key), (value, mix.cpu()))

@@ -1,0 +1,92 @@
+"""Adapters written into the weights of their base, saved as an ordinary diffusers folder."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters.header import AdapterFileError, Header, read_adapter
+from comcat_diffusion.adapters.merge import bake_adapters, layers_of, unload_adapters
+from comcat_diffusion.adapters.store import load_adapter
+
+
+def merge_to_folder(
+    pipe: DiffusionPipeline,
+    adapters: Sequence[tuple[str | Path, float]],
+    output: str | Path,
+    any_weights: bool = False,
+) -> list[Header]:
+    """Fold adapter files, (file, weight) each, into a fresh pipeline and save it as a folder that diffusers loads.
+
+    The fold is exact in stock shapes, so only foldable adapters are taken. The pipeline is changed: its weights are
+    then the merged ones. The folder appears whole or not at all. Raises FileExistsError for a folder that holds
+    something already, AdapterFileError for a free adapter or another base, OSError if it cannot be written.
+    """
+    output = Path(output).expanduser()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(errno.EEXIST, f"{output} holds something already; name a new or an empty folder.")
+    if not adapters:
+        raise ValueError("Name at least one adapter to merge.")
+    for path, _ in adapters:
+        _refuse_free(read_adapter(path), path)
+    if any(seam.is_adapted(module) for part in pipe.components.values() for module in _modules(part)):
+        raise ValueError("The pipeline carries adapters already; merge into a freshly loaded base.")
+    headers = _folded(pipe, adapters, any_weights)
+    _save_whole(pipe, output)
+    return headers
+
+
+def _modules(part: object) -> list:
+    return list(part.modules()) if hasattr(part, "modules") else []
+
+
+def _refuse_free(header: Header, path: str | Path) -> None:
+    free = sorted(part for part, fields in header.config.items() if not fields.get("foldable"))
+    if free:
+        raise AdapterFileError(
+            f"{path} is a free adapter ({', '.join(free)}), which folds into no stock checkpoint: train it again with "
+            "--foldable, or use it as it is with comcat-diffusion."
+        )
+
+
+def _folded(pipe: DiffusionPipeline, adapters: Sequence[tuple[str | Path, float]], any_weights: bool) -> list[Header]:
+    try:
+        headers = []
+        for index, (path, weight) in enumerate(adapters):
+            headers.append(load_adapter(pipe, path, f"merged_{index}", any_weights))
+            for layer in layers_of(pipe):
+                layer.set_scale(f"merged_{index}", weight)
+        bake_adapters(pipe)
+    except (ValueError, OSError):
+        unload_adapters(pipe)
+        raise
+    return headers
+
+
+def _save_whole(pipe: DiffusionPipeline, output: Path) -> None:
+    """Save beside the target, then rename, so that a half-written folder is never found under its name."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        pipe.save_pretrained(partial)
+        for config in (partial / "model_index.json", *partial.glob("*/config.json")):
+            _forget_folder(config)
+        os.replace(partial, output)
+    except SafetensorError as error:  # how the library reports a full disk
+        raise OSError(errno.EIO, f"{output} could not be written ({error}); nothing was left behind.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _forget_folder(config: Path) -> None:
+    """diffusers notes where each part came from: a hub id may stay, a folder of this machine is nobody's business."""
+    content = json.loads(config.read_text())
+    if Path(content.get("_name_or_path") or "").is_absolute():
+        del content["_name_or_path"]
+        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,231 @@
+"""A foldable adapter as an ordinary LoRA of the key and value projections, for tools that know no COMCAT.
+
+A foldable adapter is, exactly, a change of two weights per attention in their own shapes,
+
+    Delta W_K,h = s G'_h Ak_h^T        Delta W_V,h = s G_h^T Av_h^T        (as Linears store them, D x C)
+
+which is a LoRA of rank H*R: down holds the Ak_h of all heads, up is block-diagonal in G'_h (the query bias is
+included, since it stands beside the queries that meet the changed keys). Tools disagree on how alpha and ranks that
+differ by module go together, so no strength is left to them: s is in `up`, and alpha is one number for the file.
+
+Letters: H heads, D head width, R rank, C channels, K = H*R.
+"""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from comcat_diffusion import atomic
+from comcat_diffusion import heads as maths
+from comcat_diffusion.adapters.header import KEY, AdapterFileError, Header
+from comcat_diffusion.adapters.store import TOKEN, safetensors_bytes
+from comcat_diffusion.adapters.terms import Contents, Term, read_contents
+
+FORMATS = ("diffusers-lora", "kohya")
+_PROJECTIONS = {"unet": ("to_k", "to_v"), "text_encoder": ("k_proj", "v_proj"), "text_encoder_2": ("k_proj", "v_proj")}
+_CLIPS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+_WIDTH_SDXL, _SDXL_BLOCK = 2048, 3  # width of SDXL's text states; attentions and a resampler per block of its U-Net
+_BASE_VERSIONS = {768: "sd_v1", 1024: "sd_v2", _WIDTH_SDXL: "sdxl_base_v1-0"}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA of one projection: the weight changes by up @ down."""
+
+    part: str  # component of the pipeline
+    projection: str  # name within the component
+    down: torch.Tensor  # K, C
+    up: torch.Tensor  # H*D, K
+
+    @property
+    def rank(self) -> int:
+        """K, the columns of all heads together."""
+        return len(self.down)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export left behind."""
+
+    files: tuple[Path, ...]  # the LoRA, then one textual-inversion file for each new word
+    metadata: dict[str, str]  # of the LoRA
+
+
+def export_adapter(
+    adapter: str | Path, output: str | Path, format: str = "diffusers-lora", dtype: torch.dtype = torch.float32
+) -> Exported:
+    """Write a foldable adapter file as a LoRA file. No base is needed.
+
+    `diffusers-lora` is what `pipe.load_lora_weights` reads, `kohya` what A1111, Forge, ComfyUI and kohya's scripts
+    read as well. A new word becomes a textual-inversion file beside it, OUTPUT_emb.safetensors: other tools load such
+    embeddings by themselves, A1111 and ComfyUI under the file's name. In float32 the LoRA does what the adapter does
+    up to rounding. Raises AdapterFileError for a free adapter, which no LoRA can express, for a model that those tools
+    do not know, and for an adapter that does nothing.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"The format must be one of {', '.join(FORMATS)}, not '{format}'.")
+    contents = read_contents(adapter)
+    header = contents.header
+    _refuse_inexpressible(header, contents.terms, adapter)
+    loras = [lora for term in contents.terms for lora in as_loras(term)]
+    if not loras:
+        raise AdapterFileError(f"{adapter} adds nothing to its base, since all its products are zero; train it first.")
+    tensors, metadata = _diffusers(loras, header) if format == "diffusers-lora" else _kohya(loras, header, Path(output))
+    tensors = {name: tensor if tensor.dim() == 0 else tensor.to(dtype) for name, tensor in tensors.items()}
+    files = {Path(output): safetensors_bytes(tensors, metadata)} | _word_files(contents, Path(output))
+    for path, content in files.items():
+        atomic.write_bytes(path, content)
+    return Exported(tuple(files), metadata)
+
+
+def as_loras(term: Term) -> list[Lora]:
+    """The LoRAs of to_k and to_v that do what a foldable term does; a product that is zero gives none."""
+    factors = {name: factor.double() for name, factor in term.factors.items()}
+    loras = []
+    for projection, down, core in zip(
+        _PROJECTIONS[term.part], ("k_down", "v_down"), ("q_core", "out_core"), strict=True
+    ):
+        up = torch.block_diag(*maths.in_factors(factors[core], term.heads)) * term.scale  # H*D, K
+        acts = (up != 0).any(dim=0) & (factors[down] != 0).any(dim=1)  # K: columns of heads that were cut act nothing
+        if acts.any():
+            loras.append(Lora(term.part, f"{term.attention}.{projection}", factors[down][acts], up[:, acts]))
+    return loras
+
+
+def _refuse_inexpressible(header: Header, terms: list[Term], adapter: str | Path) -> None:
+    if not all(term.foldable for term in terms):
+        raise AdapterFileError(
+            f"{adapter} is a free adapter, which no LoRA can express: train it again with --foldable, or use it as it "
+            "is with comcat-diffusion."
+        )
+    other = sorted({term.part for term in terms} - set(_PROJECTIONS))
+    kind = header.fingerprint.get("class")
+    if other or kind != "UNet2DConditionModel":
+        told = f"adapts {', '.join(other)}" if other else f"is for a {kind}"
+        raise AdapterFileError(
+            f"{adapter} {told}; LoRA files are written for the U-Net and the text encoders of Stable Diffusion 1.x, "
+            "2.x and XL."
+        )
+
+
+def _word_files(contents: Contents, output: Path) -> dict[Path, bytes]:
+    """Textual-inversion files: one tensor named as the word, or `clip_l` and `clip_g` for the two encoders of SDXL."""
+    files = {}
+    for number, word in enumerate(contents.header.tokens):
+        own = {name: contents.tokens.get(f"{TOKEN}.{number}.{name}") for name in ("text_encoder", "text_encoder_2")}
+        names = {"text_encoder": word} if own["text_encoder_2"] is None else _CLIPS
+        vectors = {names[encoder]: values.float() for encoder, values in own.items() if values is not None}
+        path = output.with_name(f"{output.stem}_emb{number or ''}.safetensors")
+        files[path] = safetensors_bytes(vectors, {"format": "pt", "modelspec.trigger_phrase": word})
+    return files
+
+
+# diffusers: alpha is not written, and means the rank of each module
+
+
+def _diffusers(loras: list[Lora], header: Header) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    tensors = {}
+    for lora in loras:
+        name = lora.projection if lora.part == "unet" else _text_name(lora.projection)
+        tensors[f"{lora.part}.{name}.lora_A.weight"] = lora.down
+        tensors[f"{lora.part}.{name}.lora_B.weight"] = lora.up
+    return tensors, _modelspec(header)
+
+
+def _text_name(projection: str) -> str:
+    """Text encoders as LoRA files name them, whether or not this version of transformers has a `text_model`."""
+    return "text_model." + projection.removeprefix("text_model.")
+
+
+def _modelspec(header: Header) -> dict[str, str]:
+    pairs = {name: value for name, value in header.metadata().items() if name != KEY}
+    pairs["modelspec.architecture"] = pairs["modelspec.architecture"].replace("/comcat", "/lora")
+    pairs["modelspec.usage_hint"] = f'Prompt with "{_phrase(header)}".'
+    return pairs
+
+
+def _phrase(header: Header) -> str:
+    return f"{header.notes.trigger} {header.notes.class_word}".strip()
+
+
+# kohya: one alpha for the whole file
+
+
+def _kohya(loras: list[Lora], header: Header, output: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    ranks = Counter(lora.rank for lora in loras)
+    alpha = float(ranks.most_common(1)[0][0])
+    tensors = {}
+    for lora in [*loras, *_markers(loras)]:
+        name = _kohya_name(lora, _is_sdxl(header))
+        tensors[f"{name}.lora_down.weight"] = lora.down
+        tensors[f"{name}.lora_up.weight"] = lora.up * (lora.rank / alpha)  # tools multiply by alpha / rank
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    return tensors, _modelspec(header) | _training_metadata(header, ranks, alpha, output)
+
+
+def _markers(loras: list[Lora]) -> list[Lora]:
+    """A LoRA of zeros for one out_proj per text encoder: by its name alone diffusers knows the format of the others."""
+    first = {lora.part: lora for lora in reversed(loras) if lora.part != "unet"}
+    return [
+        Lora(part, lora.projection.rpartition(".")[0] + ".out_proj", lora.up.T[:1] * 0, lora.down.T[:, :1] * 0)
+        for part, lora in first.items()
+    ]
+
+
+def _is_sdxl(header: Header) -> bool:
+    return header.fingerprint.get("cross_attention_dim") == _WIDTH_SDXL or "text_encoder_2" in header.config
+
+
+def _kohya_name(lora: Lora, sdxl: bool) -> str:
+    if lora.part == "unet":
+        path = _original_name(lora.projection) if sdxl else lora.projection
+        return "lora_unet_" + path.replace(".", "_")
+    prefix = {"text_encoder": "lora_te1_" if sdxl else "lora_te_", "text_encoder_2": "lora_te2_"}[lora.part]
+    return prefix + _text_name(lora.projection).replace(".", "_")
+
+
+def _original_name(name: str) -> str:
+    """SDXL's blocks as its original code counts them, which is how kohya names them."""
+
+    def counted(found: re.Match) -> str:
+        block, attention = int(found[2]), int(found[3])
+        place = _SDXL_BLOCK * block + attention
+        return f"input_blocks.{place + 1}.1." if found[1] == "down" else f"output_blocks.{place}.1."
+
+    name = re.sub(r"^(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", counted, name)
+    return re.sub(r"^mid_block\.attentions\.0\.", "middle_block.1.", name)
+
+
+def _training_metadata(header: Header, ranks: Counter, alpha: float, output: Path) -> dict[str, str]:
+    """The `ss_*` keys that A1111, ComfyUI and kohya's tools read."""
+    told, phrase = header.notes.training, _phrase(header)
+    width, prediction = header.fingerprint.get("cross_attention_dim"), header.fingerprint.get("prediction_type")
+    pairs = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(alpha),
+        "ss_network_args": "{}",
+        "ss_v2": str(width == 1024),
+        "ss_output_name": output.stem,
+        "ss_sd_model_name": header.base_model if _is_hub_id(header.base_model) else Path(header.base_model).name,
+        "ss_training_comment": "exported from a COMCAT adapter",
+    }
+    if width in _BASE_VERSIONS:
+        of_v = "_v" if width == 1024 and prediction == "v_prediction" else ""
+        pairs["ss_base_model_version"] = _BASE_VERSIONS[width] + of_v
+    if phrase:
+        pairs["ss_tag_frequency"] = json.dumps({f"1_{phrase}": {phrase: 1}})
+    if told.get("resolution"):
+        pairs["ss_resolution"] = "({0}, {0})".format(told["resolution"])
+    for key in ("steps", "seed", "learning_rate"):
+        if key in told:
+            pairs[f"ss_{key}"] = str(told[key])
+    return pairs
+
+
+def _is_hub_id(base: str) -> bool:
+    return base.count("/") == 1 and not base.startswith((".", "~", "/")) and not Path(base).exists()

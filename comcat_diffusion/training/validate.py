@@ -1,0 +1,161 @@
+"""Looking a run over before it starts: its data, its words and its numbers, in seconds and without the weights."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.training_utils import find_nearest_bucket
+from transformers import CLIPTokenizer
+
+from comcat_diffusion import bases
+from comcat_diffusion.adapters.config import ComcatConfig
+from comcat_diffusion.adapters.store import expected_shapes
+from comcat_diffusion.training.config import TrainConfig, ValidateConfig
+from comcat_diffusion.training.crops import sizes
+from comcat_diffusion.training.customize import customize, default_batch, with_sample
+from comcat_diffusion.training.dataset import Dataset, read_dataset, remarks
+
+MEASURED_STEPS = 3  # the first one warms up and does not count
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+FREQUENT = 0.5  # CLIP's vocabulary is in order of frequency: below this share of it a word is well known
+
+
+@dataclass
+class Report:
+    """What was found: facts, doubts that a run would survive, and errors that would end it."""
+
+    facts: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+def validate(config: ValidateConfig) -> Report:
+    """Check everything that can be known without weights; with `measure`, also run a few real steps."""
+    report = Report()
+    config = with_sample(config)
+    try:
+        dataset = read_dataset(config)
+    except (ValueError, OSError) as error:
+        report.errors.append(str(error))
+        return report
+    report.facts += _data_facts(dataset)
+    for kind, text in remarks(dataset, stop=False):
+        (report.errors if kind == "error" else report.doubts).append(text)
+    try:
+        folder = bases.config_folder(config)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+    except (ValueError, OSError) as error:
+        report.errors.append(str(error))
+        return report
+    report.doubts += _word_doubts(dataset, tokenizer)
+    levels = len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"])
+    native = unet.config.sample_size * 2 ** (levels - 1)
+    batch = config.train_batch_size or default_batch(native, len(dataset.examples))
+    config = replace(config, train_batch_size=batch, resolution=config.resolution or native)
+    try:
+        report.facts += _size_facts(config, unet)
+    except ValueError as error:
+        report.errors.append(str(error))
+    report.facts += _pace_facts(config, dataset)
+    report.doubts += _pace_doubts(config, dataset)
+    if config.aspect_ratio_buckets and not report.errors:
+        divisible = 2 ** (levels - 1 + len(unet.config.block_out_channels) - 1)
+        report.doubts += _bucket_doubts(config, dataset, sizes(config.resolution, True, divisible))
+    if config.measure and not report.errors:
+        report.facts += _measured(config)
+    return report
+
+
+def _data_facts(dataset: Dataset) -> Iterator[str]:
+    for subject in dataset.subjects:
+        own = [example for example in dataset.examples if example.subject == subject]
+        masks, prompts = sum(bool(e.mask) for e in own), len({e.prompt for e in own})
+        yield f"'{subject.phrase}': {len(own)} pictures, {prompts} prompts, {masks} masks."
+    if dataset.held_out:
+        yield f"Kept out to judge by: {len(dataset.held_out)} pictures."
+
+
+def _word_doubts(dataset: Dataset, tokenizer: CLIPTokenizer) -> Iterator[str]:
+    most = tokenizer.model_max_length
+    for prompt in dict.fromkeys(example.prompt for example in dataset.examples):
+        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        if count > most:
+            yield f"'{prompt[:60]}' has {count} tokens, of which the text encoder reads {most}: the end is cut off."
+    for subject in dataset.subjects:
+        ids = tokenizer(subject.trigger, add_special_tokens=False).input_ids
+        if len(ids) == 1 and len(tokenizer) > 10_000 and ids[0] < FREQUENT * len(tokenizer):
+            yield f"'{subject.trigger}' is a word that the base knows well: a rare one, like sks, learns faster."
+
+
+def _size_facts(config: TrainConfig, unet: UNet2DConditionModel) -> Iterator[str]:
+    adapter = ComcatConfig(
+        r=config.rank, alpha=config.alpha, foldable=config.foldable, target_modules=config.target_modules
+    )
+    shapes = expected_shapes(unet, adapter)
+    if not shapes:
+        raise ValueError(f"--target_modules {' '.join(config.target_modules or [])}: the base has none of this name.")
+    count = sum(high * wide for high, wide in shapes.values())
+    attentions = len({name.rpartition(".")[0] for name in shapes})
+    size = count * BYTES[config.save_precision] / 1000
+    yield f"Adapter: {count:,} parameters on {attentions} attentions, {size:,.0f} kB and its header."
+
+
+def _pace_facts(config: TrainConfig, dataset: Dataset) -> Iterator[str]:
+    seen = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps
+    count = sum(example.repeats for example in dataset.examples)
+    yield f"{config.max_train_steps} steps show every picture about {seen / count:.0f} times."
+
+
+def _pace_doubts(config: TrainConfig, dataset: Dataset) -> Iterator[str]:
+    seen = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps
+    if seen < 20 * len(dataset.examples):
+        yield (
+            f"--max_train_steps {config.max_train_steps} shows {len(dataset.examples)} pictures less than 20 times "
+            "each: little will be learned."
+        )
+    if config.lr_warmup_steps > config.max_train_steps / 2:
+        yield f"--lr_warmup_steps {config.lr_warmup_steps} is more than half of the run."
+
+
+def _bucket_doubts(config: TrainConfig, dataset: Dataset, options: list[tuple[int, int]]) -> Iterator[str]:
+    filled: dict[tuple[int, int], int] = {}
+    for example in dataset.examples:
+        picture = example.read()[0]
+        size = options[find_nearest_bucket(picture.height, picture.width, options)]
+        filled[size] = filled.get(size, 0) + example.repeats
+    for (high, wide), count in filled.items():
+        if count < config.train_batch_size:
+            batch = config.train_batch_size
+            yield f"The bucket {wide} x {high} holds {count} picture(s) for batches of {batch}: they repeat."
+
+
+class _Clock:
+    """A watcher that keeps the seconds of every step and the peak of the memory."""
+
+    def __init__(self) -> None:
+        self.seconds, self.peak = [], 0
+
+    def note(self, text: str) -> None:
+        """Nothing is shown."""
+
+    def step(self, done: object, total: int, peak_bytes: int) -> None:
+        """Remember."""
+        self.seconds.append(done.seconds)
+        self.peak = peak_bytes
+
+
+def _measured(config: ValidateConfig) -> Iterator[str]:
+    """A few real steps in a folder that is thrown away."""
+    clock, own = _Clock(), {item.name: getattr(config, item.name) for item in fields(TrainConfig)}
+    with tempfile.TemporaryDirectory() as folder:
+        run = TrainConfig(**own)
+        beside = {"output_dir": folder, "checkpointing_steps": None, "validation_steps": None, "report_to": []}
+        shorter = {"max_train_steps": MEASURED_STEPS, "lr_warmup_steps": 0, "skip_final_inference": True}
+        customize(replace(run, **beside, **shorter, resume_from_checkpoint=None), clock)
+    seconds = sum(clock.seconds[1:]) / len(clock.seconds[1:])
+    hours = seconds * config.max_train_steps / 3600
+    yield f"Measured: {seconds:.2f} s per step, {clock.peak / 2**30:.1f} GiB at the peak; the run takes {hours:.1f} h."

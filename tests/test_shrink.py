@@ -1,0 +1,228 @@
+"""A finished adapter under a byte budget: what is kept is the best of its bytes, and what is written loads as it is."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from torch.testing import assert_close
+
+from comcat_diffusion import ComcatConfig, load_adapter, read_adapter, save_adapter
+from comcat_diffusion.adapters.header import AdapterFileError, Notes
+from comcat_diffusion.adapters.model import factors
+from comcat_diffusion.adapters.packing import pack, unpack
+from comcat_diffusion.adapters.shrink import shrink
+from comcat_diffusion.adapters.terms import read_contents
+from tests.test_adapter_file import edit, pipeline, rewritten
+
+CLEAR = 0.01  # an effect on the output this large cannot be rounding
+
+
+@pytest.fixture(params=[False, True], ids=["free", "foldable"])
+def file(request, tiny_unet, tiny_clip, randomize, tmp_path):
+    """A random adapter of U-Net and text encoder whose heads differ in strength."""
+    pipe = pipeline(tiny_unet(), tiny_clip())
+    attentions = ["attn1", "attn2"]
+    pipe.unet.add_adapter(ComcatConfig(r=4, alpha=2.0, foldable=request.param, target_modules=attentions), "dog")
+    pipe.text_encoder.add_adapter(ComcatConfig(r=1, foldable=request.param), "dog")
+    randomize(pipe.unet, "dog", 1)
+    randomize(pipe.text_encoder, "dog", 2, std=0.2)
+    for index, (name, factor) in enumerate(factors(pipe.unet, "dog").items()):
+        if not name.endswith("out_up"):
+            factor.data *= torch.linspace(1.0, 0.1 + 0.05 * (index % 7), len(factor)).unsqueeze(1)
+    save_adapter(pipe, tmp_path / "dog.safetensors", "dog", "somebody/base", Notes("sks", "a photo of sks dog", "dog"))
+    return tmp_path / "dog.safetensors"
+
+
+@pytest.fixture
+def output_of(tiny_unet, tiny_clip):
+    """What a float64 base gives with an adapter file, or without."""
+
+    def run(path=None):
+        pipe = pipeline(tiny_unet(torch.float64), tiny_clip(torch.float64))
+        if path is not None:
+            load_adapter(pipe, path)
+        with torch.no_grad():
+            return torch.cat([tiny_unet.run(pipe.unet).flatten(), tiny_clip.run(pipe.text_encoder).flatten()])
+
+    return run
+
+
+def test_the_file_keeps_to_its_budget_and_loses_more_the_smaller_it_is(file, output_of, tmp_path):
+    whole, base = output_of(file), output_of()
+    effect = (whole - base).norm()
+    kept, errors = [], []
+    for budget in (60_000, 16_000, 13_000, 11_000, 9_000):
+        made = shrink(file, tmp_path / "small.safetensors", budget, torch.float16)
+        size = (tmp_path / "small.safetensors").stat().st_size
+        assert size == made.bytes <= budget
+        kept.append(made.energy_kept)
+        errors.append(((output_of(tmp_path / "small.safetensors") - whole).norm() / effect).item())
+    assert kept == sorted(kept, reverse=True) and kept[0] == pytest.approx(1, abs=1e-12) and kept[-1] < 0.9
+    assert errors[0] < 2e-3  # rounding to float16
+    assert errors[0] < errors[2] < errors[4] < 1.1
+
+
+def test_the_budget_is_used(file, tmp_path):
+    made = shrink(file, tmp_path / "small.safetensors", 14_000, torch.float16)
+    assert 0.97 * 14_000 < made.bytes <= 14_000 and made.energy_kept < 1
+
+
+def test_without_pressure_the_products_are_the_same(file, output_of, tmp_path):
+    made = shrink(file, tmp_path / "same.safetensors", 1 << 20, torch.float32)
+    assert made.energy_kept == pytest.approx(1, abs=1e-12)
+    assert_close(output_of(tmp_path / "same.safetensors"), output_of(file), rtol=0, atol=2e-5)
+    assert (output_of(file) - output_of()).abs().max() > CLEAR
+    for before, after in zip(
+        read_contents(file).terms, read_contents(tmp_path / "same.safetensors").terms, strict=True
+    ):
+        for (left, right), (left_after, right_after) in zip(before.products(), after.products(), strict=True):
+            assert_close(left_after @ right_after, left @ right, rtol=0, atol=1e-5)
+
+
+def test_what_is_kept_is_the_best_per_byte(file, tmp_path):
+    """A direction that was kept has more energy per byte than any dropped one that would fit in its place."""
+    made = shrink(file, tmp_path / "small.safetensors", 14_000, torch.float16)
+    kept, dropped = [], []
+    for term in read_contents(file).terms:
+        ranks = made.head_ranks.get(term.part, {}).get(term.attention, [[0] * term.heads] * 2)
+        width = 8 if term.part == "text_encoder" or "mid_block" not in term.attention else 16
+        for (left, right), own, counts in zip(term.products(), ranks, (1 / width, 1), strict=True):
+            cost = left.shape[1] + right.shape[2]
+            for product, rank in zip(left @ right, own, strict=True):
+                density = (counts * torch.linalg.svdvals(product)[: term.rank].square() / cost).tolist()
+                kept += [(value, cost) for value in density[:rank]]
+                dropped += [(value, cost) for value in density[rank:]]
+    cheapest = min(cost for _, cost in dropped)
+    assert len(kept) > 30 and len(dropped) > 30
+    assert max(value for value, cost in dropped if cost == cheapest) < min(value for value, _ in kept) * (1 + 1e-6)
+
+
+def test_heads_and_whole_attentions_may_fall_to_rank_0(file, tmp_path):
+    made = shrink(file, tmp_path / "small.safetensors", 7_000, torch.float16)
+    header = read_adapter(tmp_path / "small.safetensors")
+    assert header.head_ranks == made.head_ranks and header.format_version == 2
+    ranks = [tuple(map(tuple, products)) for part in made.head_ranks.values() for products in part.values()]
+    assert any(0 in own and max(own) > 0 for products in ranks for own in products)
+    assert any(qk != vo for qk, vo in ranks)
+    assert len(ranks) < len(read_contents(file).terms)
+    assert header.notes.trigger == "sks" and header.base_model == "somebody/base"
+    stored = safetensors.torch.load_file(tmp_path / "small.safetensors")
+    for part, attentions in made.head_ranks.items():
+        for attention, (qk, vo) in attentions.items():
+            assert len(stored[f"{part}.{attention}.k_down"]) == sum(qk)
+            assert len(stored[f"{part}.{attention}.v_down"]) == sum(vo)
+
+
+def test_int8_rows_hold_more_of_it_in_the_same_bytes(file, output_of, tmp_path):
+    whole, effect = output_of(file), (output_of(file) - output_of()).norm()
+    kept = {}
+    for dtype in (torch.float16, torch.int8):
+        made = shrink(file, tmp_path / "small.safetensors", 13_000, dtype)
+        assert (tmp_path / "small.safetensors").stat().st_size == made.bytes <= 13_000
+        kept[dtype] = made.energy_kept
+    assert kept[torch.int8] > kept[torch.float16]
+    found = {t.dtype for t in safetensors.torch.load_file(tmp_path / "small.safetensors").values()}
+    assert found == {torch.int8, torch.float32}
+    everything = shrink(file, tmp_path / "all.safetensors", 1 << 20, torch.int8)
+    assert everything.energy_kept == pytest.approx(1, abs=1e-12)
+    error = ((output_of(tmp_path / "all.safetensors") - whole).norm() / effect).item()
+    assert 1e-4 < error < 0.05  # eight bits per number, relative to the largest of its row
+
+
+def test_the_precision_follows_from_the_budget(file, tmp_path):
+    whole = shrink(file, tmp_path / "whole.safetensors", 1 << 20)
+    assert whole.energy_kept == pytest.approx(1, abs=1e-12)
+    for budget, expected in ((whole.bytes, torch.float16), (whole.bytes - 1, torch.int8)):
+        shrink(file, tmp_path / "small.safetensors", budget)
+        assert expected in {t.dtype for t in safetensors.torch.load_file(tmp_path / "small.safetensors").values()}
+
+
+def test_a_shrunk_file_shrinks_and_combines_again(file, output_of, tmp_path):
+    from comcat_diffusion.adapters.combine import combine
+
+    first = shrink(file, tmp_path / "first.safetensors", 20_000, torch.float32)
+    second = shrink(tmp_path / "first.safetensors", tmp_path / "second.safetensors", 20_000, torch.float32)
+    assert second.head_ranks == first.head_ranks
+    combine([(tmp_path / "first.safetensors", 1.0)], tmp_path / "dense.safetensors")
+    assert read_adapter(tmp_path / "dense.safetensors").format_version == 1
+    shrunk = output_of(tmp_path / "first.safetensors")
+    assert_close(output_of(tmp_path / "dense.safetensors"), shrunk, rtol=0, atol=1e-5)
+    assert (shrunk - output_of()).abs().max() > CLEAR
+
+
+def test_a_budget_below_the_least_is_refused_and_names_it(file, tmp_path):
+    target = tmp_path / "small.safetensors"
+    with pytest.raises(ValueError, match="100 bytes are too few: the least.* is [0-9,]+ bytes") as caught:
+        shrink(file, target, 100)
+    assert not target.exists()
+    least = int(str(caught.value).rpartition(" is ")[2].split()[0].replace(",", ""))
+    assert shrink(file, target, least).bytes <= least
+    with pytest.raises(ValueError, match="too few"):
+        shrink(file, target, least - 1)
+
+
+def test_an_adapter_that_does_nothing_is_refused(tiny_unet, tmp_path):
+    pipe = pipeline(tiny_unet())
+    pipe.unet.add_adapter(ComcatConfig(), "dog")
+    save_adapter(pipe, tmp_path / "dog.safetensors", "dog")
+    with pytest.raises(ValueError, match="adds nothing"):
+        shrink(tmp_path / "dog.safetensors", tmp_path / "small.safetensors", 10_000)
+
+
+def test_packing_and_unpacking_undo_each_other():
+    generator = torch.Generator().manual_seed(0)
+    ranks = {"unet": {"a.attn2": [[2, 0, 1], [0, 3, 1]]}}
+    shapes = {"q_down": (9, 5), "k_down": (9, 4), "v_down": (9, 4), "out_up": (6, 9)}  # three heads of rank 3
+    dense = {f"unet.a.attn2.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name, tensor in dense.items():
+        rows = tensor.T if name.endswith("out_up") else tensor
+        for head, rank in enumerate(ranks["unet"]["a.attn2"][name.endswith(("v_down", "out_up"))]):
+            rows[3 * head + rank : 3 * head + 3] = 0
+    packed = pack(dense, ranks, torch.float32)
+    assert {name.rpartition(".")[2]: len(rows) for name, rows in packed.items()} == {
+        "q_down": 3,
+        "k_down": 3,
+        "v_down": 4,
+        "out_up": 4,
+    }
+    assert_close(unpack(packed, ranks), dense, rtol=0, atol=0)
+    coarse = unpack(pack(dense, ranks, torch.int8), ranks)
+    for name, tensor in dense.items():
+        assert 0 < (coarse[name] - tensor).abs().max() <= tensor.abs().max() / 254 * (1 + 1e-5)
+
+
+def first_rank(change):
+    def changed(header):
+        products = next(iter(header["head_ranks"]["unet"].values()))
+        products[0][0] = change(products[0][0])
+
+    return lambda tensors, metadata: edit(metadata, changed)
+
+
+@pytest.mark.parametrize(
+    "message, change",
+    [
+        ("does not have the [0-9]+ rows of its heads", first_rank(lambda rank: rank + 1)),
+        ("does not make sense", first_rank(lambda rank: -1)),
+        ("does not make sense", first_rank(lambda rank: "2")),
+        ("does not make sense", lambda tensors, metadata: edit(metadata, lambda h: h.update(format_version=1))),
+        ("does not make sense", lambda tensors, metadata: edit(metadata, lambda h: h.update(head_ranks=[1]))),
+        ("no head that the header", lambda tensors, metadata: edit(metadata, lambda h: h["head_ranks"].pop("unet"))),
+        ("no head that the header speaks of", lambda tensors, metadata: tensors.update(stray=torch.zeros(2))),
+        ("lacks", lambda tensors, metadata: tensors.pop(sorted(tensors)[0])),
+    ],
+)
+def test_a_packed_file_that_lies_is_refused(file, tiny_unet, tiny_clip, tmp_path, message, change):
+    shrink(file, tmp_path / "small.safetensors", 30_000)
+    with pytest.raises(AdapterFileError, match=message):
+        load_adapter(pipeline(tiny_unet(), tiny_clip()), rewritten(tmp_path / "small.safetensors", tmp_path, change))
+
+
+def test_the_header_tells_the_ranks_in_plain_json(file, tmp_path):
+    shrink(file, tmp_path / "small.safetensors", 30_000)
+    with safetensors.safe_open(tmp_path / "small.safetensors", framework="numpy") as opened:
+        written = json.loads(opened.metadata()["comcat"])
+    told, config = written["head_ranks"]["unet"], read_adapter(tmp_path / "small.safetensors").config["unet"]
+    assert "target_modules" not in written["config"]["unet"] and config["target_modules"] == sorted(told)
+    assert all(len(products) == 2 and all(len(ranks) == 2 for ranks in products) for products in told.values())

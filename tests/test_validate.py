@@ -1,0 +1,115 @@
+"""Validation: everything wrong with a run in one list, in seconds, and the real cost if it is asked for."""
+
+import re
+import shutil
+
+import pytest
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from comcat_diffusion import bases
+from comcat_diffusion.cli import main
+from comcat_diffusion.training import validate as module
+from comcat_diffusion.training.config import TrainConfig, ValidateConfig
+from comcat_diffusion.training.customize import customize
+from comcat_diffusion.training.validate import validate
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    shutil.copytree(bases.assets() / "subject" / "train", tmp_path / "pictures")
+    return tmp_path / "pictures"
+
+
+def found(pictures, **settings):
+    own = {"instance_data_dir": str(pictures), "instance_prompt": "a photo of sks teddy"}
+    return validate(ValidateConfig(**{**own, **settings}))
+
+
+def test_the_sample_is_fine():
+    report = validate(ValidateConfig())
+    assert not report.doubts and not report.errors
+    assert "'sks teddy': 4 pictures, 1 prompts, 0 masks." in report.facts
+    assert "400 steps show every picture about 400 times." in report.facts  # four at once
+
+
+def test_the_size_that_is_told_is_the_one_that_is_written(tmp_path):
+    (told,) = [fact for fact in validate(ValidateConfig(rank=3)).facts if fact.startswith("Adapter")]
+    outcome = customize(TrainConfig(rank=3, max_train_steps=1, output_dir=str(tmp_path), skip_final_inference=True))
+    assert f"{outcome.parameters:,} parameters" in told
+
+
+def test_all_that_is_wrong_with_the_pictures_is_told_at_once(pictures):
+    (pictures / "a.png").write_bytes(b"nothing")
+    (pictures / "b.png").write_bytes((pictures / "1.png").read_bytes()[:500])
+    shutil.copy(pictures / "1.png", pictures / "twin.png")
+    (pictures / ".DS_Store").write_bytes(b"x")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(pictures / "2.png").save(pictures / "turned.jpg", exif=exif)
+    report = found(pictures)
+    assert [error.split(" cannot")[0].rpartition("/")[2] for error in report.errors] == ["a.png", "b.png"]
+    said = " ".join(report.doubts)
+    assert "twin.png shows the same as 1.png" in said and "turned.jpg: turned upright" in said
+    assert "Left aside: .DS_Store" in said
+
+
+def test_captions_prompts_and_pace_are_doubted(pictures):
+    for path in sorted(pictures.glob("*.png")):
+        path.with_suffix(".txt").write_text("sks teddy" if path.stem != "2" else "a teddy " + "on the left " * 20)
+    report = found(pictures, max_train_steps=10, lr_warmup_steps=6, train_batch_size=1)
+    said = " ".join(report.doubts)
+    for expected in (
+        "caption of 2.png does not contain 'sks'",
+        "the end is cut off",
+        "less than 20 times each",
+        "6 is more",
+    ):
+        assert expected in said
+
+
+def test_a_trigger_that_everybody_uses_is_doubted(pictures, monkeypatch):
+    """On a vocabulary of CLIP's size, where the order of words is that of their frequency."""
+
+    class Large(CLIPTokenizer):
+        def __len__(self):
+            return 49_408
+
+    monkeypatch.setattr(module, "CLIPTokenizer", Large)
+    assert any("'cat' is a word that the base knows well" in d for d in found(pictures, instance_prompt="a cat").doubts)
+
+
+def test_small_buckets_are_doubted(pictures):
+    Image.open(pictures / "1.png").resize((300, 150)).save(pictures / "wide.png")
+    (told,) = found(pictures, aspect_ratio_buckets=True, train_batch_size=2).doubts
+    assert re.match(r"The bucket \d+ x \d+ holds 1 picture\(s\) for batches of 2", told)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"instance_data_dir": "nowhere"}, "There is no folder nowhere"),
+        ({"pretrained_model_name_or_path": "no/base/here"}, "There is no base at"),
+        ({"pretrained_model_name_or_path": "nobody/nothing"}, "nor in the local cache"),
+        ({"target_modules": ["nope"]}, "--target_modules nope"),
+    ],
+)
+def test_what_would_end_the_run_is_an_error(pictures, settings, message):
+    assert any(message in error for error in found(pictures, **settings).errors)
+
+
+def test_the_real_cost_is_measured_and_nothing_is_left(pictures, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    report = found(pictures, measure=True, output_dir=str(tmp_path / "out"), lr_warmup_steps=100)
+    (told,) = [fact for fact in report.facts if fact.startswith("Measured")]
+    assert re.search(r"[\d.]+ s per step, [\d.]+ GiB at the peak; the run takes [\d.]+ h", told)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_says_whether_the_run_can_start(pictures, capsys):
+    assert main(["validate"]) == 0
+    assert "This run can start." in capsys.readouterr().out
+    (pictures / "a.png").write_bytes(b"nothing")
+    assert main(["validate", "--instance_data_dir", str(pictures), "--instance_prompt", "sks teddy"]) == 2
+    said = capsys.readouterr().out
+    assert "! " in said and "This run would fail." in said
