@@ -29,7 +29,7 @@ from recipe.fit import adopt, ema_weights
 from recipe.score import held_out, scores
 from recipe.world import BACKGROUNDS, OBJECTS, PLACES, SIZES, TINTS, prompt
 
-STEPS = {"clip": 3000, "vae": 2800, "unet": 18_000}
+STEPS = {"vae": 2800, "clip": 3200, "unet": 16_000}
 
 
 def text_tower(model: clip.CLIPModel) -> CLIPTextModel:
@@ -151,10 +151,10 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.further:
         train_further(asked.further, asked.state)
-    if "clip" in asked.stages:
-        clip.train(asked.state / "clip.pt", asked.clip_steps)
     if "vae" in asked.stages:
         autoencoder.train(asked.state / "vae.pt", asked.vae_steps)
+    if "clip" in asked.stages:
+        clip.train(asked.state / "clip.pt", asked.clip_steps, trained(asked.state)[2])
     if "unet" in asked.stages:
         tokenizer, whole, vae, _ = trained(asked.state)
         unet.train(asked.state / "unet.pt", asked.unet_steps, vae, text_tower(whole), tokenizer)

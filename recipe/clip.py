@@ -1,4 +1,4 @@
-"""Stage 1, a small CLIP: its text tower becomes the base's text encoder, its vision tower the project's own metric."""
+"""Stage 1, a small CLIP: its text tower is where the base's text encoder starts, and it is the project's own metric."""
 
 import json
 import random
@@ -6,19 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from torch.nn.functional import cross_entropy, softplus
+from torch.nn.functional import cross_entropy
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from recipe.autoencoder import as_tensor
 from recipe.draw import pictures, scenes
 from recipe.fit import Schedule, fast_precision, fit
-from recipe.world import OBJECTS, PIXELS, RARE_WORDS, Scene, caption, displaced
+from recipe.world import OBJECTS, PIXELS, RARE_WORDS, Scene, caption
 
 WIDTH = 128
 TOKENS = 32  # longest prompt, begin and end included
 BATCH = 128
+THROUGH_VAE = 10_000  # of the 30,000 pictures
+LATENT_ERROR = 0.6  # most noise on latents whose spread is one
 
 
 def new_tokenizer() -> CLIPTokenizer:
@@ -87,13 +90,29 @@ def _blemished(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     return pixels.lerp(soft, amount) + noise
 
 
-def train(state: Path, steps: int) -> tuple[CLIPModel, CLIPTokenizer]:
-    """Contrastive training on captioned scenes."""
+@torch.no_grad()
+def _through(vae: AutoencoderKL, pool: np.ndarray) -> np.ndarray:
+    """The pictures as a U-Net might give them: decoded from latents that are a little off."""
+    generator, seen = torch.Generator().manual_seed(0), []
+    for start in range(0, len(pool), 50):
+        latents = vae.encode(as_tensor(pool[start : start + 50])).latent_dist.mean
+        off = LATENT_ERROR * torch.rand(len(latents), 1, 1, 1, generator=generator)
+        decoded = vae.decode(latents + off * torch.randn(latents.shape, generator=generator)).sample
+        seen.append(decoded.clamp(-1, 1).add(1).mul(127.5).round().byte().movedim(1, -1).numpy())
+    return np.concatenate(seen)
+
+
+def train(state: Path, steps: int, vae: AutoencoderKL) -> None:
+    """Contrastive training on captioned scenes, a third of them seen through the VAE; `state` has the weights.
+
+    Trained on drawn scenes alone, it named 92 % of those and called well drawn bananas mushrooms (docs/log.md).
+    """
     torch.manual_seed(0)
     tokenizer = new_tokenizer()
     model = new_clip(tokenizer)
     world: list[Scene] = scenes(30_000, seed=11)
     pool = pictures(world, seed=12)
+    pool[:THROUGH_VAE] = _through(vae, pool[:THROUGH_VAE])
 
     names = list(OBJECTS)
     name_ids = token_ids(tokenizer, _name_texts())
@@ -105,27 +124,19 @@ def train(state: Path, steps: int) -> tuple[CLIPModel, CLIPTokenizer]:
         rng = random.Random(step)
         chosen = torch.randint(len(pool), (BATCH,), generator=generator).numpy()
         pixels = _blemished(as_tensor(pool[chosen]), generator)
-        wordings = [rng.randrange(1 << 30) for _ in chosen]  # a caption and its displaced twin are worded alike
-        texts = [caption(world[i], random.Random(word)) for i, word in zip(chosen, wordings, strict=True)]
-        twins = [
-            caption(displaced(world[i], rng), random.Random(word)) for i, word in zip(chosen, wordings, strict=True)
-        ]
-        ids = torch.cat([token_ids(tokenizer, texts + twins), name_ids])
+        ids = torch.cat([token_ids(tokenizer, [caption(world[i], rng) for i in chosen]), name_ids])
         with precision:
             logits = model(input_ids=ids, pixel_values=pixels).logits_per_image.float()
-        pairs, wrong, named = logits.split((BATCH, BATCH, len(names)), dim=1)  # B pictures x texts
+        pairs, named = logits.split((BATCH, len(names)), dim=1)  # B pictures x texts
         itself = torch.arange(BATCH)
         told_apart = (cross_entropy(pairs, itself) + cross_entropy(pairs.T, itself)) / 2
-        # Background and object are enough to tell the pictures of a batch apart, and then nothing else is learned. So
-        # each picture must also prefer its caption to one that says another place, and its object's name to all others.
+        # Background, place and size are enough to tell the pictures of a batch apart, and then names are not learned.
+        # So each picture must also prefer its object's name to all others.
         single = torch.tensor([len(world[i].things) == 1 for i in chosen])
         objects = torch.tensor([names.index(world[i].things[0].name) for i in chosen])
-        moved = torch.tensor([text != twin for text, twin in zip(texts, twins, strict=True)])
-        in_place = softplus(wrong.diagonal() - pairs.diagonal())[moved].mean()
-        return told_apart + in_place + cross_entropy(named[single], objects[single])
+        return told_apart + cross_entropy(named[single], objects[single])
 
     fit(model, loss_of, Schedule(steps=steps, learning_rate=8e-4, weight_decay=0.05, ema_decay=0.998), state)
-    return model, tokenizer
 
 
 @torch.no_grad()

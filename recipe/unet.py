@@ -1,8 +1,7 @@
 """Stage 3, the U-Net: v-prediction in the VAE's latents, conditioned on text states, with EMA.
 
-The text encoder starts as the CLIP's text tower and is tuned together with the U-Net. Kept frozen, it drowned the
-place: "left" and "right" were 1 apart where "cat" and "dog" were 15 apart, and after 4,000 steps every background was
-right and one place in three (docs/log.md).
+The text encoder starts as the CLIP's text tower and is tuned together with the U-Net: the CLIP never needs to tell
+"left" from "right", and frozen it drowned them (docs/log.md).
 """
 
 import json

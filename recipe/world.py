@@ -7,7 +7,7 @@ every attribute is named in the caption and visible in the pixels, what the base
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 PIXELS = 64
 
@@ -82,16 +82,6 @@ def random_scene(rng: random.Random, contrast: Callable[[str, str | None, str], 
             size = rng.choice(list(SIZES))
             things.append(Thing(name, tint, places[len(things)], size))
     return Scene(tuple(things), background)
-
-
-def displaced(scene: Scene, rng: random.Random) -> Scene:
-    """The same things somewhere else: one thing at another place, two things exchanged."""
-    if len(scene.things) == 1:
-        elsewhere = [rng.choice([place for place in PLACES if place != scene.things[0].place])]
-    else:
-        elsewhere = [thing.place for thing in reversed(scene.things)]
-    moved = tuple(replace(thing, place=place) for thing, place in zip(scene.things, elsewhere, strict=True))
-    return Scene(moved, scene.background)
 
 
 def _noun(thing: Thing, rng: random.Random, with_size: bool) -> str:
