@@ -1,0 +1,95 @@
+"""What the layers of a model see: moments of their inputs over calibration batches, taken by hooks.
+
+A batch is a dictionary of the model's arguments (labels are left out), or the pictures alone.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from comcat_diffusion.compression import hosts
+from comcat_diffusion.compression.cost import Unit
+from comcat_diffusion.compression.factor import Moments
+
+Batch = Mapping[str, torch.Tensor] | torch.Tensor
+
+
+def inputs_of(model: nn.Module, unit: Unit) -> tuple[str, ...]:
+    """Paths of the Linears whose input counts: for queries and for the context, or of the one layer."""
+    if unit.product == "linear":
+        return (unit.module,)
+    style = hosts.style_of(model.get_submodule(unit.module))
+    if not style.tied:  # self-attention: queries, keys and values are made of the same
+        return (f"{unit.module}.{style.q}",)
+    return (f"{unit.module}.{style.q}", f"{unit.module}.{style.k}")
+
+
+def calibrate(model: nn.Module, units: Sequence[Unit], batches: Iterable[Batch]) -> dict[str, Moments]:
+    """Moments by path of the Linear, over all batches. The model runs in evaluation mode and is left as it was.
+
+    Raises ValueError if a batch is no batch of pictures, or if there is none.
+    """
+    moments: dict[str, Moments] = {}
+    paths = dict.fromkeys(path for unit in units for path in inputs_of(model, unit))
+    handles = []
+    for path in paths:
+        moments[path] = Moments.zero(model.get_submodule(path).in_features)
+
+        def record(_: nn.Module, arguments: tuple, seen: Moments = moments[path]) -> None:
+            seen.add(arguments[0])
+
+        handles.append(model.get_submodule(path).register_forward_pre_hook(record))
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()
+            for batch in checked(model, batches):
+                model(**{name: value for name, value in batch.items() if name != "labels"})
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    _refuse_unseen(moments)
+    return moments
+
+
+def checked(model: nn.Module, batches: Iterable[Batch]) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches as dictionaries on the model's device and in its precision.
+
+    Raises ValueError if a batch is not what the model takes, holds no pictures, or NaN or infinity.
+    """
+    parameter = next(model.parameters())
+    main = getattr(model, "main_input_name", "sample")
+    count = 0
+    for count, batch in enumerate(batches, 1):
+        named = {main: batch} if isinstance(batch, torch.Tensor) else batch
+        if not isinstance(named, Mapping) or main not in named:
+            raise ValueError(f"Batch {count} is a {type(batch).__name__}; give tensors, or dictionaries with '{main}'.")
+        pictures = named[main]
+        if not isinstance(pictures, torch.Tensor) or pictures.ndim != 4 or not pictures.is_floating_point():
+            what = (
+                f"{pictures.dtype} of shape {tuple(pictures.shape)}" if hasattr(pictures, "shape") else repr(pictures)
+            )
+            raise ValueError(
+                f"'{main}' of batch {count} holds no pictures but {what}; it must be floating point (batch, channels, "
+                f"height, width), as the model's image processor makes it."
+            )
+        bad = [n for n, t in named.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+        if bad:
+            raise ValueError(f"'{bad[0]}' of batch {count} holds NaN or infinity; leave that picture out.")
+        yield {n: _like(value, parameter) for n, value in named.items()}
+    if not count:
+        raise ValueError("There are no batches; give at least one with pictures.")
+
+
+def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    return value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
+
+
+def _refuse_unseen(moments: dict[str, Moments]) -> None:
+    for path, seen in moments.items():
+        if not seen.tokens:
+            raise ValueError(f"'{path}' saw nothing on the calibration batches; compress without it or call it there.")
+        if not torch.isfinite(seen.square).all():
+            raise ValueError(f"The activations into '{path}' are not finite on the calibration batches; use float32.")
