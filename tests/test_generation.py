@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.generation.sheet import Row, contact_sheet
@@ -117,3 +118,29 @@ def test_the_sheet_holds_every_picture_under_its_prompt():
     for colour in ((255, 0, 0), (0, 128, 0), (0, 0, 255), (0, 0, 0)):
         found = (sheet == colour).all(-1).sum()
         assert found >= 2 * 144 * 144
+
+
+def test_a_lora_of_others_is_drawn_with_beside_an_adapter(config, tmp_path):
+    """The LoRA is an exported foldable adapter, so that it is known to do something."""
+    outcome = customize(
+        TrainConfig(
+            output_dir=str(tmp_path / "o"),
+            max_train_steps=20,
+            learning_rate=1e-2,
+            foldable=True,
+            skip_final_inference=True,
+            target_modules=["attn1", "attn2"],
+        )
+    )
+    export_adapter(outcome.adapter, tmp_path / "lora.safetensors")
+    drawn = {}
+    for name, lora in (("without", []), ("with", ["lora"]), ("off", ["lora:0"])):
+        lora = [one.replace("lora", str(tmp_path / "lora.safetensors")) for one in lora]
+        made = generate(config(lora=lora, output_dir=str(tmp_path / name)))
+        drawn[name] = [Image.open(file).tobytes() for file in made.files]
+    assert drawn["without"] == drawn["off"] != drawn["with"]
+    with pytest.raises(ValueError, match="no such .safetensors file"):
+        generate(config(lora=[str(tmp_path / "nope.safetensors")]))
+    (tmp_path / "bad.safetensors").write_bytes(b"x" * 40)
+    with pytest.raises(ValueError, match="does not load onto this base"):
+        generate(config(lora=[str(tmp_path / "bad.safetensors")]))

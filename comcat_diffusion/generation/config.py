@@ -19,12 +19,14 @@ class AdapterSettings(Group):
     adapter: list[str] = option([], "Adapter files, each with a scale after a colon if wanted: dog.safetensors:0.8.")
     scale: float = option(1.0, "Scale of the adapters that name none.")
     any_weights: bool = option(False, "Allow a base of the same shape with other weights (a fine-tune).")
+    lora: list[str] = option([], "LoRA files of others (LCM, styles, ...), each with a weight after a colon if wanted.")
     merge: bool = option(False, "Merge the adapters into the weights before drawing.")
 
     def check(self) -> None:
         """Numbers are numbers, and merging has something to merge."""
         require_finite(self, "scale")
         require(bool(self.adapter) or not self.merge, "--merge needs an --adapter.")
+        require(not (self.lora and self.merge), "--merge and --lora exclude each other: a LoRA would stay outside.")
 
 
 @dataclass(frozen=True, kw_only=True)

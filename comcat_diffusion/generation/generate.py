@@ -7,6 +7,7 @@ from pathlib import Path
 
 import diffusers
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.header import Header, read_adapter
@@ -120,10 +121,22 @@ def _pipeline(config: GenerateConfig, chosen: list[Chosen]) -> DiffusionPipeline
     names = [f"adapter_{number}" for number in range(len(chosen))]
     for name, one in zip(names, chosen, strict=True):
         load_adapter(pipe, one.path, name, any_weights=config.any_weights)
-    for layer in layers_of(pipe):
-        for name, one in zip(names, chosen, strict=True):
-            layer.set_scale(name, one.scale)
+    loras = {f"lora_{number}": weighted(text) for number, text in enumerate(config.lora)}
+    for name, (path, _) in loras.items():
+        _load_lora(pipe, Path(path), name)
+    if chosen or loras:
+        weights = [one.scale for one in chosen] + [weight for _, weight in loras.values()]
+        pipe.set_adapters([*names, *loras], weights)
     return pipe.to(config.device or bases.fastest_device())
+
+
+def _load_lora(pipe: DiffusionPipeline, path: Path, name: str) -> None:
+    if not path.is_file() or path.suffix != ".safetensors":
+        raise ValueError(f"--lora {path}: there is no such .safetensors file.")
+    try:
+        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, local_files_only=True)
+    except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+        raise ValueError(f"--lora {path} does not load onto this base: {str(error).splitlines()[0]}") from error
 
 
 def _settings(config: GenerateConfig, pipe: DiffusionPipeline, chosen: list[Chosen]) -> dict:
@@ -137,6 +150,7 @@ def _settings(config: GenerateConfig, pipe: DiffusionPipeline, chosen: list[Chos
             {"file": one.path.name, "sha256": hashlib.sha256(one.path.read_bytes()).hexdigest(), "scale": one.scale}
             for one in chosen
         ],
+        "loras": list(config.lora),
     }
 
 
