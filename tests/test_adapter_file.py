@@ -234,6 +234,15 @@ def test_a_component_that_the_pipeline_lacks_is_named(file, tiny_unet):
         load_adapter(pipeline(tiny_unet()), file)
 
 
+def test_loading_beside_a_merged_adapter_says_what_to_do_first(fresh, file):
+    load_adapter(fresh, file, "dog")
+    merge_adapters(fresh)
+    with pytest.raises(ValueError, match="call unmerge_adapters first"):
+        load_adapter(fresh, file, "again")
+    unmerge_adapters(fresh)
+    load_adapter(fresh, file, "again")
+
+
 def test_a_name_in_use_is_refused(fresh, file):
     load_adapter(fresh, file, "dog")
     with pytest.raises(ValueError, match="already loaded"):

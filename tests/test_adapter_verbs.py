@@ -12,6 +12,8 @@ from peft import LoraConfig, PeftConfig, PeftType, inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from torch.testing import assert_close
+from transformers import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPAttention
 
 from comcat_diffusion.adapters import peft_type
 from comcat_diffusion.adapters.config import ComcatConfig
@@ -318,6 +320,17 @@ def attention(**changes) -> nn.ModuleDict:
     return nn.ModuleDict({"attn2": Attention(**options)})
 
 
+class Rotated(CLIPAttention):
+    """Stands for the many models whose attentions rotate queries and keys by their position."""
+
+    def forward(self, hidden_states: torch.Tensor, position_embeddings: tuple) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def rotated() -> nn.ModuleDict:
+    return nn.ModuleDict({"attention": Rotated(CLIPTextConfig(hidden_size=16, num_attention_heads=2))})
+
+
 def hooked() -> nn.ModuleDict:
     model = attention()
     add_hook_to_module(model["attn2"], ModelHook())
@@ -331,10 +344,11 @@ def hooked() -> nn.ModuleDict:
         (lambda: attention(added_kv_proj_dim=8), "attn2", r"added key and value projections \(add_k_proj\)"),
         (lambda: attention(heads=4, kv_heads=2), "attn2", "grouped queries"),
         (lambda: attention(scale_qk=False), "attn2", "scale_qk"),
+        (rotated, "attention", r"rotated by position \(position_embeddings\)"),
         (attention, "to_q", r"'attn2.to_q' \(Linear\): it is not an attention"),
         (hooked, "attn2", "before offloading hooks are installed"),
     ],
-    ids=["qk-norm", "added kv", "grouped queries", "no logit scale", "no attention", "offload hook"],
+    ids=["qk-norm", "added kv", "grouped queries", "no logit scale", "rotary", "no attention", "offload hook"],
 )
 def test_an_attention_that_cannot_be_adapted_is_refused_by_name(model, target, message):
     with pytest.raises(ValueError, match=message):

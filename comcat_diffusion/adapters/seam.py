@@ -13,6 +13,7 @@ from torch import nn
 
 from comcat_diffusion.adapters.wide import WideHeads
 
+ROTATIONS = frozenset(("position_embeddings", "rotary_pos_emb", "image_rotary_emb"))  # arguments that rotate heads
 SIDECAR = "comcat"  # name of the one child that an adapted attention has more than before
 
 
@@ -77,6 +78,8 @@ def why_not(module: nn.Module) -> str | None:
     for added in ("add_k_proj", "add_v_proj", "add_q_proj"):
         if getattr(module, added, None) is not None:
             return f"it has added key and value projections ({added})"
+    for rotation in ROTATIONS & set(inspect.signature(type(module).forward).parameters):
+        return f"its queries and keys are rotated by position ({rotation}), in which a wider head does not fit"
     if style.scales_by_width and not getattr(module, "scale_qk", False):
         return "its logits have no scale of their own (scale_qk), about which processors disagree"
     q, k, v, out = (plain(projection) for projection in style.projections(module))

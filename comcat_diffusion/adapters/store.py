@@ -18,7 +18,7 @@ from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.fingerprint import difference, fingerprint, other_weights
 from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes, read_adapter
 from comcat_diffusion.adapters.layer import factor_shapes
-from comcat_diffusion.adapters.model import default_targets, factors
+from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors
 from comcat_diffusion.adapters.packing import unpack
 from comcat_diffusion.adapters.token import ENCODERS, put_token, refuse_token
 
@@ -117,6 +117,8 @@ def load_adapter(pipe: object, path: str | Path, adapter_name: str = "default", 
     `any_weights` admits a base of the same shape with other weights (a fine-tune of the one that was trained on).
     """
     header = read_adapter(path)
+    if any(layer.merged for model in components(pipe).values() for layer in adapted_layers(model).values()):
+        raise ValueError("An adapter is merged into this pipeline: call unmerge_adapters first, then load another.")
     _refuse_other_base(pipe, header, path, any_weights)
     tensors = read_tensors(path, header)
     tokens = _taken_tokens(tensors, header, path)
