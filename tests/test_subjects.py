@@ -263,6 +263,18 @@ def test_the_held_out_loss_chooses_the_best(tmp_path):
         run(tmp_path / "b", validation_fraction=0.01)
 
 
+def test_pictures_of_another_folder_can_be_the_judge_and_prompts_are_drawn_in_order(tmp_path, pictures):
+    prompts = ["sks teddy on the left", "a teddy"]
+    settings = {"validation_data_dir": str(pictures.parent / "judges"), "validation_prompt": prompts}
+    shutil.copytree(bases.assets() / "subject" / "held_out", tmp_path / "judges")
+    outcome, _ = run(tmp_path / "a", **settings, skip_final_inference=False, num_validation_images=1)
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["held_out_loss"] > 0
+    drawn = [Image.open(tmp_path / "a" / "samples" / f"step-000002-0{n}-0.png") for n in (0, 1)]
+    assert [picture.text["parameters"].splitlines()[0] for picture in drawn] == prompts
+    assert outcome.samples.name == "step-000002.png"
+
+
 def test_a_sample_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch):
     from comcat_diffusion.training.preview import Preview
 

@@ -109,17 +109,31 @@ def test_options_change_what_is_trained(config, tmp_path):
     wide = {"target_modules": ["attn1", "attn2"], "rank": 2, "alpha": 1.0, "name": "mine", "save_precision": "fp32"}
     data = {"center_crop": False, "random_flip": True, "noise_offset": 0.05, "snr_gamma": 5.0}
     pace = {
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.99,
         "adam_weight_decay": 0.0,
         "adam_epsilon": 1e-7,
         "gradient_accumulation_steps": 2,
         "lr_warmup_steps": 1,
         "lr_scheduler": "cosine",
     }
-    means = {"gradient_checkpointing": True, "mixed_precision": "bf16"}
+    means = {"gradient_checkpointing": True, "mixed_precision": "bf16", "allow_tf32": True}
     outcome = customize(config(**wide, **data, **pace, **means))
     header = read_adapter(outcome.adapter)
     assert outcome.adapter.name == "mine.safetensors"
     assert header.config["unet"]["target_modules"] == ["attn1", "attn2"] and header.config["unet"]["alpha"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_learns_the_same(config, tmp_path):
+    losses = {}
+    for compiled in (False, True):
+        listener = Listener()
+        customize(
+            config(compile=compiled, skip_final_inference=True, output_dir=str(tmp_path / str(compiled))), listener
+        )
+        losses[compiled] = [step.loss for step in listener.steps]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 
 
 def test_trackers_get_the_loss(config, tmp_path):

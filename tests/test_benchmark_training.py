@@ -1,0 +1,187 @@
+"""benchmarks/training.py, run tiny: that it measures real training, fairly, and what its JSON holds."""
+
+import copy
+import json
+import threading
+import time
+from multiprocessing import Pipe
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from benchmarks import circumstances, training
+from comcat_diffusion import ComcatConfig, save_adapter
+from comcat_diffusion.adapters.model import factors
+
+CPU, STEPS = torch.device("cpu"), 3
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What a quick run of two parts writes."""
+    path = tmp_path_factory.mktemp("benchmark") / "training.json"
+    training.main(["--quick", "--parts", "recipe", "bytes", "--steps", str(STEPS), "--output", str(path)])
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def pair(report):
+    """The runs of ours and of the recipe, and the row that compares them."""
+    rows = [row for row in report["rows"] if row["part"] == "recipe"]
+    assert [row["variant"] for row in rows] == ["ours", "recipe", "ratio"]
+    return rows
+
+
+def test_the_json_says_what_was_measured_and_where(report):
+    assert {"circumstances", "settings", "rows"} == set(report)
+    assert report["settings"] == {
+        "architecture": "tiny",
+        "resolution": 64,
+        "batch": 1,
+        "steps": STEPS,
+        "targets": "cross",
+    }
+    assert {"commit", "dtype", "threads", "versions"} <= set(report["circumstances"])
+    assert {row["part"] for row in report["rows"]} == {"recipe", "bytes"}
+
+
+def test_both_really_train_on_the_same_amount_of_work(pair):
+    ours, recipe, _ = pair
+    for one in (ours, recipe):
+        assert one["forwards"] == len(one["steps"]) == len(one["losses"]) == len(one["gradient_norms"]) == STEPS
+        assert one["latents"] == [1, 4, 8, 8]
+        assert one["moved"] > 1e-3 and min(one["gradient_norms"]) > 0
+        assert all(0.1 < loss < 10 for loss in one["losses"])  # of unit noise
+    assert ours["losses"] != recipe["losses"] and ours["parameters"] < recipe["parameters"]
+
+
+def test_the_recipe_encodes_at_every_step_and_ours_only_before(pair):
+    ours, recipe, _ = pair
+    parts = {name: {part for step in row["steps"] for part in step["parts"]} for name, row in zip("or", pair[:2])}
+    assert parts["r"] == set(training.STEP_PARTS)
+    assert parts["o"] == {training.BATCH, training.FORWARD, training.BACKWARD}
+    assert set(training.PHASES) <= set(ours["phases"])
+    assert set(recipe["phases"]) == {training.LOOK, training.LOAD, training.ATTACH, training.SAVE}
+    for step in (*ours["steps"], *recipe["steps"]):
+        assert 0 < sum(step["parts"].values()) <= step["seconds"]
+
+
+def test_the_times_add_up_and_the_long_run_is_extrapolated_from_them(pair):
+    for one in pair[:2]:
+        steps = [step["seconds"] for step in one["steps"]]
+        parts = one["start_seconds"] + sum(steps) + one["end_seconds"]
+        assert parts == pytest.approx(one["total_seconds"], rel=1e-3)
+        assert sum(one["phases"].values()) <= one["start_seconds"] + one["end_seconds"]
+        assert one["step_seconds"] == pytest.approx(sum(steps[1:]) / 2)  # the median of two
+        longer = one["total_seconds"] + (training.WHOLE_RUN - STEPS) * one["step_seconds"]
+        assert one["extrapolated_seconds"] == pytest.approx(longer, rel=1e-3)
+        assert 50 < one["peak_mib_of_steps"] <= one["peak_mib"]
+    ratio = pair[2]
+    assert len(ratio["step_ratios"]) == STEPS - 1
+    assert ratio["peak_mib"] == pytest.approx(pair[0]["peak_mib"] / pair[1]["peak_mib"])
+
+
+def test_a_run_that_did_not_train_is_no_result(pair):
+    told = {row["variant"]: row for row in pair[:2]}
+    training.require_training(told, STEPS)
+    wrong = {
+        "took": {"forwards": 2},
+        "did not train": {"moved": 0.0},
+        "did not": {"losses": [1.0, float("nan"), 1.0]},
+        "different sizes": {"latents": [2, 4, 8, 8]},
+    }
+    for message, change in wrong.items():
+        broken = copy.deepcopy(told)
+        broken["recipe"] |= change
+        with pytest.raises(RuntimeError, match=message):
+            training.require_training(broken, STEPS)
+
+
+def test_the_tables_tell_measured_from_extrapolated(report):
+    text = training.tables(report)
+    assert f"**measured: run of {STEPS} steps**" in text and "**extrapolated: run of 400 steps**" in text
+    assert all(name in text for name in (*training.PHASES, *training.STEP_PARTS, "SDXL, 70 attentions (cross)"))
+
+
+def test_sizes_are_those_of_a_real_adapter(report, tiny_unet, tmp_path):
+    for foldable in (False, True):
+        config = ComcatConfig(r=2, foldable=foldable, target_modules=["attn1", "attn2"])
+        expected = training.adapter_size(tiny_unet(), copy.deepcopy(config))
+        unet = tiny_unet(torch.float32)
+        unet.add_adapter(config, "size")
+        assert expected["parameters"] == sum(factor.numel() for factor in factors(unet, "size").values()) > 0
+        save_adapter(unet, tmp_path / "size.safetensors", "size", dtype=torch.float16)
+        tensors = load_file(tmp_path / "size.safetensors")
+        assert expected["bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+    rows = [row for row in report["rows"] if row["part"] == "bytes"]
+    assert len(rows) == 3 * 2 * 2 * len(training.RANKS)
+    size = {tuple(row[k] for k in ("architecture", "targets", "kind", "rank")): row["parameters"] for row in rows}
+    for (architecture, targets, kind, rank), count in size.items():
+        assert count == rank * size[architecture, targets, kind, 1]  # linear in the rank
+        assert size[architecture, "cross", kind, rank] <= count
+        assert size[architecture, targets, "foldable", rank] <= count
+
+
+def test_the_architectures_are_those_of_the_published_bases():
+    millions = {}
+    for name, shape in training.UNETS.items():
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**shape)
+        millions[name] = round(sum(parameter.numel() for parameter in unet.parameters()) / 1e6)
+    assert millions == {"SD 1.5": 860, "SD 2.1": 866, "SDXL": 2567}
+
+
+def test_a_clock_counts_outer_blocks_once_and_no_waiting():
+    clock = training.Clock(lambda: time.sleep(0.3), CPU)
+    with clock.run():
+        with clock.measure("outer"), clock.measure("inner"):
+            time.sleep(0.02)
+        clock.ready()
+        time.sleep(0.02)
+        clock.step_done(1.0, 1.0)
+    assert set(clock.told["phases"]) == {"outer"}
+    assert 0.02 <= clock.told["steps"][0]["seconds"] < 0.2 and 0.04 <= clock.told["total_seconds"] < 0.3
+
+
+def test_what_a_generator_makes_counts_where_it_is_asked_for():
+    def slow():
+        time.sleep(0.02)
+        yield 1
+
+    clock = training.Clock(lambda: None, CPU)
+    assert list(clock.timed("slow", slow)()) == [1] and clock.spent["slow"] >= 0.02
+
+
+def test_one_job_goes_on_at_a_time_and_a_failing_one_is_named():
+    here, there = Pipe()
+    went = []
+
+    def job(turn, word):
+        went.append(word)
+        turn()
+        went.append("again")
+        raise ValueError("broken")
+
+    thread = threading.Thread(target=circumstances._job, args=(there, job, ["first"]))
+    thread.start()
+    assert circumstances._heard("it", here) == ("waits", None) and went == []
+    here.send(None)
+    assert circumstances._heard("it", here) == ("waits", None) and went == ["first"]
+    here.send(None)
+    with pytest.raises(RuntimeError, match=r"'it' failed:[\s\S]*ValueError: broken"):
+        circumstances._heard("it", here)
+    thread.join()
+    there.close()
+    with pytest.raises(RuntimeError, match="'it' ended without a word"):
+        circumstances._heard("it", here)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--resolution", "100"], "--resolution"), (["--steps", "1"], "--steps"), (["--dtype", "float16"], "--dtype")],
+)
+def test_settings_that_make_no_sense_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        training.main(["--quick", *flags])
