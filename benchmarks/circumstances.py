@@ -12,12 +12,14 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -105,6 +107,62 @@ def in_fresh_process(function: Callable, *arguments: object) -> object:
     """The result of a module-level function, run in a new interpreter that ends afterwards."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def taking_turns(jobs: dict[str, tuple], modules: Iterable[str]) -> dict[str, object]:
+    """Run long jobs side by side, each in a fresh process and only one at a time; returns their results by name.
+
+    A job is a module-level function and its arguments. Before these the function gets another one, `turn`, to call
+    wherever the next job may go on; it returns when the turn comes round. What is slow for a while (load from
+    elsewhere, heat) is then slow for all, and each process has its own peak of memory. `modules` are those that take
+    long to import. Raises RuntimeError if a job fails.
+    """
+    # A server that has imported these once and computed nothing forks quicker than Python starts anew.
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    context.set_forkserver_preload(list(modules))
+    pipes, processes, results = {}, {}, {}
+    try:
+        for name, (function, *arguments) in jobs.items():
+            pipes[name], there = context.Pipe()
+            processes[name] = context.Process(target=_job, args=(there, function, arguments), daemon=True)
+            processes[name].start()
+            there.close()  # so that the end of the process is heard here
+        for name, pipe in pipes.items():
+            _heard(name, pipe)  # it has imported all it needs and waits for its first turn
+        while len(results) < len(jobs):
+            for name in [name for name in jobs if name not in results]:
+                pipes[name].send(None)
+                kind, result = _heard(name, pipes[name])
+                if kind == "done":
+                    results[name] = result
+                    processes[name].join()
+    finally:
+        for process in processes.values():
+            process.terminate()
+            process.join()
+    return results
+
+
+def _job(pipe: Connection, function: Callable, arguments: list) -> None:
+    def turn() -> None:
+        pipe.send(("waits", None))
+        pipe.recv()
+
+    try:
+        turn()
+        pipe.send(("done", function(turn, *arguments)))
+    except Exception:
+        pipe.send(("failed", traceback.format_exc()))
+
+
+def _heard(name: str, pipe: Connection) -> tuple[str, object]:
+    try:
+        kind, told = pipe.recv()
+    except EOFError:
+        raise RuntimeError(f"'{name}' ended without a word: was there not enough memory?") from None
+    if kind == "failed":
+        raise RuntimeError(f"'{name}' failed:\n{told}")
+    return kind, told
 
 
 def use_threads(threads: int | None) -> None:

@@ -21,6 +21,7 @@ from comcat_diffusion.config import EMBEDDED, BaseSettings
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CONFIG_FILES = ("*.json", "*.txt")  # of a diffusers folder: everything but its weights
+EMBEDDED_GUIDANCE = 3.5  # at 5 colours glare and shapes burst (docs/log.md)
 _NOT_GIVEN = (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 _PACKAGE = Path(__file__).parent
 
@@ -169,6 +170,11 @@ def _nowhere(name: str) -> FileNotFoundError:
 def native_resolution(pipe: DiffusionPipeline) -> int:
     """Side in pixels at which the base was trained."""
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
+
+
+def default_guidance(name: str | None) -> float:
+    """The strength of classifier-free guidance that suits a base: Stable Diffusion's own, or the embedded one's."""
+    return EMBEDDED_GUIDANCE if is_embedded(name or EMBEDDED) else 7.5
 
 
 def fastest_device() -> str:

@@ -26,7 +26,8 @@ from transformers import CLIPTextModel
 
 from recipe import autoencoder, clip, unet
 from recipe.fit import adopt, ema_weights
-from recipe.score import held_out, scores
+from recipe.score import GUIDANCE, held_out, scores
+from recipe.score import STEPS as STEPS_DRAWN
 from recipe.world import BACKGROUNDS, OBJECTS, PLACES, SIZES, TINTS, prompt
 
 STEPS = {"vae": 2800, "clip": 3200, "unet": 16_000}
@@ -135,7 +136,7 @@ def circumstances() -> dict:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "dtype": "weights rounded to float16, computed in float32",
-        "sampling": "25 DDIM steps, guidance 5, one fixed seed per prompt",
+        "sampling": f"{STEPS_DRAWN} DDIM steps, guidance {GUIDANCE}, one fixed seed per prompt",
     }
 
 

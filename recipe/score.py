@@ -13,7 +13,7 @@ from recipe.draw import pictures, scenes
 from recipe.world import BACKGROUNDS, PIXELS, SIZES, Scene, prompt
 
 PROMPTS = 200
-STEPS, GUIDANCE = 25, 5.0
+STEPS, GUIDANCE = 25, 3.5
 
 
 @dataclass(frozen=True)

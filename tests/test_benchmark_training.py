@@ -59,7 +59,10 @@ def test_both_really_train_on_the_same_amount_of_work(pair):
 
 def test_the_recipe_encodes_at_every_step_and_ours_only_before(pair):
     ours, recipe, _ = pair
-    parts = {name: {part for step in row["steps"] for part in step["parts"]} for name, row in zip("or", pair[:2])}
+    parts = {
+        name: {part for step in row["steps"] for part in step["parts"]}
+        for name, row in zip("or", pair[:2], strict=True)
+    }
     assert parts["r"] == set(training.STEP_PARTS)
     assert parts["o"] == {training.BATCH, training.FORWARD, training.BACKWARD}
     assert set(training.PHASES) <= set(ours["phases"])
@@ -72,11 +75,11 @@ def test_the_times_add_up_and_the_long_run_is_extrapolated_from_them(pair):
     for one in pair[:2]:
         steps = [step["seconds"] for step in one["steps"]]
         parts = one["start_seconds"] + sum(steps) + one["end_seconds"]
-        assert parts == pytest.approx(one["total_seconds"], rel=1e-3)
+        assert parts == pytest.approx(one["total_seconds"], rel=1e-9)
         assert sum(one["phases"].values()) <= one["start_seconds"] + one["end_seconds"]
         assert one["step_seconds"] == pytest.approx(sum(steps[1:]) / 2)  # the median of two
         longer = one["total_seconds"] + (training.WHOLE_RUN - STEPS) * one["step_seconds"]
-        assert one["extrapolated_seconds"] == pytest.approx(longer, rel=1e-3)
+        assert one["extrapolated_seconds"] == pytest.approx(longer, rel=1e-9)
         assert 50 < one["peak_mib_of_steps"] <= one["peak_mib"]
     ratio = pair[2]
     assert len(ratio["step_ratios"]) == STEPS - 1
@@ -99,8 +102,10 @@ def test_a_run_that_did_not_train_is_no_result(pair):
             training.require_training(broken, STEPS)
 
 
-def test_the_tables_tell_measured_from_extrapolated(report):
-    text = training.tables(report)
+def test_the_tables_tell_measured_from_extrapolated(report, tmp_path, capsys):
+    (tmp_path / "earlier.json").write_text(json.dumps(report))
+    training.main(["--show", str(tmp_path / "earlier.json")])
+    text = capsys.readouterr().out
     assert f"**measured: run of {STEPS} steps**" in text and "**extrapolated: run of 400 steps**" in text
     assert all(name in text for name in (*training.PHASES, *training.STEP_PARTS, "SDXL, 70 attentions (cross)"))
 
@@ -143,6 +148,47 @@ def test_a_clock_counts_outer_blocks_once_and_no_waiting():
         clock.step_done(1.0, 1.0)
     assert set(clock.told["phases"]) == {"outer"}
     assert 0.02 <= clock.told["steps"][0]["seconds"] < 0.2 and 0.04 <= clock.told["total_seconds"] < 0.3
+
+
+def told_of(seconds, start, share):
+    phases = {training.LOOK: share / 2, training.ENCODE: share / 2, training.LOAD: start - share}
+    steps = [{"seconds": one, "parts": {}} for one in seconds]
+    return {"steps": steps, "start_seconds": start, "phases": phases, "peak_mib_of_steps": 500.0}
+
+
+def test_starts_are_compared_with_the_first_and_steps_with_the_fewest_pictures_of_the_same_round():
+    few, many, again = told_of([9, 1, 2], 2, 1), told_of([1, 3, 2], 10, 8), told_of([1, 1, 2], 3, 1)
+    rows = [
+        training.picture_row(4, "first", few, few, few),
+        training.picture_row(80, "first", many, few, many),
+        training.picture_row(80, "second", again, few, many),
+    ]
+    assert [row["start_ratio"] for row in rows] == pytest.approx([1, 1, 0.3])
+    assert [row["pictures_ratio"] for row in rows] == pytest.approx([1, 1, 1 / 8])
+    assert [row["step_ratio"] for row in rows] == pytest.approx([1, 2, 1])  # the first round warms up
+    table = training.picture_table(rows)
+    assert "| 80, first | 10.00 | 1.000 | 8.000 | 1.000 | 100.0 | 2.500 | 2.000 | 500 |" in table
+
+
+def test_a_cache_that_changes_what_is_learned_is_no_result(tmp_path):
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).write_bytes(content)
+    first, same, other = ({4: {"file": str(tmp_path / name)}} for name in "abc")
+    training.require_same_adapters(first, same)
+    with pytest.raises(RuntimeError, match="With 4 pictures the cache changes"):
+        training.require_same_adapters(first, other)
+
+
+def test_flags_reach_both_runs(tmp_path):
+    flags = ["--device", "cuda", "--dtype", "bfloat16", "--threads", "2", "--batch", "2", "--pictures", "9", "3"]
+    settings = training.settings_of(training.command_line().parse_args([*flags, "--targets", "self+cross"]))
+    assert (settings.device.type, settings.dtype, settings.threads) == ("cuda", torch.bfloat16, 2)
+    assert (settings.resolution, settings.batch, settings.steps, settings.tiny) == (512, 2, 6, False)
+    assert settings.pictures == (3, 9) and settings.parts == training.PARTS
+    config = training.config_of(settings, tmp_path, tmp_path / "out", max_train_steps=2)
+    assert config.target_modules == ["attn1", "attn2"] and config.mixed_precision == "bf16"
+    default = training.settings_of(training.command_line().parse_args([]))
+    assert training.config_of(default, tmp_path, tmp_path / "out").target_modules == ["attn2"]
 
 
 def test_what_a_generator_makes_counts_where_it_is_asked_for():

@@ -39,7 +39,9 @@ class DrawingSettings(Group):
     num_images: int = option(4, "Pictures per prompt, from consecutive seeds.")
     seed: int = option(0, "First seed. The same seed gives the same picture, whatever the batch size.")
     num_inference_steps: int = option(25, "Denoising steps.")
-    guidance_scale: float = option(5.0, "Classifier-free guidance; 1 turns it off.")
+    guidance_scale: float | None = option(
+        None, "Classifier-free guidance; 1 turns it off. Default: 7.5, on the embedded base 3.5."
+    )
     scheduler: str | None = option(
         None, "Sampler class of diffusers, for instance EulerDiscreteScheduler. Default: the base's."
     )

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -59,6 +59,8 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
 
     pipe = _pipeline(config, chosen)
     drawings = [Drawing(prompt, config.seed + n) for prompt in prompts for n in range(config.num_images)]
+    if config.guidance_scale is None:
+        config = replace(config, guidance_scale=bases.default_guidance(_base_of(config, chosen)))
     sampling = Sampling(
         config.num_inference_steps, config.guidance_scale, config.negative_prompt, config.resolution, config.batch_size
     )
@@ -112,7 +114,7 @@ def _checked(prompt: str, chosen: list[Chosen], any_prompt: bool) -> str:
 
 
 def _pipeline(config: GenerateConfig, chosen: list[Chosen]) -> DiffusionPipeline:
-    pipe = bases.asked_base(config, config.precision, chosen[0].header.base_model if chosen else None)
+    pipe = bases.asked_base(config, config.precision, _base_of(config, chosen))
     if config.scheduler:
         kind = getattr(diffusers, config.scheduler, None)
         if kind is None or not hasattr(kind, "set_timesteps"):
@@ -139,13 +141,17 @@ def _load_lora(pipe: DiffusionPipeline, path: Path, name: str) -> None:
         raise ValueError(f"--lora {path} does not load onto this base: {str(error).splitlines()[0]}") from error
 
 
+def _base_of(config: GenerateConfig, chosen: list[Chosen]) -> str:
+    return config.pretrained_model_name_or_path or (chosen[0].header.base_model if chosen else "") or EMBEDDED
+
+
 def _settings(config: GenerateConfig, pipe: DiffusionPipeline, chosen: list[Chosen]) -> dict:
     return {
         "negative_prompt": config.negative_prompt or "",
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "scheduler": type(pipe.scheduler).__name__,
-        "base": config.pretrained_model_name_or_path or (chosen[0].header.base_model if chosen else EMBEDDED),
+        "base": _base_of(config, chosen),
         "adapters": [
             {"file": one.path.name, "sha256": hashlib.sha256(one.path.read_bytes()).hexdigest(), "scale": one.scale}
             for one in chosen

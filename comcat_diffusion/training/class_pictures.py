@@ -5,13 +5,14 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
+from comcat_diffusion import bases
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_png
 from comcat_diffusion.training import folder
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.dataset import Example
 from comcat_diffusion.words import Subject
 
-STEPS, GUIDANCE = 25, 5.0
+STEPS = 25
 
 
 def class_prompt_of(config: TrainConfig, subject: Subject, subjects: Sequence[Subject]) -> str:
@@ -39,7 +40,8 @@ def class_pictures(
         missing = [Drawing(prompt, config.seed + number) for number in range(there, config.num_class_images)]
         if missing:
             note(f"Drawing {len(missing)} pictures of '{prompt}' into {place}.")
-        sampling = Sampling(STEPS, GUIDANCE, resolution=config.resolution)
+        guidance = bases.default_guidance(config.pretrained_model_name_or_path)
+        sampling = Sampling(STEPS, guidance, resolution=config.resolution)
         for drawing, picture in zip(missing, draw(pipe, missing, sampling), strict=True):
             save_png(picture, place / f"class-{drawing.seed:06d}.png", {"prompt": prompt, "seed": drawing.seed})
         shots = folder.find(place).shots[: config.num_class_images]

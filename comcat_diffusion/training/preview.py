@@ -6,12 +6,13 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from comcat_diffusion import bases
 from comcat_diffusion.generation.pictures import Drawing, save_png
 from comcat_diffusion.generation.sheet import Row, contact_sheet
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learner import Learner
 
-STEPS, GUIDANCE = 25, 5.0
+STEPS = 25
 
 
 class Preview:
@@ -19,6 +20,7 @@ class Preview:
 
     def __init__(self, config: TrainConfig, pipe: DiffusionPipeline):
         self.pipe, self.prompts, self.side = pipe, config.validation_prompt, config.resolution
+        self.guidance = bases.default_guidance(config.pretrained_model_name_or_path)
         self.folder = Path(config.output_dir).expanduser() / "samples"
         self.seeds = range(config.seed, config.seed + config.num_validation_images)
 
@@ -63,7 +65,7 @@ class Preview:
             height=self.side,
             width=self.side,
             num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
+            guidance_scale=self.guidance,
             generator=torch.Generator().manual_seed(drawing.seed),
             output_type="latent",
         ).images
