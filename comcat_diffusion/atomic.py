@@ -1,7 +1,10 @@
-"""Writing a file so that it is either the old one or the new one, whole, never something between."""
+"""Writing a file or a folder so that it is either the old one or the new one, whole, never something between."""
 
+import contextlib
 import errno
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -22,3 +25,26 @@ def write_bytes(path: str | Path, content: bytes) -> None:
                 error.errno, f"The disk is full: {path} needs {len(content):,} bytes; nothing was lost."
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def whole_folder(target: str | Path) -> Iterator[Path]:
+    """A folder beside the target, to fill; at the end of the block it takes the target's name, after an error it goes.
+
+    Raises FileExistsError if the target holds something already, OSError if no folder can be made there.
+    """
+    target = Path(target).expanduser().absolute()
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        used = target.exists() and (not target.is_dir() or any(target.iterdir()))
+        if not used:
+            partial.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(error.errno, f"The folder {target} cannot be made ({error.strerror}).") from error
+    if used:
+        raise FileExistsError(errno.EEXIST, f"{target} holds something already; name a new or an empty folder.")
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -5,6 +5,7 @@ import os
 import sys
 
 from comcat_diffusion import commands
+from comcat_diffusion.compression.config import CompressConfig
 from comcat_diffusion.config import add_arguments
 from comcat_diffusion.export.config import CombineConfig, ExportConfig, ImportConfig, MergeConfig, ShrinkConfig
 from comcat_diffusion.generation.config import GenerateConfig
@@ -18,6 +19,7 @@ COMMANDS = {
     "merge": (commands.merge, MergeConfig),
     "combine": (commands.combine, CombineConfig),
     "shrink": (commands.shrink, ShrinkConfig),
+    "compress": (commands.compress, CompressConfig),
     "import": (commands.import_, ImportConfig),
 }
 

@@ -6,6 +6,7 @@ import tempfile
 import typing
 from pathlib import Path
 
+from comcat_diffusion.compression.config import CompressConfig
 from comcat_diffusion.config import from_arguments, weighted
 from comcat_diffusion.export.config import CombineConfig, ExportConfig, ImportConfig, MergeConfig, ShrinkConfig
 from comcat_diffusion.generation.config import GenerateConfig
@@ -221,6 +222,21 @@ def shrink(parsed: argparse.Namespace) -> int:
     made = shrink(config.adapter, config.output, config.max_bytes, dtype)
     before = _size(config.adapter)
     print(f"Wrote {config.output} ({made.bytes:,} bytes of {before}, {made.energy_kept:.2%} of the energy).")
+    return 0
+
+
+def compress(parsed: argparse.Namespace) -> int:
+    """Make an image classifier, or a base's attentions, smaller by low-rank heads."""
+    config = from_arguments(CompressConfig, parsed)
+    _quiet()
+    from comcat_diffusion.compression.run import run
+
+    made = run(config, print)
+    print(made.table())
+    sheet = made.folder / "sheet.png"
+    more = f"; pictures before and after: {sheet}" if sheet.exists() else ""
+    print(f"{made.removed:.1%} of {made.counted:,} parameters are gone. Ranks: {made.folder / 'ranks.png'}{more}")
+    print(f'Wrote {made.folder}; load it with comcat_diffusion.compression.load_compressed("{made.folder}").')
     return 0
 
 

@@ -1,6 +1,7 @@
 """What the layers of a model see: moments of their inputs over calibration batches, taken by hooks.
 
-A batch is a dictionary of the model's arguments (labels are left out), or the pictures alone.
+A batch is a dictionary of the model's arguments (labels are left out), or the pictures alone. An argument may be a
+dictionary of tensors itself (SDXL's added conditions).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ def checked(model: nn.Module, batches: Iterable[Batch]) -> Iterator[dict[str, to
                 f"'{main}' of batch {count} holds no pictures but {what}; it must be floating point (batch, channels, "
                 f"height, width), as the model's image processor makes it."
             )
-        bad = [n for n, t in named.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+        bad = [name for name, value in named.items() if not _finite(value)]
         if bad:
             raise ValueError(f"'{bad[0]}' of batch {count} holds NaN or infinity; leave that picture out.")
         yield {n: _like(value, parameter) for n, value in named.items()}
@@ -83,7 +84,15 @@ def checked(model: nn.Module, batches: Iterable[Batch]) -> Iterator[dict[str, to
         raise ValueError("There are no batches; give at least one with pictures.")
 
 
-def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def _finite(value: torch.Tensor | Mapping) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_finite, value.values()))
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())
+
+
+def _like(value: torch.Tensor | Mapping, parameter: torch.Tensor) -> torch.Tensor | dict:
+    if isinstance(value, Mapping):
+        return {name: _like(part, parameter) for name, part in value.items()}
     return value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
 
 

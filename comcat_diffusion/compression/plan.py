@@ -9,10 +9,10 @@ from importlib.metadata import version
 import torch
 from torch import nn
 
+from comcat_diffusion.compression.config import METHODS
 from comcat_diffusion.compression.cost import PARTS, Unit
 
 FORMAT_VERSION = 1
-METHODS = ("energy", "search", "uniform", "matrix")
 COUNTED = ("model", "parts")
 SAMPLES = 64  # weights kept to recognise a model by
 

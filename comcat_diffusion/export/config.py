@@ -88,9 +88,7 @@ class ImportConfig(BaseSettings):
     weights: str | None = option(None, "The authors' file, comcat_weight.pt.")
     output: str | None = option(None, "The file to write.")
     strength: float = option(1.0, "The authors' alpha; the scale of the adapter is its square.")
-    instance_prompt: str | None = option(
-        None, "The prompt it was trained with, for instance 'a photo of sks dog'."
-    )
+    instance_prompt: str | None = option(None, "The prompt it was trained with, for instance 'a photo of sks dog'.")
 
     def check(self) -> None:
         """File, place and base are named."""

@@ -1,0 +1,71 @@
+"""Finding an image classifier of transformers and its image processor: a folder or a hub id, offline first."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from comcat_diffusion.compression.config import UNET
+from comcat_diffusion.compression.pictures import Processor
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A classifier in float32, and what makes its input of pictures, if that came with it."""
+
+    model: nn.Module
+    processor: Processor | None
+
+
+def load_classifier(name: str, revision: str | None = None) -> Classifier:
+    """The model and its processor. Only a hub id that is not in the local cache asks the network.
+
+    Raises FileNotFoundError, saying what was looked for, and ValueError for what is no whole image classifier.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _refuse_other_folder(path)
+        return _loaded(str(path), None, True)
+    if path.is_file() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"There is no classifier at '{name}': no such folder, and a hub id reads owner/name.")
+    try:
+        return _loaded(name, revision, True)
+    except OSError:  # not, or not wholly, in the cache: the user named a hub id, so ask the hub
+        try:
+            return _loaded(name, revision, False)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"The classifier '{name}' is neither a local folder nor in the local cache, and the hub did not give "
+                "it: check the name and the connection."
+            ) from error
+
+
+def _refuse_other_folder(path: Path) -> None:
+    if (path / "model_index.json").is_file():
+        raise ValueError(f"{path} is a Stable Diffusion base: compress its attentions with --part {UNET}.")
+    if (path / "plan.json").is_file():
+        raise ValueError(f"{path} holds a compressed model; start from the dense one.")
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} is no folder of a transformers model: it has no config.json.")
+
+
+def _loaded(name: str, revision: str | None, offline: bool) -> Classifier:
+    where = {"revision": revision, "local_files_only": offline}
+    try:
+        model, told = AutoModelForImageClassification.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **where
+        )
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        raise ValueError(f"{name} could not be loaded as an image classifier: {reason}.") from error
+    if told["missing_keys"]:  # transformers fills them with random numbers
+        missing = ", ".join(sorted(told["missing_keys"])[:3])
+        raise ValueError(f"{name} is no trained image classifier: it has no weights for {missing}.")
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil", **where)
+    except (OSError, ValueError):  # it is only needed where there are pictures
+        processor = None
+    return Classifier(model.eval(), processor)

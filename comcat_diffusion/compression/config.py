@@ -1,0 +1,144 @@
+"""The settings of a compression run, in groups."""
+
+from dataclasses import dataclass
+
+from comcat_diffusion.config import EMBEDDED, Group, option, require, require_at_least, require_finite
+
+METHODS = ("energy", "search", "uniform", "matrix")
+VISION, UNET = "vision", "unet-attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Group):
+    """The model"""
+
+    model: str | None = option(
+        None,
+        "Image classifier of transformers (ViT, DeiT) as hub id or folder; or a Stable Diffusion base: hub id, folder, "
+        "or 'embedded'.",
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a hub model.")
+    part: str = option(
+        VISION, "A whole image classifier, or the attentions of a Stable Diffusion base.", choices=(VISION, UNET)
+    )
+
+    def check(self) -> None:
+        """There is a model, and it can have this part."""
+        require(bool(self.model), "--model is missing: name the model to compress.")
+        require(
+            self.model != EMBEDDED or self.part == UNET,
+            f"--model {EMBEDDED} is a Stable Diffusion base: compress its attentions with --part {UNET}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSettings(Group):
+    """The ranks"""
+
+    reduction: float = option(
+        0.44, "Fraction of parameters to remove at least: of the whole classifier, or of a base's attentions."
+    )
+    method: str = option(
+        "energy",
+        "How ranks are chosen: by energy under one threshold, by the paper's search, all alike, or by energy of every "
+        "matrix without regard to heads.",
+        choices=METHODS,
+    )
+    multiple: int = option(1, "Ranks are multiples of this; 8 suits the kernels of a GPU.")
+    search_steps: int = option(300, "Steps of the search.")
+
+    def check(self) -> None:
+        """Something goes and something stays."""
+        require(
+            0 < self.reduction < 1,
+            f"--reduction must lie between 0 and 1 (0.44 removes 44 % of the parameters), not {self.reduction}.",
+        )
+        require_at_least(self, 1, "multiple", "search_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Group):
+    """The data"""
+
+    calibration_dir: str | None = option(
+        None, "Folder of pictures like those to come, nested as you like. Default: --train_dir, if there is one."
+    )
+    calibration_pictures: int | None = option(
+        None, "Pictures to take from it, at random. Default: 256; for a search 1024."
+    )
+    train_dir: str | None = option(None, "One folder of pictures per class, to search and fine-tune on.")
+    eval_dir: str | None = option(None, "One folder of pictures per class, to measure top-1 on before and after.")
+    calibration_prompt: list[str] = option(
+        [], "Of a Stable Diffusion base: prompts like those to come. Default: a few plain ones."
+    )
+    num_inference_steps: int = option(20, "Of a Stable Diffusion base: denoising steps a picture.")
+    batch_size: int | None = option(None, "Pictures at once. Default: 32; of a Stable Diffusion base 4.")
+
+    def check(self) -> None:
+        """Counts are positive and prompts say something."""
+        require_at_least(self, 1, "calibration_pictures", "num_inference_steps", "batch_size")
+        require(all(p.strip() for p in self.calibration_prompt), "--calibration_prompt is empty: say what to draw.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(Group):
+    """The fine-tuning"""
+
+    finetune_epochs: int = option(0, "Passes over the training data, the dense model being the teacher.")
+    learning_rate: float | None = option(None, "Peak learning rate. Default: 1e-4; of a Stable Diffusion base 1e-5.")
+
+    def check(self) -> None:
+        """Numbers make sense."""
+        require_at_least(self, 0, "finetune_epochs")
+        require_finite(self, "learning_rate", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Group):
+    """What is written"""
+
+    output_dir: str = option("compressed", "Folder for the compressed model and its report; it must be new or empty.")
+    seed: int = option(0, "Seed of everything random.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig(RunSettings, FinetuneSettings, DataSettings, RankSettings, ModelSettings):
+    """Settings of a compression run."""
+
+    def check(self) -> None:
+        """The data are of the kind that the part needs, and there are enough."""
+        folders = [flag for flag in ("calibration_dir", "train_dir", "eval_dir") if getattr(self, flag) is not None]
+        if self.part == UNET:
+            require(
+                not folders and self.calibration_pictures is None,
+                f"--{(folders or ['calibration_pictures'])[0]} is for classifiers: a Stable Diffusion base is "
+                "calibrated with --calibration_prompt.",
+            )
+            return
+        require(
+            not self.calibration_prompt,
+            f"--calibration_prompt is for --part {UNET}: a classifier is calibrated with --calibration_dir.",
+        )
+        require(
+            self.method != "search" or {"train_dir", "calibration_dir"} & set(folders),
+            "--method search needs pictures to search on: name a --train_dir (or a --calibration_dir).",
+        )
+        require(
+            not self.finetune_epochs or "train_dir" in folders,
+            "--finetune_epochs needs pictures to learn from: name a --train_dir.",
+        )
+
+    @property
+    def pictures_seen(self) -> int:
+        """How many pictures calibrate a classifier."""
+        return self.calibration_pictures or (1024 if self.method == "search" else 256)
+
+    @property
+    def at_once(self) -> int:
+        """Pictures in a batch."""
+        return self.batch_size or (4 if self.part == UNET else 32)
+
+    @property
+    def peak_rate(self) -> float:
+        """Learning rate of the fine-tuning."""
+        return self.learning_rate or (1e-5 if self.part == UNET else 1e-4)

@@ -1,0 +1,200 @@
+"""The story behind `comcat compress`: a model in; a folder with the smaller one, a report and pictures out."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from comcat_diffusion import atomic
+from comcat_diffusion.compression import allocate, cost
+from comcat_diffusion.compression.compress import (
+    compress,
+    count,
+    counted,
+    parts_of,
+    refuse_other_functions,
+    refuse_unfit,
+)
+from comcat_diffusion.compression.config import VISION, CompressConfig
+from comcat_diffusion.compression.diffusion import Diffusion
+from comcat_diffusion.compression.finetune import Distillation, Finetune
+from comcat_diffusion.compression.plan import Plan, Settings
+from comcat_diffusion.compression.rank_search import SearchSettings, search_ranks
+from comcat_diffusion.compression.ranks import picture_of_ranks
+from comcat_diffusion.compression.report import Finetuning, Quality, Report, Size, circumstances_of
+from comcat_diffusion.compression.speed import rates
+from comcat_diffusion.compression.store import save_compressed
+from comcat_diffusion.compression.vision import Vision
+from comcat_diffusion.config import to_toml
+from comcat_diffusion.generation.pictures import save_png
+
+WEIGHT_DECAY = 0.005  # of the fine-tuning, as in the paper's code
+Note = Callable[[str], None]
+
+
+class Task(Protocol):
+    """A model with the data that it is calibrated on, learns from and is judged by: Vision or Diffusion."""
+
+    model: nn.Module
+    sample: str
+    counted: str
+    parts: tuple[str, ...] | None
+    distillation: Distillation
+    calibration: Callable[[], tuple[Sequence | None, str]]
+    search_batches: Callable[[], Sequence]
+    training: Callable[[], Sequence]
+    timed: Callable[[], dict[str, torch.Tensor]]
+    judge: Callable[[nn.Module, Note], Quality]
+    leave: Callable[[Path], None]
+    usage: Callable[[str, str], str]
+
+
+@dataclass
+class _Clock:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> object:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - started
+
+
+def run(config: CompressConfig, note: Note = lambda text: None) -> Report:
+    """Compress a model and say what that brought; the folder of the result appears whole or not at all.
+
+    Raises ValueError or OSError for bad input, before anything long begins wherever that can be known.
+    """
+    with atomic.whole_folder(config.output_dir) as folder:
+        report = _run(config, folder, note)
+    return replace(report, folder=Path(config.output_dir).expanduser())
+
+
+def _run(config: CompressConfig, folder: Path, note: Note) -> Report:
+    # The model and its data; that the reduction can be had is known before anything long begins.
+    clock = _Clock()
+    with clock("load"):
+        task = Vision(config) if config.part == VISION else Diffusion(config)
+    dense, name = task.model, model_id(config.model)
+    settings = Settings(config.method, task.parts, task.counted, config.multiple, name)
+    units, total = _planable(dense, config.reduction, settings)
+
+    # What the data use of the weights, and the ranks that follow from it.
+    with clock("compress"):
+        note("Gathering the calibration data.")
+        seen, calibrated_on = task.calibration()
+        alone = " (by the weights alone: name a --calibration_dir for better ones)" if seen is None else ""
+        note(f"Choosing ranks, calibrated on {calibrated_on}{alone}.")
+        small, plan = _smaller(config, task, seen, settings)
+
+    # The smaller model learns from the dense one what it has lost.
+    done = None
+    if config.finetune_epochs:
+        with clock("finetune"):
+            small, done = finetuned(small, task, config, note)
+
+    # Both side by side.
+    with clock("measure"):
+        note("Measuring both models.")
+        measured = _measured(task, small, note)
+    report = Report(
+        folder=folder,
+        plan=plan,
+        sample=task.sample,
+        counted=total,
+        calibrated_on=calibrated_on,
+        seconds=clock.seconds,
+        finetuning=done,
+        **measured,
+    )
+    _write(config, task, small, units, report)
+    return report
+
+
+def _measured(task: Task, small: nn.Module, note: Note) -> dict[str, object]:
+    """What a report says of both models and of how it was found out."""
+    quality, inputs = task.judge(small, note), task.timed()
+    samples = len(next(iter(inputs.values())))
+    timed = rates(task.model, small, inputs, samples)
+    before, after = (
+        Size(count(model), cost.multiply_adds(model, inputs) // samples, rate)
+        for model, rate in ((task.model, timed.before), (small, timed.after))
+    )
+    around = circumstances_of(inputs, samples, timed.rounds)
+    found = {"before": before, "after": after, "speedup": timed.speedup}
+    return found | {"quality": quality, "circumstances": around}
+
+
+def model_id(name: str) -> str:
+    """A hub id as it is; of a folder of this machine only its own name, the rest is nobody's business."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else name
+
+
+def _planable(model: nn.Module, reduction: float, settings: Settings) -> tuple[list[cost.Unit], int]:
+    """What can be compressed, and of how many parameters the reduction is a fraction.
+
+    Raises ValueError if the model is unfit or the reduction cannot be reached.
+    """
+    refuse_unfit(model)
+    units = cost.units(model, parts_of(model, settings), settings.method == "matrix")
+    total = counted(model, units, settings)
+    allocate.budget_of(units, reduction, total, settings.multiple)
+    refuse_other_functions(model, units)
+    return units, total
+
+
+def _smaller(config: CompressConfig, task: Task, seen: Sequence | None, settings: Settings) -> tuple[nn.Module, Plan]:
+    if config.method != "search":
+        return compress(task.model, config.reduction, seen, settings=settings)
+    search = SearchSettings(steps=config.search_steps, seed=config.seed)
+    plan = search_ranks(task.model, task.search_batches(), config.reduction, settings, search)
+    return compress(task.model, calibration=seen, plan=plan)
+
+
+def finetuned(small: nn.Module, task: Task, config: CompressConfig, note: Note) -> tuple[nn.Module, Finetuning]:
+    """The smaller model after the passes asked for. The global random numbers (dropout) are left as they were.
+
+    Raises ValueError at a loss or gradient that is no number.
+    """
+    batches = task.training()
+    accelerator = Accelerator()
+    optimizer = torch.optim.AdamW(small.parameters(), lr=config.peak_rate, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+    small, optimizer, schedule = accelerator.prepare(small, optimizer, schedule)
+    loop = Finetune(small, task.model, batches, task.distillation, optimizer, schedule, accelerator)
+    each, losses = len(batches) // config.finetune_epochs, []
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        for step in loop.steps(len(batches)):
+            losses.append(step.loss)
+            if step.step % each == 0:
+                mean = sum(losses[-each:]) / each
+                note(f"Fine-tuning: pass {step.step // each} of {config.finetune_epochs}, mean loss {mean:.4g}.")
+    return accelerator.unwrap_model(small).eval(), Finetuning(len(losses), losses[0], losses[-1])
+
+
+def _write(config: CompressConfig, task: Task, small: nn.Module, units: list[cost.Unit], report: Report) -> None:
+    """The model first, then what is said of it."""
+    folder, plan = report.folder, report.plan
+    save_compressed(small, plan, folder)
+    task.leave(folder)
+    whose = "the" if task.counted == "model" else "the attentions'"
+    title = f"{plan.model_id}: {report.removed:.1%} of {whose} parameters removed, method {plan.method}"
+    about = {"model": plan.model_id, "reduction": plan.reduction, "method": plan.method}
+    save_png(picture_of_ranks(units, plan.widths, title), folder / "ranks.png", about)
+    shown = {"Ranks kept": "ranks.png"}
+    if (folder / "sheet.png").exists():
+        shown["Before and after"] = "sheet.png"
+    usage = task.usage(plan.model_id, Path(config.output_dir).name)
+    atomic.write_bytes(folder / "run.toml", to_toml(config).encode())
+    atomic.write_bytes(folder / "report.json", report.to_json().encode())
+    atomic.write_bytes(folder / "report.md", report.page(usage, shown).encode())

@@ -1,0 +1,105 @@
+"""An image classifier as something to compress: its pictures, what it learns from, and how well it still classifies."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from comcat_diffusion import bases
+from comcat_diffusion.compression.calibrate import checked
+from comcat_diffusion.compression.classifier import load_classifier
+from comcat_diffusion.compression.config import CompressConfig
+from comcat_diffusion.compression.finetune import Distillation
+from comcat_diffusion.compression.pictures import Batches, Shot, chosen, find, find_labelled, refuse_unreadable
+from comcat_diffusion.compression.report import Quality
+
+
+class Vision:
+    """A classifier, and the folders of a run; all of them are looked at when it is made, only pictures are read later.
+
+    Raises ValueError or OSError for a model or folder that is not what it should be.
+    """
+
+    sample, counted, parts = "picture", "model", None
+    distillation = Distillation(labels=0.5, hard=0.5)  # the labels and the dense model's classes, as in the paper
+
+    def __init__(self, config: CompressConfig) -> None:
+        self.config = config
+        loaded = load_classifier(config.model, config.revision)
+        self.model, self.processor = loaded.model.to(bases.fastest_device()), loaded.processor
+        self.train_shots = self._labelled("train_dir")
+        self.eval_shots = self._labelled("eval_dir")
+        seen = self.train_shots if config.calibration_dir is None else find(config.calibration_dir, "calibration_dir")
+        self.seen = chosen(seen, config.pictures_seen, config.seed)
+        if self.processor is None and (self.seen or self.eval_shots):
+            raise ValueError(
+                f"{config.model} does not say how pictures become its input: it has no preprocessor_config.json; copy "
+                "the one of the model that it was trained from."
+            )
+
+    def _labelled(self, flag: str) -> list[Shot]:
+        folder, about = getattr(self.config, flag), self.model.config
+        return [] if folder is None else find_labelled(folder, flag, about.label2id, about.num_labels)
+
+    def calibration(self) -> tuple[Sequence | None, str]:
+        """The batches that say what the model uses of its weights, and what they are; None without pictures.
+
+        Raises ValueError, naming the file, if any picture of the run does not begin as one.
+        """
+        trains = self.config.finetune_epochs or self.config.method == "search"
+        refuse_unreadable([*self.seen, *self.eval_shots, *(self.train_shots if trains else ())])
+        if not self.seen:
+            return None, "nothing"
+        return Batches(self.seen, self.config.at_once, self.processor), f"{len(self.seen)} pictures"
+
+    def search_batches(self) -> Sequence:
+        """Those that ranks are searched on: with labels if there are any."""
+        shots = chosen(self.train_shots, self.config.pictures_seen, self.config.seed) or self.seen
+        return Batches(shots, self.config.at_once, self.processor)
+
+    def training(self) -> Sequence:
+        """All passes of the fine-tuning."""
+        epochs, seed = self.config.finetune_epochs, self.config.seed
+        return Batches(self.train_shots, self.config.at_once, self.processor, epochs, seed)
+
+    def timed(self) -> dict[str, torch.Tensor]:
+        """What speed is measured on; it does not depend on what is in the pictures. (B, channels, h, w)."""
+        size, made = self.model.config.image_size, torch.Generator().manual_seed(self.config.seed)
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (self.config.at_once, self.model.config.num_channels, height, width)
+        return next(checked(self.model, [torch.randn(shape, generator=made)]))
+
+    def judge(self, small: nn.Module, _: Callable[[str], None]) -> Quality:
+        """Top-1 of both over the same pictures, if there are labelled ones."""
+        if not self.eval_shots:
+            return Quality()
+        batches = Batches(self.eval_shots, self.config.at_once, self.processor)
+        before, after = top1((self.model, small), batches)
+        return Quality(top1_before=before, top1_after=after, judged_on=f"{len(self.eval_shots)} pictures")
+
+    def leave(self, folder: Path) -> None:
+        """The file that says how pictures become the model's input."""
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
+
+    def usage(self, model_id: str, folder: str) -> str:
+        """How the result is loaded, in Python."""
+        lines = [
+            "from comcat_diffusion.compression import load_compressed",
+            "",
+            f'model, plan = load_compressed("{folder}")',
+        ]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def top1(models: Sequence[nn.Module], batches: Sequence) -> list[float]:
+    """Percent of the pictures whose class each model finds; every picture is read once."""
+    right, seen = [0] * len(models), 0
+    for batch in checked(models[0], batches):
+        seen += len(batch["labels"])
+        for number, model in enumerate(models):
+            found = model(pixel_values=batch["pixel_values"]).logits.argmax(-1)
+            right[number] += int((found == batch["labels"]).sum())
+    return [100 * count / seen for count in right]
