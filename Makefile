@@ -7,7 +7,7 @@ DEMO := out/demo
 .PHONY: demo test lint base subject benchmarks clean
 
 demo: .venv/installed
-	$(BIN)/python train_customize.py --output_dir $(DEMO) --overwrite --skip_final_inference
+	$(BIN)/python train_customize.py --config assets/subject/train.toml --output_dir $(DEMO) --overwrite
 	$(BIN)/python inference.py --config assets/subject/demo.toml --adapter $(DEMO)/sks-teddy.safetensors --output_dir $(DEMO)/pictures
 
 test: .venv/installed
