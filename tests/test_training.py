@@ -39,7 +39,7 @@ class Listener:
 
 @pytest.fixture
 def config(tmp_path):
-    defaults = {"output_dir": str(tmp_path / "out"), "max_train_steps": 3}
+    defaults = {"output_dir": str(tmp_path / "out"), "max_train_steps": 3, "skip_final_inference": True}
     return lambda **settings: TrainConfig(**{**defaults, **settings})
 
 
@@ -49,7 +49,7 @@ def digest(path):
 
 def test_a_run_leaves_exactly_these_files_and_says_what_it_did(config, tmp_path):
     listener = Listener()
-    outcome = customize(config(max_train_steps=4), listener)
+    outcome = customize(config(max_train_steps=4, skip_final_inference=False), listener)
     left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
     samples = [f"out/samples/step-000004-00-{seed}.png" for seed in range(4)] + ["out/samples/step-000004.png"]
     assert left == ["out/metrics.jsonl", "out/run.toml", *samples, "out/sks-teddy.safetensors"]
@@ -74,7 +74,7 @@ def test_the_pictures_are_fitted(config, tmp_path, foldable):
     losses = {}
     for rate in (1e-12, 4e-3):
         listener = Listener()
-        settings = {"max_train_steps": 50, "lr_scheduler": "constant", "learning_rate": rate, "foldable": foldable}
+        settings = {"max_train_steps": 32, "lr_scheduler": "constant", "learning_rate": rate, "foldable": foldable}
         customize(config(**settings, output_dir=str(tmp_path / str(rate))), listener)
         losses[rate] = [step.loss for step in listener.steps]
     assert losses[4e-3][0] == pytest.approx(losses[1e-12][0], rel=1e-5)
