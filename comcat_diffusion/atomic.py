@@ -27,6 +27,16 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         raise
 
 
+def refuse_used(target: Path) -> None:
+    """Raise FileExistsError if there is something already where a folder is to be written; an empty one is fine."""
+    try:
+        used = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    except OSError as error:
+        raise OSError(error.errno, f"The folder {target} cannot be made ({error.strerror}).") from error
+    if used:
+        raise FileExistsError(errno.EEXIST, f"{target} holds something already; name a new or an empty folder.")
+
+
 @contextlib.contextmanager
 def whole_folder(target: str | Path) -> Iterator[Path]:
     """A folder beside the target, to fill; at the end of the block it takes the target's name, after an error it goes.
@@ -35,14 +45,11 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target).expanduser().absolute()
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    refuse_used(target)
     try:
-        used = target.exists() and (not target.is_dir() or any(target.iterdir()))
-        if not used:
-            partial.mkdir(parents=True)
+        partial.mkdir(parents=True)
     except OSError as error:
         raise OSError(error.errno, f"The folder {target} cannot be made ({error.strerror}).") from error
-    if used:
-        raise FileExistsError(errno.EEXIST, f"{target} holds something already; name a new or an empty folder.")
     try:
         yield partial
         os.replace(partial, target)

@@ -2,14 +2,13 @@
 
 import errno
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
+from comcat_diffusion import atomic
 from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.header import AdapterFileError, Header, read_adapter
 from comcat_diffusion.adapters.merge import bake_adapters, layers_of, unload_adapters
@@ -29,8 +28,7 @@ def merge_to_folder(
     something already, AdapterFileError for a free adapter or another base, OSError if it cannot be written.
     """
     output = Path(output).expanduser()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(errno.EEXIST, f"{output} holds something already; name a new or an empty folder.")
+    atomic.refuse_used(output)
     if not adapters:
         raise ValueError("Name at least one adapter to merge.")
     for path, _ in adapters:
@@ -70,18 +68,13 @@ def _folded(pipe: DiffusionPipeline, adapters: Sequence[tuple[str | Path, float]
 
 
 def _save_whole(pipe: DiffusionPipeline, output: Path) -> None:
-    """Save beside the target, then rename, so that a half-written folder is never found under its name."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
-        pipe.save_pretrained(partial)
-        for config in (partial / "model_index.json", *partial.glob("*/config.json")):
-            _forget_folder(config)
-        os.replace(partial, output)
+        with atomic.whole_folder(output) as partial:
+            pipe.save_pretrained(partial)
+            for config in (partial / "model_index.json", *partial.glob("*/config.json")):
+                _forget_folder(config)
     except SafetensorError as error:  # how the library reports a full disk
         raise OSError(errno.EIO, f"{output} could not be written ({error}); nothing was left behind.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _forget_folder(config: Path) -> None:

@@ -101,7 +101,7 @@ def _run(config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accel
     material = encode_all(config, pipe, dataset, watcher.note)
     learned.prepare(config, pipe)
     prompts = [*material.prompts, *config.validation_prompt, ""]
-    for text in (*cut_off(pipe, prompts), *tiny(material.crops, config.resolution)):
+    for text in (*cut_off(pipe.tokenizer, prompts), *tiny(material.crops, config.resolution)):
         watcher.note(text)
     learner = Learner(pipe, prompts, train_text=config.train_text_encoder or config.placeholder_token is not None)
     learned.add_tokens(config, pipe, learner)
@@ -145,13 +145,13 @@ def _run(config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accel
             raise NotFinite(f"{error} {last_good(checkpoints.folder)}") from error
 
         # What is saved is what was trained: everything learned is first rounded to the file's precision, then proved.
-        write(judge.look(done, draw=False))
+        write(judge.measure(done))
         learned.finish(learner, ema, bases.PRECISIONS[config.save_precision])
         if accelerator.is_main_process:
             judge.save(target, done)
             output.prove(config, learner, loop.batching.batch(material.crops, objective, 0), target)
         if not (interrupted or config.skip_final_inference):
-            judge.look(done)
+            judge.draw(done)
     accelerator.end_training()
     return Outcome(target, dataset.subjects, done, interrupted, count, judge.sheet)
 

@@ -46,16 +46,30 @@ class Judge:
         """Where the adapter with the lowest held-out loss is kept."""
         return self.target.with_name(f"{self.target.stem}-best.safetensors")
 
-    def look(self, step: int, draw: bool = True) -> dict[str, float]:
-        """Measure and draw at a step, on the main process alone; returns what is worth logging."""
+    def look(self, step: int) -> dict[str, float]:
+        """Measure and draw at a step; returns what is worth logging."""
+        with self.ema.in_place():
+            self.draw(step)
+        return self.measure(step)
+
+    def measure(self, step: int) -> dict[str, float]:
+        """The held-out loss, on the main process alone; the adapter is kept if it is the best so far."""
         found = {}
         if self.accelerator.is_main_process:
             with self.ema.in_place():
                 found = self._held_out(step)
-                if draw:
-                    self._draw(step)
         self.accelerator.wait_for_everyone()
         return found
+
+    def draw(self, step: int) -> None:
+        """Samples of the weights as they are, on the main process alone; one that fails is told and skipped."""
+        if self.accelerator.is_main_process:
+            try:
+                *_, self.sheet = self.preview.draw(self.learner, step)
+            except (RuntimeError, OSError) as error:  # out of memory is a RuntimeError too
+                reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+                self.note(f"No samples at step {step}: {reason[0]} The run goes on.")
+        self.accelerator.wait_for_everyone()
 
     def save(self, path: Path, step: int) -> None:
         """Write the adapter file as of a step."""
@@ -72,13 +86,6 @@ class Judge:
             self.lowest = loss
             self.save(self.best, step)
         return {"step": step, "held_out_loss": loss}
-
-    def _draw(self, step: int) -> None:
-        try:
-            *_, self.sheet = self.preview.draw(self.learner, step)
-        except (RuntimeError, OSError) as error:  # out of memory is a RuntimeError too
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            self.note(f"No samples at step {step}: {reason[0]} The run goes on.")
 
     def _notes(self, step: int) -> Notes:
         config, first = self.config, self.subjects[0]

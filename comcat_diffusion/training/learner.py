@@ -3,11 +3,12 @@
 Letters: B batch, C latent channels, M context tokens, E width of the text states.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from transformers import CLIPTokenizer
 
 TextStates = tuple[torch.Tensor, torch.Tensor | None]  # B, M, E; and SDXL's pooled text, B, E
 
@@ -26,11 +27,11 @@ def text_encoders(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: getattr(pipe, name) for name in names if getattr(pipe, name, None) is not None}
 
 
-def cut_off(pipe: DiffusionPipeline, prompts: Iterable[str]) -> Iterable[str]:
+def cut_off(tokenizer: CLIPTokenizer, prompts: Iterable[str]) -> Iterator[str]:
     """A sentence for every prompt that has more tokens than the text encoder reads."""
-    most = pipe.tokenizer.model_max_length
+    most = tokenizer.model_max_length
     for prompt in dict.fromkeys(prompts):
-        count = len(pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
         if count > most:
             yield f"'{prompt[:60]}' has {count} tokens, of which the text encoder reads {most}: the end is cut off."
 

@@ -14,11 +14,11 @@ from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.store import expected_shapes
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 from comcat_diffusion.training.crops import sizes
-from comcat_diffusion.training.customize import customize, default_batch, with_sample
+from comcat_diffusion.training.customize import Silent, customize, default_batch, with_sample
 from comcat_diffusion.training.dataset import Dataset, read_dataset, remarks
+from comcat_diffusion.training.learner import cut_off
 
 MEASURED_STEPS = 3  # the first one warms up and does not count
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 FREQUENT = 0.5  # CLIP's vocabulary is in order of frequency: below this share of it a word is well known
 
 
@@ -80,11 +80,7 @@ def _data_facts(dataset: Dataset) -> Iterator[str]:
 
 
 def _word_doubts(dataset: Dataset, tokenizer: CLIPTokenizer) -> Iterator[str]:
-    most = tokenizer.model_max_length
-    for prompt in dict.fromkeys(example.prompt for example in dataset.examples):
-        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        if count > most:
-            yield f"'{prompt[:60]}' has {count} tokens, of which the text encoder reads {most}: the end is cut off."
+    yield from cut_off(tokenizer, (example.prompt for example in dataset.examples))
     for subject in dataset.subjects:
         ids = tokenizer(subject.trigger, add_special_tokens=False).input_ids
         if len(ids) == 1 and len(tokenizer) > 10_000 and ids[0] < FREQUENT * len(tokenizer):
@@ -100,7 +96,7 @@ def _size_facts(config: TrainConfig, unet: UNet2DConditionModel) -> Iterator[str
         raise ValueError(f"--target_modules {' '.join(config.target_modules or [])}: the base has none of this name.")
     count = sum(high * wide for high, wide in shapes.values())
     attentions = len({name.rpartition(".")[0] for name in shapes})
-    size = count * BYTES[config.save_precision] / 1000
+    size = count * bases.PRECISIONS[config.save_precision].itemsize / 1000
     yield f"Adapter: {count:,} parameters on {attentions} attentions, {size:,.0f} kB and its header."
 
 
@@ -133,14 +129,11 @@ def _bucket_doubts(config: TrainConfig, dataset: Dataset, options: list[tuple[in
             yield f"The bucket {wide} x {high} holds {count} picture(s) for batches of {batch}: they repeat."
 
 
-class _Clock:
+class _Clock(Silent):
     """A watcher that keeps the seconds of every step and the peak of the memory."""
 
     def __init__(self) -> None:
         self.seconds, self.peak = [], 0
-
-    def note(self, text: str) -> None:
-        """Nothing is shown."""
 
     def step(self, done: object, total: int, peak_bytes: int) -> None:
         """Remember."""
