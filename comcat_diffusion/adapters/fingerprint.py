@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from comcat_diffusion.adapters import seam
+from comcat_diffusion.attentions import style_of
 
 SAMPLES = 64
 TOLERANCE = 0.02  # relative; bf16 keeps 8 bits of mantissa, so a copy is off by at most 0.004
@@ -21,7 +22,7 @@ def fingerprint(unet: nn.Module, prediction_type: str) -> dict:
     attentions = {name: module for name, module in unet.named_modules() if seam.why_not(module) is None}
     layout = []
     for name, module in attentions.items():
-        style = seam.style_of(module)
+        style = style_of(module)
         q, k = (seam.plain(p) for p in style.projections(module)[:2])
         layout.append([name, style.head_count(module), q.in_features, k.in_features, q.out_features])
     return {
@@ -38,7 +39,7 @@ def _sketch(attentions: list[nn.Module]) -> list[float]:
     picked = []
     for index in range(SAMPLES):
         module = attentions[index * len(attentions) // SAMPLES]
-        weight = seam.plain(seam.style_of(module).projections(module)[1]).weight.detach()
+        weight = seam.plain(style_of(module).projections(module)[1]).weight.detach()
         picked.append(weight.reshape(-1)[index * 7919 % weight.numel()].float())
     values = torch.stack([value.cpu() for value in picked]) if picked else torch.zeros(0)
     return [float(f"{value:.4g}") for value in values.tolist()]

@@ -10,6 +10,7 @@ from torch import nn
 
 from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, merged_weights
+from comcat_diffusion.attentions import style_of
 
 
 def factor_shapes(attention: nn.Module, rank: int, foldable: bool) -> dict[str, tuple[int, int]]:
@@ -17,7 +18,7 @@ def factor_shapes(attention: nn.Module, rank: int, foldable: bool) -> dict[str, 
     layer = attention._modules.get(seam.SIDECAR)
     if isinstance(layer, ComcatLayer):  # which knows the base's own projections while merged ones stand in their place
         return _shapes(layer._plain(), layer.heads, rank, foldable)
-    style = seam.style_of(attention)
+    style = style_of(attention)
     plain = [seam.plain(projection) for projection in style.projections(attention)]
     return _shapes(plain, style.head_count(attention), rank, foldable)
 
@@ -63,7 +64,7 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
-        self.style = seam.style_of(attention)
+        self.style = style_of(attention)
         self._owner = (attention,)  # in a tuple, so that the parent is not a submodule of its own child
         self._unmerged: tuple | None = None  # the base's Linears and width, while merged ones stand in their place
 
@@ -214,7 +215,7 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
     def _wide_heads(self, names: list[str]) -> WideHeads:
         adapters = [self._factors(name) for name in names]
         device = self.weight.device.type
-        return WideHeads(self.heads, self.width, adapters, self.style.scales_by_width, device)
+        return WideHeads(self.heads, self.width, adapters, self.style.diffusers, device)
 
     def _factors(self, name: str) -> Free | Foldable:
         scale, k, v = self.scaling[name], self.comcat_k_down[name], self.comcat_v_down[name]

@@ -10,6 +10,7 @@ from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.peft_type import COMCAT
+from comcat_diffusion.attentions import style_of
 
 
 class ComcatModel(BaseTuner):
@@ -87,7 +88,7 @@ def default_targets(model: nn.Module) -> list[str]:
 
     Raises ValueError if there is none, naming why the model's attentions cannot be adapted.
     """
-    attentions = {name: m for name, m in model.named_modules() if seam.style_of(m) is not None}
+    attentions = {name: m for name, m in model.named_modules() if style_of(m) is not None}
     able = {name: m for name, m in attentions.items() if seam.why_not(m) is None}
     if not able:
         reasons = {seam.why_not(module) for module in attentions.values()} or {"it has no attention of a known style"}

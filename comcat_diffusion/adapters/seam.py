@@ -7,57 +7,14 @@ processor and attention function works, without knowing of the adapter.
 
 import functools
 import inspect
-from dataclasses import dataclass
 
 from torch import nn
 
 from comcat_diffusion.adapters.wide import WideHeads
+from comcat_diffusion.attentions import Style, style_of
 
 ROTATIONS = frozenset(("position_embeddings", "rotary_pos_emb", "image_rotary_emb"))  # arguments that rotate heads
 SIDECAR = "comcat"  # name of the one child that an adapted attention has more than before
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a family of attention modules names its parts."""
-
-    q: str
-    k: str
-    v: str
-    out: str
-    heads: str
-    # diffusers' processors scale logits by the width they see; transformers passes the trained scale explicitly.
-    scales_by_width: bool
-
-    def projections(self, attention: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
-        """The four projections: into queries, keys, values and out of the heads."""
-        return tuple(attention.get_submodule(name) for name in (self.q, self.k, self.v, self.out))
-
-    def head_count(self, attention: nn.Module) -> int:
-        """Number of heads H."""
-        return getattr(attention, self.heads)
-
-
-_STYLES = (
-    Style("to_q", "to_k", "to_v", "to_out.0", heads="heads", scales_by_width=True),
-    Style("q_proj", "k_proj", "v_proj", "out_proj", heads="num_heads", scales_by_width=False),
-    Style("q_proj", "k_proj", "v_proj", "o_proj", heads="num_attention_heads", scales_by_width=False),
-)
-
-
-def style_of(module: nn.Module) -> Style | None:
-    """The style whose parts the module has, or None if it is no attention of a known style."""
-    for style in _STYLES:
-        if style.heads in vars(module) and all(_has_part(module, p) for p in (style.q, style.k, style.v, style.out)):
-            return style
-    return None
-
-
-def _has_part(module: nn.Module, path: str) -> bool:
-    try:
-        return module.get_submodule(path) is not None
-    except AttributeError:
-        return False
 
 
 def plain(projection: nn.Module) -> nn.Module:
@@ -80,7 +37,7 @@ def why_not(module: nn.Module) -> str | None:
             return f"it has added key and value projections ({added})"
     for rotation in ROTATIONS & set(inspect.signature(type(module).forward).parameters):
         return f"its queries and keys are rotated by position ({rotation}), in which a wider head does not fit"
-    if style.scales_by_width and not getattr(module, "scale_qk", False):
+    if style.diffusers and not getattr(module, "scale_qk", False):
         return "its logits have no scale of their own (scale_qk), about which processors disagree"
     q, k, v, out = (plain(projection) for projection in style.projections(module))
     if not all(hasattr(p, "out_features") and hasattr(p, "in_features") for p in (q, k, v, out)):
@@ -125,7 +82,7 @@ def view_of(attention: nn.Module, style: Style, wide: WideHeads) -> View:
     query, key = functools.partial(wide.query, q), functools.partial(wide.key, k)
     value, output = functools.partial(wide.value, v), functools.partial(wide.output, out)
     replaced = _width_attributes(style, wide.wide)
-    if not style.scales_by_width:
+    if not style.diffusers:
         return View(attention, **replaced, **{style.q: query, style.k: key, style.v: value, style.out: output})
     replaced |= {"to_q": query, "to_k": key, "to_v": value, "to_out": [output, *attention.to_out[1:]]}
     if getattr(attention, "fused_projections", False):
@@ -142,7 +99,7 @@ def view_of(attention: nn.Module, style: Style, wide: WideHeads) -> View:
 
 def _width_attributes(style: Style, width: int) -> dict[str, object]:
     """The attributes in which a host remembers the width of its heads, as they are for another width."""
-    return {"scale": width**-0.5} if style.scales_by_width else {"head_dim": width}
+    return {"scale": width**-0.5} if style.diffusers else {"head_dim": width}
 
 
 def set_projections(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from comcat_diffusion.compression import hosts
+from comcat_diffusion.attentions import style_of
 from comcat_diffusion.compression.cost import Unit
 from comcat_diffusion.compression.factor import Moments
 
@@ -20,8 +20,8 @@ def inputs_of(model: nn.Module, unit: Unit) -> tuple[str, ...]:
     """Paths of the Linears whose input counts: for queries and for the context, or of the one layer."""
     if unit.product == "linear":
         return (unit.module,)
-    style = hosts.style_of(model.get_submodule(unit.module))
-    if not style.tied:  # self-attention: queries, keys and values are made of the same
+    style = style_of(model.get_submodule(unit.module))
+    if not style.diffusers:  # self-attention: queries, keys and values are made of the same
         return (f"{unit.module}.{style.q}",)
     return (f"{unit.module}.{style.q}", f"{unit.module}.{style.k}")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from comcat_diffusion.attentions import DIFFUSERS, style_of
 from comcat_diffusion.compression import allocate, cost, hosts, modules
 from comcat_diffusion.compression.calibrate import Batch, calibrate, inputs_of
 from comcat_diffusion.compression.cost import Unit
@@ -121,7 +122,7 @@ def products_of(model: nn.Module, unit: Unit, moments: dict[str, Moments]) -> tu
     module = model.get_submodule(unit.module)
     if unit.product == "linear":
         return (linear_product(*_weights(module), seen[0]),)
-    style = hosts.style_of(module)
+    style = style_of(module)
     q, k, v, out = style.projections(module)
     query, context = seen[0], seen[-1]
     qk = qk_product(*_weights(q), _weights(k)[0], unit.heads, query, context) if unit.product != "vo" else None
@@ -161,7 +162,7 @@ def linears_of(model: nn.Module, unit: Unit) -> tuple[nn.Linear, ...]:
     module = model.get_submodule(unit.module)
     if unit.product == "linear":
         return (module,)
-    projections = hosts.style_of(module).projections(module)
+    projections = style_of(module).projections(module)
     return {"qk": projections[:2], "vo": projections[2:], "both": projections}[unit.product]
 
 
@@ -176,7 +177,7 @@ def replace(model: nn.Module, unit: Unit, products: tuple[Product, ...], width: 
         modules.replace_vo(attention, products[0].truncated(width), folded)
     else:
         qk, vo = products[0].truncated(width - unit.key_bias), products[1].truncated(width)
-        dense = hosts.DIFFUSERS.projections(attention)[0].out_features // unit.heads
+        dense = DIFFUSERS.projections(attention)[0].out_features // unit.heads
         modules.replace_both(attention, qk, vo, dense, folded)
 
 
@@ -192,7 +193,7 @@ def refuse_other_functions(model: nn.Module, units: Sequence[Unit]) -> None:
             continue
         tried.add(type(host))
         ours = copy.deepcopy(host).eval()
-        weight = hosts.style_of(host).projections(host)[0].weight
+        weight = style_of(host).projections(host)[0].weight
         x = torch.linspace(-1, 1, 3 * weight.shape[1], device=weight.device).sin().to(weight.dtype)
         x = x.view(1, 3, -1)  # B, N, C
         with torch.no_grad():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from comcat_diffusion.attentions import style_of
 from comcat_diffusion.compression import hosts
 
 PARTS = ("attention", "mlp", "classifier")
@@ -87,7 +88,7 @@ def _why_nothing(model: nn.Module, parts: Iterable[str]) -> str:
 
 
 def _matrices(name: str, module: nn.Module) -> list[Unit]:
-    style = hosts.style_of(module)
+    style = style_of(module)
     paths = (style.q, style.k, style.v, style.out)
     return [
         _linear(f"{name}.{path}", "attention", layer)
@@ -101,14 +102,14 @@ def _linear(name: str, part: str, layer: nn.Linear) -> Unit:
 
 
 def _products(name: str, module: nn.Module) -> list[Unit]:
-    style = hosts.style_of(module)
+    style = style_of(module)
     q, k, v, out = style.projections(module)
     heads, width = style.head_count(module), q.out_features // style.head_count(module)
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in (q, k, v, out)]
     key_bias = 0 if q.bias is None else 1
     out_bias = 0 if v.bias is None and out.bias is None else out.out_features
     qk, vo = heads * (q.in_features + k.in_features), heads * (v.in_features + out.out_features)
-    if style.tied:  # stock Linears: the key bias is a row of zeros and a one in the biased query projection
+    if style.diffusers:  # stock Linears: the key bias is a row of zeros and a one in the biased query projection
         both = qk + vo + heads * key_bias
         full = min(width, q.in_features, k.in_features, out.out_features)
         return [Unit(f"{name}:both", name, "both", "attention", heads, full, key_bias, both, out_bias, sum(sizes))]
@@ -136,15 +137,15 @@ def multiply_adds(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
 
     def attend(module: nn.Module, _: tuple, output: object) -> None:
         nonlocal total
-        q, k, v, _ = hosts.style_of(module).projections(module)
+        q, k, v, _ = style_of(module).projections(module)
         batch = (output[0] if isinstance(output, tuple) else output).shape[0]
         total += batch * tokens[q] * tokens[k] * (k.out_features + v.out_features)
 
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             handles.append(module.register_forward_hook(count))
-        if hosts.style_of(module) is not None:
-            handles += [p.register_forward_hook(remember) for p in hosts.style_of(module).projections(module)[:2]]
+        if style_of(module) is not None:
+            handles += [p.register_forward_hook(remember) for p in style_of(module).projections(module)[:2]]
             handles.append(module.register_forward_hook(attend))
     try:
         with torch.no_grad():

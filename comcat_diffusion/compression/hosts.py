@@ -7,55 +7,12 @@ added keys) makes it another function than a product per head, and it is refused
 
 import inspect
 import sys
-from dataclasses import dataclass
 
 from torch import nn
 
+from comcat_diffusion.attentions import DIFFUSERS, Style, style_of
 
-@dataclass(frozen=True)
-class Style:
-    """How a family of attentions names its parts."""
-
-    q: str
-    k: str
-    v: str
-    out: str
-    heads: str
-    # Every diffusers processor gives values the width of the keys, so both products then share one rank.
-    tied: bool
-    scaling: str = ""  # attribute that holds D^-1/2
-    dropout: str = ""  # attribute that holds the dropout of the attention weights
-
-    def projections(self, attention: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
-        """Into queries, keys, values and out of the heads."""
-        return tuple(attention.get_submodule(name) for name in (self.q, self.k, self.v, self.out))
-
-    def head_count(self, attention: nn.Module) -> int:
-        """Number of heads H."""
-        return getattr(attention, self.heads)
-
-
-DIFFUSERS = Style("to_q", "to_k", "to_v", "to_out.0", heads="heads", tied=True)
-_TRANSFORMERS = (
-    Style("q_proj", "k_proj", "v_proj", "o_proj", "num_attention_heads", False, "scaling", "attention_dropout"),
-    Style("q_proj", "k_proj", "v_proj", "out_proj", "num_heads", False, "scale", "dropout"),
-)
 _TAKEN = {"self", "hidden_states", "attention_mask", "kwargs"}  # what the forward that we replace may ask for
-
-
-def style_of(module: nn.Module) -> Style | None:
-    """The style whose parts the module has, or None if it is no attention of a known family."""
-    for style in (DIFFUSERS, *_TRANSFORMERS):
-        if style.heads in vars(module) and all(_has(module, p) for p in (style.q, style.k, style.v, style.out)):
-            return style
-    return None
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        return module.get_submodule(path) is not None
-    except AttributeError:
-        return False
 
 
 def why_not(attention: nn.Module) -> str | None:
@@ -68,7 +25,7 @@ def why_not(attention: nn.Module) -> str | None:
         return "it carries an adapter (unload or merge it first)"
     if not q.out_features == k.out_features == v.out_features == out.in_features:
         return "its heads share keys and values (grouped queries)"
-    return _why_not_diffusers(attention) if style.tied else _why_not_transformers(attention, style)
+    return _why_not_diffusers(attention) if style.diffusers else _why_not_transformers(attention, style)
 
 
 def _why_not_diffusers(attention: nn.Module) -> str | None:

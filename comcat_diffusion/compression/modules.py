@@ -17,7 +17,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from comcat_diffusion import heads as maths
-from comcat_diffusion.compression import hosts
+from comcat_diffusion.attentions import DIFFUSERS, style_of
 from comcat_diffusion.compression.factor import Factors
 
 SEVERAL_WIDTHS = ("eager", "sdpa")  # attention functions whose queries and values may differ in width
@@ -53,7 +53,7 @@ class LowRankAttention(nn.Module):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, N, C) -> (B, N, C) and, if the attention function gives them, the weights (B, H, N, N)."""
-        style = hosts.style_of(self)
+        style = style_of(self)
         heads = style.head_count(self)
         projections = style.projections(self)
         q, k, v = (maths.split_heads(p(hidden_states), heads).transpose(1, 2) for p in projections[:3])  # B, H, N, R
@@ -110,7 +110,7 @@ def replace_linear(model: nn.Module, path: str, factors: Factors, folded: bool =
 
 def replace_qk(attention: nn.Module, factors: Factors, folded: bool = True) -> None:
     """Put factors in the place of a transformers attention's query and key projections."""
-    style, heads = hosts.style_of(attention), len(factors.down)
+    style, heads = style_of(attention), len(factors.down)
     q, k = style.projections(attention)[:2]
     bias = _bias_of_heads(factors, folded)  # H, C or None
     k_weight = maths.in_weight(factors.up.mT)  # H*R, C
@@ -124,7 +124,7 @@ def replace_qk(attention: nn.Module, factors: Factors, folded: bool = True) -> N
 
 def replace_vo(attention: nn.Module, factors: Factors, folded: bool = True) -> None:
     """Put factors in the place of a transformers attention's value and output projections."""
-    style = hosts.style_of(attention)
+    style = style_of(attention)
     v, out = style.projections(attention)[2:]
     become_low_rank(attention)
     setattr(attention, style.v, _linear_like(v, maths.in_weight(factors.down), _offset(factors, folded)))
@@ -134,7 +134,7 @@ def replace_vo(attention: nn.Module, factors: Factors, folded: bool = True) -> N
 def replace_both(attention: nn.Module, qk: Factors, vo: Factors, width: int, folded: bool = True) -> None:
     """Put factors in the place of a diffusers attention's four projections; `width` is the dense D."""
     heads, bias = len(qk.down), _bias_of_heads(qk, folded)  # H, C or None
-    q, k, v, out = hosts.DIFFUSERS.projections(attention)
+    q, k, v, out = DIFFUSERS.projections(attention)
     q_weight, k_weight, q_bias = maths.in_weight(qk.down), maths.in_weight(qk.up.mT), _offset(qk, folded)
     wide = vo.down.shape[-1]
     gain = maths.logit_gain(width, wide)

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import nn
 
 from comcat_diffusion import atomic
+from comcat_diffusion.attentions import style_of
 from comcat_diffusion.compression import allocate, cost, hosts
 from comcat_diffusion.compression.calibrate import Batch, calibrate, checked
 from comcat_diffusion.compression.compress import (
@@ -109,7 +110,7 @@ class RankSearch:
             if unit.product == "linear":
                 host.down = Masked(host.down, gate)
                 continue
-            style = hosts.style_of(host)
+            style = style_of(host)
             if unit.product == "both" and unit.key_bias:
                 raise ValueError(f"'{unit.module}' has a query bias, which a search on diffusers models does not know.")
             if unit.product != "vo":

@@ -27,6 +27,7 @@ from comcat_diffusion.adapters.header import AdapterFileError, Header
 from comcat_diffusion.adapters.merge import layers_of, unload_adapters
 from comcat_diffusion.adapters.store import denoiser, load_adapter
 from comcat_diffusion.adapters.terms import Term, assembled, read_contents
+from comcat_diffusion.attentions import style_of
 
 STEPS, SEED = 4, 0  # of the sampled pictures
 
@@ -97,7 +98,7 @@ def _observed(pipe: object, model: nn.Module, terms: list[Term], prompts: Sequen
     hooks = [model.register_forward_pre_hook(lambda m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)]
     for term in terms:
         attention = model.get_submodule(term.attention)
-        query = seam.plain(seam.style_of(attention).projections(attention)[0])
+        query = seam.plain(style_of(attention).projections(attention)[0])
         hooks.append(query.register_forward_pre_hook(gram(term.key)))
     try:
         generator = torch.Generator().manual_seed(SEED)
@@ -116,7 +117,7 @@ def _replayed(model: nn.Module, calls: list) -> torch.Tensor:
 
 def _closest(term: Term, attention: nn.Module, gram: torch.Tensor) -> Term:
     """The foldable term of the same rank that is closest to a free one."""
-    q, _, _, out = (seam.plain(projection) for projection in seam.style_of(attention).projections(attention))
+    q, _, _, out = (seam.plain(projection) for projection in style_of(attention).projections(attention))
     (query, key), (value, back) = term.products()  # (H, C, R), (H, R, C), (H, C, R), (H, R, C)
     into = maths.in_factors(q.weight.double(), term.heads)  # H, C, D
     bias = into.new_zeros(len(q.weight)) if q.bias is None else q.bias.double()

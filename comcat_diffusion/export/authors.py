@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from comcat_diffusion import atomic
-from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes
 from comcat_diffusion.adapters.layer import factor_shapes
 from comcat_diffusion.adapters.store import components, library_versions, plain_config, present_base, serialized
+from comcat_diffusion.attentions import style_of
 
 FACTORS = ("q_down", "k_down", "v_down", "out_up")
 _ATTENTION = re.compile(
@@ -89,7 +89,7 @@ def _read_list(path: Path) -> list[torch.Tensor]:
 
 
 def _rank_of(k_down: torch.Tensor, attention: nn.Module, path: str | Path) -> int:
-    heads = seam.style_of(attention).head_count(attention)
+    heads = style_of(attention).head_count(attention)
     rank, rest = divmod(len(k_down), heads)
     if rest or rank == 0:
         raise AdapterFileError(f"{path} has factors of {len(k_down)} rows, which {heads} heads cannot share.")
