@@ -19,7 +19,7 @@ from comcat_diffusion.compression.report import Quality
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_png
 from comcat_diffusion.generation.sheet import Row, contact_sheet
 
-GUIDANCE = 5.0  # as `comcat generate` draws
+GUIDANCE = 5.0  # of the recorded calls and of the sheet, whatever the base
 SHOWN = 4  # prompts on the sheet
 OWN_PROMPTS = 16  # of the embedded base's
 PLAIN_PROMPTS = (
