@@ -69,9 +69,10 @@ def adopt(model: torch.nn.Module, step: int, state: Path) -> None:
 
 
 def fast_precision() -> torch.autocast:
-    """bfloat16 where the processor multiplies it in tiles (AMX), float32 elsewhere: there bfloat16 is slower."""
+    """bfloat16 where the processor multiplies it (AMX, or AVX-512: 0.75 of the time), float32 elsewhere."""
     facts = Path("/proc/cpuinfo")
-    return torch.autocast("cpu", torch.bfloat16, enabled=facts.exists() and "amx_bf16" in facts.read_text())
+    multiplies = facts.exists() and {"amx_bf16", "avx512_bf16"} & set(facts.read_text().split())
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(multiplies))
 
 
 def ema_weights(model: torch.nn.Module, state: Path) -> None:
