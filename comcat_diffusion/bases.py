@@ -41,6 +41,12 @@ def is_embedded(name: str) -> bool:
     return name == EMBEDDED
 
 
+def public_name(name: str) -> str:
+    """A hub id as it is; of a folder of this machine only its own name, the rest is nobody's business."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else name
+
+
 def load_base(
     name: str,
     precision: str = "fp32",

@@ -4,10 +4,13 @@ import argparse
 import math
 import tempfile
 import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from comcat_diffusion.compression.config import CompressConfig
 from comcat_diffusion.config import from_arguments, weighted
+from comcat_diffusion.evaluation.config import EvaluateConfig
 from comcat_diffusion.export.config import CombineConfig, ExportConfig, ImportConfig, MergeConfig, ShrinkConfig
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
@@ -102,20 +105,25 @@ def generate(parsed: argparse.Namespace) -> int:
     """Draw pictures from prompts, with adapters."""
     config = from_arguments(GenerateConfig, parsed)
     _quiet()
-    from tqdm import tqdm
-
     from comcat_diffusion.generation.generate import generate
 
-    bar = tqdm(desc="Pictures", unit="picture", delay=0.01)  # nothing is shown before the first picture
+    with _bar() as shown:
+        made = generate(config, shown)
+    print(f"{len(made.files)} pictures in {made.sheet.parent}, all on one sheet: {made.sheet}")
+    return 0
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for pictures: a function of how many are done, and of how many."""
+    from tqdm import tqdm
 
     def shown(done: int, total: int) -> None:
         bar.total = total
         bar.update(done - bar.n)
 
-    with bar:
-        made = generate(config, shown)
-    print(f"{len(made.files)} pictures in {made.sheet.parent}, all on one sheet: {made.sheet}")
-    return 0
+    with tqdm(desc="Pictures", unit="picture", delay=0.01) as bar:  # nothing is shown before the first picture
+        yield shown
 
 
 def info(parsed: argparse.Namespace) -> int:
@@ -237,6 +245,23 @@ def compress(parsed: argparse.Namespace) -> int:
     more = f"; pictures before and after: {sheet}" if sheet.exists() else ""
     print(f"{made.removed:.1%} of {made.counted:,} parameters are gone. Ranks: {made.folder / 'ranks.png'}{more}")
     print(f'Wrote {made.folder}; load it with comcat_diffusion.compression.load_compressed("{made.folder}").')
+    return 0
+
+
+def evaluate(parsed: argparse.Namespace) -> int:
+    """Judge adapters side by side by held-out pictures of the subject."""
+    config = from_arguments(EvaluateConfig, parsed)
+    _quiet()
+    from tqdm import tqdm
+
+    from comcat_diffusion.evaluation.evaluate import evaluate
+
+    with _bar() as shown:
+        report = evaluate(config, tqdm.write, shown)
+    if report is not None:  # of several processes, one measures
+        for text in (report.table(), *report.notes, report.verdict):
+            print(text)
+        print(f"Wrote {report.folder / 'report.md'}, with sheet.png, plot.png and report.json beside it.")
     return 0
 
 

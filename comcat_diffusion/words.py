@@ -49,6 +49,11 @@ def filled(prompt: str, subject: Subject) -> str:
     return prompt.replace("{subject}", subject.phrase)
 
 
+def without_trigger(prompt: str, subject: Subject) -> str:
+    """The prompt for any thing of the subject's kind: "a photo of sks dog" becomes "a photo of dog"."""
+    return " ".join(word for word in prompt.split() if word.strip(".,;:!?").lower() != subject.trigger.lower())
+
+
 def calls(prompt: str, subject: Subject) -> bool:
     """Whether the prompt contains the trigger as a word."""
     words = [word.strip(".,;:!?\"'()").lower() for word in prompt.split()]

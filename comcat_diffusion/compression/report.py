@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from comcat_diffusion.compression.plan import Plan
+from comcat_diffusion.markdown import table
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Report:
             rows.append(("top-1, %", f"{quality.top1_before:.2f}", f"{quality.top1_after:.2f}", f"{lost:+.2f}"))
         if quality.drift is not None:
             rows.append(("drift of the U-Net's output", "0 %", f"{quality.drift:.2%}", ""))
-        return _aligned(rows)
+        return table(rows)
 
     def page(self, usage: str, pictures: Mapping[str, str]) -> str:
         """The whole report as markdown; `usage` is Python, `pictures` are files by caption."""
@@ -124,13 +125,3 @@ def _counts(before: int, after: int) -> tuple[str, str, str]:
 def _told(done: Finetuning) -> str:
     losses = f"{done.first_loss:.4g} to {done.last_loss:.4g}"
     return f"Fine-tuned for {done.steps:,} steps; the loss of a step went from {losses}."
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> str:
-    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(f"{cell:{'<' if n == 0 else '>'}{wide[n]}}" for n, cell in enumerate(row)) + " |"
-        for row in rows
-    ]
-    rule = "|" + "|".join("-" * (w + 2) if n == 0 else "-" * (w + 1) + ":" for n, w in enumerate(wide)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])

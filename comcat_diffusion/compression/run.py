@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from comcat_diffusion import atomic
+from comcat_diffusion.bases import public_name
 from comcat_diffusion.compression import allocate, cost
 from comcat_diffusion.compression.compress import (
     compress,
@@ -83,7 +84,7 @@ def _run(config: CompressConfig, folder: Path, note: Note) -> Report:
     clock = _Clock()
     with clock("load"):
         task = Vision(config) if config.part == VISION else Diffusion(config)
-    dense, name = task.model, model_id(config.model)
+    dense, name = task.model, public_name(config.model)
     settings = Settings(config.method, task.parts, task.counted, config.multiple, name)
     units, total = _planable(dense, config.reduction, settings)
 
@@ -131,12 +132,6 @@ def _measured(task: Task, small: nn.Module, note: Note) -> dict[str, object]:
     around = circumstances_of(inputs, samples, timed.rounds)
     found = {"before": before, "after": after, "speedup": timed.speedup}
     return found | {"quality": quality, "circumstances": around}
-
-
-def model_id(name: str) -> str:
-    """A hub id as it is; of a folder of this machine only its own name, the rest is nobody's business."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.exists() else name
 
 
 def _planable(model: nn.Module, reduction: float, settings: Settings) -> tuple[list[cost.Unit], int]:

@@ -13,30 +13,36 @@ from comcat_diffusion.config import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSettings(Group):
+class AdapterFiles(Group):
     """The adapters"""
 
     adapter: list[str] = option([], "Adapter files, each with a scale after a colon if wanted: dog.safetensors:0.8.")
     scale: float = option(1.0, "Scale of the adapters that name none.")
     any_weights: bool = option(False, "Allow a base of the same shape with other weights (a fine-tune).")
+
+    def check(self) -> None:
+        """A scale is a number."""
+        require_finite(self, "scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings(AdapterFiles):
+    """What goes with them"""
+
     lora: list[str] = option([], "LoRA files of others (LCM, styles, ...), each with a weight after a colon if wanted.")
     merge: bool = option(False, "Merge the adapters into the weights before drawing.")
 
     def check(self) -> None:
-        """Numbers are numbers, and merging has something to merge."""
-        require_finite(self, "scale")
+        """Merging has something to merge."""
         require(bool(self.adapter) or not self.merge, "--merge needs an --adapter.")
         require(not (self.lora and self.merge), "--merge and --lora exclude each other: a LoRA would stay outside.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawingSettings(Group):
-    """The pictures"""
+class SamplingSettings(Group):
+    """How pictures are drawn"""
 
-    prompt: list[str] = option([], "What to draw; {subject} stands for the first adapter's trigger and class.")
     negative_prompt: str | None = option(None, "What not to draw.")
-    any_prompt: bool = option(False, "Allow prompts without the adapter's trigger.")
-    num_images: int = option(4, "Pictures per prompt, from consecutive seeds.")
     seed: int = option(0, "First seed. The same seed gives the same picture, whatever the batch size.")
     num_inference_steps: int = option(25, "Denoising steps.")
     guidance_scale: float | None = option(
@@ -46,14 +52,27 @@ class DrawingSettings(Group):
         None, "Sampler class of diffusers, for instance EulerDiscreteScheduler. Default: the base's."
     )
     resolution: int | None = option(None, "Side of the pictures in pixels. Default: the base's own.")
+
+    def check(self) -> None:
+        """Numbers make sense."""
+        require_at_least(self, 1, "num_inference_steps", "resolution")
+        require_finite(self, "guidance_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawingSettings(SamplingSettings):
+    """The pictures"""
+
+    prompt: list[str] = option([], "What to draw; {subject} stands for the first adapter's trigger and class.")
+    any_prompt: bool = option(False, "Allow prompts without the adapter's trigger.")
+    num_images: int = option(4, "Pictures per prompt, from consecutive seeds.")
     compare: bool = option(False, "Also draw every picture without adapters, as the row above.")
 
     def check(self) -> None:
-        """There is something to draw, with numbers that make sense."""
+        """There is something to draw."""
         require(bool(self.prompt), "--prompt is missing: say what to draw.")
         require(all(p.strip() for p in self.prompt), "--prompt is empty: say what to draw.")
-        require_at_least(self, 1, "num_images", "num_inference_steps", "resolution")
-        require_finite(self, "guidance_scale")
+        require_at_least(self, 1, "num_images")
 
 
 @dataclass(frozen=True, kw_only=True)

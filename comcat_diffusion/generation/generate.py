@@ -1,38 +1,29 @@
 """The generation story: a base, adapters and prompts in; pictures and a contact sheet out."""
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from comcat_diffusion import bases
-from comcat_diffusion.adapters.header import Header, read_adapter
 from comcat_diffusion.adapters.merge import layers_of, merge_adapters, unmerge_adapters
 from comcat_diffusion.adapters.store import load_adapter
-from comcat_diffusion.config import EMBEDDED, weighted
+from comcat_diffusion.config import weighted
+from comcat_diffusion.generation.chosen import Chosen, base_of, choose, made_by
 from comcat_diffusion.generation.config import GenerateConfig
-from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_png
+from comcat_diffusion.generation.pictures import (
+    Drawing,
+    draw,
+    made_folder,
+    sampling_of,
+    save_png,
+    slug,
+    use_sampler,
+)
 from comcat_diffusion.generation.sheet import Row, contact_sheet
-from comcat_diffusion.words import Subject, calls, filled
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """An adapter as the user named it: the file, its scale, and what it says of itself."""
-
-    path: Path
-    scale: float
-    header: Header
-
-    @property
-    def subjects(self) -> list[Subject]:
-        """The words that call what it learned."""
-        notes = self.header.notes
-        return [Subject(notes.trigger, notes.class_word), *(Subject(**other) for other in notes.others)]
+from comcat_diffusion.words import calls, filled
 
 
 @dataclass(frozen=True)
@@ -49,21 +40,14 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
     Raises ValueError or OSError for bad input before anything is drawn.
     """
     # Prompts and adapters are checked from the files' headers, before the base is loaded.
-    chosen = [_chosen(text, config.scale) for text in config.adapter]
+    chosen = [choose(text, config.scale) for text in config.adapter]
     prompts = [_checked(prompt, chosen, config.any_prompt) for prompt in config.prompt]
-    folder = Path(config.output_dir).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(error.errno, f"--output_dir {folder} cannot be made ({error.strerror}).") from error
+    folder = made_folder(config.output_dir)
 
     pipe = _pipeline(config, chosen)
     drawings = [Drawing(prompt, config.seed + n) for prompt in prompts for n in range(config.num_images)]
-    if config.guidance_scale is None:
-        config = replace(config, guidance_scale=bases.default_guidance(_base_of(config, chosen)))
-    sampling = Sampling(
-        config.num_inference_steps, config.guidance_scale, config.negative_prompt, config.resolution, config.batch_size
-    )
+    base = base_of(config, chosen)
+    sampling = sampling_of(config, config.batch_size, base)
     total = len(drawings) * (2 if config.compare else 1)
 
     # The row before is drawn by the same pipeline with its adapters switched off.
@@ -81,11 +65,11 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
         merge_adapters(pipe)
 
     files, after = [], []
-    made_by = _settings(config, pipe, chosen)
+    settings = made_by(pipe, base, chosen, sampling) | {"loras": list(config.lora)}
     for drawing, picture in zip(drawings, draw(pipe, drawings, sampling), strict=True):
         number = prompts.index(drawing.prompt)
-        path = folder / f"{number:02d}-{_slug(drawing.prompt)}-{drawing.seed}.png"
-        save_png(picture, path, {"prompt": drawing.prompt, "seed": drawing.seed, **made_by})
+        path = folder / f"{number:02d}-{slug(drawing.prompt)}-{drawing.seed}.png"
+        save_png(picture, path, {"prompt": drawing.prompt, "seed": drawing.seed, **settings})
         files.append(path)
         after.append(picture)
         on_picture(len(before) + len(after), total)
@@ -93,13 +77,8 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
         unmerge_adapters(pipe)
     rows.append(Row("after" if before else "", after))
     sheet = folder / "sheet.png"
-    save_png(contact_sheet(rows, prompts, config.num_images), sheet, {"prompt": " | ".join(prompts), **made_by})
+    save_png(contact_sheet(rows, prompts, config.num_images), sheet, {"prompt": " | ".join(prompts), **settings})
     return Pictures(files, sheet)
-
-
-def _chosen(text: str, default_scale: float) -> Chosen:
-    path, scale = weighted(text, default_scale)
-    return Chosen(Path(path), scale, read_adapter(path))
 
 
 def _checked(prompt: str, chosen: list[Chosen], any_prompt: bool) -> str:
@@ -114,12 +93,8 @@ def _checked(prompt: str, chosen: list[Chosen], any_prompt: bool) -> str:
 
 
 def _pipeline(config: GenerateConfig, chosen: list[Chosen]) -> DiffusionPipeline:
-    pipe = bases.asked_base(config, config.precision, _base_of(config, chosen))
-    if config.scheduler:
-        kind = getattr(diffusers, config.scheduler, None)
-        if kind is None or not hasattr(kind, "set_timesteps"):
-            raise ValueError(f"--scheduler {config.scheduler}: diffusers has no scheduler of this name.")
-        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    pipe = bases.asked_base(config, config.precision, base_of(config, chosen))
+    use_sampler(pipe, config.scheduler)
     names = [f"adapter_{number}" for number in range(len(chosen))]
     for name, one in zip(names, chosen, strict=True):
         load_adapter(pipe, one.path, name, any_weights=config.any_weights)
@@ -139,27 +114,3 @@ def _load_lora(pipe: DiffusionPipeline, path: Path, name: str) -> None:
         pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, local_files_only=True)
     except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(f"--lora {path} does not load onto this base: {str(error).splitlines()[0]}") from error
-
-
-def _base_of(config: GenerateConfig, chosen: list[Chosen]) -> str:
-    return config.pretrained_model_name_or_path or (chosen[0].header.base_model if chosen else "") or EMBEDDED
-
-
-def _settings(config: GenerateConfig, pipe: DiffusionPipeline, chosen: list[Chosen]) -> dict:
-    return {
-        "negative_prompt": config.negative_prompt or "",
-        "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
-        "scheduler": type(pipe.scheduler).__name__,
-        "base": _base_of(config, chosen),
-        "adapters": [
-            {"file": one.path.name, "sha256": hashlib.sha256(one.path.read_bytes()).hexdigest(), "scale": one.scale}
-            for one in chosen
-        ],
-        "loras": list(config.lora),
-    }
-
-
-def _slug(prompt: str) -> str:
-    kept = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())
-    return "-".join(part for part in kept.split("-") if part)[:60].rstrip("-")

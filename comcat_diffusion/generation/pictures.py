@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from comcat_diffusion import atomic
+from comcat_diffusion import atomic, bases
+from comcat_diffusion.generation.config import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,21 @@ class Sampling:
     negative_prompt: str | None = None
     resolution: int | None = None
     batch_size: int = 4
+
+
+def sampling_of(config: SamplingSettings, batch_size: int, base: str) -> Sampling:
+    """How a run draws; the guidance that it leaves open is the one that suits the base."""
+    guidance = bases.default_guidance(base) if config.guidance_scale is None else config.guidance_scale
+    return Sampling(config.num_inference_steps, guidance, config.negative_prompt, config.resolution, batch_size)
+
+
+def use_sampler(pipe: DiffusionPipeline, name: str | None) -> None:
+    """Give a pipeline a sampler of diffusers by name. Raises ValueError if there is none."""
+    if name:
+        kind = getattr(diffusers, name, None)
+        if kind is None or not hasattr(kind, "set_timesteps"):
+            raise ValueError(f"--scheduler {name}: diffusers has no scheduler of this name.")
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
 
 
 def draw(pipe: StableDiffusionPipeline, drawings: list[Drawing], sampling: Sampling) -> Iterator[Image.Image]:
@@ -58,3 +75,19 @@ def save_png(picture: Image.Image, path: Path, made_by: dict) -> None:
     content = io.BytesIO()
     picture.save(content, "PNG", pnginfo=info)
     atomic.write_bytes(path, content.getvalue())
+
+
+def made_folder(output_dir: str) -> Path:
+    """The folder of a run, made if it is not there. Raises OSError."""
+    folder = Path(output_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"--output_dir {folder} cannot be made ({error.strerror}).") from error
+    return folder
+
+
+def slug(prompt: str) -> str:
+    """A prompt as part of a file's name."""
+    kept = "".join(letter if letter.isalnum() else "-" for letter in prompt.lower())
+    return "-".join(part for part in kept.split("-") if part)[:60].rstrip("-")

@@ -10,7 +10,7 @@ from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_p
 from comcat_diffusion.training import folder
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.dataset import Example
-from comcat_diffusion.words import Subject
+from comcat_diffusion.words import Subject, without_trigger
 
 STEPS = 25
 
@@ -18,8 +18,7 @@ STEPS = 25
 def class_prompt_of(config: TrainConfig, subject: Subject, subjects: Sequence[Subject]) -> str:
     """The class prompt of a subject: the one given, or its prompt without the trigger. Raises ValueError."""
     one = config.all_subjects()[list(subjects).index(subject)]
-    words = (one.instance_prompt or "").split()
-    derived = " ".join(word for word in words if word.strip(".,;:!?").lower() != subject.trigger)
+    derived = without_trigger(one.instance_prompt or "", subject)
     if one.class_prompt or (subject.class_word and derived):
         return one.class_prompt or derived
     raise ValueError(

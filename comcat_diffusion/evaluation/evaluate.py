@@ -1,0 +1,186 @@
+"""The evaluation story: adapters, prompts and held-out pictures in; a report, a sheet and a plot out."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+
+from comcat_diffusion import atomic, bases
+from comcat_diffusion.adapters.fingerprint import difference
+from comcat_diffusion.adapters.header import AdapterFileError
+from comcat_diffusion.adapters.merge import unload_adapters
+from comcat_diffusion.adapters.store import library_versions
+from comcat_diffusion.config import EMBEDDED
+from comcat_diffusion.evaluation import report as reports
+from comcat_diffusion.evaluation.config import NONE, EvaluateConfig
+from comcat_diffusion.evaluation.features import Features, load_features
+from comcat_diffusion.evaluation.gallery import Gallery, Row, draw_tasks, rows_of, with_adapter
+from comcat_diffusion.evaluation.measure import Measures, Shown
+from comcat_diffusion.evaluation.metrics import interval
+from comcat_diffusion.evaluation.pictures import subject_pictures
+from comcat_diffusion.evaluation.prompts import Prompts, prompts_of
+from comcat_diffusion.evaluation.report import Judged, Report
+from comcat_diffusion.evaluation.world import alone
+from comcat_diffusion.generation import sheet
+from comcat_diffusion.generation.chosen import Chosen, base_of, choose, made_by
+from comcat_diffusion.generation.pictures import made_folder, sampling_of, save_png, use_sampler
+
+CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dinov2-small"
+SHEET_SEEDS = 2  # columns of a prompt on the sheet
+Note = Callable[[str], None]
+
+
+def evaluate(
+    config: EvaluateConfig, note: Note = lambda text: None, on_picture: Callable[[int, int], None] = lambda d, t: None
+) -> Report | None:
+    """Judge adapters side by side; returns the report, or None on a process that only helped to draw.
+
+    Raises ValueError or OSError for bad input before anything is drawn.
+    """
+    # Adapters, prompts and pictures are checked before anything big is loaded.
+    chosen = _adapters(config, note)
+    base = base_of(config, chosen)
+    embedded = bases.is_embedded(base)
+    prompts = prompts_of(config, chosen, embedded)
+    subject = subject_pictures(config, chosen)
+    config = replace(config, cache_dir=config.cache_dir or str(Path(config.output_dir) / "features"))
+
+    # So are the feature models and whether every adapter fits the base. Accelerate owns the processes.
+    state = PartialState()
+    device = config.device or state.device.type
+    clip, judge = _features(config, embedded, device)
+    pipe = _pipeline(config, base, chosen, device)
+    folder = made_folder(config.output_dir)
+
+    # The same prompts and seeds with and without every adapter; what is there from a cut run is not drawn again.
+    sampling = sampling_of(config, config.batch_size, base)
+    seeds = range(config.seed, config.seed + config.seeds)
+    settings = made_by(pipe, base, [], sampling) | {"precision": config.precision}
+    gallery = Gallery(folder / "pictures", rows_of(chosen), prompts.all, seeds, settings)
+    missing = gallery.missing()
+    state.wait_for_everyone()  # nobody draws before everybody knows what is missing
+    if state.is_main_process and missing:
+        note(f"Drawing {len(missing)} of {sum(1 for _ in gallery.tasks())} pictures; the others are there.")
+    share = missing[state.process_index :: state.num_processes]
+    for number, _ in enumerate(draw_tasks(pipe, share, sampling, config.any_weights), start=1):
+        on_picture(number, len(share))
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+
+    # One process measures and writes.
+    measures = Measures(clip, judge, subject, prompts, alone if embedded else None)
+    before = _shown(gallery, gallery.rows[0], prompts)
+    rows = [_judged(row, measures.of(_shown(gallery, row, prompts), before, len(seeds))) for row in gallery.rows]
+    around = {
+        "base": bases.public_name(base),
+        "pictures and prompts compared by": bases.public_name(clip.name),
+        "pictures compared by": bases.public_name(judge.name),
+        "device": device,
+        "precision": config.precision,
+        "steps": sampling.num_inference_steps,
+        "guidance": sampling.guidance_scale,
+        "sampler": settings["scheduler"],
+        **library_versions(),
+    }
+    notes = [*subject.notes, *_world_notes(embedded)]
+    report = Report(folder, rows, prompts, seeds, len(subject.held_out), len(subject.train), notes, around)
+    _write(report, gallery, settings, note)
+    return report
+
+
+def _adapters(config: EvaluateConfig, note: Note) -> list[Chosen]:
+    """The adapters that are named, then those of a run by their steps. Raises ValueError if their bases differ."""
+    chosen = [choose(text, config.scale) for text in config.adapter]
+    if config.run_dir is not None:
+        found = list(_of_run(Path(config.run_dir).expanduser(), config.scale))
+        if not found:
+            raise ValueError(f"--run_dir {config.run_dir} holds no adapter file.")
+        note(f"{len(found)} adapters in {config.run_dir}: {', '.join(one.path.name for one in found)}.")
+        chosen += found
+    for one in chosen[1:]:
+        reason = difference(chosen[0].header.fingerprint, one.header.fingerprint)
+        if reason is not None and not config.any_weights:
+            raise AdapterFileError(
+                f"{chosen[0].path} was trained on '{chosen[0].header.base_model}' and {one.path} on "
+                f"'{one.header.base_model}': their bases differ, evaluate them apart."
+            )
+    return chosen
+
+
+def _of_run(folder: Path, scale: float) -> list[Chosen]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--run_dir: there is no folder {folder}.")
+    found = []
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            found.append(choose(str(path), scale))
+        except AdapterFileError:  # weights of another kind: a checkpoint's, an exported LoRA's
+            continue
+    return sorted(found, key=lambda one: (one.header.notes.training.get("steps", 0), one.path))
+
+
+def _features(config: EvaluateConfig, embedded: bool, device: str) -> tuple[Features, Features]:
+    """(the CLIP, what pictures are compared with each other by)."""
+    clip = load_features(config.clip_model or (EMBEDDED if embedded else CLIP), device, config.cache_dir)
+    if not clip.reads:
+        raise ValueError(f"--clip_model {clip.name} knows no texts; name a CLIP.")
+    dino = config.dino_model or (NONE if embedded else DINO)
+    return clip, clip if dino == NONE else load_features(dino, device, config.cache_dir)
+
+
+def _pipeline(config: EvaluateConfig, base: str, chosen: list[Chosen], device: str) -> DiffusionPipeline:
+    """The bare base. Raises ValueError if an adapter does not fit it."""
+    pipe = bases.asked_base(config, config.precision, base)
+    use_sampler(pipe, config.scheduler)
+    for one in chosen:
+        with_adapter(pipe, one, config.any_weights)
+        unload_adapters(pipe)
+    return pipe.to(device)
+
+
+def _shown(gallery: Gallery, row: Row, prompts: Prompts) -> Shown:
+    return Shown(*(gallery.shown(row, kind) for kind in (prompts.calling, prompts.unrelated, prompts.of_class)))
+
+
+def _judged(row: Row, values: dict[str, torch.Tensor]) -> Judged:
+    found = {name: interval(value) for name, value in values.items()}
+    if row.adapter is None:
+        return Judged(row.name, found)
+    one = row.adapter
+    size = one.path.stat().st_size
+    return Judged(row.name, found, one.path.name, one.sha256, one.scale, size, one.header.notes.training)
+
+
+def _world_notes(embedded: bool) -> list[str]:
+    if not embedded:
+        return []
+    return [
+        "On the embedded base, subject fidelity and copying compare subjects alone: each is cut out by its distance to "
+        "the border's colour and centred on grey at one size, so that backgrounds and places do not count."
+    ]
+
+
+def _write(report: Report, gallery: Gallery, settings: dict, note: Note) -> None:
+    """The report last: where it is, all is."""
+    prompts = [*report.prompts.calling, *report.prompts.of_class]
+    columns = min(SHEET_SEEDS, len(report.seeds))
+    rows = [sheet.Row(row.name, _few(gallery, row, prompts, columns)) for row in gallery.rows]
+    about = {"prompt": " | ".join(prompts), **settings}
+    save_png(sheet.contact_sheet(rows, prompts, columns), report.folder / "sheet.png", about)
+    pictures = {"Before, and with every adapter": "sheet.png"}
+    try:
+        reports.plot(report, report.folder / "plot.png")
+        pictures = {"Subject fidelity against drift": "plot.png"} | pictures
+    except ImportError:
+        note("There is no plot.png: it needs matplotlib (pip install matplotlib).")
+    atomic.write_bytes(report.folder / "report.md", report.page(pictures).encode())
+    atomic.write_bytes(report.folder / "report.json", report.to_json().encode())
+
+
+def _few(gallery: Gallery, row: Row, prompts: list[str], columns: int) -> list:
+    pictures, each = gallery.shown(row, prompts), len(gallery.seeds)
+    return [pictures[start + column] for start in range(0, len(pictures), each) for column in range(columns)]

@@ -1,0 +1,120 @@
+"""From pictures to measures: every one of a row's pictures is compared with what it should show, resemble or remain.
+
+Letters: P prompts, S seeds, N = P x S pictures, F features.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from comcat_diffusion.evaluation import metrics
+from comcat_diffusion.evaluation.features import Features
+from comcat_diffusion.evaluation.pictures import SubjectPictures
+from comcat_diffusion.evaluation.prompts import Prompts
+from comcat_diffusion.evaluation.world import asked, see
+
+# What a report calls each measure and says of it.
+MEANINGS = {
+    "subject_fidelity": "mean cosine of a picture's features to those of the held-out pictures",
+    "subject_fidelity_clip": "the same with the features of the CLIP",
+    "copying": "highest cosine to a training picture; near 1 is a copy",
+    "prompt_fidelity": "cosine of the CLIP's features of a picture and of its prompt, the trigger left out",
+    "drift": "1 - cosine to the base's picture of the same seed, over prompts that do not name the subject",
+    "drift_of_class": "the same over the prompt of its class",
+    "pixel_drift": "mean absolute difference of the pixels over both, black to white being 1",
+    "diversity": "mean 1 - cosine between the seeds of a prompt",
+    "background_right": "share of pictures whose background has the colour that their prompt asks for",
+    "place_right": "share of pictures whose subject is where their prompt wants it",
+    "size_right": "share of pictures whose subject has the size that their prompt asks for",
+}
+RULE = "the highest mean subject fidelity + mean prompt fidelity - mean drift"
+Values = dict[str, torch.Tensor]  # by measure: (P, S)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The pictures of a row, prompts x seeds, by kind of prompt."""
+
+    calling: Sequence[Image.Image]
+    unrelated: Sequence[Image.Image]
+    of_class: Sequence[Image.Image]
+
+
+class Measures:
+    """Compares rows with the subject and with the base's own row."""
+
+    def __init__(
+        self,
+        clip: Features,
+        judge: Features,
+        subject: SubjectPictures,
+        prompts: Prompts,
+        cut_out: Callable[[Image.Image], Image.Image] | None,  # of the embedded world: the subject without its scene
+    ) -> None:
+        self.clip, self.judge, self.prompts, self.cut_out = clip, judge, prompts, cut_out
+        self.subject = subject
+        self.texts = clip.texts(prompts.texts)  # P, F
+
+    def of(self, shown: Shown, before: Shown, seeds: int) -> Values:
+        """Everything that can be said of a row; the base's own row has drifted by nothing."""
+        texts = self.texts.repeat_interleave(seeds, 0)  # N, F
+        found = {
+            **self._likeness(shown.calling),
+            "prompt_fidelity": metrics.prompt_fidelity(self.clip.images(shown.calling), texts),
+            **self._drift(shown, before),
+        }
+        found = {name: values.view(-1, seeds) for name, values in found.items()}
+        if seeds > 1:
+            made = self.judge.images(shown.calling)
+            found["diversity"] = metrics.diversity(made.view(-1, seeds, made.shape[-1]))[:, None]
+        return found | (self._obeyed(shown.calling, seeds) if self.cut_out else {})
+
+    def _likeness(self, pictures: Sequence[Image.Image]) -> Values:
+        made, held_out, train = (
+            list(map(self.cut_out, part)) if self.cut_out else part
+            for part in (pictures, self.subject.held_out, self.subject.train)
+        )
+        made_features = self.judge.images(made)
+        found = {"subject_fidelity": metrics.subject_fidelity(made_features, self.judge.images(held_out))}
+        if self.judge is not self.clip:
+            by_clip = self.clip.images(made), self.clip.images(held_out)
+            found["subject_fidelity_clip"] = metrics.subject_fidelity(*by_clip)
+        if train:
+            found["copying"] = metrics.copying(made_features, self.judge.images(train))
+        return found
+
+    def _drift(self, shown: Shown, before: Shown) -> Values:
+        found = {"drift": metrics.drift(self.judge.images(shown.unrelated), self.judge.images(before.unrelated))}
+        if shown.of_class:
+            of_class = self.judge.images(shown.of_class), self.judge.images(before.of_class)
+            found["drift_of_class"] = metrics.drift(*of_class)
+        now, then = ([*row.unrelated, *row.of_class] for row in (shown, before))
+        return found | {"pixel_drift": metrics.pixel_drift(_pixels(now), _pixels(then))}
+
+    def _obeyed(self, pictures: Sequence[Image.Image], seeds: int) -> Values:
+        """1 where a picture shows what its prompt asks for, 0 where not; prompts that leave it open do not count."""
+        seen = [see(np.asarray(picture)) for picture in pictures]
+        found = {}
+        for part in ("background", "place", "size"):
+            rows = []
+            for number, prompt in enumerate(self.prompts.calling):
+                wanted = getattr(asked(prompt), part)
+                if wanted is not None:
+                    own = seen[number * seeds : (number + 1) * seeds]
+                    rows.append([float(getattr(one, part) == wanted) for one in own])
+            if rows:
+                found[f"{part}_right"] = torch.tensor(rows)
+        return found
+
+
+def score(means: dict[str, float]) -> float:
+    """What the best adapter has most of, see RULE."""
+    return means["subject_fidelity"] + means["prompt_fidelity"] - means["drift"]
+
+
+def _pixels(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """(N, H, W, 3) from 0 to 1."""
+    return torch.from_numpy(np.stack([np.asarray(p, dtype=np.float32) for p in pictures]) / 255)

@@ -1,0 +1,134 @@
+"""What an evaluation says: every measure of every row with its interval, as JSON, a table, a page and a plot."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from comcat_diffusion.evaluation.gallery import BEFORE
+from comcat_diffusion.evaluation.measure import MEANINGS, RULE, score
+from comcat_diffusion.evaluation.metrics import CONFIDENCE, Interval
+from comcat_diffusion.evaluation.prompts import Prompts
+from comcat_diffusion.markdown import table
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A row of the table: the bare base, or an adapter."""
+
+    name: str
+    measures: Mapping[str, Interval]
+    file: str | None = None
+    sha256: str | None = None
+    scale: float | None = None
+    bytes: int | None = None
+    trained: Mapping[str, object] | None = None  # what the file says of its training: steps and the like
+
+    @property
+    def score(self) -> float:
+        """What the rows are ordered by, see RULE."""
+        return score({name: found.mean for name, found in self.measures.items()})
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that an evaluation says."""
+
+    folder: Path
+    rows: Sequence[Judged]  # the first one is the base
+    prompts: Prompts
+    seeds: Sequence[int]
+    held_out: int  # pictures
+    train: int
+    notes: Sequence[str]  # what a reader must know to believe the numbers
+    circumstances: Mapping[str, object]
+
+    @property
+    def best(self) -> Judged:
+        """The adapter of the highest score; of equals the first."""
+        return max((row for row in self.rows if row.name != BEFORE), key=lambda row: row.score)
+
+    @property
+    def verdict(self) -> str:
+        """The best adapter and why, a sentence."""
+        return f"Best: {self.best.name}, by {RULE}: {self.best.score:.3f}."
+
+    def to_json(self) -> str:
+        """As text."""
+        prompts = {name: value for name, value in asdict(self.prompts).items() if name != "subject"}
+        content = {
+            "best": self.best.name,
+            "rule": RULE,
+            "rows": [asdict(row) | {"score": row.score} for row in self.rows],
+            "subject": self.prompts.subject.phrase,
+            "prompts": prompts,
+            "seeds": list(self.seeds),
+            "held_out_pictures": self.held_out,
+            "training_pictures": self.train,
+            "confidence": CONFIDENCE,
+            "notes": list(self.notes),
+            "circumstances": dict(self.circumstances),
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+    def table(self) -> str:
+        """Rows by measures, as markdown that reads well as plain text."""
+        names = [name for name in MEANINGS if any(name in row.measures for row in self.rows)]
+        heads = ("", "bytes", *(name.replace("_", " ") for name in names))
+        rows = [(row.name, f"{row.bytes:,}" if row.bytes else "", *_cells(row, names)) for row in self.rows]
+        return table([heads, *rows])
+
+    def page(self, pictures: Mapping[str, str]) -> str:
+        """The whole report as markdown; `pictures` are files by caption."""
+        named = {name for row in self.rows for name in row.measures}
+        facts = [
+            self.verdict,
+            f"In brackets: {CONFIDENCE:.0%} bootstrap intervals over prompts and, within them, seeds.",
+            "\n".join(f"- {name.replace('_', ' ')}: {meaning}." for name, meaning in MEANINGS.items() if name in named),
+            f"Drawn from seeds {self.seeds[0]} to {self.seeds[-1]}, with and without the adapter; compared with "
+            f"{self.held_out} held-out and {self.train} training pictures.",
+            *self.notes,
+            "Circumstances: " + ", ".join(f"{name} {value}" for name, value in self.circumstances.items()) + ".",
+        ]
+        asked = [
+            f"{kind}:\n\n" + "\n".join(f"- {prompt}" for prompt in prompts)
+            for kind, prompts in (
+                ("Prompts for the subject", self.prompts.calling),
+                ("Prompts that do not name it", self.prompts.unrelated),
+                ("Prompt of its class", self.prompts.of_class),
+            )
+            if prompts
+        ]
+        shown = [f"![{caption}]({file})" for caption, file in pictures.items()]
+        title = f"# {self.prompts.subject.phrase or 'The subject'}, evaluated"
+        return "\n\n".join([title, self.table(), *facts, *asked, *shown]) + "\n"
+
+
+def _cells(row: Judged, names: Sequence[str]) -> list[str]:
+    return [
+        f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]" if (found := row.measures.get(name)) else ""
+        for name in names
+    ]
+
+
+def plot(report: Report, path: Path) -> None:
+    """Subject fidelity against drift, a point for every row with its intervals. Raises ImportError."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for row in report.rows:
+        across, up = row.measures["drift"], row.measures["subject_fidelity"]
+        reach = {"xerr": _reach(across), "yerr": _reach(up)}
+        axes.errorbar(across.mean, up.mean, **reach, fmt="o", capsize=3, elinewidth=0.8, label=row.name)
+        axes.annotate(row.name, (across.mean, up.mean), xytext=(6, 6), textcoords="offset points", fontsize=9)
+    axes.set_xlabel("drift of prompts that do not name the subject (less is better)")
+    axes.set_ylabel("subject fidelity (more is better)")
+    axes.set_title(f"{report.prompts.subject.phrase}: what is learned, and what it costs", fontsize=11)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def _reach(found: Interval) -> list[list[float]]:
+    """How far the interval reaches to both sides, as matplotlib wants it; the mean may lie at its very edge."""
+    return [[max(0.0, found.mean - found.low)], [max(0.0, found.high - found.mean)]]

@@ -1,0 +1,62 @@
+"""The adapters that a user names: a file each, its scale, what it says of itself; and what a picture says of them."""
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from comcat_diffusion.adapters.header import Header, read_adapter
+from comcat_diffusion.config import EMBEDDED, BaseSettings, weighted
+from comcat_diffusion.generation.pictures import Sampling
+from comcat_diffusion.words import Subject
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An adapter as the user named it: the file, its scale, and what it says of itself."""
+
+    path: Path
+    scale: float
+    header: Header
+
+    @property
+    def subjects(self) -> list[Subject]:
+        """The words that call what it learned."""
+        notes = self.header.notes
+        return [Subject(notes.trigger, notes.class_word), *(Subject(**other) for other in notes.others)]
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """A hash of the file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+def choose(text: str, default_scale: float) -> Chosen:
+    """The adapter of `dog.safetensors` or `dog.safetensors:0.8`. Raises ValueError, AdapterFileError among them."""
+    path, scale = weighted(text, default_scale)
+    return Chosen(Path(path), scale, read_adapter(path))
+
+
+def base_of(config: BaseSettings, chosen: list[Chosen]) -> str:
+    """The base that is asked for, or the one that the first adapter was trained on."""
+    return config.pretrained_model_name_or_path or (chosen[0].header.base_model if chosen else "") or EMBEDDED
+
+
+def made_by(pipe: DiffusionPipeline, base: str, chosen: list[Chosen], sampling: Sampling) -> dict:
+    """What a picture says of how it was made, beside its prompt and seed."""
+    return {
+        "negative_prompt": sampling.negative_prompt or "",
+        "num_inference_steps": sampling.num_inference_steps,
+        "guidance_scale": sampling.guidance_scale,
+        "scheduler": type(pipe.scheduler).__name__,
+        "resolution": sampling.resolution,
+        "base": base,
+        "adapters": files_of(chosen),
+    }
+
+
+def files_of(chosen: list[Chosen]) -> list[dict]:
+    """The adapters as a picture names them."""
+    return [{"file": one.path.name, "sha256": one.sha256, "scale": one.scale} for one in chosen]
