@@ -6,7 +6,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch.nn.functional import cosine_similarity, normalize
 from torch.testing import assert_close
-from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from comcat_diffusion import bases
 from comcat_diffusion.evaluation import metrics
@@ -14,6 +13,7 @@ from comcat_diffusion.evaluation.features import load_features
 from comcat_diffusion.evaluation.metrics import Interval, interval
 from comcat_diffusion.evaluation.world import NEUTRAL, SIDE, SPAN, Seen, alone, asked, embedded_world, see
 from comcat_diffusion.training.images import to_tensor
+from tests import tiny_bases
 
 NEAR = {"left": (0, 12), "right": (38, 12), "top": (19, 0), "bottom": (19, 38), "middle": (19, 19)}
 
@@ -162,14 +162,7 @@ def test_features_are_kept_by_content_of_picture_and_model(small_clip, tmp_path)
 
 @pytest.fixture
 def dino(tmp_path):
-    """A tiny DINOv2 of random weights, as a folder of transformers."""
-    config = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=28, patch_size=14)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        Dinov2Model(config).save_pretrained(tmp_path / "dino")
-    whole = {"height": 28, "width": 28}
-    BitImageProcessor(size={"shortest_edge": 32}, crop_size=whole).save_pretrained(tmp_path / "dino")
-    return tmp_path / "dino"
+    return tiny_bases.dino(tmp_path / "dino")
 
 
 def test_a_dinov2_knows_pictures_alone(dino):

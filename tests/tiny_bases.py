@@ -13,7 +13,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    BitImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 from comcat_diffusion import bases
 
@@ -215,3 +223,14 @@ def damaged(path: Path) -> Path:
     half = path.with_name("half.safetensors")
     half.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return half
+
+
+def dino(folder: Path) -> Path:
+    """No base: a DINOv2 of two layers, which says by what pictures are alike."""
+    config = Dinov2Config(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, image_size=28, patch_size=14)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Dinov2Model(config).save_pretrained(folder)
+    whole = {"height": 28, "width": 28}
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size=whole).save_pretrained(folder)
+    return folder

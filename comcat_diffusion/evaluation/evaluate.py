@@ -1,5 +1,7 @@
 """The evaluation story: adapters, prompts and held-out pictures in; a report, a sheet and a plot out."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from comcat_diffusion import atomic, bases
 from comcat_diffusion.adapters.fingerprint import difference
 from comcat_diffusion.adapters.header import AdapterFileError
 from comcat_diffusion.adapters.merge import unload_adapters
-from comcat_diffusion.adapters.store import library_versions
+from comcat_diffusion.adapters.store import library_versions, present_base
 from comcat_diffusion.config import EMBEDDED
 from comcat_diffusion.evaluation import report as reports
 from comcat_diffusion.evaluation.config import NONE, EvaluateConfig
@@ -50,7 +52,7 @@ def evaluate(
 
     # So are the feature models and whether every adapter fits the base. Accelerate owns the processes.
     state = PartialState()
-    device = config.device or state.device.type
+    device = config.device or str(state.device)
     clip, judge = _features(config, embedded, device)
     pipe = _pipeline(config, base, chosen, device)
     folder = made_folder(config.output_dir)
@@ -58,7 +60,7 @@ def evaluate(
     # The same prompts and seeds with and without every adapter; what is there from a cut run is not drawn again.
     sampling = sampling_of(config, config.batch_size, base)
     seeds = range(config.seed, config.seed + config.seeds)
-    settings = made_by(pipe, base, [], sampling) | {"precision": config.precision}
+    settings = made_by(pipe, base, [], sampling) | {"precision": config.precision, "base_digest": _digest_of(pipe)}
     gallery = Gallery(folder / "pictures", rows_of(chosen), prompts.all, seeds, settings)
     missing = gallery.missing()
     state.wait_for_everyone()  # nobody draws before everybody knows what is missing
@@ -66,7 +68,8 @@ def evaluate(
         note(f"Drawing {len(missing)} of {sum(1 for _ in gallery.tasks())} pictures; the others are there.")
     share = missing[state.process_index :: state.num_processes]
     for number, _ in enumerate(draw_tasks(pipe, share, sampling, config.any_weights), start=1):
-        on_picture(number, len(share))
+        if state.is_main_process:
+            on_picture(number, len(share))
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
@@ -140,6 +143,11 @@ def _pipeline(config: EvaluateConfig, base: str, chosen: list[Chosen], device: s
         with_adapter(pipe, one, config.any_weights)
         unload_adapters(pipe)
     return pipe.to(device)
+
+
+def _digest_of(pipe: DiffusionPipeline) -> str:
+    """A short hash of the base's fingerprint: another base under the same name draws its own pictures."""
+    return hashlib.sha256(json.dumps(present_base(pipe)).encode()).hexdigest()[:16]
 
 
 def _shown(gallery: Gallery, row: Row, prompts: Prompts) -> Shown:

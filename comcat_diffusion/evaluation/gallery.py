@@ -42,13 +42,15 @@ class Task:
 
 
 def rows_of(chosen: Sequence[Chosen]) -> list[Row]:
-    """The base and the adapters, named by their files; those of one name by their folders or numbers too."""
+    """The base and the adapters, named by their files; by their folders too, or numbers, where that is not enough."""
+    stems = [path.stem for path in {one.path.absolute() for one in chosen}]
     rows = [Row(BEFORE)]
     for one in chosen:
-        scale = "" if one.scale == 1 else f" x {one.scale:g}"
-        names = [f"{one.path.stem}{scale}", f"{one.path.absolute().parent.name} {one.path.stem}{scale}"]
-        names += [f"{names[0]} {number}" for number in range(2, len(chosen) + 2)]
+        path = one.path.absolute()
+        name = path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}/{path.stem}"
+        name += "" if one.scale == 1 else f" x {one.scale:g}"
         taken = {slug(row.name) for row in rows}
+        names = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
         rows.append(Row(next(name for name in names if slug(name) not in taken), one))
     return rows
 

@@ -27,12 +27,16 @@ UNRELATED_IN_THE_EMBEDDED_WORLD = (
     "a photo of a small cat at the top, blue background",
     "a photo of a big yellow balloon in the middle, gray background",
     "a photo of a big house on the left, green background",
+    "a photo of a small panda at the bottom, pink background",
+    "a photo of a big apple on the right, black background",
 )
 UNRELATED_ANYWHERE = (
     "a photo of a mountain lake at sunrise",
     "a portrait of an old fisherman",
     "a plate of fruit on a kitchen table",
     "an aerial photo of a city",
+    "a red sports car on a country road",
+    "a bowl of soup, oil painting",
 )
 
 

@@ -71,20 +71,24 @@ class Report:
         }
         return json.dumps(content, indent=1) + "\n"
 
-    def table(self) -> str:
+    def table(self, intervals: bool = False) -> str:
         """Rows by measures, as markdown that reads well as plain text."""
         names = [name for name in MEANINGS if any(name in row.measures for row in self.rows)]
-        heads = ("", "bytes", *(name.replace("_", " ") for name in names))
-        rows = [(row.name, f"{row.bytes:,}" if row.bytes else "", *_cells(row, names)) for row in self.rows]
+        heads = ("", "bytes", "score", *(name.replace("_", " ") for name in names))
+        rows = []
+        for row in self.rows:
+            cells = [_cell(row.measures.get(name), intervals) for name in names]
+            rows.append((row.name, f"{row.bytes:,}" if row.bytes else "", f"{row.score:.3f}", *cells))
         return table([heads, *rows])
 
     def page(self, pictures: Mapping[str, str]) -> str:
         """The whole report as markdown; `pictures` are files by caption."""
-        named = {name for row in self.rows for name in row.measures}
+        named = {"score", *(name for row in self.rows for name in row.measures)}
+        told = {"score": "subject fidelity + prompt fidelity - drift, of their means"} | MEANINGS
         facts = [
             self.verdict,
             f"In brackets: {CONFIDENCE:.0%} bootstrap intervals over prompts and, within them, seeds.",
-            "\n".join(f"- {name.replace('_', ' ')}: {meaning}." for name, meaning in MEANINGS.items() if name in named),
+            "\n".join(f"- {name.replace('_', ' ')}: {meaning}." for name, meaning in told.items() if name in named),
             f"Drawn from seeds {self.seeds[0]} to {self.seeds[-1]}, with and without the adapter; compared with "
             f"{self.held_out} held-out and {self.train} training pictures.",
             *self.notes,
@@ -101,14 +105,14 @@ class Report:
         ]
         shown = [f"![{caption}]({file})" for caption, file in pictures.items()]
         title = f"# {self.prompts.subject.phrase or 'The subject'}, evaluated"
-        return "\n\n".join([title, self.table(), *facts, *asked, *shown]) + "\n"
+        return "\n\n".join([title, self.table(intervals=True), *facts, *asked, *shown]) + "\n"
 
 
-def _cells(row: Judged, names: Sequence[str]) -> list[str]:
-    return [
-        f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]" if (found := row.measures.get(name)) else ""
-        for name in names
-    ]
+def _cell(found: Interval | None, intervals: bool) -> str:
+    if found is None:
+        return ""
+    mean, low, high = (f"{round(value, 3) + 0.0:.3f}" for value in (found.mean, found.low, found.high))  # no -0.000
+    return f"{mean} [{low}, {high}]" if intervals else mean
 
 
 def plot(report: Report, path: Path) -> None:
