@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from comcat_diffusion import atomic, bases
@@ -51,8 +51,8 @@ def evaluate(
     config = replace(config, cache_dir=config.cache_dir or str(Path(config.output_dir) / "features"))
 
     # So are the feature models and whether every adapter fits the base. Accelerate owns the processes.
-    state = PartialState()
-    device = config.device or str(state.device)
+    accelerator = Accelerator()
+    device = config.device or str(accelerator.device)
     clip, judge = _features(config, embedded, device)
     pipe = _pipeline(config, base, chosen, device)
     folder = made_folder(config.output_dir)
@@ -63,15 +63,15 @@ def evaluate(
     settings = made_by(pipe, base, [], sampling) | {"precision": config.precision, "base_digest": _digest_of(pipe)}
     gallery = Gallery(folder / "pictures", rows_of(chosen), prompts.all, seeds, settings)
     missing = gallery.missing()
-    state.wait_for_everyone()  # nobody draws before everybody knows what is missing
-    if state.is_main_process and missing:
+    accelerator.wait_for_everyone()  # nobody draws before everybody knows what is missing
+    if accelerator.is_main_process and missing:
         note(f"Drawing {len(missing)} of {sum(1 for _ in gallery.tasks())} pictures; the others are there.")
-    share = missing[state.process_index :: state.num_processes]
+    share = missing[accelerator.process_index :: accelerator.num_processes]
     for number, _ in enumerate(draw_tasks(pipe, share, sampling, config.any_weights), start=1):
-        if state.is_main_process:
+        if accelerator.is_main_process:
             on_picture(number, len(share))
-    state.wait_for_everyone()
-    if not state.is_main_process:
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
         return None
 
     # One process measures and writes.
