@@ -245,6 +245,7 @@ def test_training_pictures_can_be_named(config, place, tmp_path):
         ({"scheduler": "NoSuchScheduler"}, "no scheduler of this name"),
         ({"seeds": 0}, "--seeds must be at least 1"),
         ({"class_prompt": " "}, "--class_prompt is empty"),
+        ({"class_prompt": "a photo of sks teddy"}, "--class_prompt: .* names the subject"),
         ({"output_dir": "/proc/nope"}, "--output_dir"),
     ],
 )

@@ -42,6 +42,9 @@ def evaluate(
 
     Raises ValueError or OSError for bad input before anything is drawn.
     """
+    accelerator = Accelerator()  # owns the device and the processes, of which one speaks
+    if not accelerator.is_main_process:
+        note, on_picture = (lambda text: None), (lambda done, total: None)
     # Adapters, prompts and pictures are checked before anything big is loaded.
     chosen = _adapters(config, note)
     base = base_of(config, chosen)
@@ -50,8 +53,7 @@ def evaluate(
     subject = subject_pictures(config, chosen)
     config = replace(config, cache_dir=config.cache_dir or str(Path(config.output_dir) / "features"))
 
-    # So are the feature models and whether every adapter fits the base. Accelerate owns the processes.
-    accelerator = Accelerator()
+    # So are the feature models and whether every adapter fits the base.
     device = config.device or str(accelerator.device)
     clip, judge = _features(config, embedded, device)
     pipe = _pipeline(config, base, chosen, device)
@@ -64,12 +66,11 @@ def evaluate(
     gallery = Gallery(folder / "pictures", rows_of(chosen), prompts.all, seeds, settings)
     missing = gallery.missing()
     accelerator.wait_for_everyone()  # nobody draws before everybody knows what is missing
-    if accelerator.is_main_process and missing:
+    if missing:
         note(f"Drawing {len(missing)} of {sum(1 for _ in gallery.tasks())} pictures; the others are there.")
     share = missing[accelerator.process_index :: accelerator.num_processes]
     for number, _ in enumerate(draw_tasks(pipe, share, sampling, config.any_weights), start=1):
-        if accelerator.is_main_process:
-            on_picture(number, len(share))
+        on_picture(number, len(share))
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return None
@@ -78,18 +79,8 @@ def evaluate(
     measures = Measures(clip, judge, subject, prompts, alone if embedded else None)
     before = _shown(gallery, gallery.rows[0], prompts)
     rows = [_judged(row, measures.of(_shown(gallery, row, prompts), before, len(seeds))) for row in gallery.rows]
-    around = {
-        "base": bases.public_name(base),
-        "pictures and prompts compared by": bases.public_name(clip.name),
-        "pictures compared by": bases.public_name(judge.name),
-        "device": device,
-        "precision": config.precision,
-        "steps": sampling.num_inference_steps,
-        "guidance": sampling.guidance_scale,
-        "sampler": settings["scheduler"],
-        **library_versions(),
-    }
     notes = [*subject.notes, *_world_notes(embedded)]
+    around = _circumstances(clip, judge, device, base, settings)
     report = Report(folder, rows, prompts, seeds, len(subject.held_out), len(subject.train), notes, around)
     _write(report, gallery, settings, note)
     return report
@@ -161,6 +152,20 @@ def _judged(row: Row, values: dict[str, torch.Tensor]) -> Judged:
     one = row.adapter
     size = one.path.stat().st_size
     return Judged(row.name, found, one.path.name, one.sha256, one.scale, size, one.header.notes.training)
+
+
+def _circumstances(clip: Features, judge: Features, device: str, base: str, settings: dict) -> dict:
+    return {
+        "base": bases.public_name(base),
+        "pictures and prompts compared by": bases.public_name(clip.name),
+        "pictures compared by": bases.public_name(judge.name),
+        "device": device,
+        "precision": settings["precision"],
+        "steps": settings["num_inference_steps"],
+        "guidance": settings["guidance_scale"],
+        "sampler": settings["scheduler"],
+        **library_versions(),
+    }
 
 
 def _world_notes(embedded: bool) -> list[str]:

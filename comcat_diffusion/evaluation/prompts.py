@@ -74,10 +74,10 @@ def prompts_of(config: EvaluateConfig, chosen: Sequence[Chosen], embedded: bool)
         unrelated = _lines(config.drift_prompts, "--drift_prompts")
     derived = without_trigger(notes.instance_prompt, subject) if subject.class_word else ""
     of_class = config.class_prompt or derived
-    _refuse_called(unrelated, subject)
-    return Prompts(
-        subject, tuple(_calling(p, subject, chosen) for p in calling), unrelated, (of_class,) if of_class else ()
-    )
+    _refuse_called("--drift_prompts", unrelated, subject)
+    _refuse_called("--class_prompt", (of_class,), subject)
+    calling = tuple(_calling(prompt, subject, chosen) for prompt in calling)
+    return Prompts(subject, calling, unrelated, (of_class,) if of_class else ())
 
 
 def _lines(path: str, flag: str) -> tuple[str, ...]:
@@ -108,7 +108,7 @@ def _calling(prompt: str, subject: Subject, chosen: Sequence[Chosen]) -> str:
     return prompt
 
 
-def _refuse_called(unrelated: Sequence[str], subject: Subject) -> None:
-    for prompt in unrelated:
+def _refuse_called(flag: str, prompts: Sequence[str], subject: Subject) -> None:
+    for prompt in prompts:
         if "{subject}" in prompt or (subject.trigger and calls(prompt, subject)):
-            raise ValueError(f"--drift_prompts: '{prompt}' names the subject; drift is measured without it.")
+            raise ValueError(f"{flag}: '{prompt}' names the subject; drift is measured without it.")
