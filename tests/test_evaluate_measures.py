@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cosine_similarity, normalize
 from torch.testing import assert_close
 
@@ -182,11 +183,16 @@ def test_a_feature_model_that_is_not_there_is_one_sentence(dino, tmp_path, tiny_
         with pytest.raises(FileNotFoundError, match=message) as caught:
             load_features(name)
         assert "\n" not in str(caught.value)
+    weights = load_file(dino / "model.safetensors")
+    weights.pop("layernorm.weight")
+    save_file(weights, dino / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="is not whole: it has no weights for layernorm.weight"):
+        load_features(str(dino))
     for file in ("model.safetensors", "preprocessor_config.json"):
         (dino / file).unlink()
         with pytest.raises(FileNotFoundError, match=file):
             load_features(str(dino))
     tiny_clip().save_pretrained(tmp_path / "text")
     (tmp_path / "text/preprocessor_config.json").write_text('{"image_processor_type": "BitImageProcessor"}')
-    with pytest.raises(ValueError, match="gives no features of pictures"):
+    with pytest.raises(ValueError, match="is a CLIPTextModel, neither a CLIP nor a DINOv2"):
         load_features(str(tmp_path / "text"))

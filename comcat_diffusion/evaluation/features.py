@@ -80,8 +80,7 @@ def load_features(
     Only a hub id that is not in the local cache asks the network. Raises FileNotFoundError, saying what was looked
     for, and ValueError for what is no model of pictures.
     """
-    found = _embedded() if bases.is_embedded(name) else _named(name)
-    model, processor, tokenizer = found
+    model, processor, tokenizer = _embedded() if bases.is_embedded(name) else _named(name)
     return Features(name, model.eval().to(device), processor, tokenizer, batch_size, cache_dir)
 
 
@@ -124,14 +123,12 @@ def _whole(name: str | Path, offline: bool) -> tuple:
 def _pictured(name: str | Path, offline: bool) -> tuple:
     # Pillow's processors, so that a picture has the same features whether or not torchvision is installed
     processor = _read(AutoImageProcessor, name, offline, backend="pil")
-    model = _read(AutoModel, name, offline, dtype=torch.float32)
-    if not hasattr(model, "get_image_features") and not _pools_pictures(model):
-        raise ValueError(f"'{name}' is a {type(model).__name__}, which gives no features of pictures: name a CLIP.")
+    model, told = _read(AutoModel, name, offline, dtype=torch.float32, output_loading_info=True)
+    if not (hasattr(model, "get_image_features") or model.config.model_type.startswith("dinov2")):
+        raise ValueError(f"'{name}' is a {type(model).__name__}, neither a CLIP nor a DINOv2.")
+    if told["missing_keys"]:  # they would be random
+        raise ValueError(f"'{name}' is not whole: it has no weights for {sorted(told['missing_keys'])[0]}.")
     return model, processor
-
-
-def _pools_pictures(model: nn.Module) -> bool:
-    return model.main_input_name == "pixel_values" and hasattr(model, "layernorm")
 
 
 def _read(kind: type, name: str | Path, offline: bool, **settings: object) -> object:

@@ -21,7 +21,6 @@ class SubjectPictures:
 
     held_out: list[Image.Image]
     train: list[Image.Image]  # empty: nobody knows where they are
-    seen: int  # how many of the held-out ones are training pictures
     notes: list[str]  # sentences for the report
 
 
@@ -54,7 +53,7 @@ def subject_pictures(config: EvaluateConfig, chosen: Sequence[Chosen]) -> Subjec
             f"{len(seen)} of the {len(held_out)} held-out pictures are training pictures (--force): the subject "
             "fidelity rewards copying."
         )
-    return SubjectPictures(list(held_out.values()), list(train.values()), len(seen), notes)
+    return SubjectPictures(list(held_out.values()), list(train.values()), notes)
 
 
 def _read(place: str | Path, flag: str) -> dict[Path, Image.Image]:
