@@ -86,6 +86,7 @@ def export(state: Path, output: Path) -> dict:
         model.half()
     pipe.save_pretrained(output)
     whole.half().save_pretrained(output / "clip")
+    clip.new_processor().save_pretrained(output / "clip")
     world = {"objects": list(OBJECTS), "backgrounds": BACKGROUNDS, "places": PLACES, "sizes": SIZES, "tints": TINTS}
     (output / "world.json").write_text(json.dumps(world, indent=1) + "\n")
     report = {"scores": measured, "steps": steps_taken(state), **circumstances()}

@@ -10,7 +10,14 @@ from diffusers import AutoencoderKL
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch.nn.functional import cross_entropy
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
 
 from recipe.autoencoder import as_tensor
 from recipe.draw import pictures, scenes
@@ -69,6 +76,13 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         patch_size=8,
     )
     return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=WIDTH))
+
+
+def new_processor() -> CLIPImageProcessor:
+    """What makes the CLIP's input of a picture of any size: values from -1 to 1, as `as_tensor` does."""
+    half = [0.5] * 3
+    whole = {"height": PIXELS, "width": PIXELS}
+    return CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size=whole, image_mean=half, image_std=half)
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:

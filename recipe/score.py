@@ -1,56 +1,19 @@
 """Measure the base: what its pictures show against what their prompts asked for, read from the pixels."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
+from comcat_diffusion.evaluation.world import World, see
 from recipe.autoencoder import as_tensor, psnr
 from recipe.clip import name_objects
 from recipe.draw import pictures, scenes
-from recipe.world import BACKGROUNDS, PIXELS, SIZES, Scene, prompt
+from recipe.world import BACKGROUNDS, PLACES, SIZES, Scene, prompt
 
 PROMPTS = 200
 STEPS, GUIDANCE = 25, 3.5
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a picture shows: the colour of its border, and where and how big the thing inside is."""
-
-    background: str
-    place: str
-    size: str
-
-
-def see(picture: np.ndarray) -> Seen:
-    """Read background, place and size from a uint8 (H, W, 3) picture of the world."""
-    pixels = picture.astype(np.float32)
-    ring = np.concatenate(
-        [
-            pixels[:2].reshape(-1, 3),
-            pixels[-2:].reshape(-1, 3),
-            pixels[:, :2].reshape(-1, 3),
-            pixels[:, -2:].reshape(-1, 3),
-        ]
-    )
-    border = np.median(ring, axis=0)
-    names = list(BACKGROUNDS)
-    distances = [np.abs(border - np.array(BACKGROUNDS[name])).sum() for name in names]
-    down, across = np.nonzero(np.abs(pixels - border).max(-1) > 40)
-    if len(down) < 20:
-        return Seen(names[int(np.argmin(distances))], "nowhere", "nothing")
-    # a few stray pixels must not move the box
-    left, right = np.percentile(across, (2, 98))
-    top, bottom = np.percentile(down, (2, 98))
-    off_x, off_y = (left + right + 1 - PIXELS) / 2, (top + bottom + 1 - PIXELS) / 2
-    place = "middle"
-    if max(abs(off_x), abs(off_y)) > 4.5:
-        place = ("left" if off_x < 0 else "right") if abs(off_x) > abs(off_y) else ("top" if off_y < 0 else "bottom")
-    side = max(right - left, bottom - top) + 1
-    return Seen(names[int(np.argmin(distances))], place, "small" if side < sum(SIZES.values()) / 2 else "big")
+WORLD = World(BACKGROUNDS, PLACES, SIZES)
 
 
 def held_out() -> list[Scene]:
@@ -64,7 +27,7 @@ def _share(hits: list[bool]) -> float:
 
 def judged(world: list[Scene], drawn: np.ndarray, clip: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, float]:
     """Shares of pictures whose background, place, size and object are those of their scenes."""
-    seen = [see(picture) for picture in drawn]
+    seen = [see(picture, WORLD) for picture in drawn]
     named = name_objects(clip, tokenizer, as_tensor(drawn))
     return {
         "background_right": _share([s.background == scene.background for s, scene in zip(seen, world, strict=True)]),

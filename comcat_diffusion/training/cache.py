@@ -1,48 +1,61 @@
-"""Latents kept on disk between runs, by the content of picture and VAE: a changed picture or base finds nothing old."""
+"""Tensors kept on disk between runs, by the content of picture and model: a changed picture or model finds nothing old.
+
+A training run keeps the VAE's latents so, an evaluation the features of its pictures.
+"""
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import nn
 
 from comcat_diffusion import atomic
 
-Posterior = tuple[torch.Tensor, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 
 
 class Cache:
-    """A folder of posteriors; without a folder every posterior is computed."""
+    """What one model makes of pictures, in a folder; without a folder nothing is found and nothing kept."""
 
-    def __init__(self, folder: str | Path | None):
+    def __init__(self, folder: str | Path | None, model: nn.Module):
         self.folder = Path(folder).expanduser() if folder else None
-        self._vae: str | None = None
+        self.digest = _digest_of(model) if folder else ""
 
-    def posterior(self, vae: AutoencoderKL, picture: Image.Image, compute: Callable[[], Posterior]) -> Posterior:
-        """Mean and std of a picture's latents, from disk where they are there and whole."""
+    def find(self, picture: Image.Image) -> Tensors | None:
+        """What was kept of a picture, if it is there and whole."""
         if self.folder is None:
-            return compute()
-        self._vae = self._vae or _digest_of(vae)
-        head = f"{self._vae} {picture.mode} {picture.size} ".encode()
-        path = self.folder / f"{hashlib.sha256(head + picture.tobytes()).hexdigest()}.safetensors"
+            return None
         try:
-            found = load(path.read_bytes())
-            return found["mean"], found["std"]
-        except (OSError, SafetensorError, KeyError):  # not there, or damaged: computed again
-            mean, std = compute()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        atomic.write_bytes(path, save({"mean": mean.contiguous(), "std": std.contiguous()}))
-        return mean, std
+            return load(self._place_of(picture).read_bytes())
+        except (OSError, SafetensorError):  # not there, or damaged: to be computed again
+            return None
+
+    def keep(self, picture: Image.Image, tensors: Tensors) -> Tensors:
+        """Write what was computed of a picture; returns it."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+            atomic.write_bytes(self._place_of(picture), content)
+        return tensors
+
+    def _place_of(self, picture: Image.Image) -> Path:
+        name = hashlib.sha256(f"{self.digest} {content_of(picture)}".encode()).hexdigest()
+        return self.folder / f"{name}.safetensors"
 
 
-def _digest_of(vae: AutoencoderKL) -> str:
+def content_of(picture: Image.Image) -> str:
+    """A hash of what a picture shows, whatever file it came from."""
+    return hashlib.sha256(f"{picture.mode} {picture.size} ".encode() + picture.tobytes()).hexdigest()
+
+
+def _digest_of(model: nn.Module) -> str:
     """A hash over every weight: a base with another VAE, or in another precision, shares nothing."""
-    digest = hashlib.sha256(repr(sorted(vae.config.items())).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
+    config = model.config if isinstance(model.config, dict) else model.config.to_dict()
+    digest = hashlib.sha256(repr(sorted(config.items())).encode())
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

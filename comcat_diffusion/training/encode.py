@@ -62,7 +62,7 @@ def encode_all(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset, n
     if config.resolution % divisible:
         raise ValueError(f"--resolution {config.resolution} must be a multiple of {divisible} for this base.")
     options = sizes(config.resolution, config.aspect_ratio_buckets, divisible)
-    cache = Cache(config.cache_dir)
+    cache = Cache(config.cache_dir, pipe.vae)
     class_examples = []
     if config.prior_kind == "images":
         class_examples = class_pictures(config, pipe, dataset.subjects, note)
@@ -94,7 +94,8 @@ def encode(
         picture, mask, _ = example.read()
         rng = random.Random(f"{config.seed} {example.path.name}")
         for cut in cuts(picture, mask, sizes, config.center_crop, config.random_flip, rng):
-            mean, std = cache.posterior(vae, cut.image, lambda cut=cut: posterior(vae, images.to_tensor([cut.image])))
+            found = cache.find(cut.image) or cache.keep(cut.image, posterior(vae, images.to_tensor([cut.image])))
+            mean, std = found["mean"], found["std"]
             if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
                 raise ValueError(f"The VAE gives latents of {example.path} that are no numbers; encode in fp32.")
             frame = (*cut.original, *cut.corner, *cut.size)
@@ -117,9 +118,9 @@ def weight_map(cut: Cut, size: tuple[int, int], unmasked_weight: float) -> torch
 
 
 @torch.no_grad()
-def posterior(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def posterior(vae: AutoencoderKL, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     """Mean and std of the latents of one (1, 3, H, W) picture, (C, h, w) each, scaled as the U-Net wants them."""
     shift, factor = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
     found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     mean, std = (found.mean.float() - shift) * factor, found.std.float() * factor
-    return mean[0].cpu(), std[0].cpu()
+    return {"mean": mean[0].cpu(), "std": std[0].cpu()}
