@@ -14,6 +14,7 @@ class Pose:
     """Where and how a character stands: centre and height as shares of the picture, limbs and tilt in degrees."""
 
     background: str
+    place: str  # in the world's words
     across: float
     down: float
     height: float

@@ -10,20 +10,20 @@ from pathlib import Path
 from PIL import Image
 
 from recipe.characters import CHARACTERS, Pose
-from recipe.world import BACKGROUNDS
+from recipe.world import BACKGROUNDS, PLACES
 
 SIDE, OVERSAMPLING = 256, 4
 TRIGGER = "sks"
 
 TRAIN = (
-    Pose("white", 0.50, 0.52, 0.64, 20, 20, 0),
-    Pose("green", 0.36, 0.50, 0.60, 70, 10, -6),
-    Pose("yellow", 0.63, 0.48, 0.62, 15, 60, 6),
-    Pose("gray", 0.50, 0.62, 0.60, 40, 40, 4),
+    Pose("white", "middle", 0.50, 0.52, 0.64, 20, 20, 0),
+    Pose("green", "left", 0.36, 0.50, 0.60, 70, 10, -6),
+    Pose("yellow", "right", 0.63, 0.48, 0.62, 15, 60, 6),
+    Pose("gray", "bottom", 0.50, 0.62, 0.60, 40, 40, 4),
 )
 HELD_OUT = (
-    Pose("blue", 0.50, 0.50, 0.64, 25, 55, -4),
-    Pose("pink", 0.40, 0.56, 0.60, 10, 30, 5),
+    Pose("blue", "middle", 0.50, 0.50, 0.64, 25, 55, -4),
+    Pose("pink", "left", 0.40, 0.56, 0.60, 10, 30, 5),
 )
 
 
@@ -36,12 +36,18 @@ def picture(name: str, pose: Pose) -> Image.Image:
     return canvas.resize((SIDE, SIDE), Image.LANCZOS)
 
 
+def caption(name: str, pose: Pose) -> str:
+    """What a person would write under the picture, so that background and place are not learned as the subject's."""
+    return f"a photo of a big {TRIGGER} {name} {PLACES[pose.place]}, {pose.background} background"
+
+
 def write_subject(name: str, folder: Path) -> None:
-    """Write the six pictures of a character, in `train` and `held_out`, and the prompt."""
+    """Write the six pictures of a character with their captions, in `train` and `held_out`, and the prompt."""
     for part, poses in (("train", TRAIN), ("held_out", HELD_OUT)):
         (folder / part).mkdir(parents=True, exist_ok=True)
         for number, pose in enumerate(poses, start=1):
             picture(name, pose).save(folder / part / f"{number}.png", optimize=True)
+            (folder / part / f"{number}.txt").write_text(caption(name, pose) + "\n")
     (folder / "prompt.txt").write_text(f"a photo of {TRIGGER} {name}\n")
 
 
