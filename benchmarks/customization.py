@@ -33,7 +33,7 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 
 from benchmarks import circumstances as shared
-from benchmarks.customization_report import write_report
+from benchmarks.customization_report import table, write_report
 from benchmarks.methods import METHODS, TOKEN, Method
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.shrink import shrink
@@ -297,7 +297,10 @@ def main(arguments: list[str] | None = None) -> None:
     if not asked.show:
         run_all(runs, asked.folder, asked.drawing_steps, asked.processes)
     runs += [replace(run, bytes=size) for run in runs if run.method == SHRUNK for size in BYTES]
-    write_report(runs, asked.folder, taken)
+    target, plots = shared.results_path("customization", torch.device("cpu")), shared.ROOT / "docs"
+    if asked.quick:
+        target, plots = asked.folder / "report.json", asked.folder
+    print(table(write_report(runs, asked.folder, taken, target, plots)))
 
 
 if __name__ == "__main__":

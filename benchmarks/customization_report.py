@@ -9,12 +9,10 @@ from benchmarks import circumstances as shared
 from comcat_diffusion.evaluation.metrics import Interval, interval
 
 MEASURES = ("fidelity", "obedience", "drift", "diversity", "copying")
-RESULT = shared.RESULTS / "customization-cpu.json"
-PLOTS = shared.ROOT / "docs"
 
 
-def write_report(runs: list, folder: Path, circumstances: dict) -> None:
-    """Gather the kept runs, by method, into one JSON; print the table and draw the plots."""
+def write_report(runs: list, folder: Path, circumstances: dict, target: Path, plots: Path) -> dict:
+    """Gather the kept runs, by method, into one JSON, draw the plots, and return what the JSON holds."""
     rows: dict[str, list[dict]] = {}
     for run in runs:
         kept = folder / f"{run.name}.json"
@@ -22,12 +20,10 @@ def write_report(runs: list, folder: Path, circumstances: dict) -> None:
             name = f"{run.method}, in {run.bytes:,} bytes" if run.bytes else run.method
             rows.setdefault(name, []).append(json.loads(kept.read_text()))
     report = {"circumstances": circumstances, "rows": [_row(name, results) for name, results in rows.items()]}
-    target = RESULT if folder.name != "quick" else folder / "report.json"
     shared.write_json(target, report)
-    print(table(report))
-    if target == RESULT:
-        plot(report, "file_bytes", "bytes of the file", PLOTS / "fidelity-bytes.png")
-        plot(report, "seconds", "seconds of training", PLOTS / "fidelity-seconds.png")
+    plot(report, "file_bytes", "bytes of the file", plots / "fidelity-bytes.png")
+    plot(report, "seconds", "seconds of training", plots / "fidelity-seconds.png")
+    return report
 
 
 def _row(name: str, results: list[dict]) -> dict:
