@@ -47,6 +47,7 @@ from comcat_diffusion.training.encode import Crop, posterior
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import Loop
 from comcat_diffusion.training.objective import Objective
+from comcat_diffusion.training.prior import Teacher
 from recipe.subject import HELD_OUT, TRAIN, TRIGGER, caption, picture
 
 TUNING, REPORTED = ("teddy", "cat"), ("robot", "fish", "house")
@@ -127,9 +128,12 @@ def learn(bench: Bench, run: Run) -> tuple[DiffusionPipeline, dict]:
     captions = [caption(run.subject, pose).replace(named, TOKEN if method.token else named) for pose in TRAIN]
     crops = [crop_of(pipe, picture(run.subject, p), text) for p, text in zip(TRAIN, captions, strict=True)]
     torch.manual_seed(run.seed)
-    learner = method.learner(pipe, captions, run.subject).train()
+    of_class = {text: text.replace(named, run.subject) for text in captions}
+    learner = method.learner(pipe, [*captions, *of_class.values()], run.subject).train()
     trained = [p for p in learner.parameters() if p.requires_grad]
-    seconds = [step.seconds for step in _loop(learner, crops, run).steps(run.steps)]
+    loop = _loop(learner, crops, run)
+    loop.prior = Teacher(pipe, of_class) if method.teacher else None
+    seconds = [step.seconds for step in loop.steps(run.steps)]
     learner.eval()
     return pipe, {"parameters": sum(p.numel() for p in trained), "seconds": sum(seconds)}
 

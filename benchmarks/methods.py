@@ -32,6 +32,7 @@ class Method:
     start: Callable[[DiffusionPipeline], None]
     write: Callable[[DiffusionPipeline, Path], None]
     token: bool = False  # whether it learns a word instead of weights
+    teacher: bool = False  # whether the frozen base teaches it to keep the class (`comcat train --prior teacher`)
 
     def learner(self, pipe: DiffusionPipeline, prompts: list[str], class_word: str) -> Learner:
         """The frozen base with what is trained in it; only that requires gradients."""
@@ -98,8 +99,8 @@ def _lora(rank: int, rates: tuple[float, ...]) -> Method:
     return Method(rates, _peft(config), _write_peft)
 
 
-def _ours(rates: tuple[float, ...], **config: object) -> Method:
-    return Method(rates, _comcat(ComcatConfig(**config)), _write_comcat)
+def _ours(rates: tuple[float, ...], teacher: bool = False, **config: object) -> Method:
+    return Method(rates, _comcat(ComcatConfig(**config)), _write_comcat, teacher=teacher)
 
 
 HIGH, MIDDLE, LOW = (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2), (5e-5, 2e-4, 8e-4)
@@ -109,6 +110,8 @@ METHODS = {
     "COMCAT free, rank 4": _ours(MIDDLE, r=4, target_modules=SELF_AND_CROSS),
     "COMCAT foldable, rank 4": _ours(MIDDLE, r=4, target_modules=SELF_AND_CROSS, foldable=True),
     "COMCAT foldable, rank 8": _ours(MIDDLE, r=8, target_modules=SELF_AND_CROSS, foldable=True),
+    "COMCAT free, rank 4, cross, teacher": _ours(MIDDLE, True, r=4, target_modules=["attn2"]),
+    "COMCAT foldable, rank 8, teacher": _ours(MIDDLE, True, r=8, target_modules=SELF_AND_CROSS, foldable=True),
     "COMCAT as the authors train it": Method((2.5e-3,), _authors, _write_comcat),
     "LoRA, rank 1": _lora(1, MIDDLE),
     "LoRA, rank 4": _lora(4, MIDDLE),

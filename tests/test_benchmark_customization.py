@@ -11,7 +11,7 @@ from benchmarks.customization import METHODS, Bench, Run
 from comcat_diffusion import bases
 from recipe.subject import TRAIN, caption
 
-KINDS = ("COMCAT foldable, rank 4", "LoRA, rank 4", "Custom Diffusion's keys and values", "Textual Inversion")
+KINDS = ("COMCAT foldable, rank 8, teacher", "LoRA, rank 4", "Custom Diffusion's keys and values", "Textual Inversion")
 
 
 @pytest.mark.parametrize("name", KINDS)
