@@ -32,7 +32,7 @@ from benchmarks import circumstances as shared
 from benchmarks import variants
 
 LAYER = ("bare", "comcat", "comcat_foldable", "lora", "two_branch")
-STEP = ("bare", "comcat", "lora", "two_branch")
+STEP = ("bare", "comcat", "comcat_foldable", "lora", "two_branch")
 FORWARD = ("bare", "comcat", "comcat_merged", "comcat_foldable", "lora", "two_branch")
 PARTS = ("layer", "step", "memory", "generation")
 # Largest difference between comcat and two_branch, relative to the output: rounding, by the bits of the precision.

@@ -32,7 +32,7 @@ from recipe.score import GUIDANCE, held_out, scores
 from recipe.score import STEPS as STEPS_DRAWN
 from recipe.world import BACKGROUNDS, OBJECTS, PLACES, SIZES, TINTS, prompt
 
-STEPS = {"vae": 2800, "clip": 3200, "unet": 16_000}
+STEPS = {"vae": 2800, "clip": 3800, "unet": 16_000}
 
 
 def text_tower(model: clip.CLIPModel) -> CLIPTextModel:
@@ -105,7 +105,10 @@ def preview(made: np.ndarray) -> Image.Image:
 
 def train_further(base: Path, state: Path) -> None:
     """Make a shipped base the starting point of every stage that has no checkpoint yet."""
+    state.mkdir(parents=True, exist_ok=True)
     taken = json.loads((base / "scores.json").read_text())["steps"]
+    scaling = json.loads((base / "vae" / "config.json").read_text())["scaling_factor"]
+    (state / "latents.json").write_text(json.dumps({"scaling_factor": scaling}))
     tokenizer = clip.new_tokenizer()
     whole, vae = clip.new_clip(tokenizer), autoencoder.new_autoencoder()
     denoiser = unet.new_denoiser(text_tower(whole))

@@ -1,0 +1,311 @@
+"""Teaching the embedded base a subject: COMCAT against what a person would pick instead, in one table.
+
+    python -m benchmarks.customization            # two hours on two CPU cores; goes on where it was cut
+    python -m benchmarks.customization --quick    # one subject, one seed, few steps: to see that it runs
+    python -m benchmarks.customization --show     # the table and the plots of what is there
+
+Every method (benchmarks/methods.py) learns the same four captioned pictures of a made-up subject
+(recipe/characters.py) in the same number of steps from the same noise. Its learning rate is the best of a small grid on
+the subjects in `TUNING`; reported are the others, which no choice has seen. The best is the rate with the highest
+score: fidelity plus obedience minus drift. The measures are those of `comcat evaluate`:
+
+- fidelity: cosine of the small CLIP's features to the two pictures held out, the thing alone on grey on both sides;
+- obedience: share of backgrounds, places and sizes that are as asked, read from the pixels;
+- drift: 1 - cosine to the base's picture of the same seed, on prompts without the trigger: the plain class and others;
+- diversity: 1 - cosine between the seeds of a prompt.
+
+Besides, one COMCAT adapter is shrunk to ever fewer bytes (`comcat shrink`) and measured again.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from PIL import Image
+
+from benchmarks import circumstances as shared
+from benchmarks.customization_report import table, write_report
+from benchmarks.methods import METHODS, TOKEN, Method
+from comcat_diffusion import bases
+from comcat_diffusion.adapters.shrink import shrink
+from comcat_diffusion.adapters.store import load_adapter
+from comcat_diffusion.evaluation import metrics, world
+from comcat_diffusion.evaluation.features import Features, load_features
+from comcat_diffusion.generation.pictures import Drawing, Sampling, draw
+from comcat_diffusion.training import images
+from comcat_diffusion.training.batching import Batching
+from comcat_diffusion.training.encode import Crop, posterior
+from comcat_diffusion.training.learner import Learner
+from comcat_diffusion.training.loop import Loop
+from comcat_diffusion.training.objective import Objective
+from comcat_diffusion.training.prior import Teacher
+from recipe.subject import HELD_OUT, TRAIN, TRIGGER, caption, picture
+
+TUNING, REPORTED = ("teddy", "cat"), ("robot", "fish", "house")
+SHRUNK = "COMCAT foldable, rank 8"  # what is shrunk
+BYTES = (32_000, 16_000, 10_000, 7_000)
+BATCH = 4
+PROMPTS = (
+    "a photo of a big {subject} on the left, red background",
+    "a photo of a big {subject} on the right, black background",
+    "a photo of a big {subject} at the top, blue background",
+    "a photo of a big {subject} in the middle, pink background",
+    "a photo of a small {subject} at the bottom, red background",
+    "a photo of a small {subject} on the left, black background",
+)
+DRIFT_PROMPTS = (
+    "a photo of a big {class} on the right, red background",
+    "a photo of a {class} on the left, black background",
+    "a photo of a big dog in the middle, pink background",
+    "a photo of a big yellow car on the left, green background",
+    "a photo of a small apple at the top, gray background",
+    "a photo of a big owl at the bottom, white background",
+)
+SEEDS = (0, 1)  # of the pictures that are drawn
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method learning one subject once; `bytes` is what its adapter is shrunk to afterwards."""
+
+    method: str
+    subject: str
+    rate: float
+    seed: int
+    steps: int
+    bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        method = "".join(
+            letter for letter in self.method.lower().replace(" ", "-") if letter.isalnum() or letter == "-"
+        )
+        shrunk = f"-{self.bytes}" if self.bytes else ""
+        return f"{method}{shrunk}-{self.subject}-{self.rate:g}-{self.seed}-{self.steps}"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every run of a process needs; loaded once."""
+
+    features: Features
+    folder: Path
+    drawing_steps: int
+
+    def base(self) -> DiffusionPipeline:
+        """A fresh embedded base."""
+        pipe = bases.load_base(bases.EMBEDDED)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def drawn(self, pipe: DiffusionPipeline, prompts: Iterable[str]) -> list[Image.Image]:
+        """Every prompt from every seed."""
+        drawings = [Drawing(prompt, seed) for prompt in prompts for seed in SEEDS]
+        sampling = Sampling(self.drawing_steps, bases.EMBEDDED_GUIDANCE, batch_size=len(drawings))
+        return list(draw(pipe, drawings, sampling))
+
+
+def prompts_of(subject: str, method: Method) -> tuple[list[str], list[str]]:
+    """The prompts that name the subject as a method knows it, and those without it."""
+    phrase = TOKEN if method.token else f"{TRIGGER} {subject}"
+    return [p.format(subject=phrase) for p in PROMPTS], [p.format_map({"class": subject}) for p in DRIFT_PROMPTS]
+
+
+def learn(bench: Bench, run: Run) -> tuple[DiffusionPipeline, dict]:
+    """Train one method; returns the pipeline with what it learned, and what that cost."""
+    method, pipe = METHODS[run.method], bench.base()
+    named = f"{TRIGGER} {run.subject}"
+    captions = [caption(run.subject, pose).replace(named, TOKEN if method.token else named) for pose in TRAIN]
+    crops = [crop_of(pipe, picture(run.subject, p), text) for p, text in zip(TRAIN, captions, strict=True)]
+    torch.manual_seed(run.seed)
+    of_class = {text: text.replace(named, run.subject) for text in captions}
+    learner = method.learner(pipe, [*captions, *of_class.values()], run.subject).train()
+    trained = [p for p in learner.parameters() if p.requires_grad]
+    loop = _loop(learner, crops, run)
+    loop.prior = Teacher(pipe, of_class) if method.teacher else None
+    seconds = [step.seconds for step in loop.steps(run.steps)]
+    learner.eval()
+    return pipe, {"parameters": sum(p.numel() for p in trained), "seconds": sum(seconds)}
+
+
+def crop_of(pipe: DiffusionPipeline, photo: Image.Image, prompt: str) -> Crop:
+    """A picture as the U-Net sees it."""
+    side = bases.native_resolution(pipe)
+    found = posterior(pipe.vae, images.to_tensor([photo.resize((side, side), Image.Resampling.LANCZOS)]))
+    return Crop(**found, prompt=prompt, name="", frame=(side, side, 0, 0, side, side))
+
+
+def _loop(learner: Learner, crops: list[Crop], run: Run) -> Loop:
+    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=run.rate)
+    schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=run.steps)
+    objective = Objective(DDPMScheduler.from_config(learner._pipe.scheduler.config))
+    batching = Batching.of(crops, run.seed, BATCH)
+    return Loop(learner, crops, objective, batching, optimizer, schedule, Accelerator(cpu=True))
+
+
+def measured(bench: Bench, run: Run, pipe: DiffusionPipeline) -> dict:
+    """Every measure of every picture, (prompts, seeds) each, and the pictures on a strip beside."""
+    about, without = prompts_of(run.subject, METHODS[run.method])
+    made, others = bench.drawn(pipe, about), bench.drawn(pipe, without)
+    base = torch.load(bench.folder / f"base-{run.subject}.pt", weights_only=True)
+    rows, shape = [made, others], (len(PROMPTS), len(SEEDS))
+    _strip(rows).save(bench.folder / f"{run.name}.png")
+    found = bench.features.images([world.alone(one) for one in made])
+    plain = bench.features.images(others)
+    obeyed = [_obeyed(prompt, one) for prompt, one in zip(_each(about), made, strict=True)]
+    return {
+        "fidelity": metrics.subject_fidelity(found, base["held_out"]).view(shape).tolist(),
+        "copying": metrics.copying(found, base["train"]).view(shape).tolist(),
+        "obedience": torch.tensor(obeyed).view(shape).tolist(),
+        "drift": metrics.drift(plain, base["features"]).view(shape).tolist(),
+        "diversity": metrics.diversity(bench.features.images(made).view(*shape, -1)).unsqueeze(1).tolist(),
+    }
+
+
+def _each(prompts: list[str]) -> Iterator[str]:
+    return (prompt for prompt in prompts for _ in SEEDS)
+
+
+def _obeyed(prompt: str, made: Image.Image) -> float:
+    """Share of what the prompt says of background, place and size that the picture shows."""
+    import numpy as np
+
+    asked, seen = asdict(world.asked(prompt)), asdict(world.see(np.asarray(made)))
+    said = [name for name, value in asked.items() if value is not None]
+    return sum(seen[name] == asked[name] for name in said) / len(said)
+
+
+def _strip(rows: list[list[Image.Image]]) -> Image.Image:
+    side = rows[0][0].width
+    strip = Image.new("RGB", (side * max(map(len, rows)), side * len(rows)))
+    for down, row in enumerate(rows):
+        for across, one in enumerate(row):
+            strip.paste(one, (across * side, down * side))
+    return strip
+
+
+def prepare_base(bench: Bench, subject: str) -> None:
+    """What a subject's runs are compared with: features of its own pictures and of what the bare base draws."""
+    path = bench.folder / f"base-{subject}.pt"
+    if path.exists():
+        return
+    pipe, method = bench.base(), next(iter(METHODS.values()))
+    about, without = prompts_of(subject, method)
+    before = bench.drawn(pipe, without)
+    _strip([bench.drawn(pipe, about), before]).save(path.with_suffix(".png"))
+    own = {part: bench.features.images([world.alone(picture(subject, pose)) for pose in poses])
+           for part, poses in (("train", TRAIN), ("held_out", HELD_OUT))}  # fmt: skip
+    torch.save({"features": bench.features.images(before), **own}, path)
+
+
+def do(run: Run, folder: Path, drawing_steps: int) -> None:
+    """One run and, for what is shrunk, every smaller file of it, unless their results are there."""
+    wanted = [run, *(replace(run, bytes=b) for b in BYTES if run.method == SHRUNK and run.subject in REPORTED)]
+    if all((folder / f"{one.name}.json").exists() for one in wanted):
+        return
+    torch.set_num_threads(1)
+    bench = Bench(load_features(bases.EMBEDDED), folder, drawing_steps)
+    prepare_base(bench, run.subject)
+    pipe, cost = learn(bench, run)
+    file = folder / f"{run.name}.safetensors"
+    METHODS[run.method].write(pipe, file)
+    _keep(bench, run, pipe, cost, file)
+    for one in wanted[1:]:
+        small = file.with_name(f"{one.name}.safetensors")
+        shrink(file, small, one.bytes)
+        pipe = bench.base()
+        load_adapter(pipe, small)
+        _keep(bench, one, pipe, cost, small)
+
+
+def _keep(bench: Bench, run: Run, pipe: DiffusionPipeline, cost: dict, file: Path) -> None:
+    facts = {**asdict(run), **cost, "file_bytes": file.stat().st_size, **measured(bench, run, pipe)}
+    shared.write_json(bench.folder / f"{run.name}.json", facts)
+
+
+def mean(values: list[list[float]]) -> float:
+    """Of all prompts and seeds."""
+    return torch.tensor(values).mean().item()
+
+
+def score(result: dict) -> float:
+    """What the best learning rate is chosen by."""
+    return mean(result["fidelity"]) + mean(result["obedience"]) - mean(result["drift"])
+
+
+def best_rates(folder: Path, steps: int, tuning: tuple[str, ...]) -> dict[str, float]:
+    """By method, the rate with the highest score on the tuning subjects."""
+
+    def of(name: str, rate: float) -> float:
+        if len(METHODS[name].rates) == 1:
+            return 0.0
+        runs = [Run(name, subject, rate, 0, steps) for subject in tuning]
+        return sum(score(json.loads((folder / f"{run.name}.json").read_text())) for run in runs)
+
+    return {name: max(method.rates, key=lambda rate: of(name, rate)) for name, method in METHODS.items()}
+
+
+def run_all(runs: list[Run], folder: Path, drawing_steps: int, processes: int) -> None:
+    """All runs, side by side in processes of one thread each."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(do, run, folder, drawing_steps) for run in runs]
+        for number, (run, job) in enumerate(zip(runs, jobs, strict=True), start=1):
+            job.result()
+            print(f"{time.strftime('%H:%M:%S')} {number}/{len(runs)} {run.name}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Choose the rates, run what is reported, write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/customization"), help="where every run is kept")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--drawing_steps", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=2, help="of the training; the pictures have two of their own")
+    parser.add_argument("--tuning", nargs="+", default=["teddy"], choices=TUNING, help="subjects that choose the rates")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--show", action="store_true", help="only the report of what is there")
+    asked = parser.parse_args(arguments)
+    if asked.quick:
+        asked.folder, asked.steps, asked.drawing_steps, asked.seeds = asked.folder / "quick", 5, 4, 1
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    taken = shared.circumstances(torch.device("cpu"), torch.float32)
+    tuning = tuple(asked.tuning)
+    grid = [
+        Run(name, subject, rate, 0, asked.steps)
+        for subject in tuning
+        for name, method in METHODS.items()
+        for rate in method.rates
+        if len(method.rates) > 1
+    ]
+    if not asked.show:
+        run_all(grid, asked.folder, asked.drawing_steps, asked.processes)
+    rates = best_rates(asked.folder, asked.steps, tuning)
+    subjects = REPORTED[:1] if asked.quick else REPORTED
+    runs = [
+        Run(name, subject, rates[name], seed, asked.steps)
+        for seed in range(asked.seeds)
+        for subject in subjects
+        for name in METHODS
+    ]
+    if not asked.show:
+        run_all(runs, asked.folder, asked.drawing_steps, asked.processes)
+    runs += [replace(run, bytes=size) for run in runs if run.method == SHRUNK for size in BYTES]
+    target, plots = shared.results_path("customization", torch.device("cpu")), shared.ROOT / "docs"
+    if asked.quick:
+        target, plots = asked.folder / "report.json", asked.folder
+    print(table(write_report(runs, asked.folder, taken, target, plots)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The table and the plots of benchmarks/customization.py, made from what its runs have kept."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from benchmarks import circumstances as shared
+from comcat_diffusion.evaluation.metrics import Interval, interval
+
+MEASURES = ("fidelity", "obedience", "drift", "diversity", "copying")
+
+
+def write_report(runs: list, folder: Path, circumstances: dict, target: Path, plots: Path) -> dict:
+    """Gather the kept runs, by method, into one JSON, draw the plots, and return what the JSON holds."""
+    rows: dict[str, list[dict]] = {}
+    for run in runs:
+        kept = folder / f"{run.name}.json"
+        if kept.exists():
+            name = f"{run.method}, in {run.bytes:,} bytes" if run.bytes else run.method
+            rows.setdefault(name, []).append(json.loads(kept.read_text()))
+    report = {"circumstances": circumstances, "rows": [_row(name, results) for name, results in rows.items()]}
+    shared.write_json(target, report)
+    plot(report, "file_bytes", "bytes of the file", plots / "fidelity-bytes.png")
+    plot(report, "seconds", "seconds of training", plots / "fidelity-seconds.png")
+    return report
+
+
+def _row(name: str, results: list[dict]) -> dict:
+    """One method over subjects and seeds. Intervals: prompts of all subjects are drawn again, and runs within them."""
+    first = results[0]
+    measures = {}
+    for measure in MEASURES:
+        by_run = torch.tensor([result[measure] for result in results])  # runs, prompts, seeds
+        subjects = sorted({result["subject"] for result in results})
+        prompts = [by_run[[r["subject"] == subject for r in results]].movedim(0, 1).flatten(1) for subject in subjects]
+        measures[measure] = vars(interval(torch.cat(prompts)))  # subjects * prompts, runs * seeds
+    seconds = sorted(result["seconds"] for result in results)
+    return {
+        "method": name,
+        "rate": first["rate"],
+        "steps": first["steps"],
+        "runs": len(results),
+        "subjects": sorted({result["subject"] for result in results}),
+        "parameters": first["parameters"],
+        "file_bytes": max(result["file_bytes"] for result in results),
+        "seconds": seconds[len(seconds) // 2],
+        "shrunk": first["bytes"] is not None,
+        **measures,
+    }
+
+
+def _told(found: dict, scale: float = 1.0) -> str:
+    held = Interval(**found)
+    return f"{held.mean * scale:.3f} ({held.low * scale:.3f} to {held.high * scale:.3f})"
+
+
+def table(report: dict) -> str:
+    """A line a method, with the 95 % interval of every measure."""
+    columns = ["method", "rate", "parameters", "bytes", "seconds", *MEASURES]
+    cells = [
+        (row["method"], f"{row['rate']:g}", f"{row['parameters']:,}", f"{row['file_bytes']:,}", f"{row['seconds']:.0f}",
+         *(_told(row[measure]) for measure in MEASURES))
+        for row in report["rows"]
+    ]  # fmt: skip
+    return shared.markdown_table(columns, cells) + "\n\n" + shared.circumstances_text(report["circumstances"])
+
+
+def plot(report: dict, across: str, label: str, path: Path) -> None:
+    """Fidelity over bytes or seconds; the colour of a point is its drift."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in report["rows"] if not (row["shrunk"] and across == "seconds")]
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    drifts = [row["drift"]["mean"] for row in rows]
+    points = axes.scatter(
+        [row[across] for row in rows], [row["fidelity"]["mean"] for row in rows], c=drifts, cmap="viridis_r", zorder=3
+    )
+    for row in rows:
+        axes.annotate(
+            row["method"], (row[across], row["fidelity"]["mean"]), fontsize=7, xytext=(4, 4), textcoords="offset points"
+        )
+        axes.vlines(row[across], row["fidelity"]["low"], row["fidelity"]["high"], color="0.8", linewidth=1)
+    figure.colorbar(points, label="drift (less is better)")
+    axes.set(xlabel=label, ylabel="fidelity to held-out pictures", xscale="log" if across == "file_bytes" else "linear")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

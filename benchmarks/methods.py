@@ -1,0 +1,126 @@
+"""Ways to teach the embedded base a subject: what each trains, at which rates it is tried, and what its file holds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import IA3Config, LoKrConfig, LoraConfig, PeftConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from comcat_diffusion import bases
+from comcat_diffusion.adapters.config import ComcatConfig
+from comcat_diffusion.adapters.model import adapted_layers
+from comcat_diffusion.adapters.store import save_adapter
+from comcat_diffusion.adapters.token import LearnedToken, put_token, start_vectors, token_ids
+from comcat_diffusion.training.learner import Learner
+
+NAME = "subject"  # of every adapter here
+SELF_AND_CROSS = ["attn1", "attn2"]
+PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+TOKEN = "<subject>"  # the word that Textual Inversion learns, in the place of trigger and class
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to learn a subject. `start` attaches what is trained; `write` saves it as its users would."""
+
+    rates: tuple[float, ...]  # tried on other subjects than those reported; a single one is the method's own
+    start: Callable[[DiffusionPipeline], None]
+    write: Callable[[DiffusionPipeline, Path], None]
+    token: bool = False  # whether it learns a word instead of weights
+    teacher: bool = False  # whether the frozen base teaches it to keep the class (`comcat train --prior teacher`)
+
+    def learner(self, pipe: DiffusionPipeline, prompts: list[str], class_word: str) -> Learner:
+        """The frozen base with what is trained in it; only that requires gradients."""
+        for model in (pipe.unet, pipe.text_encoder):
+            model.requires_grad_(False)
+        if self.token:
+            put_token(pipe, TOKEN, start_vectors(pipe, class_word, 1))
+            pipe.text_encoder.requires_grad_(False)  # a resized table is a new one
+        self.start(pipe)
+        learner = Learner(pipe, prompts, train_text=self.token)
+        if self.token:
+            learned = LearnedToken(pipe.text_encoder, token_ids(pipe, "text_encoder", TOKEN))
+            learner.tokens = nn.ModuleDict({"text_encoder": learned})
+            pipe.comcat_learned = learned
+        return learner
+
+
+def _comcat(config: ComcatConfig) -> Callable[[DiffusionPipeline], None]:
+    return lambda pipe: pipe.unet.add_adapter(config, NAME)
+
+
+def _authors(pipe: DiffusionPipeline) -> None:
+    """The paper's code: rank 2 on self- and cross-attention, all four factors random, so step 0 is not the base."""
+    pipe.unet.add_adapter(ComcatConfig(r=2, target_modules=SELF_AND_CROSS), NAME)
+    for layer in adapted_layers(pipe.unet).values():
+        for factor in (layer.comcat_k_down, layer.comcat_out_up):
+            factor[NAME].reset_parameters()
+
+
+def _write_comcat(pipe: DiffusionPipeline, path: Path) -> None:
+    save_adapter(pipe, path, NAME, bases.EMBEDDED, dtype=torch.float16)
+
+
+def _peft(config: PeftConfig) -> Callable[[DiffusionPipeline], None]:
+    return lambda pipe: pipe.unet.add_adapter(config, NAME)
+
+
+def _write_peft(pipe: DiffusionPipeline, path: Path) -> None:
+    tensors = get_peft_model_state_dict(pipe.unet, adapter_name=NAME)
+    save_file({name: tensor.half().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _weights(where: str) -> Callable[[DiffusionPipeline], None]:
+    """Train the U-Net's own weights whose names end in one of `where`; without any, all."""
+
+    def start(pipe: DiffusionPipeline) -> None:
+        for name, parameter in pipe.unet.named_parameters():
+            parameter.requires_grad_(not where or name.endswith(tuple(where.split())))
+
+    return start
+
+
+def _write_weights(pipe: DiffusionPipeline, path: Path) -> None:
+    trained = {name: p.detach().half() for name, p in pipe.unet.named_parameters() if p.requires_grad}
+    save_file(trained, path)
+
+
+def _write_token(pipe: DiffusionPipeline, path: Path) -> None:
+    save_file({TOKEN: pipe.comcat_learned.vectors.detach().half()}, path)
+
+
+def _lora(rank: int, rates: tuple[float, ...]) -> Method:
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS)
+    return Method(rates, _peft(config), _write_peft)
+
+
+def _ours(rates: tuple[float, ...], teacher: bool = False, **config: object) -> Method:
+    return Method(rates, _comcat(ComcatConfig(**config)), _write_comcat, teacher=teacher)
+
+
+HIGH, MIDDLE, LOW = (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2), (5e-5, 2e-4, 8e-4)
+METHODS = {
+    "COMCAT free, rank 4, cross": _ours(MIDDLE, r=4, target_modules=["attn2"]),
+    "COMCAT free, rank 1": _ours(MIDDLE, r=1, target_modules=SELF_AND_CROSS),
+    "COMCAT free, rank 4": _ours(MIDDLE, r=4, target_modules=SELF_AND_CROSS),
+    "COMCAT foldable, rank 4": _ours(MIDDLE, r=4, target_modules=SELF_AND_CROSS, foldable=True),
+    "COMCAT foldable, rank 8": _ours(MIDDLE, r=8, target_modules=SELF_AND_CROSS, foldable=True),
+    "COMCAT free, rank 4, cross, teacher": _ours(MIDDLE, True, r=4, target_modules=["attn2"]),
+    "COMCAT foldable, rank 8, teacher": _ours(MIDDLE, True, r=8, target_modules=SELF_AND_CROSS, foldable=True),
+    "COMCAT as the authors train it": Method((2.5e-3,), _authors, _write_comcat),
+    "LoRA, rank 1": _lora(1, MIDDLE),
+    "LoRA, rank 4": _lora(4, MIDDLE),
+    "LoRA, rank 16": _lora(16, MIDDLE),
+    "LoKr, rank 4": Method(MIDDLE, _peft(LoKrConfig(r=4, alpha=4, target_modules=PROJECTIONS)), _write_peft),
+    "IA3": Method(
+        HIGH, _peft(IA3Config(target_modules=PROJECTIONS, feedforward_modules=["to_out.0"])), _write_peft
+    ),
+    "DreamBooth, the whole U-Net": Method(LOW, _weights(""), _write_weights),
+    "Custom Diffusion's keys and values": Method(LOW, _weights("attn2.to_k.weight attn2.to_v.weight"), _write_weights),
+    "Textual Inversion": Method(HIGH, lambda pipe: None, _write_token, token=True),
+}  # fmt: skip

@@ -1,0 +1,71 @@
+"""The benchmark of ways to learn a subject: each trains and writes what it says; the table follows the runs."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from benchmarks import customization, customization_report
+from benchmarks.customization import METHODS, Bench, Run
+from comcat_diffusion import bases
+from recipe.subject import TRAIN, caption
+
+KINDS = ("COMCAT foldable, rank 8, teacher", "LoRA, rank 4", "Custom Diffusion's keys and values", "Textual Inversion")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_method_trains_and_writes_what_it_says(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(customization, "picture", lambda subject, pose: _blank())
+    pipe, cost = customization.learn(Bench(None, tmp_path, 2), Run(name, "cat", 1e-2, 0, 2))
+    METHODS[name].write(pipe, tmp_path / "file.safetensors")
+    with safe_open(tmp_path / "file.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert sum(tensor.numel() for tensor in tensors.values()) == cost["parameters"] > 0
+    base = bases.load_base(bases.EMBEDDED)
+    if name.startswith("Custom"):
+        shipped = base.unet.state_dict()
+        assert all(key.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for key in tensors)
+        assert any(not torch.equal(tensor, shipped[key].half()) for key, tensor in tensors.items())
+
+
+def _blank():
+    from PIL import Image
+
+    return Image.new("RGB", (64, 64), "red")
+
+
+def test_the_grid_is_not_tried_on_what_is_reported():
+    assert not set(customization.TUNING) & set(customization.REPORTED)
+
+
+def test_captions_name_what_is_not_the_subject():
+    assert caption("cat", TRAIN[1]) == "a photo of a big sks cat on the left, green background"
+
+
+def test_the_best_rate_has_the_highest_score(tmp_path, monkeypatch):
+    method = METHODS["LoRA, rank 4"]
+    monkeypatch.setattr(customization, "METHODS", {"LoRA, rank 4": method})
+    for rate, fidelity in zip(method.rates, (0.5, 0.9, 0.7), strict=True):
+        _keep(tmp_path, Run("LoRA, rank 4", "teddy", rate, 0, 3), fidelity)
+    assert customization.best_rates(tmp_path, 3, ("teddy",)) == {"LoRA, rank 4": method.rates[1]}
+
+
+def test_the_table_has_a_row_for_each_method_with_means_over_its_runs(tmp_path):
+    runs = [Run("LoRA, rank 4", subject, 1e-2, 0, 3) for subject in ("fish", "house")]
+    for run, fidelity in zip(runs, (0.5, 0.7), strict=True):
+        _keep(tmp_path, run, fidelity)
+    runs.append(Run("IA3", "fish", 1e-2, 0, 3))  # which has not been run
+    report = customization_report.write_report(runs, tmp_path, {}, tmp_path / "result.json", tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text()) == report
+    assert (tmp_path / "fidelity-bytes.png").exists() and (tmp_path / "fidelity-seconds.png").exists()
+    (row,) = report["rows"]
+    assert row["method"] == "LoRA, rank 4" and row["runs"] == 2 and row["file_bytes"] == 1000
+    assert row["fidelity"]["mean"] == pytest.approx(0.6)
+    assert row["fidelity"]["low"] < 0.6 < row["fidelity"]["high"]
+
+
+def _keep(folder, run, fidelity):
+    facts = {**vars(run), "parameters": 10, "seconds": 1.0, "file_bytes": 1000, "fidelity": [[fidelity] * 2] * 2}
+    others = dict.fromkeys(("obedience", "drift", "copying"), [[0.5, 0.5]] * 2) | {"diversity": [[0.1]] * 2}
+    (folder / f"{run.name}.json").write_text(json.dumps(facts | others))
