@@ -157,8 +157,8 @@ def _judged(row: Row, values: dict[str, torch.Tensor]) -> Judged:
 def _circumstances(clip: Features, judge: Features, device: str, base: str, settings: dict) -> dict:
     return {
         "base": bases.public_name(base),
-        "pictures and prompts compared by": bases.public_name(clip.name),
-        "pictures compared by": bases.public_name(judge.name),
+        "pictures and prompts compared by": _told(clip),
+        "pictures compared by": _told(judge),
         "device": device,
         "precision": settings["precision"],
         "steps": settings["num_inference_steps"],
@@ -166,6 +166,10 @@ def _circumstances(clip: Features, judge: Features, device: str, base: str, sett
         "sampler": settings["scheduler"],
         **library_versions(),
     }
+
+
+def _told(features: Features) -> str:
+    return "the embedded CLIP" if bases.is_embedded(features.name) else bases.public_name(features.name)
 
 
 def _world_notes(embedded: bool) -> list[str]:
