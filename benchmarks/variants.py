@@ -70,14 +70,8 @@ def variant(kind: str, base: nn.Module, suffixes: tuple[str, ...], rank: int) ->
     """
     model = twin(base)
     names = attentions_of(model, suffixes)
-    if kind.startswith("comcat"):
-        config = ComcatConfig(r=rank, target_modules=names, foldable=kind == "comcat_foldable")
-        inject_adapter_in_model(config, model, adapter_name=NAME)
-    elif kind == "lora":
-        lora_rank = rank * model.get_submodule(names[0]).heads // 2
-        targets = [f"{name}.{projection}" for name in names for projection in ("to_q", "to_k", "to_v", "to_out.0")]
-        config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets)
-        inject_adapter_in_model(config, model, adapter_name=NAME)
+    if kind.startswith("comcat") or kind == "lora":
+        add_adapter(model, kind, names, rank)
     elif kind == "two_branch":
         for name in names:
             attention = model.get_submodule(name)
@@ -89,6 +83,17 @@ def variant(kind: str, base: nn.Module, suffixes: tuple[str, ...], rank: int) ->
         for layer in adapted_layers(model).values():
             layer.merge()
     return model
+
+
+def add_adapter(model: nn.Module, kind: str, names: list[str], rank: int, adapter_name: str = NAME) -> None:
+    """Inject one adapter of a kind of `variant` on the attentions named."""
+    if kind == "lora":
+        lora_rank = rank * model.get_submodule(names[0]).heads // 2
+        targets = [f"{name}.{projection}" for name in names for projection in ("to_q", "to_k", "to_v", "to_out.0")]
+        config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets)
+    else:
+        config = ComcatConfig(r=rank, target_modules=names, foldable=kind == "comcat_foldable")
+    inject_adapter_in_model(config, model, adapter_name=adapter_name)
 
 
 @torch.no_grad()

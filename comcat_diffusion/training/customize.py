@@ -150,6 +150,7 @@ def _run(config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accel
         if accelerator.is_main_process:
             judge.save(target, done)
             output.prove(config, learner, loop.batching.batch(material.crops, objective, 0), target)
+        accelerator.wait_for_everyone()  # so that no process tells of a file that is not there yet
         if not (interrupted or config.skip_final_inference):
             judge.draw(done)
     accelerator.end_training()
