@@ -7,9 +7,9 @@ checkpoint a minute in the state folder and goes on from it, so a cut costs a mi
 shipped base, `--stages` alone exports what there is. Needs Debian's `fonts-noto-color-emoji`.
 
 Expect, on two quiet CPU cores without matrix units: half an hour for the VAE, three quarters of an hour for the
-CLIP, and two hours for the U-Net (0.35 to 0.5 s a step of 32). The shipped base took these steps in two sessions and
+CLIP, and two hours for the U-Net (0.35 to 0.5 s a step of 32). The shipped base took these steps in three sessions and
 changing settings, not in one go: docs/log.md tells them, `assets/tiny-sd/scores.json` what it reached: backgrounds,
-places and sizes 100 %, objects 84 %, VAE 30.1 dB, the CLIP itself 96 % on drawn scenes.
+places and sizes 100 %, objects 83 %, VAE 30.1 dB, the CLIP itself 97 % on drawn scenes.
 """
 
 import argparse
