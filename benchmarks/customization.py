@@ -7,7 +7,9 @@
 Every method (benchmarks/methods.py) learns the same four captioned pictures of a made-up subject
 (recipe/characters.py) in the same number of steps from the same noise. Its learning rate is the best of a small grid on
 the subjects in `TUNING`; reported are the others, which no choice has seen. The best is the rate with the highest
-score: fidelity plus obedience minus drift. The measures are those of `comcat evaluate`:
+score: fidelity times obedience, less a quarter of the drift (with all of it, learning nothing would be best).
+
+The measures are those of `comcat evaluate`:
 
 - fidelity: cosine of the small CLIP's features to the two pictures held out, the thing alone on grey on both sides;
 - obedience: share of backgrounds, places and sizes that are as asked, read from the pixels;
@@ -51,8 +53,8 @@ from comcat_diffusion.training.prior import Teacher
 from recipe.subject import HELD_OUT, TRAIN, TRIGGER, caption, picture
 
 TUNING, REPORTED = ("teddy", "cat"), ("robot", "fish", "house")
-SHRUNK = "COMCAT foldable, rank 8"  # what is shrunk
-BYTES = (32_000, 16_000, 10_000, 7_000)
+SHRUNK = "COMCAT free, rank 4, cross, teacher"  # what is shrunk
+BYTES = (32_000, 16_000, 10_000, 8_000)
 BATCH = 4
 PROMPTS = (
     "a photo of a big {subject} on the left, red background",
@@ -240,7 +242,7 @@ def mean(values: list[list[float]]) -> float:
 
 def score(result: dict) -> float:
     """What the best learning rate is chosen by."""
-    return mean(result["fidelity"]) + mean(result["obedience"]) - mean(result["drift"])
+    return mean(result["fidelity"]) * mean(result["obedience"]) - mean(result["drift"]) / 4
 
 
 def best_rates(folder: Path, steps: int, tuning: tuple[str, ...]) -> dict[str, float]:

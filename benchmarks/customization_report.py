@@ -1,6 +1,7 @@
 """The table and the plots of benchmarks/customization.py, made from what its runs have kept."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,11 +15,12 @@ MEASURES = ("fidelity", "obedience", "drift", "diversity", "copying")
 def write_report(runs: list, folder: Path, circumstances: dict, target: Path, plots: Path) -> dict:
     """Gather the kept runs, by method, into one JSON, draw the plots, and return what the JSON holds."""
     rows: dict[str, list[dict]] = {}
+    subjects = {run.subject for run in runs}
     for run in runs:
-        kept = folder / f"{run.name}.json"
-        if kept.exists():
+        whole = [folder / f"{replace(run, subject=subject).name}.json" for subject in subjects]
+        if all(kept.exists() for kept in whole):  # a seed counts when all subjects have it
             name = f"{run.method}, in {run.bytes:,} bytes" if run.bytes else run.method
-            rows.setdefault(name, []).append(json.loads(kept.read_text()))
+            rows.setdefault(name, []).append(json.loads((folder / f"{run.name}.json").read_text()))
     report = {"circumstances": circumstances, "rows": [_row(name, results) for name, results in rows.items()]}
     shared.write_json(target, report)
     plot(report, "file_bytes", "bytes of the file", plots / "fidelity-bytes.png")

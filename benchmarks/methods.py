@@ -103,15 +103,12 @@ def _ours(rates: tuple[float, ...], teacher: bool = False, **config: object) -> 
     return Method(rates, _comcat(ComcatConfig(**config)), _write_comcat, teacher=teacher)
 
 
-HIGH, MIDDLE, LOW = (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2), (5e-5, 2e-4, 8e-4)
+HIGH, MIDDLE, LOW = (3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3, 1e-2), (5e-5, 2e-4, 8e-4)
 METHODS = {
     "COMCAT free, rank 4, cross": _ours(MIDDLE, r=4, target_modules=["attn2"]),
-    "COMCAT free, rank 1": _ours(MIDDLE, r=1, target_modules=SELF_AND_CROSS),
-    "COMCAT free, rank 4": _ours(MIDDLE, r=4, target_modules=SELF_AND_CROSS),
-    "COMCAT foldable, rank 4": _ours(MIDDLE, r=4, target_modules=SELF_AND_CROSS, foldable=True),
-    "COMCAT foldable, rank 8": _ours(MIDDLE, r=8, target_modules=SELF_AND_CROSS, foldable=True),
     "COMCAT free, rank 4, cross, teacher": _ours(MIDDLE, True, r=4, target_modules=["attn2"]),
-    "COMCAT foldable, rank 8, teacher": _ours(MIDDLE, True, r=8, target_modules=SELF_AND_CROSS, foldable=True),
+    "COMCAT free, rank 1": _ours(MIDDLE, r=1, target_modules=SELF_AND_CROSS),
+    "COMCAT foldable, rank 8": _ours(MIDDLE, r=8, target_modules=SELF_AND_CROSS, foldable=True),
     "COMCAT as the authors train it": Method((2.5e-3,), _authors, _write_comcat),
     "LoRA, rank 1": _lora(1, MIDDLE),
     "LoRA, rank 4": _lora(4, MIDDLE),
