@@ -12,9 +12,11 @@ from safetensors import SafetensorError
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.header import Header, read_adapter
 from comcat_diffusion.adapters.merge import layers_of, merge_adapters, unmerge_adapters
+from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.config import EMBEDDED, weighted
 from comcat_diffusion.generation.config import GenerateConfig
+from comcat_diffusion.generation.masks import asked_regions
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_png
 from comcat_diffusion.generation.sheet import Row, contact_sheet
 from comcat_diffusion.words import Subject, calls, filled
@@ -51,6 +53,7 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
     # Prompts and adapters are checked from the files' headers, before the base is loaded.
     chosen = [_chosen(text, config.scale) for text in config.adapter]
     prompts = [_checked(prompt, chosen, config.any_prompt) for prompt in config.prompt]
+    masks = asked_regions(config.region, [one.path for one in chosen])
     folder = Path(config.output_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +61,7 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
         raise OSError(error.errno, f"--output_dir {folder} cannot be made ({error.strerror}).") from error
 
     pipe = _pipeline(config, chosen)
+    set_regions(pipe, {_name(number): mask for number, mask in masks.items()})
     drawings = [Drawing(prompt, config.seed + n) for prompt in prompts for n in range(config.num_images)]
     if config.guidance_scale is None:
         config = replace(config, guidance_scale=bases.default_guidance(_base_of(config, chosen)))
@@ -113,6 +117,10 @@ def _checked(prompt: str, chosen: list[Chosen], any_prompt: bool) -> str:
     raise ValueError(f"The prompt '{prompt}' does not name the subject: write {wanted}, or allow it with --any_prompt.")
 
 
+def _name(number: int) -> str:
+    return f"adapter_{number}"
+
+
 def _pipeline(config: GenerateConfig, chosen: list[Chosen]) -> DiffusionPipeline:
     pipe = bases.asked_base(config, config.precision, _base_of(config, chosen))
     if config.scheduler:
@@ -120,7 +128,7 @@ def _pipeline(config: GenerateConfig, chosen: list[Chosen]) -> DiffusionPipeline
         if kind is None or not hasattr(kind, "set_timesteps"):
             raise ValueError(f"--scheduler {config.scheduler}: diffusers has no scheduler of this name.")
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
-    names = [f"adapter_{number}" for number in range(len(chosen))]
+    names = [_name(number) for number in range(len(chosen))]
     for name, one in zip(names, chosen, strict=True):
         load_adapter(pipe, one.path, name, any_weights=config.any_weights)
     loras = {f"lora_{number}": weighted(text) for number, text in enumerate(config.lora)}
@@ -157,6 +165,7 @@ def _settings(config: GenerateConfig, pipe: DiffusionPipeline, chosen: list[Chos
             for one in chosen
         ],
         "loras": list(config.lora),
+        "regions": list(config.region),
     }
 
 
