@@ -171,7 +171,7 @@ def export(parsed: argparse.Namespace) -> int:
         source = config.adapter
         if config.approximate:
             header = read_adapter(source)
-            prompts = config.prompt or [header.notes.instance_prompt or header.notes.trigger or "a photo"]
+            prompts = config.prompt or [header.notes.example]
             pipe = bases.asked_base(config, "fp32", header.base_model)
             source = Path(folder) / Path(config.adapter).name
             found = approximate(pipe, config.adapter, source, prompts, math.inf if config.force else 0.1)
@@ -222,6 +222,13 @@ def shrink(parsed: argparse.Namespace) -> int:
     made = shrink(config.adapter, config.output, config.max_bytes, dtype)
     before = _size(config.adapter)
     print(f"Wrote {config.output} ({made.bytes:,} bytes of {before}, {made.energy_kept:.2%} of the energy).")
+    if config.pretrained_model_name_or_path:
+        from comcat_diffusion import bases
+        from comcat_diffusion.adapters.effect import change
+
+        prompts = config.prompt or [made.header.notes.example]
+        (changed,) = change(bases.asked_base(config, "fp32"), config.adapter, [config.output], prompts)
+        print(f"What the base predicts with it differs by {changed:.2%} of the adapter's effect.")
     return 0
 
 

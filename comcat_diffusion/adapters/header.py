@@ -29,6 +29,11 @@ class Notes:
     training: dict = field(default_factory=dict)  # resolution, steps, seed and the like
     others: list[dict] = field(default_factory=list)  # trigger and class_word of every further subject
 
+    @property
+    def example(self) -> str:
+        """A prompt to try the adapter with."""
+        return self.instance_prompt or f"a photo of {self.trigger} {self.class_word}".strip()
+
 
 @dataclass(frozen=True)
 class Header:

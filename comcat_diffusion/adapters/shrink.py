@@ -65,17 +65,23 @@ def shrink(adapter: str | Path, output: str | Path, max_bytes: int, dtype: torch
     even one direction of one head fits, naming the least.
     """
     whole_file = read_contents(adapter)
+    made, content = shrunk(whole_file, max_bytes, dtype)
+    atomic.write_bytes(output, content)
+    return made
+
+
+def shrunk(whole_file: Contents, max_bytes: int, dtype: torch.dtype | None = None) -> tuple[Shrunk, bytes]:
+    """As `shrink`, in memory: what was made, and the file's bytes."""
     layers = [_Layer(term, tuple(maths.product_svd(*p) for p in term.products())) for term in whole_file.terms]
     whole = sum(float(layer.energies(product).sum()) for layer in layers for product in (0, 1))
     if whole == 0:
-        raise ValueError(f"{adapter} adds nothing to its base, since all its products are zero; train it first.")
+        raise ValueError("The adapter adds nothing to its base, since all its products are zero; train it first.")
     if dtype is None:
         everything = [tuple([s.shape[1]] * s.shape[0] for _, s, _ in layer.svds) for layer in layers]
         fits = len(_made(whole_file, layers, everything, torch.float16).content) <= max_bytes
         dtype = torch.float16 if fits else torch.int8
     made = _richest(whole_file, layers, max_bytes, dtype)
-    atomic.write_bytes(output, made.content)
-    return Shrunk(made.header, len(made.content), made.energy / whole, made.header.head_ranks)
+    return Shrunk(made.header, len(made.content), made.energy / whole, made.header.head_ranks), made.content
 
 
 @dataclass(frozen=True)

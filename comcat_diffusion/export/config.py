@@ -67,12 +67,15 @@ class CombineConfig(Group):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShrinkConfig(OneAdapter):
+class ShrinkConfig(BaseSettings, OneAdapter):
     """The size"""
 
     max_bytes: int | None = option(None, "The most bytes that the file may have, header included.")
     save_precision: str | None = option(
         None, "Precision of the factors. Default: fp16 if everything fits, else int8.", choices=("fp16", "int8")
+    )
+    prompt: list[str] = option(
+        [], "Prompts that the change is measured on, where a base is given. Default: the adapter's own."
     )
 
     def check(self) -> None:
