@@ -1,4 +1,4 @@
-"""How much of an adapter is left in how many bytes: `comcat shrink` on the embedded base, from 100 % of the file to 1 %.
+"""How much of an adapter is left in how many bytes: `comcat shrink` on the embedded base, from 100 % to 1 %.
 
     python -m benchmarks.bytes
 
@@ -86,9 +86,7 @@ def plot(report: dict, path: Path) -> None:
         colour = "tab:purple" if kind[0] == "free" else "tab:orange"
         points = [row["bytes"] / 1000 for row in rows], [row["change"] for row in rows]
         axes.plot(*points, style, color=colour, marker="o", markersize=3, label=" ".join(kind))
-    axes.set(
-        xscale="log", yscale="log", xlabel="kilobytes of the file", ylabel="change of the output / adapter's effect"
-    )
+    axes.set(xscale="log", yscale="log", xlabel="kilobytes of the file", ylabel="change of the output over the effect")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)
