@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
     info = there.add_parser("info", help=_help(commands.info))
     info.add_argument("adapter", metavar="FILE", help="An adapter, .safetensors.")
+    info.add_argument("--save_preview", metavar="FILE", help="Write the header's thumbnail, a JPEG, to this file.")
     info.set_defaults(run=commands.info)
     return parser
 

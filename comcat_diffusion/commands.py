@@ -120,9 +120,17 @@ def generate(parsed: argparse.Namespace) -> int:
 
 def info(parsed: argparse.Namespace) -> int:
     """Show what an adapter file says of itself."""
-    from comcat_diffusion.adapters.header import read_adapter
+    import hashlib
+
+    from comcat_diffusion import atomic
+    from comcat_diffusion.adapters.header import picture_of, read_adapter
 
     header = read_adapter(parsed.adapter)
+    picture = picture_of(header)
+    if parsed.save_preview:
+        if picture is None:
+            raise ValueError(f"{parsed.adapter} has no thumbnail; comcat train --thumbnail puts one into the header.")
+        atomic.write_bytes(parsed.save_preview, picture)
     notes = header.notes
     others = [f"{other['trigger']} {other['class_word']}".strip() for other in notes.others]
     rows = {
@@ -134,6 +142,9 @@ def info(parsed: argparse.Namespace) -> int:
         "base kind": f"{header.fingerprint.get('class')}, predicts {header.fingerprint.get('prediction_type')}",
         **{f"adapter of {part}": _told(header, part) for part in header.config},
         "training": ", ".join(f"{key} {value}" for key, value in notes.training.items()) or "not said",
+        "thumbnail": f"{len(picture):,} bytes" if picture else "none",
+        "base's layout": str(header.fingerprint.get("layout")),
+        "sha256": hashlib.sha256(Path(parsed.adapter).read_bytes()).hexdigest(),
         "written by": ", ".join(f"{name} {version}" for name, version in header.versions.items()),
     }
     width = max(map(len, rows))

@@ -23,6 +23,7 @@ from comcat_diffusion.adapters.header import Header
 from comcat_diffusion.adapters.packing import HeadRanks
 from comcat_diffusion.adapters.terms import Contents, Term, assembled, read_contents
 
+ROUNDING = 1e-12  # relative; products are computed in float64
 _ATTEMPTS = 14  # attempts to fill the budget; each is a whole file made in memory
 
 
@@ -42,6 +43,12 @@ class _Layer:
 
     term: Term
     svds: tuple  # of both products: u (H, E, R), s (H, R), vh (H, R, C)
+
+    @classmethod
+    def of(cls, term: Term) -> "_Layer":
+        """Decomposed; what is only rounding counts as nothing, so that a term shrinks again to the ranks it has."""
+        svds = [maths.product_svd(*product) for product in term.products()]
+        return cls(term, tuple((u, s * (s > ROUNDING * s.amax()), vh) for u, s, vh in svds))
 
     def energies(self, product: int) -> torch.Tensor:
         """What each direction of each head counts: (H, R)."""
@@ -72,7 +79,7 @@ def shrink(adapter: str | Path, output: str | Path, max_bytes: int, dtype: torch
 
 def shrunk(whole_file: Contents, max_bytes: int, dtype: torch.dtype | None = None) -> tuple[Shrunk, bytes]:
     """As `shrink`, in memory: what was made, and the file's bytes."""
-    layers = [_Layer(term, tuple(maths.product_svd(*p) for p in term.products())) for term in whole_file.terms]
+    layers = [_Layer.of(term) for term in whole_file.terms]
     whole = sum(float(layer.energies(product).sum()) for layer in layers for product in (0, 1))
     if whole == 0:
         raise ValueError("The adapter adds nothing to its base, since all its products are zero; train it first.")
@@ -82,6 +89,12 @@ def shrunk(whole_file: Contents, max_bytes: int, dtype: torch.dtype | None = Non
         dtype = torch.float16 if fits else torch.int8
     made = _richest(whole_file, layers, max_bytes, dtype)
     return Shrunk(made.header, len(made.content), made.energy / whole, made.header.head_ranks), made.content
+
+
+def least_bytes(whole_file: Contents) -> int:
+    """The fewest bytes that an adapter of these shapes can be shrunk to, whatever it has learned or will learn."""
+    ones = [_Layer(t, tuple((u, torch.ones_like(s), v) for u, s, v in _Layer.of(t).svds)) for t in whole_file.terms]
+    return len(_made(whole_file, ones, _cheapest(ones, torch.int8), torch.int8).content)
 
 
 @dataclass(frozen=True)
