@@ -7,7 +7,15 @@ import sys
 from comcat_diffusion import commands
 from comcat_diffusion.compression.config import CompressConfig
 from comcat_diffusion.config import add_arguments
-from comcat_diffusion.export.config import CombineConfig, ExportConfig, ImportConfig, MergeConfig, ShrinkConfig
+from comcat_diffusion.export.config import (
+    CombineConfig,
+    ExportConfig,
+    ImportConfig,
+    MergeConfig,
+    PullConfig,
+    PushConfig,
+    ShrinkConfig,
+)
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 
@@ -20,6 +28,8 @@ COMMANDS = {
     "combine": (commands.combine, CombineConfig),
     "shrink": (commands.shrink, ShrinkConfig),
     "compress": (commands.compress, CompressConfig),
+    "push": (commands.push, PushConfig),
+    "pull": (commands.pull, PullConfig),
     "import": (commands.import_, ImportConfig),
 }
 

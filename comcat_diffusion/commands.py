@@ -8,7 +8,15 @@ from pathlib import Path
 
 from comcat_diffusion.compression.config import CompressConfig
 from comcat_diffusion.config import from_arguments, weighted
-from comcat_diffusion.export.config import CombineConfig, ExportConfig, ImportConfig, MergeConfig, ShrinkConfig
+from comcat_diffusion.export.config import (
+    CombineConfig,
+    ExportConfig,
+    ImportConfig,
+    MergeConfig,
+    PullConfig,
+    PushConfig,
+    ShrinkConfig,
+)
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 
@@ -255,6 +263,31 @@ def compress(parsed: argparse.Namespace) -> int:
     more = f"; pictures before and after: {sheet}" if sheet.exists() else ""
     print(f"{made.removed:.1%} of {made.counted:,} parameters are gone. Ranks: {made.folder / 'ranks.png'}{more}")
     print(f'Wrote {made.folder}; load it with comcat_diffusion.compression.load_compressed("{made.folder}").')
+    return 0
+
+
+def push(parsed: argparse.Namespace) -> int:
+    """Share an adapter on the Hugging Face hub, with a card."""
+    config = from_arguments(PushConfig, parsed)
+    _quiet()
+    from comcat_diffusion.export.hub import build_folder, push
+
+    with tempfile.TemporaryDirectory() as folder:
+        build_folder(Path(folder), config.repo_id, config.adapter, config.sheet, config.lora)
+        names = ", ".join(sorted(path.name for path in Path(folder).iterdir()))
+        print(f"Shared {names} at {push(Path(folder), config.repo_id, config.private)}")
+    return 0
+
+
+def pull(parsed: argparse.Namespace) -> int:
+    """Fetch an adapter from the Hugging Face hub."""
+    config = from_arguments(PullConfig, parsed)
+    _quiet()
+    from comcat_diffusion.adapters.header import read_adapter
+    from comcat_diffusion.export.hub import pull
+
+    for file in pull(config.repo_id, config.output_dir, config.revision):
+        print(f'Fetched {file} ({_size(file)}); try the prompt "{read_adapter(file).notes.example}".')
     return 0
 
 
