@@ -43,6 +43,8 @@ def test_every_command_has_help(command, capsys):
         (["generate", "--adapter", "nope.safetensors", "--prompt", "sks dog"], "no adapter file nope.safetensors"),
         (["generate", "--adapter", "README.md", "--prompt", "sks dog"], "README.md"),
         (["generate", "--adapter", "x", "--prompt", "sks dog", "--scale", "nan"], "--scale must be a finite number"),
+        (["generate", "--adapter", "x", "--prompt", "sks dog", "--scale", "inf"], "--scale must be a finite number"),
+        (["generate", "--adapter", "x:inf", "--prompt", "sks dog"], "the weight must be a finite number"),
         (["info", "nope.safetensors"], "no adapter file"),
         (["train", "--config", "nope.toml"], "no file nope.toml"),
         (["export", "--adapter", "nope.safetensors", "--output", "x"], "no adapter file"),
