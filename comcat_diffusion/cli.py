@@ -8,7 +8,15 @@ from comcat_diffusion import commands
 from comcat_diffusion.compression.config import CompressConfig
 from comcat_diffusion.config import add_arguments
 from comcat_diffusion.evaluation.config import EvaluateConfig
-from comcat_diffusion.export.config import CombineConfig, ExportConfig, ImportConfig, MergeConfig, ShrinkConfig
+from comcat_diffusion.export.config import (
+    CombineConfig,
+    ExportConfig,
+    ImportConfig,
+    MergeConfig,
+    PullConfig,
+    PushConfig,
+    ShrinkConfig,
+)
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 
@@ -22,6 +30,8 @@ COMMANDS = {
     "shrink": (commands.shrink, ShrinkConfig),
     "compress": (commands.compress, CompressConfig),
     "evaluate": (commands.evaluate, EvaluateConfig),
+    "push": (commands.push, PushConfig),
+    "pull": (commands.pull, PullConfig),
     "import": (commands.import_, ImportConfig),
 }
 
@@ -65,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
     info = there.add_parser("info", help=_help(commands.info))
     info.add_argument("adapter", metavar="FILE", help="An adapter, .safetensors.")
+    info.add_argument("--save_preview", metavar="FILE", help="Write the header's thumbnail, a JPEG, to this file.")
     info.set_defaults(run=commands.info)
     return parser
 

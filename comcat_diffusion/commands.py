@@ -11,7 +11,15 @@ from pathlib import Path
 from comcat_diffusion.compression.config import CompressConfig
 from comcat_diffusion.config import from_arguments, weighted
 from comcat_diffusion.evaluation.config import EvaluateConfig
-from comcat_diffusion.export.config import CombineConfig, ExportConfig, ImportConfig, MergeConfig, ShrinkConfig
+from comcat_diffusion.export.config import (
+    CombineConfig,
+    ExportConfig,
+    ImportConfig,
+    MergeConfig,
+    PullConfig,
+    PushConfig,
+    ShrinkConfig,
+)
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 
@@ -128,9 +136,17 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 
 def info(parsed: argparse.Namespace) -> int:
     """Show what an adapter file says of itself."""
-    from comcat_diffusion.adapters.header import read_adapter
+    import hashlib
+
+    from comcat_diffusion import atomic
+    from comcat_diffusion.adapters.header import picture_of, read_adapter
 
     header = read_adapter(parsed.adapter)
+    picture = picture_of(header)
+    if parsed.save_preview:
+        if picture is None:
+            raise ValueError(f"{parsed.adapter} has no thumbnail; comcat train --thumbnail puts one into the header.")
+        atomic.write_bytes(parsed.save_preview, picture)
     notes = header.notes
     others = [f"{other['trigger']} {other['class_word']}".strip() for other in notes.others]
     rows = {
@@ -142,6 +158,9 @@ def info(parsed: argparse.Namespace) -> int:
         "base kind": f"{header.fingerprint.get('class')}, predicts {header.fingerprint.get('prediction_type')}",
         **{f"adapter of {part}": _told(header, part) for part in header.config},
         "training": ", ".join(f"{key} {value}" for key, value in notes.training.items()) or "not said",
+        "thumbnail": f"{len(picture):,} bytes" if picture else "none",
+        "base's layout": str(header.fingerprint.get("layout")),
+        "sha256": hashlib.sha256(Path(parsed.adapter).read_bytes()).hexdigest(),
         "written by": ", ".join(f"{name} {version}" for name, version in header.versions.items()),
     }
     width = max(map(len, rows))
@@ -179,7 +198,7 @@ def export(parsed: argparse.Namespace) -> int:
         source = config.adapter
         if config.approximate:
             header = read_adapter(source)
-            prompts = config.prompt or [header.notes.instance_prompt or header.notes.trigger or "a photo"]
+            prompts = config.prompt or [header.notes.example]
             pipe = bases.asked_base(config, "fp32", header.base_model)
             source = Path(folder) / Path(config.adapter).name
             found = approximate(pipe, config.adapter, source, prompts, math.inf if config.force else 0.1)
@@ -230,6 +249,13 @@ def shrink(parsed: argparse.Namespace) -> int:
     made = shrink(config.adapter, config.output, config.max_bytes, dtype)
     before = _size(config.adapter)
     print(f"Wrote {config.output} ({made.bytes:,} bytes of {before}, {made.energy_kept:.2%} of the energy).")
+    if config.pretrained_model_name_or_path:
+        from comcat_diffusion import bases
+        from comcat_diffusion.adapters.effect import change
+
+        prompts = config.prompt or [made.header.notes.example]
+        (changed,) = change(bases.asked_base(config, "fp32"), config.adapter, [config.output], prompts)
+        print(f"What the base predicts with it differs by {changed:.2%} of the adapter's effect.")
     return 0
 
 
@@ -262,6 +288,31 @@ def evaluate(parsed: argparse.Namespace) -> int:
         for text in (report.table(), *report.notes, report.verdict):
             print(text)
         print(f"Wrote {report.folder / 'report.md'}, with sheet.png, plot.png and report.json beside it.")
+    return 0
+
+
+def push(parsed: argparse.Namespace) -> int:
+    """Share an adapter on the Hugging Face hub, with a card."""
+    config = from_arguments(PushConfig, parsed)
+    _quiet()
+    from comcat_diffusion.export.hub import build_folder, push
+
+    with tempfile.TemporaryDirectory() as folder:
+        build_folder(Path(folder), config.repo_id, config.adapter, config.sheet, config.lora)
+        names = ", ".join(sorted(path.name for path in Path(folder).iterdir()))
+        print(f"Shared {names} at {push(Path(folder), config.repo_id, config.private)}")
+    return 0
+
+
+def pull(parsed: argparse.Namespace) -> int:
+    """Fetch an adapter from the Hugging Face hub."""
+    config = from_arguments(PullConfig, parsed)
+    _quiet()
+    from comcat_diffusion.adapters.header import read_adapter
+    from comcat_diffusion.export.hub import pull
+
+    for file in pull(config.repo_id, config.output_dir, config.revision):
+        print(f'Fetched {file} ({_size(file)}); try the prompt "{read_adapter(file).notes.example}".')
     return 0
 
 

@@ -87,3 +87,19 @@ def attention(
             logits = logits + mask.double()[:, head if mask.shape[1] > 1 else 0]
         total = total + logits.softmax(dim=-1) @ values
     return total + out.bias.double() if out_bias and out.bias is not None else total
+
+
+def blended(base: torch.Tensor, alone: list[torch.Tensor], masks: list[torch.Tensor], grid: tuple[int, int]):
+    """Attention outputs (B, N, C) laid side by side as pictures of `grid`, place by place, by masks of the grid's size.
+
+    At each place out = sum_a m_a attention_a + (1 - sum_a m_a) attention_base.
+    """
+    out = torch.zeros_like(base)
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            n, rest = row * grid[1] + column, 1.0
+            for output, mask in zip(alone, masks, strict=True):
+                out[:, n] += mask[row, column] * output[:, n]
+                rest -= mask[row, column].item()
+            out[:, n] += rest * base[:, n]
+    return out

@@ -164,7 +164,14 @@ def test_a_base_of_another_shape_is_refused_in_one_sentence(file, tiny_clip):
     assert "\n" not in str(caught.value)
 
 
+def rename(tensors, metadata):
+    name = sorted(tensors)[0]
+    tensors[name.replace("attn", "atn")] = tensors.pop(name)
+
+
 BROKEN = {
+    "lacks: .*attn": rename,
+    "holds NaN or infinity": lambda tensors, metadata: tensors[sorted(tensors)[0]].fill_(float("-inf")),
     "lacks": lambda tensors, metadata: tensors.pop(sorted(tensors)[0]),
     "unknown tensors": lambda tensors, metadata: tensors.update(stray=torch.zeros(2)),
     "misshapen": lambda tensors, metadata: tensors.update({sorted(tensors)[0]: torch.zeros(3, 5)}),
@@ -216,6 +223,25 @@ def test_files_that_are_no_safetensors_are_refused(file, tmp_path):
             read_adapter(tmp_path / f"{name}.safetensors")
     with pytest.raises(AdapterFileError, match="no adapter file"):
         read_adapter(tmp_path / "nobody.safetensors")
+
+
+@pytest.mark.parametrize("lie", ["longer", "beyond", "other type"])
+def test_a_header_that_lies_about_its_shapes_is_refused(fresh, file, tmp_path, lie):
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    table = json.loads(content[8 : 8 + length])
+    entry = table[min(name for name in table if name != "__metadata__")]
+    if lie == "longer":
+        entry["shape"][0] += 1
+    elif lie == "beyond":
+        entry["data_offsets"][1] += 1 << 20
+    else:
+        entry["dtype"] = "F64"
+    text = json.dumps(table).encode()
+    (tmp_path / "lie.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    with pytest.raises(AdapterFileError, match="damaged or cut short") as caught:
+        load_adapter(fresh, tmp_path / "lie.safetensors")
+    assert "\n" not in str(caught.value) and not hasattr(fresh.unet, "peft_config")
 
 
 def test_a_header_whose_length_begins_like_a_pickle_is_read(trained, tmp_path):

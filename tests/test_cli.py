@@ -1,12 +1,15 @@
 """The command line as a person meets it: fast help, one sentence for a mistake, an exit status for scripts."""
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from comcat_diffusion import bases, load_adapter
+from comcat_diffusion import bases, load_adapter, read_adapter
+from comcat_diffusion.adapters.shrink import shrink
 from comcat_diffusion.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +43,8 @@ def test_every_command_has_help(command, capsys):
         (["generate", "--adapter", "nope.safetensors", "--prompt", "sks dog"], "no adapter file nope.safetensors"),
         (["generate", "--adapter", "README.md", "--prompt", "sks dog"], "README.md"),
         (["generate", "--adapter", "x", "--prompt", "sks dog", "--scale", "nan"], "--scale must be a finite number"),
+        (["generate", "--adapter", "x", "--prompt", "sks dog", "--scale", "inf"], "--scale must be a finite number"),
+        (["generate", "--adapter", "x:inf", "--prompt", "sks dog"], "the weight must be a finite number"),
         (["info", "nope.safetensors"], "no adapter file"),
         (["train", "--config", "nope.toml"], "no file nope.toml"),
         (["export", "--adapter", "nope.safetensors", "--output", "x"], "no adapter file"),
@@ -56,6 +61,37 @@ def test_a_mistake_is_one_sentence_and_status_2(arguments, message, capsys, monk
     captured = capsys.readouterr()
     said = captured.err.splitlines()[-1]
     assert message in said and said.startswith("comcat: ") and "Traceback" not in captured.err
+
+
+def test_info_tells_the_whole_header_without_torch_and_saves_the_thumbnail(tmp_path, capsys):
+    from PIL import Image
+
+    sample = ["--max_train_steps", "1", "--num_validation_images", "1", "--thumbnail"]
+    assert main(["train", "--output_dir", str(tmp_path), *sample]) == 0
+    file, preview = tmp_path / "sks-teddy.safetensors", tmp_path / "preview.jpg"
+    code = f"import sys\nfrom comcat_diffusion.cli import main\nassert main(['info', {str(file)!r}]) == 0\n"
+    done = run("-c", code + "assert not {'torch', 'diffusers', 'peft', 'PIL'} & set(sys.modules)")
+    assert done.returncode == 0, done.stderr
+    header = read_adapter(file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    told = ["sks teddy", "a photo of sks teddy", "embedded", "UNet2DConditionModel", "rank 4", "attn2", digest]
+    told += [header.fingerprint["layout"], *header.versions.values(), "resolution 64", "steps 1", "seed 0"]
+    assert all(word in done.stdout for word in told)
+    assert main(["info", str(file), "--save_preview", str(preview)]) == 0
+    assert Image.open(preview).size == (64, 64) and 500 < preview.stat().st_size <= 15_000
+    drawn = np.asarray(Image.open(tmp_path / "samples" / "step-000001-00-0.png")).astype(int)
+    assert np.abs(np.asarray(Image.open(preview)).astype(int) - drawn).mean() < 5
+    load_adapter(bases.load_base("embedded"), file)
+    shrink(file, tmp_path / "small.safetensors", 40_000)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "small.safetensors"), "--save_preview", str(preview)]) == 2
+    assert "has no thumbnail" in capsys.readouterr().err
+    edited = tmp_path / "edited.safetensors"
+    edited.write_bytes(file.read_bytes().replace(b"data:image/jpeg", b"data:text/plain"))
+    assert main(["info", str(edited)]) == 2 and "thumbnail is no picture" in capsys.readouterr().err
+    for bare in (["--skip_final_inference"], ["--max_bytes", "30000"]):
+        assert main(["train", "--thumbnail", *bare]) == 2
+        assert "--thumbnail needs a final sample" in capsys.readouterr().err
 
 
 def test_an_unknown_flag_is_refused(capsys):

@@ -381,6 +381,10 @@ def test_a_merge_that_cannot_be_leaves_no_folder_and_the_base_as_it_was(
         merge_to_folder(pipe, [], target)
     with pytest.raises(ValueError, match="carries adapters already"):
         merge_to_folder(live, [(good, 1.0)], target)
+    spoken = pipeline(tiny_unet(), tiny_clip())
+    spoken.text_encoder.add_adapter(ComcatConfig(foldable=True), "dog")  # transformers would save the adapter alone
+    with pytest.raises(ValueError, match="carries adapters already"):
+        merge_to_folder(spoken, [(good, 1.0)], target)
     other = pipeline(tiny_unet(), tiny_clip())
     for parameter in other.unet.parameters():
         parameter.data *= 1.3

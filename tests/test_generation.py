@@ -13,6 +13,7 @@ from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.generation.sheet import Row, contact_sheet
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
+from tests.test_adapter_file import edit, rewritten
 
 PROMPT = "a photo of sks teddy on the left, red background"
 
@@ -89,6 +90,21 @@ def test_two_adapters_act_together(config, adapter):
     assert np.abs(once - twice).max() > 0
     doubled = pixels(generate(config(adapter=[f"{adapter}:2.0"])))
     assert np.abs(twice - doubled).max() <= 1
+
+
+def test_two_adapters_of_different_bases_are_refused(config, adapter, tmp_path):
+    """The base is the first one's; whose adapter does not fit is named, with both bases."""
+
+    def stranger(tensors, metadata):
+        def other(header):
+            header["base_model"], header["fingerprint"]["sketch"] = "another/base", [1.0] * 64
+
+        edit(metadata, other)
+
+    other = rewritten(adapter, tmp_path, stranger)
+    with pytest.raises(ValueError, match="trained on 'another/base' and does not fit .*other weights"):
+        generate(config(adapter=[adapter, str(other)]))
+    assert not list((tmp_path / "pictures").iterdir())
 
 
 @pytest.mark.parametrize(

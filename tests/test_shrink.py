@@ -226,3 +226,27 @@ def test_the_header_tells_the_ranks_in_plain_json(file, tmp_path):
     told, config = written["head_ranks"]["unet"], read_adapter(tmp_path / "small.safetensors").config["unet"]
     assert "target_modules" not in written["config"]["unet"] and config["target_modules"] == sorted(told)
     assert all(len(products) == 2 and all(len(ranks) == 2 for ranks in products) for products in told.values())
+
+
+def test_the_change_of_the_output_is_measured_where_a_base_is_given(randomize, tmp_path, capsys):
+    from comcat_diffusion import bases
+    from comcat_diffusion.adapters.effect import change
+    from comcat_diffusion.cli import main
+
+    pipe, adapter, small = bases.load_base("embedded"), tmp_path / "dog.safetensors", tmp_path / "small.safetensors"
+    pipe.unet.add_adapter(ComcatConfig(r=2), "dog")
+    randomize(pipe.unet, "dog", 1, std=0.1)
+    save_adapter(pipe, adapter, "dog", "embedded", Notes("sks", "a photo of sks dog", "dog"))
+    with pytest.raises(ValueError, match="carries adapters already"):
+        change(pipe, adapter, [adapter], ["a dog"])
+    files = [tmp_path / f"{share}.safetensors" for share in (90, 30, 20)]
+    for file in files:
+        shrink(adapter, file, adapter.stat().st_size * int(file.stem) // 100, torch.int8)
+    pipe = bases.load_base("embedded")
+    same, *changes = change(pipe, adapter, [adapter, *files], ["a photo of sks dog"])
+    assert same < 1e-6 and 0.001 < changes[0] < changes[1] < changes[2] < 1.2 and not hasattr(pipe.unet, "peft_config")
+    budget = ["--max_bytes", str(files[1].stat().st_size), "--save_precision", "int8"]
+    command = ["shrink", "--adapter", str(adapter), "--output", str(small), *budget]
+    assert main(command) == 0 and "differs by" not in capsys.readouterr().out
+    assert main([*command, "--pretrained_model_name_or_path", "embedded"]) == 0
+    assert f"differs by {changes[1]:.2%} of the adapter's effect" in capsys.readouterr().out

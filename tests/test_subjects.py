@@ -175,13 +175,13 @@ def test_class_pictures_are_drawn_once_counted_and_learned(tmp_path):
     assert any("Drawing 3 pictures of 'a photo of teddy'" in note for note in listener.notes)
     assert listener.steps[0].prior_loss > 0
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
-    (tmp_path / "class" / "class-000002.png").unlink()
+    (tmp_path / "class" / "class-000001.png").unlink()  # from the middle
     _, listener = run(tmp_path / "b", **settings)
     assert any("Drawing 1 pictures" in note for note in listener.notes)
     again = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
-    assert again.keys() == drawn.keys() and again["class-000001.png"] == drawn["class-000001.png"]
+    assert again.keys() == drawn.keys() and again["class-000002.png"] == drawn["class-000002.png"]
     # drawn alone instead of with two others, kernels may sum in another order, which rounds a pixel now and then
-    one, other = (np.asarray(Image.open(io.BytesIO(kept["class-000002.png"]))).astype(int) for kept in (again, drawn))
+    one, other = (np.asarray(Image.open(io.BytesIO(kept["class-000001.png"]))).astype(int) for kept in (again, drawn))
     assert np.abs(one - other).max() <= 1
 
 
@@ -266,6 +266,19 @@ def test_the_held_out_loss_chooses_the_best(tmp_path):
     ).exists()
     with pytest.raises(ValueError, match="leaves 0 to judge"):
         run(tmp_path / "b", validation_fraction=0.01)
+
+
+def test_a_resumed_run_does_not_replace_its_best_adapter_by_a_worse_one(tmp_path):
+    settings = {"max_train_steps": 4, "validation_fraction": 0.25, "validation_steps": 2, "num_validation_images": 1}
+    run(tmp_path, **settings, checkpointing_steps=2)
+    best, metrics = tmp_path / "sks-teddy-best.safetensors", tmp_path / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for earlier, kept in ((-1.0, True), (1e9, False)):  # nothing, and anything, is better than that
+        records = [line | {"held_out_loss": earlier} if "held_out_loss" in line else line for line in lines]
+        metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+        best.write_bytes(b"the best so far")
+        run(tmp_path, **settings, resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-2"))
+        assert (best.read_bytes() == b"the best so far") == kept
 
 
 def test_pictures_of_another_folder_can_be_the_judge_and_prompts_are_drawn_in_order(tmp_path, pictures):

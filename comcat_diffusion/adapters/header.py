@@ -1,5 +1,6 @@
 """What an adapter file says of itself, readable without torch: the header of `NAME.safetensors`."""
 
+import base64
 import json
 import re
 import struct
@@ -12,6 +13,7 @@ FORMAT_VERSION = 1
 PACKED_VERSION = 2  # keeps only the rows that each head has, see adapters/packing.py
 KEY = "comcat"
 _DERIVED = ("target_modules", "rank_pattern")  # what a packed file's config leaves out, see settings_of_layers
+THUMBNAIL = "modelspec.thumbnail"
 LONGEST_HEADER = 4 << 20  # bytes; an honest header is a few tens of kilobytes
 
 
@@ -29,6 +31,11 @@ class Notes:
     training: dict = field(default_factory=dict)  # resolution, steps, seed and the like
     others: list[dict] = field(default_factory=list)  # trigger and class_word of every further subject
 
+    @property
+    def example(self) -> str:
+        """A prompt to try the adapter with."""
+        return self.instance_prompt or f"a photo of {self.trigger} {self.class_word}".strip()
+
 
 @dataclass(frozen=True)
 class Header:
@@ -44,10 +51,12 @@ class Header:
     # Packed files only. By component and attention: the rank of every head, of its QK and of its VO product.
     head_ranks: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
     tokens: list[str] = field(default_factory=list)  # new words whose embeddings the file brings
+    thumbnail: str = ""  # a small picture as a data URI, where one was asked for
 
     def metadata(self) -> dict[str, str]:
         """As the string pairs of a safetensors header; the `modelspec.*` keys are what other tools read."""
         notes, content = self.notes, asdict(self)
+        del content["thumbnail"]  # it stands where other tools look for it
         for table, name in ((content, "head_ranks"), (content, "tokens"), (content["notes"], "others")):
             if not table[name]:  # a file that does without is one that older versions read
                 del table[name]
@@ -64,6 +73,8 @@ class Header:
             "modelspec.trigger_phrase": notes.trigger,
             "modelspec.usage_hint": f'Load with comcat-diffusion; prompt with "{notes.trigger} {notes.class_word}".',
         }
+        if self.thumbnail:
+            pairs[THUMBNAIL] = self.thumbnail
         if notes.training.get("resolution"):
             pairs["modelspec.resolution"] = "{0}x{0}".format(notes.training["resolution"])
         return pairs
@@ -98,16 +109,29 @@ def read_adapter(path: str | Path) -> Header:
         raise AdapterFileError(
             f"{path} is not a COMCAT adapter: it has no '{KEY}' header (a LoRA loads with pipe.load_lora_weights)."
         )
-    return _parsed(metadata[KEY], path)
+    return _parsed(metadata, path)
 
 
-def _parsed(text: str, path: Path) -> Header:
+def picture_of(header: Header) -> bytes | None:
+    """The thumbnail's file content, or None. Raises AdapterFileError if what stands there is no picture."""
+    if not header.thumbnail:
+        return None
+    kind, comma, text = header.thumbnail.partition(",")
     try:
-        content = json.loads(text)
+        if not comma or not kind.startswith("data:image/") or not kind.endswith(";base64"):
+            raise ValueError(kind[:40])
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise AdapterFileError(f"The adapter's thumbnail is no picture ({error}).") from error
+
+
+def _parsed(metadata: dict[str, str], path: Path) -> Header:
+    try:
+        content = json.loads(metadata[KEY])
         version = content["format_version"]
         if version in (FORMAT_VERSION, PACKED_VERSION):
             content["notes"] = Notes(**content["notes"])
-            header = Header(**content)
+            header = Header(**content, thumbnail=metadata.get(THUMBNAIL, ""))
             _refuse_other_ranks(header)
             if not (isinstance(header.config, dict) and all(isinstance(c, dict) for c in header.config.values())):
                 raise TypeError("config is not a table of tables")

@@ -66,6 +66,7 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.style = style_of(attention)
         self._owner = (attention,)  # in a tuple, so that the parent is not a submodule of its own child
+        self.regions = None  # where in the picture which adapter acts, see adapters/regions.py
         self._unmerged: tuple | None = None  # the base's Linears and width, while merged ones stand in their place
 
     # What PEFT and diffusers ask of a layer
@@ -128,8 +129,8 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters (default: the active ones) into wider projections; the base's own are kept for `unmerge`.
 
-        Raises ValueError if a projection is quantized or wrapped by another adapter, if the host has fused its
-        projections, or, with `safe_merge`, if a merged weight is not finite.
+        Raises ValueError if an adapter has a region, if a projection is quantized or wrapped by another adapter, if the
+        host has fused its projections, or, with `safe_merge`, if a merged weight is not finite.
         """
         before = [name for name in self.merged_adapters if name in self.r]
         names = [n for n in (adapter_names or self.active_adapters) if n in self.r and n not in before]
@@ -202,9 +203,9 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
             return []
         return [name for name in self._active() if self.scaling[name] != 0]
 
-    def view(self) -> seam.View:
-        """The attention as its own forward should see it now."""
-        return seam.view_of(self._owner[0], self.style, self._wide_heads(self.live))
+    def view(self, names: list[str]) -> seam.View:
+        """The attention as its own forward should see it while these adapters act."""
+        return seam.view_of(self._owner[0], self.style, self._wide_heads(names))
 
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.r]
@@ -224,6 +225,8 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         return Free(scale, self.comcat_q_down[name], k, v, self.comcat_out_up[name])
 
     def _refuse_to_merge(self, projections: tuple[nn.Module, ...]) -> None:
+        if self.regions is not None:
+            raise ValueError("Merged adapters act everywhere: take the regions away (set_regions(pipe, {})) first.")
         if getattr(self._owner[0], "fused_projections", False):
             raise ValueError("Call unfuse_qkv_projections() before merging: the fused copy would not see the merge.")
         for projection in projections:

@@ -6,6 +6,7 @@ from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.peft_type import COMCAT
+from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.store import components
 from comcat_diffusion.adapters.token import take_tokens
 
@@ -53,6 +54,7 @@ def unload_adapters(pipe: object) -> None:
 
     Adapters of other kinds stay.
     """
+    set_regions(pipe, {})
     for model in components(pipe).values():
         for name, layer in adapted_layers(model).items():
             layer.unmerge()

@@ -128,8 +128,14 @@ def adapted(host: type) -> type:
 
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         layer = self.__dict__["_modules"][SIDECAR]
-        seen = layer.view() if getattr(layer, "live", ()) else self
-        return host_forward(seen, *args, **kwargs)
+        live = getattr(layer, "live", ())
+
+        def attend(names: list[str]) -> object:
+            return host_forward(layer.view(names) if names else self, *args, **kwargs)
+
+        if not live or layer.regions is None:
+            return attend(live)
+        return layer.regions.blend(live, args[0] if args else kwargs["hidden_states"], attend)
 
     # The class is made at run time, so copies and pickles name the host's instead.
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:

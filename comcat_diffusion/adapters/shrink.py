@@ -23,6 +23,7 @@ from comcat_diffusion.adapters.header import Header
 from comcat_diffusion.adapters.packing import HeadRanks
 from comcat_diffusion.adapters.terms import Contents, Term, assembled, read_contents
 
+ROUNDING = 1e-12  # relative; products are computed in float64
 _ATTEMPTS = 14  # attempts to fill the budget; each is a whole file made in memory
 
 
@@ -42,6 +43,12 @@ class _Layer:
 
     term: Term
     svds: tuple  # of both products: u (H, E, R), s (H, R), vh (H, R, C)
+
+    @classmethod
+    def of(cls, term: Term) -> "_Layer":
+        """Decomposed; what is only rounding counts as nothing, so that a term shrinks again to the ranks it has."""
+        svds = [maths.product_svd(*product) for product in term.products()]
+        return cls(term, tuple((u, s * (s > ROUNDING * s.amax()), vh) for u, s, vh in svds))
 
     def energies(self, product: int) -> torch.Tensor:
         """What each direction of each head counts: (H, R)."""
@@ -65,17 +72,29 @@ def shrink(adapter: str | Path, output: str | Path, max_bytes: int, dtype: torch
     even one direction of one head fits, naming the least.
     """
     whole_file = read_contents(adapter)
-    layers = [_Layer(term, tuple(maths.product_svd(*p) for p in term.products())) for term in whole_file.terms]
+    made, content = shrunk(whole_file, max_bytes, dtype)
+    atomic.write_bytes(output, content)
+    return made
+
+
+def shrunk(whole_file: Contents, max_bytes: int, dtype: torch.dtype | None = None) -> tuple[Shrunk, bytes]:
+    """As `shrink`, in memory: what was made, and the file's bytes."""
+    layers = [_Layer.of(term) for term in whole_file.terms]
     whole = sum(float(layer.energies(product).sum()) for layer in layers for product in (0, 1))
     if whole == 0:
-        raise ValueError(f"{adapter} adds nothing to its base, since all its products are zero; train it first.")
+        raise ValueError("The adapter adds nothing to its base, since all its products are zero; train it first.")
     if dtype is None:
         everything = [tuple([s.shape[1]] * s.shape[0] for _, s, _ in layer.svds) for layer in layers]
         fits = len(_made(whole_file, layers, everything, torch.float16).content) <= max_bytes
         dtype = torch.float16 if fits else torch.int8
     made = _richest(whole_file, layers, max_bytes, dtype)
-    atomic.write_bytes(output, made.content)
-    return Shrunk(made.header, len(made.content), made.energy / whole, made.header.head_ranks)
+    return Shrunk(made.header, len(made.content), made.energy / whole, made.header.head_ranks), made.content
+
+
+def least_bytes(whole_file: Contents) -> int:
+    """The fewest bytes that an adapter of these shapes can be shrunk to, whatever it has learned or will learn."""
+    ones = [_Layer(t, tuple((u, torch.ones_like(s), v) for u, s, v in _Layer.of(t).svds)) for t in whole_file.terms]
+    return len(_made(whole_file, ones, _cheapest(ones, torch.int8), torch.int8).content)
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,12 @@ def save_adapter(
     dtype: torch.dtype | None = None,
     revision: str = "",
     tokens: Tokens | None = None,
+    thumbnail: str = "",
 ) -> Header:
     """Write one adapter of a pipeline to a file; `dtype` None keeps the precision that its weights have now.
 
-    `tokens` are new words that belong to it: for each, its (n, E) embeddings by text encoder.
+    `tokens` are new words that belong to it: for each, its (n, E) embeddings by text encoder; `thumbnail` is a small
+    picture as a data URI.
     Raises ValueError if there is no such adapter, OSError if the file cannot be written (an older one stays).
     """
     tensors, config = {}, {}
@@ -79,7 +81,7 @@ def save_adapter(
     for number, vectors in enumerate(tokens.values()):
         tensors |= {f"{TOKEN}.{number}.{encoder}": values for encoder, values in vectors.items()}
     known = present_base(pipe), notes or Notes(), library_versions()
-    header = Header(config, str(base_model), revision, *known, tokens=list(tokens))
+    header = Header(config, str(base_model), revision, *known, tokens=list(tokens), thumbnail=thumbnail)
     atomic.write_bytes(path, serialized({name: t.to(dtype or t.dtype) for name, t in tensors.items()}, header))
     return header
 

@@ -29,6 +29,7 @@ from comcat_diffusion.adapters.store import TOKEN, config_of, library_versions, 
 
 FREE = ("q_down", "k_down", "v_down", "out_up")
 FOLDABLE = ("q_core", "k_down", "v_down", "out_core")
+CONTEXT = ("k_down", "v_down")  # the factors that carry scales
 
 Product = tuple[torch.Tensor, torch.Tensor]  # of every head: left (H, E, R), right (H, R, C)
 
@@ -62,7 +63,7 @@ class Term:
     def products(self) -> tuple[Product, Product]:
         """QK and VO of every head in float64, the scale included (on the context's side)."""
         f = {name: factor.double() for name, factor in self.factors.items()}
-        k, v = (self.scale * maths.in_factors(f[name], self.heads) for name in ("k_down", "v_down"))  # H, C, R
+        k, v = (self.scale * maths.in_factors(f[name], self.heads) for name in CONTEXT)  # H, C, R
         if self.foldable:
             core, back = maths.in_factors(f["q_core"], self.heads), maths.in_factors(f["out_core"], self.heads)
             return (core, k.mT), (v, back.mT)
@@ -148,7 +149,7 @@ def assembled(contents: Contents, dtype: torch.dtype, head_ranks: HeadRanks | No
         for term in own:
             gain = term.scale * term.rank / common
             for name, factor in term.factors.items():
-                tensors[f"{term.key}.{name}"] = factor * gain if name in ("k_down", "v_down") else factor
+                tensors[f"{term.key}.{name}"] = factor * gain if name in CONTEXT else factor
     if head_ranks:
         tensors = pack(tensors, head_ranks, dtype)
     else:
@@ -157,6 +158,7 @@ def assembled(contents: Contents, dtype: torch.dtype, head_ranks: HeadRanks | No
     tensors |= {name: vectors.to(embeddings) for name, vectors in contents.tokens.items()}
     version = PACKED_VERSION if head_ranks else FORMAT_VERSION
     new = {"config": config, "versions": library_versions(), "format_version": version, "head_ranks": head_ranks or {}}
+    new["thumbnail"] = ""  # it shows what the file did before, and would cost more bytes than the ranks
     header = replace(contents.header, **new)
     return header, serialized(tensors, header)
 

@@ -13,7 +13,8 @@ Letters: H heads, D head width, R rank, C channels, N tokens.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,13 +24,12 @@ from torch import nn
 from comcat_diffusion import atomic
 from comcat_diffusion import heads as maths
 from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters.effect import predictions
 from comcat_diffusion.adapters.header import AdapterFileError, Header
 from comcat_diffusion.adapters.merge import layers_of, unload_adapters
 from comcat_diffusion.adapters.store import denoiser, load_adapter
 from comcat_diffusion.adapters.terms import Term, assembled, read_contents
 from comcat_diffusion.attentions import style_of
-
-STEPS, SEED = 4, 0  # of the sampled pictures
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ def approximate(
     model = denoiser(pipe)
     load_adapter(pipe, adapter)
     try:
-        calls, grams = _observed(pipe, model, contents.terms, prompts)
-        free = _replayed(model, calls)
+        with _observed(model, contents.terms) as grams:
+            noisy, free = predictions(pipe, prompts)
         unload_adapters(pipe)
-        base = _replayed(model, calls)
+        base = predictions(pipe, prompts, noisy)[1]
         terms = [_closest(term, model.get_submodule(term.attention), grams[term.key]) for term in contents.terms]
         header, written = assembled(replace(contents, terms=terms), torch.float32)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "closest.safetensors").write_bytes(written)
             load_adapter(pipe, Path(folder) / "closest.safetensors")
-        error = float((_replayed(model, calls) - free).norm() / (free - base).norm())
+        error = float((predictions(pipe, prompts, noisy)[1] - free).norm() / (free - base).norm())
     finally:
         unload_adapters(pipe)
     if not error <= largest_error:
@@ -83,9 +83,10 @@ def approximate(
     return Approximated(header, error)
 
 
-def _observed(pipe: object, model: nn.Module, terms: list[Term], prompts: Sequence[str]) -> tuple[list, dict]:
-    """Draw the prompts; the denoiser's calls, and per attention the Gram matrix (C+1, C+1) of its queries' inputs."""
-    calls, grams = [], {}
+@contextmanager
+def _observed(model: nn.Module, terms: list[Term]) -> Iterator[dict[str, torch.Tensor]]:
+    """While the block lasts, collect per attention the Gram matrix (C+1, C+1) of its queries' inputs."""
+    grams = {}
 
     def gram(key: str) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
@@ -95,24 +96,16 @@ def _observed(pipe: object, model: nn.Module, terms: list[Term], prompts: Sequen
 
         return hook
 
-    hooks = [model.register_forward_pre_hook(lambda m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)]
+    hooks = []
     for term in terms:
         attention = model.get_submodule(term.attention)
         query = seam.plain(style_of(attention).projections(attention)[0])
         hooks.append(query.register_forward_pre_hook(gram(term.key)))
     try:
-        generator = torch.Generator().manual_seed(SEED)
-        pipe(list(prompts), num_inference_steps=STEPS, generator=generator, output_type="latent")
+        yield grams
     finally:
         for hook in hooks:
             hook.remove()
-    return calls, grams
-
-
-def _replayed(model: nn.Module, calls: list) -> torch.Tensor:
-    """All that the denoiser gives on the recorded calls, as one vector."""
-    outputs = [model(*args, **{**kwargs, "return_dict": False})[0] for args, kwargs in calls]
-    return torch.cat([output.double().flatten() for output in outputs])
 
 
 def _closest(term: Term, attention: nn.Module, gram: torch.Tensor) -> Term:

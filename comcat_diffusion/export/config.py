@@ -67,12 +67,15 @@ class CombineConfig(Group):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShrinkConfig(OneAdapter):
+class ShrinkConfig(BaseSettings, OneAdapter):
     """The size"""
 
     max_bytes: int | None = option(None, "The most bytes that the file may have, header included.")
     save_precision: str | None = option(
         None, "Precision of the factors. Default: fp16 if everything fits, else int8.", choices=("fp16", "int8")
+    )
+    prompt: list[str] = option(
+        [], "Prompts that the change is measured on, where a base is given. Default: the adapter's own."
     )
 
     def check(self) -> None:
@@ -99,3 +102,32 @@ class ImportConfig(BaseSettings):
             "--pretrained_model_name_or_path is missing: the file does not say which base it was trained on.",
         )
         require_finite(self, "strength", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig(Group):
+    """The repository"""
+
+    adapter: str | None = option(None, "The adapter file.")
+    repo_id: str | None = option(None, "The model repository, owner/name; made where there is none.")
+    private: bool = option(False, "Make a new repository private.")
+    sheet: str | None = option(None, "A picture of samples for the card, for instance pictures/sheet.png.")
+    lora: bool = option(False, "Of a foldable adapter, also share it as LoRA files for diffusers and ComfyUI.")
+
+    def check(self) -> None:
+        """There is something to share, and a place for it."""
+        require(bool(self.adapter), "--adapter is missing: name the adapter file.")
+        require(bool(self.repo_id), "--repo_id is missing: name the repository, owner/name.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PullConfig(Group):
+    """The repository"""
+
+    repo_id: str | None = option(None, "The model repository, owner/name.")
+    revision: str | None = option(None, "Branch, tag or commit.")
+    output_dir: str = option(".", "Folder for the adapter files.")
+
+    def check(self) -> None:
+        """The repository is named."""
+        require(bool(self.repo_id), "--repo_id is missing: name the repository, owner/name.")

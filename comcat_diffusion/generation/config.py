@@ -30,11 +30,19 @@ class AdapterSettings(AdapterFiles):
     """What goes with them"""
 
     lora: list[str] = option([], "LoRA files of others (LCM, styles, ...), each with a weight after a colon if wanted.")
+    region: list[str] = option(
+        [],
+        "Where an adapter acts: the name of its file without the ending, and a mask that is white there: dog=left.png.",
+    )
     merge: bool = option(False, "Merge the adapters into the weights before drawing.")
 
     def check(self) -> None:
         """Merging has something to merge."""
         require(bool(self.adapter) or not self.merge, "--merge needs an --adapter.")
+        require(
+            not (self.region and self.merge), "--merge and --region exclude each other: merged ones act everywhere."
+        )
+        require(bool(self.adapter) or not self.region, "--region needs an --adapter.")
         require(not (self.lora and self.merge), "--merge and --lora exclude each other: a LoRA would stay outside.")
 
 

@@ -9,10 +9,12 @@ from safetensors import SafetensorError
 
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.merge import layers_of, merge_adapters, unmerge_adapters
+from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.config import weighted
 from comcat_diffusion.generation.chosen import Chosen, base_of, choose, made_by
 from comcat_diffusion.generation.config import GenerateConfig
+from comcat_diffusion.generation.masks import asked_regions
 from comcat_diffusion.generation.pictures import (
     Drawing,
     draw,
@@ -42,9 +44,11 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
     # Prompts and adapters are checked from the files' headers, before the base is loaded.
     chosen = [choose(text, config.scale) for text in config.adapter]
     prompts = [_checked(prompt, chosen, config.any_prompt) for prompt in config.prompt]
+    masks = asked_regions(config.region, [one.path for one in chosen])
     folder = made_folder(config.output_dir)
 
     pipe = _pipeline(config, chosen)
+    set_regions(pipe, {_name(number): mask for number, mask in masks.items()})
     drawings = [Drawing(prompt, config.seed + n) for prompt in prompts for n in range(config.num_images)]
     base = base_of(config, chosen)
     sampling = sampling_of(config, config.batch_size, base)
@@ -65,7 +69,7 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
         merge_adapters(pipe)
 
     files, after = [], []
-    settings = made_by(pipe, base, chosen, sampling) | {"loras": list(config.lora)}
+    settings = made_by(pipe, base, chosen, sampling) | {"loras": list(config.lora), "regions": list(config.region)}
     for drawing, picture in zip(drawings, draw(pipe, drawings, sampling), strict=True):
         number = prompts.index(drawing.prompt)
         path = folder / f"{number:02d}-{slug(drawing.prompt)}-{drawing.seed}.png"
@@ -92,10 +96,14 @@ def _checked(prompt: str, chosen: list[Chosen], any_prompt: bool) -> str:
     raise ValueError(f"The prompt '{prompt}' does not name the subject: write {wanted}, or allow it with --any_prompt.")
 
 
+def _name(number: int) -> str:
+    return f"adapter_{number}"
+
+
 def _pipeline(config: GenerateConfig, chosen: list[Chosen]) -> DiffusionPipeline:
     pipe = bases.asked_base(config, config.precision, base_of(config, chosen))
     use_sampler(pipe, config.scheduler)
-    names = [f"adapter_{number}" for number in range(len(chosen))]
+    names = [_name(number) for number in range(len(chosen))]
     for name, one in zip(names, chosen, strict=True):
         load_adapter(pipe, one.path, name, any_weights=config.any_weights)
     loras = {f"lora_{number}": weighted(text) for number, text in enumerate(config.lora)}

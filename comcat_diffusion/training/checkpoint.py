@@ -110,7 +110,8 @@ class Checkpoints:
 
 def settings_of(config: TrainConfig) -> dict:
     """The settings that decide what is learned, as JSON holds them."""
-    beside = set(BESIDE) | ({"max_train_steps"} if config.lr_scheduler in STEADY_SCHEDULES else set())
+    longer = config.lr_scheduler in STEADY_SCHEDULES and config.max_bytes is None  # nothing hangs on the last step
+    beside = set(BESIDE) | ({"max_train_steps"} if longer else set())
     return json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in beside}))
 
 

@@ -36,13 +36,20 @@ def class_pictures(
         place = Path(one.class_data_dir or Path(config.output_dir) / "class").expanduser()
         place.mkdir(parents=True, exist_ok=True)
         there = sum(path.suffix.lower() in folder.SUFFIXES for path in place.iterdir())
-        missing = [Drawing(prompt, config.seed + number) for number in range(there, config.num_class_images)]
+        drawings = (Drawing(prompt, config.seed + number) for number in range(config.num_class_images))
+        # the user's own pictures count as well, whatever they are called
+        free = [drawing for drawing in drawings if not (place / _name(drawing)).exists()]
+        missing = free[: max(0, config.num_class_images - there)]
         if missing:
             note(f"Drawing {len(missing)} pictures of '{prompt}' into {place}.")
         guidance = bases.default_guidance(config.pretrained_model_name_or_path)
         sampling = Sampling(STEPS, guidance, resolution=config.resolution)
         for drawing, picture in zip(missing, draw(pipe, missing, sampling), strict=True):
-            save_png(picture, place / f"class-{drawing.seed:06d}.png", {"prompt": prompt, "seed": drawing.seed})
+            save_png(picture, place / _name(drawing), {"prompt": prompt, "seed": drawing.seed})
         shots = folder.find(place).shots[: config.num_class_images]
         examples += [Example(shot.path, prompt, subject) for shot in shots]
     return examples
+
+
+def _name(drawing: Drawing) -> str:
+    return f"class-{drawing.seed:06d}.png"

@@ -14,12 +14,13 @@ from comcat_diffusion.config import (
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 STEADY_SCHEDULES = ("constant", "constant_with_warmup")  # whose rate does not depend on how long the run is
+CUT_AT = 0.8  # of all steps; the rest make good what cutting the ranks to a budget of bytes has cost
 PRIORS = ("none", "images", "teacher")
 # Settings that change what a run leaves beside its weights; a resumed run may have others.
 BESIDE = (
     "output_dir", "name", "overwrite", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
     "validation_prompt", "num_validation_images", "validation_steps", "skip_final_inference", "report_to",
-    "cache_dir", "save_precision",
+    "cache_dir", "save_precision", "thumbnail",
 )  # fmt: skip
 
 
@@ -195,11 +196,15 @@ class RunSettings(Group):
     checkpointing_steps: int | None = option(None, "Steps between checkpoints. Default: only one, at Ctrl-C.")
     checkpoints_total_limit: int | None = option(None, "Checkpoints to keep; the oldest go. Default: all.")
     resume_from_checkpoint: str | None = option(None, "Go on from this checkpoint folder, or from the latest.")
+    max_bytes: int | None = option(
+        None, "The most bytes of the file, fp16 or int8. Late in the run ranks are cut; the last steps make up for it."
+    )
+    thumbnail: bool = option(False, "Put a small sample into the file's header, where galleries look for one.")
     report_to: list[str] = option([], "Trackers that Accelerate knows, for instance tensorboard.")
 
     def check(self) -> None:
         """Counts are positive."""
-        require_at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit")
+        require_at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit", "max_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +243,8 @@ class TrainConfig(
 
     def check(self) -> None:
         """The groups fit each other."""
+        bare = self.skip_final_inference or self.max_bytes is not None
+        require(not (self.thumbnail and bare), "--thumbnail needs a final sample, and room: no --max_bytes.")
         own_base = self.pretrained_model_name_or_path not in (None, EMBEDDED)
         own_pictures = bool(self.subjects) or self.instance_data_dir is not None
         require(
@@ -254,6 +261,11 @@ class TrainConfig(
         )
         if self.instance_data_dir is not None:
             self.all_subjects()  # which checks its words
+
+    @property
+    def cut_step(self) -> int | None:
+        """The step after which the ranks are cut to a budget of bytes, where there is one."""
+        return None if self.max_bytes is None else max(1, round(CUT_AT * self.max_train_steps))
 
     @property
     def prior_kind(self) -> str:

@@ -19,6 +19,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
 
 from comcat_diffusion import atomic, bases
+from comcat_diffusion.adapters.terms import read_contents
 from comcat_diffusion.config import to_toml
 from comcat_diffusion.training import learned, output
 from comcat_diffusion.training.batching import Batching
@@ -122,12 +123,20 @@ def _run(config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accel
         config, dataset.subjects, len(dataset.examples), target, pipe, learner, material.held_out, objective, ema,
         Preview(config, pipe), accelerator, watcher.note,
     )  # fmt: skip
-    with _metrics(target.parent / "metrics.jsonl", done, accelerator) as write, _patience() as asked_to_stop:
+    output.refuse_small_budget(config, pipe, learner, judge.notes(config.max_train_steps))
+    metrics = target.parent / "metrics.jsonl"
+    judge.remember(_lines(metrics, done))
+    with _metrics(metrics, done, accelerator) as write, _patience() as asked_to_stop:
         interrupted = False
         try:
             for step in loop.steps(config.max_train_steps, done):
                 done = step.step
                 ema.step()
+                if done == config.cut_step:  # AdamW's moments belong to directions that are no more
+                    learned.finish(learner, ema, torch.float32)
+                    kept = output.within_budget(config, pipe, learner, judge.notes(config.max_train_steps))
+                    learned.take(learner, ema, kept)
+                    loop.optimizer.state.clear()
                 write(asdict(step))
                 accelerator.log({"loss": step.loss, "lr": step.learning_rate}, step=done)
                 last = done == config.max_train_steps
@@ -146,13 +155,17 @@ def _run(config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accel
 
         # What is saved is what was trained: everything learned is first rounded to the file's precision, then proved.
         write(judge.measure(done))
-        learned.finish(learner, ema, bases.PRECISIONS[config.save_precision])
+        learned.finish(learner, ema, bases.PRECISIONS[config.save_precision if not config.max_bytes else "fp32"])
         if accelerator.is_main_process:
             judge.save(target, done)
+            if config.max_bytes:
+                learned.take(learner, ema, read_contents(target))
             output.prove(config, learner, loop.batching.batch(material.crops, objective, 0), target)
         accelerator.wait_for_everyone()  # so that no process tells of a file that is not there yet
         if not (interrupted or config.skip_final_inference):
             judge.draw(done)
+            if config.thumbnail and accelerator.is_main_process:
+                judge.save(target, done)
     accelerator.end_training()
     return Outcome(target, dataset.subjects, done, interrupted, count, judge.sheet)
 
@@ -263,15 +276,19 @@ def _loop(
     )
 
 
+def _lines(path: Path, done: int) -> list[dict]:
+    """What a resumed run wrote up to the step that it goes on from."""
+    lines = path.read_text().splitlines() if done and path.exists() else []
+    return [record for record in map(json.loads, lines) if record["step"] <= done]
+
+
 @contextmanager
 def _metrics(path: Path, done: int, accelerator: Accelerator) -> Iterator[Callable[[dict], None]]:
     """A function that adds a line; a resumed run goes on after the lines of the steps that it has."""
     if not accelerator.is_main_process:
         yield lambda record: None
         return
-    lines = path.read_text().splitlines() if done and path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= done]
-    path.write_text("".join(line + "\n" for line in kept))
+    path.write_text("".join(json.dumps(record) + "\n" for record in _lines(path, done)))
     with path.open("a", buffering=1) as file:
 
         def write(record: dict) -> None:

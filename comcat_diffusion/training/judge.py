@@ -4,13 +4,14 @@ Nothing here may end a run: a sample that cannot be drawn is reported and skippe
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from comcat_diffusion.adapters.header import Notes
+from comcat_diffusion.generation.pictures import data_uri
 from comcat_diffusion.training import output
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.encode import Crop
@@ -38,13 +39,21 @@ class Judge:
     preview: Preview
     accelerator: Accelerator
     note: Callable[[str], None]
-    lowest: float = field(default=float("inf"))
+    lowest: float = float("inf")
+    sample: Path | None = None
     sheet: Path | None = None
 
     @property
     def best(self) -> Path:
         """Where the adapter with the lowest held-out loss is kept."""
         return self.target.with_name(f"{self.target.stem}-best.safetensors")
+
+    def remember(self, records: Sequence[dict]) -> None:
+        """Take over what an interrupted run had measured, so that its best adapter is not replaced by a worse one."""
+        first = self.config.cut_step or 0
+        known = [r["held_out_loss"] for r in records if "held_out_loss" in r and r["step"] >= first]
+        if self.best.exists():
+            self.lowest = min(known, default=self.lowest)
 
     def look(self, step: int) -> dict[str, float]:
         """Measure and draw at a step; returns what is worth logging."""
@@ -65,15 +74,16 @@ class Judge:
         """Samples of the weights as they are, on the main process alone; one that fails is told and skipped."""
         if self.accelerator.is_main_process:
             try:
-                *_, self.sheet = self.preview.draw(self.learner, step)
+                self.sample, *_, self.sheet = self.preview.draw(self.learner, step)
             except (RuntimeError, OSError) as error:  # out of memory is a RuntimeError too
                 reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
                 self.note(f"No samples at step {step}: {reason[0]} The run goes on.")
         self.accelerator.wait_for_everyone()
 
     def save(self, path: Path, step: int) -> None:
-        """Write the adapter file as of a step."""
-        output.save(self.config, self.pipe, self.learner, self._notes(step), path)
+        """Write the adapter file as of a step; its thumbnail, where there is to be one, is the last sample's first."""
+        thumbnail = data_uri(self.sample) if self.config.thumbnail and self.sample else ""
+        output.save(self.config, self.pipe, self.learner, self.notes(step), path, thumbnail)
 
     def _held_out(self, step: int) -> dict[str, float]:
         if not self.held_out:
@@ -82,12 +92,13 @@ class Judge:
         loss = held_out_loss(self.learner.eval(), self.held_out, self.objective, self.accelerator.device)
         self.learner.train(training)
         self.accelerator.log({"held_out_loss": loss}, step=step)
-        if loss < self.lowest:
+        if loss < self.lowest and step >= (self.config.cut_step or 0):  # before, no file would hold what was judged
             self.lowest = loss
             self.save(self.best, step)
         return {"step": step, "held_out_loss": loss}
 
-    def _notes(self, step: int) -> Notes:
+    def notes(self, step: int) -> Notes:
+        """What the file of a step tells its user."""
         config, first = self.config, self.subjects[0]
         training = {"resolution": config.resolution, "steps": step, "seed": config.seed, "pictures": self.pictures}
         others = [{"trigger": s.trigger, "class_word": s.class_word} for s in self.subjects[1:]]

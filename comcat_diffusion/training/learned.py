@@ -9,8 +9,10 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.model import factors
-from comcat_diffusion.adapters.store import load_adapter
+from comcat_diffusion.adapters.model import adapted_layers, factors
+from comcat_diffusion.adapters.packing import COLUMNS, PRODUCT
+from comcat_diffusion.adapters.store import TOKEN, load_adapter
+from comcat_diffusion.adapters.terms import CONTEXT, Contents
 from comcat_diffusion.adapters.token import LearnedToken, put_token, start_vectors, token_ids
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learner import Learner, text_encoders
@@ -80,6 +82,33 @@ def finish(learner: Learner, ema: "Ema", precision: torch.dtype) -> None:
         ema.mean.copy_to(ema.parameters)
     for parameter in learned(learner).values():
         parameter.copy_(parameter.to(precision))
+
+
+@torch.no_grad()
+def take(learner: Learner, ema: "Ema", contents: Contents) -> None:
+    """Put what an adapter file holds in the place of what is learned. Ranks that the file lacks become zeros.
+
+    Such a rank then stays zero, as each of its two factors gets its gradient through the other one.
+    """
+    terms = {term.key: term for term in contents.terms}
+    parts = {"unet": learner.unet, **learner.encoders}
+    for part, model in parts.items():
+        for attention, layer in adapted_layers(model).items():
+            own = {name: getattr(layer, f"comcat_{name}") for name in PRODUCT}
+            term = terms.get(f"{part}.{attention}")
+            for name, factor in ((name, found[ADAPTER].weight) for name, found in own.items() if ADAPTER in found):
+                factor.zero_()
+                if term is not None:
+                    gain = term.scale / layer.scaling[ADAPTER] if name in CONTEXT else 1.0
+                    rows = factor.T if name == COLUMNS else factor
+                    given = term.factors[name].T if name == COLUMNS else term.factors[name]
+                    heads = rows.unflatten(0, (layer.heads, -1))  # H, R, C
+                    heads[:, : term.rank] = gain * given.unflatten(0, (layer.heads, -1)).to(rows)
+    for name, token in learner.tokens.items():
+        token.vectors.copy_(contents.tokens[f"{TOKEN}.0.{name}"])
+    if ema.mean:
+        for shadow, parameter in zip(ema.mean.shadow_params, ema.parameters, strict=True):
+            shadow.copy_(parameter)
 
 
 class Ema:

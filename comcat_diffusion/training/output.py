@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from comcat_diffusion import bases
+from comcat_diffusion import atomic, bases
 from comcat_diffusion.adapters.header import Notes
+from comcat_diffusion.adapters.shrink import least_bytes, shrunk
 from comcat_diffusion.adapters.store import load_adapter, save_adapter
+from comcat_diffusion.adapters.terms import Contents, read_contents
 from comcat_diffusion.training.batching import Batch
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learned import ADAPTER
@@ -58,8 +60,49 @@ def locked(folder: Path) -> Iterator[None]:
             os.unlink(folder / LOCK)
 
 
-def save(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner, notes: Notes, path: Path) -> None:
-    """Write the adapter, and the new token where there is one, as they are now."""
+def save(
+    config: TrainConfig, pipe: DiffusionPipeline, learner: Learner, notes: Notes, path: Path, thumbnail: str = ""
+) -> None:
+    """Write the adapter, and the new token where there is one, as they are now, within the budget of bytes."""
+    if config.max_bytes is None:
+        return _save_whole(config, pipe, learner, notes, path, bases.PRECISIONS[config.save_precision], thumbnail)
+    atomic.write_bytes(path, shrunk(_contents(config, pipe, learner, notes), config.max_bytes)[1])
+
+
+def within_budget(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner, notes: Notes) -> Contents:
+    """What is left of all that is learned in the budget of bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(config, pipe, learner, notes, Path(folder) / "small.safetensors")
+        return read_contents(Path(folder) / "small.safetensors")
+
+
+def refuse_small_budget(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner, notes: Notes) -> None:
+    """Raise ValueError, before anything is learned, if not one direction would fit into the budget of bytes."""
+    if config.max_bytes is not None:
+        least = least_bytes(_contents(config, pipe, learner, notes))
+        if least > config.max_bytes:
+            raise ValueError(
+                f"--max_bytes {config.max_bytes:,} is too little: the least this adapter can have is {least:,} bytes."
+            )
+
+
+def _contents(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner, notes: Notes) -> Contents:
+    """All that is learned, as a file in full precision would hold it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "whole.safetensors"
+        _save_whole(config, pipe, learner, notes, file, torch.float32)
+        return read_contents(file)
+
+
+def _save_whole(
+    config: TrainConfig,
+    pipe: DiffusionPipeline,
+    learner: Learner,
+    notes: Notes,
+    path: Path,
+    precision: torch.dtype,
+    thumbnail: str = "",
+) -> None:
     tokens = {}
     if config.placeholder_token:
         tokens = {config.placeholder_token: {name: token.vectors.detach() for name, token in learner.tokens.items()}}
@@ -69,9 +112,10 @@ def save(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner, notes: 
         ADAPTER,
         config.pretrained_model_name_or_path,
         notes,
-        bases.PRECISIONS[config.save_precision],
+        precision,
         config.revision or "",
         tokens,
+        thumbnail,
     )
 
 

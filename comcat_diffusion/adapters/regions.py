@@ -1,0 +1,125 @@
+"""Adapters that act in a part of the picture only, so that two subjects do not blend.
+
+A region weighs whole attention outputs by the place of their query. Nothing smaller would do for both variants: a
+foldable adapter changes keys and values, which all queries share.
+
+    out = sum_a m_a attention_a(x) + (1 - sum_a m_a) attention_base(x)
+
+Adapters without a region act in every term. Each region that is not empty costs one more attention. Where masks sum to
+more than one, each is divided by the sum.
+
+Letters: N = h*w tokens of one attention, C channels.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from comcat_diffusion.adapters.model import adapted_layers
+from comcat_diffusion.adapters.store import components, denoiser
+
+LOOSE = 0.01  # how far the proportions of a mask may be off: a pixel in a hundred
+
+
+class Regions:
+    """The masks of one pipeline, (height, width) in 0 to 1 by adapter; its layers share the object."""
+
+    def __init__(self, masks: dict[str, torch.Tensor]) -> None:
+        self.masks = masks
+        self.latent: tuple[int, int] | None = None  # height and width of what is denoised, as last seen
+        self.remove: Callable[[], None] = lambda: None  # takes the hook `look` off again
+        self._shares: dict[int, dict[str, torch.Tensor]] = {}
+
+    def look(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A hook before the denoiser: the shape of the picture, without which N tokens are no grid.
+
+        Raises ValueError if a mask has other proportions.
+        """
+        sample = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
+        if sample.shape[-2:] != self.latent:
+            for name, mask in self.masks.items():
+                refuse_other_shape(name, mask, *sample.shape[-2:])
+            self.latent, self._shares = tuple(sample.shape[-2:]), {}
+
+    def blend(self, live: list[str], hidden: torch.Tensor, attend: Callable[[list[str]], torch.Tensor]) -> torch.Tensor:
+        """The attention's output, (B, N, C), by place; `attend` gives it with only the adapters that are named."""
+        if hidden.ndim != 3:
+            raise ValueError("A region needs an attention over a sequence of tokens, not over a feature map.")
+        shares = {name: share.to(hidden) for name, share in self._of_grid(hidden.shape[1]).items() if name in live}
+        terms = [(share, self._without_others(live, name)) for name, share in shares.items()]
+        rest = 1 - sum(shares.values(), hidden.new_zeros(hidden.shape[1], 1))  # N, 1
+        terms.append((rest, self._without_others(live, None)))
+        return sum(share * attend(names) for share, names in terms if share.any())
+
+    def _without_others(self, live: list[str], name: str | None) -> list[str]:
+        return [other for other in live if other == name or other not in self.masks]
+
+    def _of_grid(self, tokens: int) -> dict[str, torch.Tensor]:
+        """Every adapter's share of each of N places: (N, 1)."""
+        if tokens not in self._shares:
+            grid = self._grid(tokens)
+            areas = {name: adaptive_avg_pool2d(mask[None], grid).view(-1, 1) for name, mask in self.masks.items()}
+            crowd = sum(areas.values()).clamp(min=1)
+            self._shares[tokens] = {name: area / crowd for name, area in areas.items()}
+        return self._shares[tokens]
+
+    def _grid(self, tokens: int) -> tuple[int, int]:
+        """Height and width of N tokens: the latents', halved and rounded up as a U-Net's levels are."""
+        if self.latent is None:
+            raise ValueError("Regions act while the whole denoiser runs, which shows them the shape of the picture.")
+        height, width = self.latent
+        while height * width > tokens and height * width > 1:
+            height, width = -(-height // 2), -(-width // 2)
+        if height * width != tokens:
+            raise ValueError(f"{tokens} tokens are no level of latents of {self.latent}, so no region fits them.")
+        return height, width
+
+
+def refuse_other_shape(name: str, mask: torch.Tensor, height: int, width: int) -> None:
+    """Raise ValueError if a mask has other proportions than a picture."""
+    if abs(mask.shape[1] * height / (mask.shape[0] * width) - 1) > LOOSE:
+        raise ValueError(
+            f"The mask of '{name}' is {mask.shape[1]} x {mask.shape[0]} pixels, which are not the proportions of the "
+            f"picture ({width} : {height})."
+        )
+
+
+def set_regions(pipe: object, masks: Mapping[str, Image.Image | torch.Tensor]) -> None:
+    """Let adapters of a pipeline's denoiser act where their masks are white only; an empty dict takes all masks away.
+
+    A mask is a grey picture or a (height, width) tensor in 0 to 1, of the picture's proportions. Raises ValueError for
+    a name that is not loaded, an adapter of a text encoder (words have no place), what is merged, or no such mask.
+    """
+    layers = list(adapted_layers(denoiser(pipe)).values())
+    found = {name: checked_mask(name, mask) for name, mask in masks.items()}
+    loaded = list(dict.fromkeys(name for layer in layers for name in layer.r))
+    for name in found:
+        if name not in loaded:
+            raise ValueError(f"There is no adapter '{name}' to give a region; loaded: {', '.join(loaded) or 'none'}.")
+        for part, model in components(pipe).items():
+            if model is not denoiser(pipe) and name in getattr(model, "peft_config", {}):
+                raise ValueError(f"'{name}' also adapts the {part}, whose words have no place: no region can hold it.")
+    if found and any(layer.merged for layer in layers):
+        raise ValueError("Merged adapters act everywhere: call unmerge_adapters before regions are set.")
+    for layer in layers:
+        if layer.regions is not None:
+            layer.regions.remove()
+            layer.regions = None
+    if found:
+        regions = Regions(found)
+        regions.remove = denoiser(pipe).register_forward_pre_hook(regions.look, with_kwargs=True).remove
+        for layer in layers:
+            layer.regions = regions
+
+
+def checked_mask(name: str, mask: Image.Image | torch.Tensor) -> torch.Tensor:
+    """A mask as (height, width) in 0 to 1. Raises ValueError if it is none."""
+    if isinstance(mask, Image.Image):
+        mask = torch.from_numpy(np.asarray(mask.convert("L"), dtype=np.float32) / 255)
+    if mask.ndim != 2 or not mask.numel() or not ((mask >= 0) & (mask <= 1)).all():
+        raise ValueError(f"The mask of '{name}' must be a grey picture, (height, width) in 0 to 1.")
+    return mask.double()

@@ -1,0 +1,109 @@
+"""The model card of a shared adapter: what it is, its base, its trigger, and the lines that use it. Text alone."""
+
+import json
+from dataclasses import dataclass
+
+from comcat_diffusion.adapters.header import Header
+from comcat_diffusion.config import EMBEDDED
+
+_CARD = """\
+---
+{front}
+---
+
+# {title}
+
+A [COMCAT](https://arxiv.org/abs/2305.17235) adapter of {base}. Write **{phrase}** in a prompt to call what it learned.
+{sheet}
+## Use
+
+With comcat-diffusion:
+
+    comcat pull --repo_id {repo_id}
+    comcat generate --adapter {file} --prompt {prompt}
+{others}
+## Facts
+
+| | |
+| --- | --- |
+{facts}
+"""
+_DIFFUSERS = """
+With diffusers alone:
+
+    pipe = DiffusionPipeline.from_pretrained({base})
+    pipe.load_lora_weights({repo_id}, weight_name={file})
+    pipe({prompt}).images[0]
+"""
+_COMFY = """
+With ComfyUI, A1111 or Forge: put `{file}` into the folder of LoRAs, choose it with strength 1, and write `{phrase}`.
+"""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What is in the folder that a card describes, by the names of the files."""
+
+    repo_id: str
+    adapter: str
+    bytes: int
+    sheet: str = ""
+    diffusers_lora: str = ""
+    kohya_lora: str = ""
+    words: tuple[str, ...] = ()  # textual-inversion files of new words
+
+
+def card(header: Header, shared: Shared) -> str:
+    """The README.md of a model repository; the same file gives the same text."""
+    notes, base = header.notes, public_base(header)
+    phrase = f"{notes.trigger} {notes.class_word}".strip() or "the prompt that it was trained with"
+    prompt = json.dumps(notes.example, ensure_ascii=False)
+    others = ""
+    if shared.diffusers_lora:
+        quoted = {"base": base or "BASE", "repo_id": shared.repo_id, "file": shared.diffusers_lora}
+        others += _DIFFUSERS.format(**{name: json.dumps(text) for name, text in quoted.items()}, prompt=prompt)
+    if shared.kohya_lora:
+        others += _COMFY.format(file=shared.kohya_lora, phrase=phrase)
+    if shared.words:
+        others += f"\nIts new words are embeddings of their own: {', '.join(f'`{file}`' for file in shared.words)}.\n"
+    return _CARD.format(
+        front=_front(header, base),
+        title=phrase if notes.trigger else shared.adapter.removesuffix(".safetensors"),
+        base=f"[{base}](https://huggingface.co/{base})" if base else _unpublished(header),
+        phrase=phrase,
+        sheet=f"\n![Samples]({shared.sheet})\n" if shared.sheet else "",
+        repo_id=shared.repo_id,
+        file=shared.adapter,
+        prompt=prompt,
+        others=others,
+        facts="\n".join(f"| {name} | {value} |" for name, value in _facts(header, shared).items()),
+    )
+
+
+def public_base(header: Header) -> str:
+    """The hub id of the base, or nothing: a folder of somebody's machine is nobody's business."""
+    name = header.base_model
+    return name if name.count("/") == 1 and name[0] not in "/.~" and "\\" not in name and "." not in name[-12:] else ""
+
+
+def _unpublished(header: Header) -> str:
+    embedded = header.base_model == EMBEDDED
+    return "the embedded base of comcat-diffusion" if embedded else "a base that is not on the hub"
+
+
+def _front(header: Header, base: str) -> str:
+    """The YAML of the card; JSON strings are YAML strings."""
+    lines = [f"base_model: {json.dumps(base)}"] if base else []
+    lines += ["library_name: diffusers", "pipeline_tag: text-to-image"]
+    lines += [f"instance_prompt: {json.dumps(header.notes.example)}", "tags:"]
+    return "\n".join([*lines, *(f"- {tag}" for tag in ("comcat", "text-to-image", "stable-diffusion"))])
+
+
+def _facts(header: Header, shared: Shared) -> dict[str, str]:
+    facts = {"file": f"`{shared.adapter}`, {shared.bytes:,} bytes"}
+    for part, config in header.config.items():
+        kind = "foldable" if config.get("foldable") else "free"
+        facts[f"adapter of {part}"] = f"{kind}, rank {config.get('r')}" + " at most" * (part in header.head_ranks)
+    facts["training"] = ", ".join(f"{key} {value}" for key, value in header.notes.training.items()) or "not said"
+    facts["written by"] = ", ".join(f"{name} {version}" for name, version in header.versions.items())
+    return facts

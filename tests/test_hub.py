@@ -1,0 +1,125 @@
+"""Sharing: the folder that goes to the hub is exactly this, its card says how to use it; no network is one sentence."""
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from comcat_diffusion import ComcatConfig, read_adapter, save_adapter
+from comcat_diffusion.adapters.header import AdapterFileError, Notes
+from comcat_diffusion.cli import main
+from comcat_diffusion.export.hub import build_folder, copy_adapters
+from tests.test_adapter_file import pipeline
+
+
+@pytest.fixture
+def written(tiny_unet, randomize, tmp_path):
+    """`written(name, base, foldable)` saves a random adapter and gives its file."""
+
+    def build(name="sks-dog", base="somebody/base", foldable=True):
+        pipe = pipeline(tiny_unet())
+        pipe.unet.add_adapter(ComcatConfig(r=2, foldable=foldable), "dog")
+        randomize(pipe.unet, "dog", 1)
+        notes = Notes("sks", 'a "good" photo of sks dog', "dog", {"resolution": 64, "steps": 3})
+        save_adapter(pipe, tmp_path / f"{name}.safetensors", "dog", base, notes)
+        return tmp_path / f"{name}.safetensors"
+
+    return build
+
+
+@pytest.fixture
+def sheet(tmp_path):
+    info = PngInfo()
+    info.add_text("comcat", "what nobody else has to know")
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "sheet.png", pnginfo=info)
+    return tmp_path / "sheet.png"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "folder").mkdir()
+    return tmp_path / "folder"
+
+
+def test_everything_that_is_shared_and_nothing_else(written, sheet, folder):
+    file = written()
+    build_folder(folder, "me/my-dog", file, sheet, lora=True)
+    loras = ["sks-dog-diffusers-lora.safetensors", "sks-dog-kohya-lora.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["README.md", "sheet.png", file.name, *loras])
+    assert (folder / file.name).read_bytes() == file.read_bytes()
+    with Image.open(folder / "sheet.png") as shared:
+        assert not shared.text and np.asarray(shared).shape == (20, 30, 3)
+    card = ModelCard((folder / "README.md").read_text())
+    assert card.data.base_model == "somebody/base" and card.data.instance_prompt == 'a "good" photo of sks dog'
+    for words in (
+        "# sks dog",
+        "[somebody/base](https://huggingface.co/somebody/base)",
+        "![Samples](sheet.png)",
+        "comcat pull --repo_id me/my-dog",
+        'comcat generate --adapter sks-dog.safetensors --prompt "a \\"good\\" photo of sks dog"',
+        f'pipe.load_lora_weights("me/my-dog", weight_name="{loras[0]}")',
+        f"With ComfyUI, A1111 or Forge: put `{loras[1]}`",
+        "| training | resolution 64, steps 3 |",
+        "foldable, rank 2",
+    ):
+        assert words in card.text, words
+
+
+def test_the_card_is_the_same_text_each_time_and_tells_no_path(written, folder, tmp_path):
+    for base, told in (
+        (str(tmp_path / "model"), "a base that is not on the hub"),
+        ("models/mine.safetensors", "a base that is not on the hub"),
+        ("./models/mine", "a base that is not on the hub"),
+        ("embedded", "the embedded base of comcat-diffusion"),
+    ):
+        file, cards = written(base=base, foldable=False), []
+        for _ in range(2):
+            build_folder(folder, "me/my-dog", file)
+            cards.append((folder / "README.md").read_text())
+        assert cards[0] == cards[1] and told in cards[0] and str(tmp_path) not in cards[0]
+        assert "base_model" not in cards[0] and "diffusers alone" not in cards[0] and "ComfyUI" not in cards[0]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "sks-dog.safetensors"]
+
+
+def test_what_cannot_be_shared_is_refused(written, folder, tmp_path, sheet):
+    with pytest.raises(AdapterFileError, match="free adapter"):
+        build_folder(folder, "me/my-dog", written(foldable=False), lora=True)
+    with pytest.raises(AdapterFileError, match="no adapter file"):
+        build_folder(folder, "me/my-dog", tmp_path / "nobody.safetensors")
+    with pytest.raises(ValueError, match="cannot be read as a picture"):
+        build_folder(folder, "me/my-dog", written(), written())
+    with pytest.raises(HFValidationError):
+        build_folder(folder, "me/my dog", written())
+
+
+def test_only_adapters_are_fetched_and_no_other_file_is_replaced(written, folder, tmp_path):
+    file, target = written(), tmp_path / "fetched"
+    build_folder(folder, "me/my-dog", file, lora=True)
+    assert copy_adapters(folder, target, "me/my-dog") == [target / file.name]
+    assert copy_adapters(folder, target, "me/my-dog")  # the same file may be there
+    assert read_adapter(target / file.name).notes.trigger == "sks" and len(list(target.iterdir())) == 1
+    (target / file.name).write_bytes(b"mine")
+    with pytest.raises(ValueError, match="is another file of this name"):
+        copy_adapters(folder, target, "me/my-dog")
+    assert (target / file.name).read_bytes() == b"mine"
+    (folder / file.name).unlink()
+    with pytest.raises(ValueError, match="me/my-dog holds no COMCAT adapter"):
+        copy_adapters(folder, target, "me/my-dog")
+
+
+def test_without_a_network_it_is_one_sentence_and_the_token_stays_untold(written, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    file = written()
+    for command in (
+        ["push", "--adapter", str(file), "--repo_id", "me/my-dog", "--private"],
+        ["pull", "--repo_id", "me/my-dog", "--output_dir", str(tmp_path / "fetched")],
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr()
+        assert "'me/my-dog'" in said.err and len(said.err.splitlines()) == 1 and "hf_secret" not in said.err + said.out
+    assert not (tmp_path / "fetched").exists()
+    assert main(["pull", "--repo_id", "a b"]) == 2 and "Traceback" not in capsys.readouterr().err
+    for command, message in ((["push"], "--adapter is missing"), (["pull"], "--repo_id is missing")):
+        assert main(command) == 2 and message in capsys.readouterr().err
