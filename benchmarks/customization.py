@@ -11,7 +11,9 @@ score: fidelity times obedience, less a quarter of the drift (with all of it, le
 
 The measures are those of `comcat evaluate`:
 
-- fidelity: cosine of the small CLIP's features to the two pictures held out, the thing alone on grey on both sides;
+- fidelity: likeness of the details to the two pictures held out, the thing alone on grey on both sides, without its
+  mean colours (a violet blob has the colours of a violet teddy, and the small CLIP takes it for one);
+- clip: the same by the small CLIP's features;
 - obedience: share of backgrounds, places and sizes that are as asked, read from the pixels;
 - drift: 1 - cosine to the base's picture of the same seed, on prompts without the trigger: the plain class and others;
 - diversity: 1 - cosine between the seeds of a prompt.
@@ -98,9 +100,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Bench:
-    """What every run of a process needs; loaded once."""
+    """What every run needs."""
 
-    features: Features
     folder: Path
     drawing_steps: int
 
@@ -117,9 +118,9 @@ class Bench:
         return list(draw(pipe, drawings, sampling))
 
 
-def prompts_of(subject: str, method: Method) -> tuple[list[str], list[str]]:
-    """The prompts that name the subject as a method knows it, and those without it."""
-    phrase = TOKEN if method.token else f"{TRIGGER} {subject}"
+def prompts_of(subject: str, method: Method | None = None) -> tuple[list[str], list[str]]:
+    """The prompts that name the subject, as a method knows it, and those without it."""
+    phrase = TOKEN if method and method.token else f"{TRIGGER} {subject}"
     return [p.format(subject=phrase) for p in PROMPTS], [p.format_map({"class": subject}) for p in DRIFT_PROMPTS]
 
 
@@ -155,23 +156,38 @@ def _loop(learner: Learner, crops: list[Crop], run: Run) -> Loop:
     return Loop(learner, crops, objective, batching, optimizer, schedule, Accelerator(cpu=True))
 
 
-def measured(bench: Bench, run: Run, pipe: DiffusionPipeline) -> dict:
-    """Every measure of every picture, (prompts, seeds) each, and the pictures on a strip beside."""
+def keep_pictures(bench: Bench, run: Run, pipe: DiffusionPipeline, facts: dict) -> None:
+    """Draw what is judged, the prompts of the subject above those without it, and keep it with the run's facts."""
     about, without = prompts_of(run.subject, METHODS[run.method])
-    made, others = bench.drawn(pipe, about), bench.drawn(pipe, without)
-    base = torch.load(bench.folder / f"base-{run.subject}.pt", weights_only=True)
-    rows, shape = [made, others], (len(PROMPTS), len(SEEDS))
-    _strip(rows).save(bench.folder / f"{run.name}.png")
-    found = bench.features.images([world.alone(one) for one in made])
-    plain = bench.features.images(others)
-    obeyed = [_obeyed(prompt, one) for prompt, one in zip(_each(about), made, strict=True)]
-    return {
-        "fidelity": metrics.subject_fidelity(found, base["held_out"]).view(shape).tolist(),
-        "copying": metrics.copying(found, base["train"]).view(shape).tolist(),
-        "obedience": torch.tensor(obeyed).view(shape).tolist(),
-        "drift": metrics.drift(plain, base["features"]).view(shape).tolist(),
-        "diversity": metrics.diversity(bench.features.images(made).view(*shape, -1)).unsqueeze(1).tolist(),
+    _strip([bench.drawn(pipe, about), bench.drawn(pipe, without)]).save(bench.folder / f"{run.name}.png")
+    shared.write_json(bench.folder / f"{run.name}.json", {**asdict(run), **facts})
+
+
+def measured(features: Features, run: Run, folder: Path) -> dict:
+    """Facts and measures of a run, read from the pictures that it kept; the measures are (prompts, seeds) each."""
+    kept = folder / f"{run.name}.measures.json"
+    if not kept.exists():
+        shared.write_json(kept, _measures(features, run, folder))
+    return json.loads((folder / f"{run.name}.json").read_text()) | json.loads(kept.read_text())
+
+
+def _measures(features: Features, run: Run, folder: Path) -> dict:
+    (made, others), (_, before) = (_rows(folder / f"{name}.png") for name in (run.name, f"base-{run.subject}"))
+    own = {
+        part: [picture(run.subject, pose) for pose in poses] for part, poses in (("train", TRAIN), ("held", HELD_OUT))
     }
+    details, shape = world.details(made), (len(PROMPTS), len(SEEDS))
+    alone, held_alone = (features.images([world.alone(one) for one in some]) for some in (made, held_out))
+    obeyed = [_obeyed(prompt, one) for prompt, one in zip(_each(prompts_of(run.subject)[0]), made, strict=True)]
+    found = {
+        "fidelity": metrics.subject_fidelity(details, world.details(held_out)),
+        "clip": metrics.subject_fidelity(alone, held_alone),
+        "copying": metrics.copying(details, world.details(train)),
+        "obedience": torch.tensor(obeyed),
+        "drift": metrics.drift(features.images(others), features.images(before)),
+    }
+    diversity = metrics.diversity(features.images(made).view(*shape, -1)).unsqueeze(1)
+    return {name: values.view(shape).tolist() for name, values in found.items()} | {"diversity": diversity.tolist()}
 
 
 def _each(prompts: list[str]) -> Iterator[str]:
@@ -196,18 +212,21 @@ def _strip(rows: list[list[Image.Image]]) -> Image.Image:
     return strip
 
 
+def _rows(path: Path) -> list[list[Image.Image]]:
+    """The inverse of `_strip` for rows of equal length."""
+    strip = Image.open(path).convert("RGB")
+    side = strip.height // 2
+    return [
+        [strip.crop((left, top, left + side, top + side)) for left in range(0, strip.width, side)]
+        for top in range(0, strip.height, side)
+    ]
+
+
 def prepare_base(bench: Bench, subject: str) -> None:
-    """What a subject's runs are compared with: features of its own pictures and of what the bare base draws."""
-    path = bench.folder / f"base-{subject}.pt"
-    if path.exists():
-        return
-    pipe, method = bench.base(), next(iter(METHODS.values()))
-    about, without = prompts_of(subject, method)
-    before = bench.drawn(pipe, without)
-    _strip([bench.drawn(pipe, about), before]).save(path.with_suffix(".png"))
-    own = {part: bench.features.images([world.alone(picture(subject, pose)) for pose in poses])
-           for part, poses in (("train", TRAIN), ("held_out", HELD_OUT))}  # fmt: skip
-    torch.save({"features": bench.features.images(before), **own}, path)
+    """The bare base's pictures of a subject's prompts, which drift is measured from."""
+    path = bench.folder / f"base-{subject}.png"
+    if not path.exists():
+        _strip([bench.drawn(bench.base(), prompts) for prompts in prompts_of(subject)]).save(path)
 
 
 def do(run: Run, folder: Path, drawing_steps: int) -> None:
@@ -216,23 +235,18 @@ def do(run: Run, folder: Path, drawing_steps: int) -> None:
     if all((folder / f"{one.name}.json").exists() for one in wanted):
         return
     torch.set_num_threads(1)
-    bench = Bench(load_features(bases.EMBEDDED), folder, drawing_steps)
+    bench = Bench(folder, drawing_steps)
     prepare_base(bench, run.subject)
     pipe, cost = learn(bench, run)
     file = folder / f"{run.name}.safetensors"
     METHODS[run.method].write(pipe, file)
-    _keep(bench, run, pipe, cost, file)
+    keep_pictures(bench, run, pipe, cost | {"file_bytes": file.stat().st_size})
     for one in wanted[1:]:
         small = file.with_name(f"{one.name}.safetensors")
         shrink(file, small, one.bytes)
         pipe = bench.base()
         load_adapter(pipe, small)
-        _keep(bench, one, pipe, cost, small)
-
-
-def _keep(bench: Bench, run: Run, pipe: DiffusionPipeline, cost: dict, file: Path) -> None:
-    facts = {**asdict(run), **cost, "file_bytes": file.stat().st_size, **measured(bench, run, pipe)}
-    shared.write_json(bench.folder / f"{run.name}.json", facts)
+        keep_pictures(bench, one, pipe, cost | {"file_bytes": small.stat().st_size})
 
 
 def mean(values: list[list[float]]) -> float:
@@ -245,14 +259,14 @@ def score(result: dict) -> float:
     return mean(result["fidelity"]) * mean(result["obedience"]) - mean(result["drift"]) / 4
 
 
-def best_rates(folder: Path, steps: int, tuning: tuple[str, ...]) -> dict[str, float]:
+def best_rates(features: Features, folder: Path, steps: int, tuning: tuple[str, ...]) -> dict[str, float]:
     """By method, the rate with the highest score on the tuning subjects."""
 
     def of(name: str, rate: float) -> float:
         if len(METHODS[name].rates) == 1:
             return 0.0
         runs = [Run(name, subject, rate, 0, steps) for subject in tuning]
-        return sum(score(json.loads((folder / f"{run.name}.json").read_text())) for run in runs)
+        return sum(score(measured(features, run, folder)) for run in runs)
 
     return {name: max(method.rates, key=lambda rate: of(name, rate)) for name, method in METHODS.items()}
 
@@ -292,7 +306,8 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     if not asked.show:
         run_all(grid, asked.folder, asked.drawing_steps, asked.processes)
-    rates = best_rates(asked.folder, asked.steps, tuning)
+    features = load_features(bases.EMBEDDED)
+    rates = best_rates(features, asked.folder, asked.steps, tuning)
     subjects = REPORTED[:1] if asked.quick else REPORTED
     runs = [
         Run(name, subject, rates[name], seed, asked.steps)
@@ -306,7 +321,13 @@ def main(arguments: list[str] | None = None) -> None:
     target, plots = shared.results_path("customization", torch.device("cpu")), shared.ROOT / "docs"
     if asked.quick:
         target, plots = asked.folder / "report.json", asked.folder
-    print(table(write_report(runs, asked.folder, taken, target, plots)))
+    subjects_kept = {run.name: (asked.folder / f"{run.name}.json").exists() for run in runs}
+    results = [
+        measured(features, run, asked.folder)
+        for run in runs
+        if all(subjects_kept[replace(run, subject=subject).name] for subject in subjects)  # a seed counts when whole
+    ]
+    print(table(write_report(results, taken, target, plots)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """The table and the plots of benchmarks/customization.py, made from what its runs have kept."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,19 +7,16 @@ import torch
 from benchmarks import circumstances as shared
 from comcat_diffusion.evaluation.metrics import Interval, interval
 
-MEASURES = ("fidelity", "obedience", "drift", "diversity", "copying")
+MEASURES = ("fidelity", "clip", "obedience", "drift", "diversity", "copying")
 
 
-def write_report(runs: list, folder: Path, circumstances: dict, target: Path, plots: Path) -> dict:
-    """Gather the kept runs, by method, into one JSON, draw the plots, and return what the JSON holds."""
+def write_report(results: list[dict], circumstances: dict, target: Path, plots: Path) -> dict:
+    """Gather the results, by method, into one JSON, draw the plots, and return what the JSON holds."""
     rows: dict[str, list[dict]] = {}
-    subjects = {run.subject for run in runs}
-    for run in runs:
-        whole = [folder / f"{replace(run, subject=subject).name}.json" for subject in subjects]
-        if all(kept.exists() for kept in whole):  # a seed counts when all subjects have it
-            name = f"{run.method}, in {run.bytes:,} bytes" if run.bytes else run.method
-            rows.setdefault(name, []).append(json.loads((folder / f"{run.name}.json").read_text()))
-    report = {"circumstances": circumstances, "rows": [_row(name, results) for name, results in rows.items()]}
+    for result in results:
+        name = f"{result['method']}, in {result['bytes']:,} bytes" if result["bytes"] else result["method"]
+        rows.setdefault(name, []).append(result)
+    report = {"circumstances": circumstances, "rows": [_row(name, own) for name, own in rows.items()]}
     shared.write_json(target, report)
     plot(report, "file_bytes", "bytes of the file", plots / "fidelity-bytes.png")
     plot(report, "seconds", "seconds of training", plots / "fidelity-seconds.png")

@@ -108,7 +108,7 @@ METHODS = {
     "COMCAT free, rank 4, cross": _ours(MIDDLE, r=4, target_modules=["attn2"]),
     "COMCAT free, rank 4, cross, teacher": _ours(MIDDLE, True, r=4, target_modules=["attn2"]),
     "COMCAT free, rank 1": _ours(MIDDLE, r=1, target_modules=SELF_AND_CROSS),
-    "COMCAT foldable, rank 8": _ours(MIDDLE, r=8, target_modules=SELF_AND_CROSS, foldable=True),
+    "COMCAT foldable, rank 4": _ours(MIDDLE, r=4, target_modules=SELF_AND_CROSS, foldable=True),
     "COMCAT as the authors train it": Method((2.5e-3,), _authors, _write_comcat),
     "LoRA, rank 1": _lora(1, MIDDLE),
     "LoRA, rank 4": _lora(4, MIDDLE),

@@ -246,15 +246,23 @@ def shrink(parsed: argparse.Namespace) -> int:
     from comcat_diffusion.adapters.shrink import shrink
 
     dtype = {None: None, "fp16": torch.float16, "int8": torch.int8}[config.save_precision]
+    pipe = None
+    if config.pretrained_model_name_or_path:  # a base that the adapter is not for is refused before a file is written
+        from comcat_diffusion import bases
+        from comcat_diffusion.adapters.merge import unload_adapters
+        from comcat_diffusion.adapters.store import load_adapter
+
+        pipe = bases.asked_base(config, "fp32")
+        load_adapter(pipe, config.adapter)
+        unload_adapters(pipe)
     made = shrink(config.adapter, config.output, config.max_bytes, dtype)
     before = _size(config.adapter)
     print(f"Wrote {config.output} ({made.bytes:,} bytes of {before}, {made.energy_kept:.2%} of the energy).")
-    if config.pretrained_model_name_or_path:
-        from comcat_diffusion import bases
+    if pipe is not None:
         from comcat_diffusion.adapters.effect import change
 
         prompts = config.prompt or [made.header.notes.example]
-        (changed,) = change(bases.asked_base(config, "fp32"), config.adapter, [config.output], prompts)
+        (changed,) = change(pipe, config.adapter, [config.output], prompts)
         print(f"What the base predicts with it differs by {changed:.2%} of the adapter's effect.")
     return 0
 

@@ -1,6 +1,7 @@
 """The benchmark of ways to learn a subject: each trains and writes what it says; the table follows the runs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from safetensors import safe_open
 from benchmarks import customization, customization_report
 from benchmarks.customization import METHODS, Bench, Run
 from comcat_diffusion import bases
-from recipe.subject import TRAIN, caption
+from comcat_diffusion.evaluation.features import load_features
+from recipe.subject import HELD_OUT, TRAIN, caption, picture
 
 KINDS = (
     "COMCAT free, rank 4, cross, teacher",
@@ -22,7 +24,7 @@ KINDS = (
 @pytest.mark.parametrize("name", KINDS)
 def test_a_method_trains_and_writes_what_it_says(name, tmp_path, monkeypatch):
     monkeypatch.setattr(customization, "picture", lambda subject, pose: _blank())
-    pipe, cost = customization.learn(Bench(None, tmp_path, 2), Run(name, "cat", 1e-2, 0, 2))
+    pipe, cost = customization.learn(Bench(tmp_path, 2), Run(name, "cat", 1e-2, 0, 2))
     METHODS[name].write(pipe, tmp_path / "file.safetensors")
     with safe_open(tmp_path / "file.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -53,15 +55,13 @@ def test_the_best_rate_has_the_highest_score(tmp_path, monkeypatch):
     monkeypatch.setattr(customization, "METHODS", {"LoRA, rank 4": method})
     for rate, fidelity in zip(method.rates, (0.5, 0.9, 0.7, 0.6), strict=True):
         _keep(tmp_path, Run("LoRA, rank 4", "teddy", rate, 0, 3), fidelity)
-    assert customization.best_rates(tmp_path, 3, ("teddy",)) == {"LoRA, rank 4": method.rates[1]}
+    assert customization.best_rates(None, tmp_path, 3, ("teddy",)) == {"LoRA, rank 4": method.rates[1]}
 
 
 def test_the_table_has_a_row_for_each_method_with_means_over_its_runs(tmp_path):
     runs = [Run("LoRA, rank 4", subject, 1e-2, 0, 3) for subject in ("fish", "house")]
-    for run, fidelity in zip(runs, (0.5, 0.7), strict=True):
-        _keep(tmp_path, run, fidelity)
-    runs.append(Run("IA3", "fish", 1e-2, 0, 3))  # which has not been run
-    report = customization_report.write_report(runs, tmp_path, {}, tmp_path / "result.json", tmp_path)
+    results = [_result(run, fidelity) for run, fidelity in zip(runs, (0.5, 0.7), strict=True)]
+    report = customization_report.write_report(results, {}, tmp_path / "result.json", tmp_path)
     assert json.loads((tmp_path / "result.json").read_text()) == report
     assert (tmp_path / "fidelity-bytes.png").exists() and (tmp_path / "fidelity-seconds.png").exists()
     (row,) = report["rows"]
@@ -70,7 +70,29 @@ def test_the_table_has_a_row_for_each_method_with_means_over_its_runs(tmp_path):
     assert row["fidelity"]["low"] < 0.6 < row["fidelity"]["high"]
 
 
+def test_measures_are_read_from_the_pictures_that_were_kept(tmp_path):
+    run = Run("LoRA, rank 4", "cat", 1e-2, 0, 3)
+    own = [picture("cat", pose).resize((64, 64)) for pose in (*HELD_OUT, *TRAIN)] * 2
+    other = [picture("house", pose).resize((64, 64)) for pose in (*HELD_OUT, *TRAIN)] * 2
+    customization._strip([own, own]).save(tmp_path / f"{run.name}.png")
+    customization._strip([other, other]).save(tmp_path / "base-cat.png")
+    customization._strip([other, own]).save(tmp_path / f"{replace(run, seed=1).name}.png")
+    features, found = load_features(bases.EMBEDDED), []
+    for one in (run, replace(run, seed=1)):
+        (tmp_path / f"{one.name}.json").write_text(json.dumps({"seconds": 1.0}))
+        found.append(customization.measured(features, one, tmp_path))
+    likeness, otherness = (customization.mean(one["fidelity"]) for one in found)
+    assert likeness > 0.7 > 0.3 > otherness
+    assert customization.mean(found[0]["drift"]) > 0.2 and customization.mean(found[0]["copying"]) > 0.9
+    assert found[0] == customization.measured(None, run, tmp_path)  # from what was kept
+
+
 def _keep(folder, run, fidelity):
+    (folder / f"{run.name}.json").write_text("{}")
+    (folder / f"{run.name}.measures.json").write_text(json.dumps(_result(run, fidelity)))
+
+
+def _result(run, fidelity):
     facts = {**vars(run), "parameters": 10, "seconds": 1.0, "file_bytes": 1000, "fidelity": [[fidelity] * 2] * 2}
-    others = dict.fromkeys(("obedience", "drift", "copying"), [[0.5, 0.5]] * 2) | {"diversity": [[0.1]] * 2}
-    (folder / f"{run.name}.json").write_text(json.dumps(facts | others))
+    others = dict.fromkeys(("clip", "obedience", "drift", "copying"), [[0.5, 0.5]] * 2) | {"diversity": [[0.1]] * 2}
+    return facts | others

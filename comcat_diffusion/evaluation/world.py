@@ -6,11 +6,13 @@ without any model.
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFilter
+from torch.nn.functional import normalize
 
 from comcat_diffusion import bases
 
@@ -19,6 +21,7 @@ LEAST = 20  # pixels; fewer are stray ones
 NOTHING, NOWHERE = "nothing", "nowhere"
 SIDE, SPAN = 64, 48  # pixels: side of the picture of a thing alone, and the thing's own longest side on it
 NEUTRAL = (128, 128, 128)
+FINE, COARSE = 1, 8  # pixels: blurs between which details lie
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,22 @@ def alone(picture: Image.Image) -> Image.Image:
     corner = (SIDE - size[0]) // 2, (SIDE - size[1]) // 2
     made.paste(thing.resize(size, Image.Resampling.BICUBIC, box), corner)
     return made
+
+
+def details(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """What the things of pictures look like but for their mean colours: (N, F), float32 rows of length one.
+
+    Each is `alone`, less a wide blur of itself. The cosine of two rows is then a correlation of shapes and marks, where
+    a CLIP as small as the embedded one is satisfied by the colour.
+    """
+    rows = []
+    for picture in pictures:
+        thing = alone(picture)
+        fine, coarse = (
+            np.asarray(thing.filter(ImageFilter.GaussianBlur(width)), np.float32) for width in (FINE, COARSE)
+        )
+        rows.append(torch.from_numpy(fine - coarse).flatten())
+    return normalize(torch.stack(rows), dim=-1)
 
 
 def _border(picture: np.ndarray) -> np.ndarray:
