@@ -173,9 +173,7 @@ def measured(features: Features, run: Run, folder: Path) -> dict:
 
 def _measures(features: Features, run: Run, folder: Path) -> dict:
     (made, others), (_, before) = (_rows(folder / f"{name}.png") for name in (run.name, f"base-{run.subject}"))
-    own = {
-        part: [picture(run.subject, pose) for pose in poses] for part, poses in (("train", TRAIN), ("held", HELD_OUT))
-    }
+    train, held_out = ([picture(run.subject, pose) for pose in poses] for poses in (TRAIN, HELD_OUT))
     details, shape = world.details(made), (len(PROMPTS), len(SEEDS))
     alone, held_alone = (features.images([world.alone(one) for one in some]) for some in (made, held_out))
     obeyed = [_obeyed(prompt, one) for prompt, one in zip(_each(prompts_of(run.subject)[0]), made, strict=True)]
