@@ -82,3 +82,18 @@ def test_the_scores_of_the_readme_are_those_beside_the_weights():
     from recipe.score import table
 
     assert table(json.loads((ROOT / "assets/tiny-sd/scores.json").read_text())) in README
+
+
+def test_the_pages_show_the_results_as_they_are():
+    from benchmarks.pages import PAGES, filled
+
+    shown = [path for path in PAGES if "<!-- results:" in path.read_text()]
+    assert shown
+    for path in shown:
+        assert filled(path.read_text()) == path.read_text(), f"{path} is stale: python -m benchmarks.pages"
+
+
+def test_links_and_pictures_of_the_docs_exist():
+    for page in (ROOT / "docs").glob("*.md"):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page}: {target}"

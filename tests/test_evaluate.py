@@ -102,8 +102,8 @@ def test_the_report_says_everything_with_its_interval(report, place):
     before, full, off = told["rows"]
     assert (before["name"], full["name"], off["name"]) == ("before", "teddy", "teddy x 0")
     names = {
-        "subject_fidelity", "copying", "prompt_fidelity", "drift", "drift_of_class", "pixel_drift", "diversity",
-        "background_right", "place_right", "size_right",
+        "subject_fidelity", "subject_fidelity_clip", "copying", "prompt_fidelity", "drift", "drift_of_class",
+        "pixel_drift", "diversity", "background_right", "place_right", "size_right",
     }  # fmt: skip
     assert set(full["measures"]) == names
     for found in full["measures"].values():
@@ -117,7 +117,7 @@ def test_the_report_says_everything_with_its_interval(report, place):
     assert around["base"] == "embedded" and around["device"] == "cpu" and around["precision"] == "fp32"
     assert around["steps"] == 2 and around["guidance"] == 3.5 and around["torch"] == torch.__version__
     page = (report.folder / "report.md").read_text()
-    for part in ("subjects alone", "95% bootstrap", "sheet.png", "plot.png", UNRELATED[0], report.verdict):
+    for part in ("details of subjects alone", "95% bootstrap", "sheet.png", "plot.png", UNRELATED[0], report.verdict):
         assert part in page
     assert len(Image.open(report.folder / "sheet.png").getcolors(1 << 20)) > 1000
     assert len(Image.open(report.folder / "plot.png").convert("RGB").getcolors(1 << 20)) > 10

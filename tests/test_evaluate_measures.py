@@ -12,7 +12,7 @@ from comcat_diffusion import bases
 from comcat_diffusion.evaluation import metrics
 from comcat_diffusion.evaluation.features import load_features
 from comcat_diffusion.evaluation.metrics import Interval, interval
-from comcat_diffusion.evaluation.world import NEUTRAL, SIDE, SPAN, Seen, alone, asked, embedded_world, see
+from comcat_diffusion.evaluation.world import NEUTRAL, SIDE, SPAN, Seen, alone, asked, details, embedded_world, see
 from comcat_diffusion.training.images import to_tensor
 from tests import tiny_bases
 
@@ -196,3 +196,17 @@ def test_a_feature_model_that_is_not_there_is_one_sentence(dino, tmp_path, tiny_
     (tmp_path / "text/preprocessor_config.json").write_text('{"image_processor_type": "BitImageProcessor"}')
     with pytest.raises(ValueError, match="is a CLIPTextModel, neither a CLIP nor a DINOv2"):
         load_features(str(tmp_path / "text"))
+
+
+def test_details_know_a_subject_from_a_blob_of_its_colour():
+    from recipe.subject import HELD_OUT, TRAIN, picture
+
+    held_out, same, other = (
+        details([picture(name, pose).resize((64, 64)) for pose in poses])
+        for name, poses in (("teddy", HELD_OUT), ("teddy", TRAIN), ("cat", TRAIN))
+    )
+    blob = Image.new("RGB", (64, 64), "blue")
+    ImageDraw.Draw(blob).ellipse((14, 12, 50, 52), "#8b5fd0")
+    assert_close(held_out.norm(dim=-1), torch.ones(2))
+    likeness = {name: float((made @ held_out.T).mean()) for name, made in (("same", same), ("other", other))}
+    assert likeness["same"] > 0.7 > 0.3 > max(likeness["other"], float((details([blob]) @ held_out.T).mean()))

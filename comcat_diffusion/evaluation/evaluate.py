@@ -25,7 +25,6 @@ from comcat_diffusion.evaluation.metrics import interval
 from comcat_diffusion.evaluation.pictures import subject_pictures
 from comcat_diffusion.evaluation.prompts import Prompts, prompts_of
 from comcat_diffusion.evaluation.report import Judged, Report
-from comcat_diffusion.evaluation.world import alone
 from comcat_diffusion.generation import sheet
 from comcat_diffusion.generation.chosen import Chosen, base_of, choose, made_by
 from comcat_diffusion.generation.pictures import made_folder, sampling_of, save_png, use_sampler
@@ -76,7 +75,7 @@ def evaluate(
         return None
 
     # One process measures and writes.
-    measures = Measures(clip, judge, subject, prompts, alone if embedded else None)
+    measures = Measures(clip, judge, subject, prompts, embedded)
     before = _shown(gallery, gallery.rows[0], prompts)
     rows = [_judged(row, measures.of(_shown(gallery, row, prompts), before, len(seeds))) for row in gallery.rows]
     notes = [*subject.notes, *_world_notes(embedded)]
@@ -176,8 +175,9 @@ def _world_notes(embedded: bool) -> list[str]:
     if not embedded:
         return []
     return [
-        "On the embedded base, subject fidelity and copying compare subjects alone: each is cut out by its distance to "
-        "the border's colour and centred on grey at one size, so that backgrounds and places do not count."
+        "On the embedded base, subject fidelity and copying compare the details of subjects alone: each is cut out by "
+        "its distance to the border's colour and centred on grey at one size, so that backgrounds and places do not "
+        "count, and its mean colours are left out, which satisfy the small CLIP (subject_fidelity_clip) by themselves."
     ]
 
 

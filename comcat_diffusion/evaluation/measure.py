@@ -3,7 +3,7 @@
 Letters: P prompts, S seeds, N = P x S pictures, F features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from comcat_diffusion.evaluation import metrics
 from comcat_diffusion.evaluation.features import Features
 from comcat_diffusion.evaluation.pictures import SubjectPictures
 from comcat_diffusion.evaluation.prompts import Prompts
-from comcat_diffusion.evaluation.world import asked, see
+from comcat_diffusion.evaluation.world import alone, asked, details, see
 
 # What a report calls each measure and says of it.
 MEANINGS = {
@@ -52,9 +52,9 @@ class Measures:
         judge: Features,
         subject: SubjectPictures,
         prompts: Prompts,
-        cut_out: Callable[[Image.Image], Image.Image] | None,  # of the embedded world: the subject without its scene
+        embedded: bool,  # whether pictures show the embedded world, which can be read without any model
     ) -> None:
-        self.clip, self.judge, self.prompts, self.cut_out = clip, judge, prompts, cut_out
+        self.clip, self.judge, self.prompts, self.embedded = clip, judge, prompts, embedded
         self.subject = subject
         self.texts = clip.texts(prompts.texts)  # P, F
 
@@ -70,21 +70,22 @@ class Measures:
         if seeds > 1:
             made = self.judge.images(shown.calling)
             found["diversity"] = metrics.diversity(made.view(-1, seeds, made.shape[-1]))[:, None]
-        return found | (self._obeyed(shown.calling, seeds) if self.cut_out else {})
+        return found | (self._obeyed(shown.calling, seeds) if self.embedded else {})
 
     def _likeness(self, pictures: Sequence[Image.Image]) -> Values:
-        made, held_out, train = (
-            list(map(self.cut_out, part)) if self.cut_out else part
-            for part in (pictures, self.subject.held_out, self.subject.train)
-        )
-        made_features = self.judge.images(made)
-        found = {"subject_fidelity": metrics.subject_fidelity(made_features, self.judge.images(held_out))}
-        if self.judge is not self.clip:
-            by_clip = self.clip.images(made), self.clip.images(held_out)
+        features = details if self.embedded else self.judge.images
+        made, held_out = features(pictures), features(self.subject.held_out)
+        found = {"subject_fidelity": metrics.subject_fidelity(made, held_out)}
+        if self.embedded or self.judge is not self.clip:
+            by_clip = (self._by_clip(part) for part in (pictures, self.subject.held_out))
             found["subject_fidelity_clip"] = metrics.subject_fidelity(*by_clip)
-        if train:
-            found["copying"] = metrics.copying(made_features, self.judge.images(train))
+        if self.subject.train:
+            found["copying"] = metrics.copying(made, features(self.subject.train))
         return found
+
+    def _by_clip(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        """(N, F), on the embedded base of the subject without its scene."""
+        return self.clip.images(list(map(alone, pictures)) if self.embedded else pictures)
 
     def _drift(self, shown: Shown, before: Shown) -> Values:
         found = {"drift": metrics.drift(self.judge.images(shown.unrelated), self.judge.images(before.unrelated))}
