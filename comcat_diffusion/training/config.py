@@ -148,7 +148,7 @@ class PaceSettings(Group):
     max_train_steps: int = option(400, "Number of optimizer steps.")
     train_batch_size: int | None = option(None, "Pictures a step. Default: 1; on the embedded base, all up to 4.")
     gradient_accumulation_steps: int = option(1, "Batches whose gradients are added up before a step.")
-    learning_rate: float = option(1e-3, "Peak learning rate.")
+    learning_rate: float = option(3e-3, "Peak learning rate.")
     text_encoder_lr: float | None = option(None, "That of the text encoders' adapters. Default: a tenth of the other.")
     token_lr: float | None = option(None, "That of a new token. Default: the learning rate.")
     lr_scheduler: str = option("linear", "Course of the learning rate.", choices=SCHEDULES)
