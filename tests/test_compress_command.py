@@ -16,8 +16,8 @@ from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassif
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from comcat_diffusion import ComcatConfig, bases
-from comcat_diffusion.compression import cost, load_compressed
 from comcat_diffusion.cli import main
+from comcat_diffusion.compression import cost, load_compressed
 from comcat_diffusion.compression.calibrate import checked
 from comcat_diffusion.compression.config import UNET, CompressConfig
 from comcat_diffusion.compression.diffusion import Diffusion, default_prompts, recorded
