@@ -191,6 +191,14 @@ def default_guidance(name: str | None) -> float:
     return EMBEDDED_GUIDANCE if is_embedded(name or EMBEDDED) else 7.5
 
 
+def forget_folder(config: Path) -> None:
+    """diffusers notes where each part came from: a hub id may stay, a folder of this machine is nobody's business."""
+    content = json.loads(config.read_text())
+    if Path(content.get("_name_or_path") or "").is_absolute():
+        del content["_name_or_path"]
+        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
 def fastest_device() -> str:
     """The accelerator that is there, or the CPU."""
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"

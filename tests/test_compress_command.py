@@ -219,6 +219,13 @@ def test_a_compressed_base_is_a_base_for_every_command(sd1, unet_report, tmp_pat
     capsys.readouterr()
     assert main(["generate", "--pretrained_model_name_or_path", str(sd1), *asked, *drawn]) != 0
     assert "base" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="compressed already; start from the dense model"):
+        run(CompressConfig(model=str(unet_report.folder), part=UNET, output_dir=str(tmp_path / "smaller")))
+    foldable = ["--foldable", "--output_dir", str(tmp_path / "foldable")]
+    assert main(["train", *small, *subject, *steps, *foldable]) == 0
+    merged = ["--adapter", str(tmp_path / "foldable" / "sks-teddy.safetensors"), "--output_dir", str(tmp_path / "m")]
+    assert main(["merge", *small, *merged]) != 0
+    assert "no stock shapes" in capsys.readouterr().err and not (tmp_path / "m").exists()
     pipe = bases.load_base(str(unet_report.folder), "bf16")
     assert pipe.unet.dtype == torch.bfloat16 and count(pipe.unet) == unet_report.after.parameters
     configs = [unet_report.folder / "model_index.json", *unet_report.folder.glob("*/config.json")]

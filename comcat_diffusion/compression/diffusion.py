@@ -4,7 +4,6 @@ What goes into the U-Net while the base draws the calibration prompts is recorde
 """
 
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -93,8 +92,7 @@ class Diffusion:
             if part is not None and part is not self.model:
                 part.save_pretrained(folder / name)
         for path in (folder / "model_index.json", *folder.glob("*/config.json")):
-            kept = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
-            path.write_text(json.dumps(kept, indent=2) + "\n")  # where the base lay is nobody's business
+            bases.forget_folder(path)
 
     def usage(self, folder: str) -> str:
         """How the result is loaded, in Python."""
