@@ -65,7 +65,8 @@ QUICK = Scale(classify.Course(layers=2, steps=30), 720, 144, 5, 10, 4, 2, 1, 8, 
 
 def full(data: str) -> Scale:
     """What the results in benchmarks/results were made with."""
-    return Scale(classify.COURSES[data], 40_000, 3_600, 300, 200, 16, 7, 8, 256, tuple(SHAPES))
+    finetune, search = {"scenes": (300, 200), "digits": (100, 100)}[data]
+    return Scale(classify.COURSES[data], 40_000, 3_600, finetune, search, 16, 7, 8, 256, tuple(SHAPES))
 
 
 def main(arguments: list[str] | None = None) -> None:
