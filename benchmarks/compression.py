@@ -24,7 +24,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -77,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     shared.use_threads(flags.threads)
     device, scale = torch.device(flags.device), QUICK if flags.quick else full(flags.data)
+    scale = replace(scale, shapes=flags.shapes or scale.shapes, rounds=flags.rounds or scale.rounds)
     about = flags.data if {"attention", "model"} & set(flags.parts) else "cost"
     name = f"compression-{about}" + ("-quick" if flags.quick else "")
     path = flags.output or shared.results_path(name, device)
@@ -100,6 +101,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: as many as torch finds)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), help="of speed, search and time (default: all)")
+    parser.add_argument("--rounds", type=int, help="of speed and search (default: seven)")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, not what it costs")
     parser.add_argument("--dense", type=Path, help="the trained dense model; written if it is not there")
     parser.add_argument("--output", type=Path, help="the JSON (default: one in benchmarks/results)")
