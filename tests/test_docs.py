@@ -82,3 +82,12 @@ def test_the_scores_of_the_readme_are_those_beside_the_weights():
     from recipe.score import table
 
     assert table(json.loads((ROOT / "assets/tiny-sd/scores.json").read_text())) in README
+
+
+def test_the_tables_of_the_compression_page_are_those_of_its_results():
+    from benchmarks.compression_report import tables
+
+    page, results = (ROOT / "docs/compression.md").read_text(), list(ROOT.glob("benchmarks/results/compression-*.json"))
+    assert results and all(tables(json.loads(path.read_text())) in page for path in results)
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page):
+        assert (ROOT / "docs" / target).exists(), target
