@@ -29,6 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIB = 2**20
+STATUS = Path("/proc/self/status")  # of Linux
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,21 @@ def peak_memory_mib(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss: on Linux a child inherits its parent's through fork and exec.
-        high = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(high.split()[1]) / 1024
+    if STATUS.exists():
+        return _status_mib("VmHWM:")  # not ru_maxrss: on Linux a child inherits its parent's through fork and exec
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (MIB if sys.platform == "darwin" else 1024)
+
+
+def memory_mib(device: torch.device) -> float:
+    """Memory that this process holds now; where only the peak can be had, that."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / MIB
+    return _status_mib("VmRSS:") if STATUS.exists() else peak_memory_mib(device)
+
+
+def _status_mib(name: str) -> float:
+    return int(next(line for line in STATUS.read_text().splitlines() if line.startswith(name)).split()[1]) / 1024
 
 
 def in_fresh_process(function: Callable, *arguments: object) -> object:

@@ -4,46 +4,82 @@ from pathlib import Path
 
 from benchmarks import circumstances as shared
 
-PARTS = ("attention", "model", "speed", "time")
+PARTS = ("attention", "model", "speed", "search", "time")
 ATTENTION = ("head", "head_whitened", "matrix", "matrix_whitened", "head_pruning")
 
 
 def tables(report: dict) -> str:
-    """The parts that were measured, as markdown."""
-    rows = {part: [row for row in report["rows"] if row["part"] == part] for part in PARTS}
-    text = []
-    if rows["attention"]:
-        by = {(row["removed"], row["variant"]): row["top1"] for row in rows["attention"]}
-        cells = [[kind, *(f"{by[r, kind]:.2f}" for r in (0.2, 0.4, 0.6, 0.8))] for kind in ATTENTION]
-        title = f"Top-1 without fine-tuning, attention only ({report['data']}, dense {report['dense_top1']:.2f})"
-        text += [title, shared.markdown_table(["removed", "20 %", "40 %", "60 %", "80 %"], cells)]
-    if rows["model"]:
-        columns = ["removed", "ranks by", "really", "top-1 at once", "top-1 fine-tuned", "seconds"]
-        cells = [
-            (
-                *(f"{r['removed']:.0%}", r["variant"], f"{r['removed_really']:.2%}", f"{r['top1_before']:.2f}"),
-                *(f"{r['top1']:.2f}", f"{r['seconds']:.1f}"),
-            )
-            for r in rows["model"]
-        ]
-        text += [f"Whole model (dense {report['dense_top1']:.2f})", shared.markdown_table(columns, cells)]
-    if rows["speed"]:
-        columns = ["model", "variant", "M parameters", "G multiply-adds", "images/s", "speed-up", "by work alone"]
-        cells = [
-            (
-                *(r["shape"], r["variant"], f"{r['parameters'] / 1e6:.2f}", f"{r['multiply_adds'] / 1e9:.2f}"),
-                *(f"{r['images_a_second']:.1f}", f"{1 / r['ratio']:.2f}x", f"{1 / r['work_ratio']:.2f}x"),
-            )
-            for r in rows["speed"]
-        ]
-        text += ["Speed, the same batch side by side", shared.markdown_table(columns, cells)]
-    for r in rows["time"]:
-        text.append(
-            f"Closed form on {r['shape']}'s architecture: {r['seconds']:.1f} s, calibrated on {r['pictures']} pictures "
-            f"{r['seconds_calibrated']:.1f} s; the model is {r['model_mib']:.0f} MiB, the process went from "
-            f"{r['peak_before_mib']:.0f} to {r['peak_mib']:.0f} MiB."
-        )
+    """The parts that were measured, as markdown, and the circumstances."""
+    text = [_training(report)] if "training" in report else []
+    for part, made in (("attention", _attention), ("model", _model), ("speed", _speed), ("search", _search)):
+        rows = [row for row in report["rows"] if row["part"] == part]
+        text += made(report, rows) if rows else []
+    text += [_time(row) for row in report["rows"] if row["part"] == "time"]
     return "\n\n".join([*text, shared.circumstances_text(report["circumstances"])])
+
+
+def _training(report: dict) -> str:
+    course = report["training"]
+    return (
+        f"**{report['data']}**: {report['classes']} classes, {report['test_pictures']:,} test pictures; the dense "
+        f"model finds {report['dense_top1']:.2f} % after {course['steps']:,} steps of {course['batch']} pictures "
+        f"({course['dtype']})."
+    )
+
+
+def _attention(report: dict, rows: list[dict]) -> list[str]:
+    by = {(row["removed"], row["variant"]): row["top1"] for row in rows}
+    kinds = [kind for kind in ATTENTION if any((r, kind) in by for r in (0.2, 0.4, 0.6, 0.8))]
+    cells = [[kind, *(f"{by[r, kind]:.2f}" if (r, kind) in by else "" for r in (0.2, 0.4, 0.6, 0.8))] for kind in kinds]
+    title = f"Top-1 without fine-tuning, attentions only ({report['data']}, dense {report['dense_top1']:.2f}):"
+    return [title, shared.markdown_table(["removed", "20 %", "40 %", "60 %", "80 %"], cells)]
+
+
+def _model(report: dict, rows: list[dict]) -> list[str]:
+    columns = ["ranks by", "removed", "really", "top-1 at once", "top-1 fine-tuned", "of dense", "seconds to compress"]
+    cells = [
+        (
+            *(r["variant"], f"{r['removed']:.0%}", f"{r['removed_really']:.2%}", f"{r['top1_before']:.2f}"),
+            *(f"{r['top1']:.2f}", f"{r['top1'] - report['dense_top1']:+.2f}", f"{r['seconds']:.1f}"),
+        )
+        for r in rows
+    ]
+    steps = f"{rows[0]['finetune_steps']:,} steps of {report['training']['batch']} pictures"
+    whose = f"{report['data']}, dense {report['dense_top1']:.2f}"
+    title = f"Whole model, fine-tuned by self-distillation for {steps} ({whose}):"
+    return [title, shared.markdown_table(columns, cells)]
+
+
+def _speed(report: dict, rows: list[dict]) -> list[str]:
+    columns = ["model", "ranks by", "M parameters", "G multiply-adds", "images/s", "speed-up", "by work alone"]
+    shares = ["linear", "attention", "other"]
+    cells = [
+        (
+            *(r["shape"], r["variant"], f"{r['parameters'] / 1e6:.2f}", f"{r['multiply_adds'] / 1e9:.2f}"),
+            *(f"{r['images_a_second']:.2f}", f"{1 / r['ratio']:.2f}x", f"{1 / r['work_ratio']:.2f}x"),
+            *(f"{r['profile'][share]:.0%}" for share in shares),
+        )
+        for r in rows
+    ]
+    title = "Speed, the same batch side by side; where a forward pass spends its time:"
+    return [title, shared.markdown_table([*columns, *(f"in {share}" for share in shares)], cells)]
+
+
+def _search(report: dict, rows: list[dict]) -> list[str]:
+    columns = ["model", "step", "seconds", "of a dense step"]
+    cells = [(r["shape"], r["variant"], f"{r['seconds']:.2f}", f"{r['ratio']:.2f}") for r in rows]
+    title = f"A step of the search, interleaved, batches of {rows[0]['batch']}:"
+    return [title, shared.markdown_table(columns, cells)]
+
+
+def _time(row: dict) -> str:
+    plain, seen, passes = (f"{row[key]:.1f} s" for key in ("seconds", "seconds_calibrated", "seconds_of_passes"))
+    model, more, peak = row["model_mib"], row["more_mib"], 1 + row["more_mib"] / row["model_mib"]
+    return (
+        f"Closed form on {row['shape']}'s architecture: {plain} without pictures, {seen} with {row['pictures']} of "
+        f"224 px, {passes} of them being the dense model's forward passes. The model is {model:.0f} MiB; at the peak "
+        f"the process held {more:.0f} MiB more than before: {peak:.2f} times the model."
+    )
 
 
 def plot(report: dict, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Finding a base: the embedded one, a diffusers folder, a single file or a hub id, offline first."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,14 +65,24 @@ def load_base(
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise FileNotFoundError(f"{path} is no diffusers folder: it has no model_index.json.")
-        return _loaded(
-            lambda: DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, variant=variant, local_files_only=True),
-            path,
-        )
+        own = _compressed_unet(path, dtype) if _is_compressed(path) else {}
+        about = {"torch_dtype": dtype, "variant": variant, "local_files_only": True}
+        return _loaded(lambda: DiffusionPipeline.from_pretrained(path, **about, **own), path)
     if path.is_file():
         return _single_file(path, dtype, base_config)
     _refuse_no_hub_id(name, path)
     return _from_hub(name, {"torch_dtype": dtype, "revision": revision, "variant": variant})
+
+
+def _is_compressed(path: Path) -> bool:
+    """Whether this is a base that `comcat compress` has left: its U-Net is in files of its own."""
+    return (path / "plan.json").is_file()
+
+
+def _compressed_unet(path: Path, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    from comcat_diffusion.compression import load_compressed  # which stands above this file, for this one case
+
+    return {"unet": load_compressed(path)[0].to(dtype)}
 
 
 def _refuse_no_hub_id(name: str, path: Path) -> None:
@@ -180,7 +191,18 @@ def native_resolution(pipe: DiffusionPipeline) -> int:
 
 def default_guidance(name: str | None) -> float:
     """The strength of classifier-free guidance that suits a base: Stable Diffusion's own, or the embedded one's."""
+    plan = Path(name or EMBEDDED).expanduser() / "plan.json"
+    if plan.is_file():  # a compressed base wants what the dense one does
+        name = json.loads(plan.read_text())["plan"]["model_id"]
     return EMBEDDED_GUIDANCE if is_embedded(name or EMBEDDED) else 7.5
+
+
+def forget_folder(config: Path) -> None:
+    """diffusers notes where each part came from: a hub id may stay, a folder of this machine is nobody's business."""
+    content = json.loads(config.read_text())
+    if Path(content.get("_name_or_path") or "").is_absolute():
+        del content["_name_or_path"]
+        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def fastest_device() -> str:

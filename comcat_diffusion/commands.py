@@ -276,9 +276,12 @@ def compress(parsed: argparse.Namespace) -> int:
     made = run(config, print)
     print(made.table())
     sheet = made.folder / "sheet.png"
-    more = f"; pictures before and after: {sheet}" if sheet.exists() else ""
+    base = sheet.exists()  # and not a classifier
+    more = f"; pictures before and after: {sheet}" if base else ""
+    how = f'comcat_diffusion.compression.load_compressed("{made.folder}")'
+    how = f"use it as a base: --pretrained_model_name_or_path {made.folder}" if base else f"load it with {how}"
     print(f"{made.removed:.1%} of {made.counted:,} parameters are gone. Ranks: {made.folder / 'ranks.png'}{more}")
-    print(f'Wrote {made.folder}; load it with comcat_diffusion.compression.load_compressed("{made.folder}").')
+    print(f"Wrote {made.folder}; {how}.")
     return 0
 
 

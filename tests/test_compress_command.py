@@ -16,11 +16,13 @@ from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassif
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from comcat_diffusion import ComcatConfig, bases
+from comcat_diffusion.cli import main
 from comcat_diffusion.compression import cost, load_compressed
 from comcat_diffusion.compression.calibrate import checked
 from comcat_diffusion.compression.config import UNET, CompressConfig
-from comcat_diffusion.compression.diffusion import default_prompts, recorded
+from comcat_diffusion.compression.diffusion import Diffusion, default_prompts, recorded
 from comcat_diffusion.compression.pictures import Batches, find_labelled, labels_of
+from comcat_diffusion.compression.rank_search import RankSearch
 from comcat_diffusion.compression.ranks import Bar, grid, picture_of_ranks, place_of
 from comcat_diffusion.compression.run import run
 from comcat_diffusion.config import read_toml
@@ -174,7 +176,8 @@ def unet_report(sd1, tmp_path_factory):
 
 def test_a_unet_becomes_a_folder_with_a_sheet_and_its_drift(sd1, unet_report):
     report = unet_report
-    assert files(report.folder) == FILES | {"sheet.png"}
+    rest = {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    assert files(report.folder) == FILES | {"sheet.png"} | rest and files(report.folder / "unet") == {"config.json"}
     small, _ = load_compressed(report.folder)
     unet = StableDiffusionPipeline.from_pretrained(sd1).unet
     attention = sum(unit.dense for unit in cost.units(unet, ("attention",)))
@@ -182,7 +185,7 @@ def test_a_unet_becomes_a_folder_with_a_sheet_and_its_drift(sd1, unet_report):
     assert report.calibrated_on == "3 U-Net calls of 2 prompts"  # two latents and their two without text in a call
     # the drift, on the calls that calibration did not see
     drawings = [Drawing(prompt, 2 + number) for number, prompt in enumerate(PROMPTS)]
-    calls, _ = recorded(bases.load_base(str(sd1)), drawings, Sampling(3, 5.0, batch_size=2))
+    calls, _ = recorded(bases.load_base(str(sd1)), drawings, Sampling(3, 7.5, batch_size=2))
     with torch.no_grad():
         pairs = [(unet(**call).sample, small(**call).sample) for call in calls]
     wanted, found = (torch.cat(part).double() for part in zip(*pairs, strict=True))
@@ -190,7 +193,67 @@ def test_a_unet_becomes_a_folder_with_a_sheet_and_its_drift(sd1, unet_report):
     assert report.quality.drift == pytest.approx(float((found - wanted).norm() / wanted.norm()), rel=1e-5)
     one = {name: value[:1] if value.ndim else value for name, value in calls[0].items()}
     assert report.after.multiply_adds == cost.multiply_adds(small, one) < report.before.multiply_adds
-    assert "pipe.unet, plan = load_compressed" in (report.folder / "report.md").read_text()
+    assert 'bases.load_base("small")' in (report.folder / "report.md").read_text()
+
+
+def test_a_sheet_is_drawn_with_the_guidance_that_the_base_is_drawn_with(sd1, unet_report, tmp_path):
+    about = json.loads(Image.open(unet_report.folder / "sheet.png").text["comcat"])
+    assert about["guidance_scale"] == 7.5 == bases.default_guidance(str(sd1))
+    config = CompressConfig(model="embedded", part=UNET)
+    assert Diffusion(config).sampling.guidance_scale == 3.5 == bases.default_guidance("embedded")
+    (tmp_path / "plan.json").write_text(json.dumps({"plan": {"model_id": "embedded"}}))
+    assert bases.default_guidance(str(tmp_path)) == 3.5 and bases.default_guidance(str(unet_report.folder)) == 7.5
+
+
+def test_a_compressed_base_is_a_base_for_every_command(sd1, unet_report, tmp_path, capsys):
+    """An adapter is trained on it and drawn with; the dense base, whose heads are wider, refuses it."""
+    small = ["--pretrained_model_name_or_path", str(unet_report.folder)]
+    subject = ["--instance_data_dir", str(bases.assets() / "subject" / "train")]
+    subject += ["--instance_prompt", "a photo of sks teddy"]
+    assert main(["validate", *small, *subject]) == 0
+    steps = ["--max_train_steps", "2", "--resolution", "64", "--skip_final_inference"]
+    assert main(["train", *small, *subject, *steps, "--output_dir", str(tmp_path / "out")]) == 0
+    asked = ["--adapter", str(tmp_path / "out" / "sks-teddy.safetensors"), "--prompt", "sks teddy"]
+    drawn = ["--num_inference_steps", "2", "--output_dir", str(tmp_path / "drawn")]
+    assert main(["generate", *small, *asked, *drawn]) == 0 and (tmp_path / "drawn" / "sheet.png").is_file()
+    capsys.readouterr()
+    assert main(["generate", "--pretrained_model_name_or_path", str(sd1), *asked, *drawn]) != 0
+    assert "base" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="compressed already; start from the dense model"):
+        run(CompressConfig(model=str(unet_report.folder), part=UNET, output_dir=str(tmp_path / "smaller")))
+    foldable = ["--foldable", "--output_dir", str(tmp_path / "foldable")]
+    assert main(["train", *small, *subject, *steps, *foldable]) == 0
+    merged = ["--adapter", str(tmp_path / "foldable" / "sks-teddy.safetensors"), "--output_dir", str(tmp_path / "m")]
+    assert main(["merge", *small, *merged]) != 0
+    assert "no stock shapes" in capsys.readouterr().err and not (tmp_path / "m").exists()
+    pipe = bases.load_base(str(unet_report.folder), "bf16")
+    assert pipe.unet.dtype == torch.bfloat16 and count(pipe.unet) == unet_report.after.parameters
+    configs = [unet_report.folder / "model_index.json", *unet_report.folder.glob("*/config.json")]
+    assert len(configs) > 3 and not any(str(sd1) in path.read_text() for path in configs)
+
+
+def test_a_search_that_was_cut_goes_on_and_ends_as_if_it_was_not(classifier, pictures, ask, tmp_path, monkeypatch):
+    settings = {"method": "search", "train_dir": str(pictures), "search_steps": 60, "batch_size": 12}
+    whole = ask(classifier, **settings)
+    whole.folder.rename(tmp_path / "whole")
+    real, notes = RankSearch.steps, []
+
+    def cut(self, *arguments):
+        for step in real(self, *arguments):
+            yield step
+            if step.step == 53:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(RankSearch, "steps", cut)
+    with pytest.raises(KeyboardInterrupt):
+        ask(classifier, **settings)
+    monkeypatch.setattr(RankSearch, "steps", real)
+    (state,) = [path for path in tmp_path.iterdir() if path.name.startswith(".small")]
+    more = ask(classifier, notes.append, **settings)
+    assert any("Going on with the search" in note for note in notes) and not state.exists()
+    assert more.plan == whole.plan and files(tmp_path) >= {"whole", "small"}
+    for name in ("compressed.safetensors", "plan.json"):
+        assert (more.folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_an_adapter_can_be_trained_on_a_compressed_unet(sd1, unet_report):

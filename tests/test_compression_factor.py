@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from comcat_diffusion.compression import factor
 from comcat_diffusion.compression.cost import Unit
-from comcat_diffusion.compression.factor import RIDGE, Moments, linear_product, qk_product, vo_product
+from comcat_diffusion.compression.factor import RIDGE, Moments, Narrowing, linear_product, qk_product, vo_product
 from comcat_diffusion.compression.gates import Gate, candidate_widths
 from tests import reference_compression as slow
 
@@ -30,10 +30,20 @@ def activations(noise):
 
 
 def seen(activations):
-    moments = Moments.zero(activations.shape[-1])
+    moments = Moments.zero(activations.shape[-1], activations)
     for part in activations.split(70):
         moments.add(part.unsqueeze(0))
     return moments
+
+
+def seen_by(weight, bias, activations):
+    """What the layer (E, C) saw, as calibration counts it."""
+    if weight.shape[0] >= weight.shape[1]:
+        return seen(activations)
+    narrowing = Narrowing.zero(weight.shape[1], weight.shape[0], weight)
+    for part in activations.split(70):
+        narrowing.add(part, part @ weight.T + (0 if bias is None else bias))
+    return narrowing
 
 
 def test_moments_are_those_of_all_tokens_together(activations):
@@ -46,10 +56,23 @@ def test_moments_are_those_of_all_tokens_together(activations):
         assert_close(root @ root.T, second + ridge, rtol=1e-12, atol=1e-10)
 
 
+def test_sums_in_float32_know_the_spread_of_activations_far_from_zero(noise):
+    far = noise(N, C) + 1000
+    single = far.float()
+    wanted = single.double().T.cov(correction=0)
+    assert_close(seen(single).second(True), wanted, rtol=0, atol=1e-5)
+    product = single.T @ single / N - single.mean(0).outer(single.mean(0))
+    assert (product - wanted).abs().max() > 1e-2  # sums about zero would not
+
+
 def test_moments_of_a_constant_weigh_nothing_and_few_tokens_can_be_inverted(noise):
-    constant = Moments.zero(C)
-    constant.add(torch.ones(5, C, dtype=torch.float64))
+    ones = torch.ones(5, C, dtype=torch.float64)
+    constant = Moments.zero(C, ones)
+    constant.add(ones)
     assert torch.equal(constant.root(True), torch.eye(C, dtype=torch.float64))
+    narrowing, weight = Narrowing.zero(C, 3, ones), noise(3, C)
+    narrowing.add(ones, ones @ weight.T)
+    assert_close(narrowing.gram(weight.T, True), weight @ weight.T, **EXACT)
     few = seen(noise(3, C))
     assert torch.isfinite(torch.linalg.inv(few.root(True))).all()
 
@@ -117,7 +140,7 @@ def test_the_vo_product_has_one_output_bias(noise, activations, biases):
 def test_a_linear_layer_is_truncated_to_the_best_of_its_rank(noise, into, outof, whitened, biased):
     weight, bias = noise(outof, into), noise(outof) if biased else None
     inputs = noise(N, into) @ noise(into, into) + 1
-    product = linear_product(weight, bias, seen(inputs) if whitened else None)
+    product = linear_product(weight, bias, seen_by(weight, bias, inputs) if whitened else None)
     second = inputs.T.cov(correction=0) if biased else inputs.T @ inputs / N
     left = slow.root(second, RIDGE) if whitened else None
     for rank in (1, 6, 13):
@@ -150,7 +173,7 @@ def test_a_weight_of_zeros_has_all_of_its_energy_in_nothing():
 def test_the_error_on_the_calibration_data_is_never_larger_with_whitening(noise, activations, rank):
     """Of a linear layer, of the values and of the logits up to what softmax ignores."""
     weight, bias = noise(E, C), noise(E)
-    linear = [linear_product(weight, bias, m).truncated(rank) for m in (None, seen(activations))]
+    linear = [linear_product(weight, bias, m).truncated(rank) for m in (None, seen_by(weight, bias, activations))]
     errors = [
         (activations @ f.down[0] @ f.up[0] + f.bias[0] - activations @ weight.T - bias).square().mean() for f in linear
     ]

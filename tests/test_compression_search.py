@@ -1,11 +1,15 @@
 """The paper's search: the mixture as a mask, planted ranks found, the budget held, a run that goes on."""
 
 import itertools
+import multiprocessing
+import os
+import socket
 from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.testing import assert_close
 
 from comcat_diffusion.compression import SearchSettings, Settings, compress, cost, search_ranks
@@ -198,8 +202,9 @@ def test_a_state_file_is_taken_up_and_another_searchs_refused(tmp_path):
     assert search_ranks(model, batches(), 0.4, search=search) == plan  # nothing is left to do
     assert path.read_bytes() == before
     assert search_ranks(model, batches(), 0.4, search=replace(search, state_path=None)) == plan
-    with pytest.raises(ValueError, match="state of another search"):
-        search_ranks(model, batches(), 0.5, search=search)
+    for other, reduction in ((model, 0.5), (built("vit", seed=1), 0.4)):
+        with pytest.raises(ValueError, match="state of another search"):
+            search_ranks(other, batches(), reduction, search=search)
 
 
 def test_the_held_out_batches_are_not_those_that_calibrate():
@@ -207,6 +212,43 @@ def test_the_held_out_batches_are_not_those_that_calibrate():
     assert len(held_out) == 3 and sorted(seen + held_out) == list(range(10))
     with pytest.raises(ValueError, match="too few"):
         split([1], 0.5)
+
+
+def _process(rank, port, path):
+    """One of two processes over the batches of both; the first one writes where the gates have come to."""
+    about = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in about.items()} | {"ACCELERATE_USE_CPU": "true"})
+    torch.set_num_threads(1)  # a forked process has no pool of threads
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator, search = Accelerator(cpu=True), searched(built("vit"), SHORT)
+    records = list(search.steps(batches(6), 3, accelerator, SOFT))
+    if accelerator.is_main_process:
+        torch.save([search.state_dict(), [record.loss for record in records]], path)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one_with_their_batches_together(tmp_path):
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [context.Process(target=_process, args=(rank, port, tmp_path / "state.pt")) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+        assert process.exitcode == 0
+    state, losses = torch.load(tmp_path / "state.pt")
+    pairs = zip(batches(6)[::2], batches(6)[1::2], strict=True)
+    together = [{"pixel_values": torch.cat([one["pixel_values"] for one in pair])} for pair in pairs]
+    one = searched(built("vit"), SHORT)
+    records = list(one.steps(together, 3, Accelerator(cpu=True), SOFT))
+    assert losses == pytest.approx([record.loss for record in records], abs=1e-10)
+    for name, value in one.state_dict().items():  # the gates are in float32
+        assert_close(state[name], value, rtol=0, atol=1e-5)
+    alone = searched(built("vit"), SHORT)
+    list(alone.steps(batches(6), 3, Accelerator(cpu=True), SOFT))
+    assert max((state[n] - v).abs().max() for n, v in alone.state_dict().items()) > 1e-3
 
 
 def test_a_search_over_a_unet(tiny_unet):

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from comcat_diffusion.attentions import style_of
 from comcat_diffusion.compression.cost import Unit
-from comcat_diffusion.compression.factor import Moments
+from comcat_diffusion.compression.factor import Moments, Narrowing
 
 Batch = Mapping[str, torch.Tensor] | torch.Tensor
+Seen = dict[str, Moments | Narrowing]  # by path of a Linear
 
 
 def inputs_of(model: nn.Module, unit: Unit) -> tuple[str, ...]:
@@ -26,21 +28,19 @@ def inputs_of(model: nn.Module, unit: Unit) -> tuple[str, ...]:
     return (f"{unit.module}.{style.q}", f"{unit.module}.{style.k}")
 
 
-def calibrate(model: nn.Module, units: Sequence[Unit], batches: Iterable[Batch]) -> dict[str, Moments]:
-    """Moments by path of the Linear, over all batches. The model runs in evaluation mode and is left as it was.
+def calibrate(model: nn.Module, units: Sequence[Unit], batches: Iterable[Batch]) -> Seen:
+    """What the Linears see, over all batches. The model runs in evaluation mode and is left as it was.
 
     Raises ValueError if a batch is no batch of pictures, or if there is none.
     """
-    moments: dict[str, Moments] = {}
-    paths = dict.fromkeys(path for unit in units for path in inputs_of(model, unit))
+    moments: Seen = {}
     handles = []
-    for path in paths:
-        moments[path] = Moments.zero(model.get_submodule(path).in_features)
-
-        def record(_: nn.Module, arguments: tuple, seen: Moments = moments[path]) -> None:
-            seen.add(arguments[0])
-
-        handles.append(model.get_submodule(path).register_forward_pre_hook(record))
+    for unit in units:
+        for path in inputs_of(model, unit):
+            if path not in moments:
+                layer = model.get_submodule(path)
+                moments[path], handle = _watched(layer, unit.product == "linear")
+                handles.append(handle)
     training = model.training
     try:
         with torch.no_grad():
@@ -53,6 +53,15 @@ def calibrate(model: nn.Module, units: Sequence[Unit], batches: Iterable[Batch])
             handle.remove()
     _refuse_unseen(moments)
     return moments
+
+
+def _watched(layer: nn.Linear, alone: bool) -> tuple[Moments | Narrowing, RemovableHandle]:
+    """Where the layer's calls are counted in, and the hook; `alone`: the layer itself is what is truncated."""
+    if alone and layer.in_features > layer.out_features:
+        seen = Narrowing.zero(layer.in_features, layer.out_features, layer.weight)
+        return seen, layer.register_forward_hook(lambda _, arguments, output: seen.add(arguments[0], output))
+    seen = Moments.zero(layer.in_features, layer.weight)
+    return seen, layer.register_forward_pre_hook(lambda _, arguments: seen.add(arguments[0]))
 
 
 def checked(model: nn.Module, batches: Iterable[Batch]) -> Iterator[dict[str, torch.Tensor]]:
@@ -96,8 +105,9 @@ def _like(value: torch.Tensor | Mapping, parameter: torch.Tensor) -> torch.Tenso
     return value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
 
 
-def _refuse_unseen(moments: dict[str, Moments]) -> None:
-    for path, seen in moments.items():
+def _refuse_unseen(moments: Seen) -> None:
+    for path, found in moments.items():
+        seen = found.inputs if isinstance(found, Narrowing) else found
         if not seen.tokens:
             raise ValueError(f"'{path}' saw nothing on the calibration batches; compress without it or call it there.")
         if not torch.isfinite(seen.square).all():

@@ -1,6 +1,7 @@
 """The story of a compression: what there is, what the data uses of it, which widths fit, the smaller model."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -8,9 +9,9 @@ from torch import nn
 
 from comcat_diffusion.attentions import DIFFUSERS, style_of
 from comcat_diffusion.compression import allocate, cost, hosts, modules
-from comcat_diffusion.compression.calibrate import Batch, calibrate, inputs_of
+from comcat_diffusion.compression.calibrate import Batch, Seen, calibrate, inputs_of
 from comcat_diffusion.compression.cost import Unit
-from comcat_diffusion.compression.factor import Moments, Product, linear_product, qk_product, vo_product
+from comcat_diffusion.compression.factor import Product, linear_product, qk_product, vo_product
 from comcat_diffusion.compression.plan import (
     Plan,
     Settings,
@@ -84,9 +85,7 @@ def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def planned(
-    model: nn.Module, units: Sequence[Unit], moments: dict[str, Moments], reduction: float, settings: Settings
-) -> Plan:
+def planned(model: nn.Module, units: Sequence[Unit], moments: Seen, reduction: float, settings: Settings) -> Plan:
     """The closed-form plan: by energy under one global threshold, or the same fraction for every unit."""
     budget = allocate.budget_of(units, reduction, counted(model, units, settings), settings.multiple)
     if settings.method == "uniform":
@@ -116,7 +115,7 @@ def plan_of(model: nn.Module, units: Sequence[Unit], widths: cost.Widths, reduct
     )
 
 
-def products_of(model: nn.Module, unit: Unit, moments: dict[str, Moments]) -> tuple[Product, ...]:
+def products_of(model: nn.Module, unit: Unit, moments: Seen) -> tuple[Product, ...]:
     """The decomposition of a unit, of both products if they share their width."""
     seen = [moments.get(path) for path in inputs_of(model, unit)]
     module = model.get_submodule(unit.module)
@@ -135,7 +134,7 @@ def _weights(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     return linear.weight.detach().cpu().double(), bias
 
 
-def energy_of(model: nn.Module, unit: Unit, moments: dict[str, Moments]) -> torch.Tensor:
+def energy_of(model: nn.Module, unit: Unit, moments: Seen) -> torch.Tensor:
     """(full + 1,): kept energy by width; the column of a key bias keeps nothing that is counted."""
     energies = [product.energy for product in products_of(model, unit, moments)]
     for place, product in enumerate(energies):
@@ -145,15 +144,23 @@ def energy_of(model: nn.Module, unit: Unit, moments: dict[str, Moments]) -> torc
 
 
 def replaced(
-    model: nn.Module, units: Sequence[Unit], moments: dict[str, Moments], widths: cost.Widths, folded: bool = True
+    model: nn.Module, units: Sequence[Unit], moments: Seen, widths: cost.Widths, folded: bool = True
 ) -> nn.Module:
-    """A copy of the model with the planned layers replaced; weights that are replaced are not copied before."""
+    """A copy of the model with the planned layers replaced; weights that are replaced are not copied before.
+
+    What a layer has seen is taken out of `moments` after its last use: the smaller model grows as they go.
+    """
+    uses = Counter(path for unit in units for path in inputs_of(model, unit))
     chosen = [unit for unit in units if widths[unit.name] is not None]
     gone = [p for unit in chosen for linear in linears_of(model, unit) for p in linear.parameters()]
     smaller = copy.deepcopy(model, memo={id(parameter): parameter for parameter in gone})
     with torch.no_grad():
         for unit in chosen:
             replace(smaller, unit, products_of(model, unit, moments), widths[unit.name], folded)
+            for path in inputs_of(model, unit):
+                uses[path] -= 1
+                if not uses[path]:
+                    moments.pop(path, None)
     return smaller
 
 

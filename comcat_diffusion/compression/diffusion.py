@@ -19,7 +19,6 @@ from comcat_diffusion.compression.report import Quality
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_png
 from comcat_diffusion.generation.sheet import Row, contact_sheet
 
-GUIDANCE = 5.0  # of the recorded calls and of the sheet, whatever the base
 SHOWN = 4  # prompts on the sheet
 OWN_PROMPTS = 16  # of the embedded base's
 PLAIN_PROMPTS = (
@@ -44,7 +43,8 @@ class Diffusion:
             raise ValueError(f"{config.model} is a {type(self.pipe).__name__}, which has no U-Net.")
         self.model: nn.Module = self.pipe.unet
         self.prompts = config.calibration_prompt or default_prompts(config.model)
-        self.sampling = Sampling(config.num_inference_steps, GUIDANCE, batch_size=config.at_once)
+        guidance = bases.default_guidance(config.model)  # what the base is drawn with later
+        self.sampling = Sampling(config.num_inference_steps, guidance, batch_size=config.at_once)
         self.calls: list[Call] = []
         self.sheet: Image.Image | None = None
 
@@ -83,20 +83,20 @@ class Diffusion:
         return Quality(drift=off, judged_on=f"{len(calls)} U-Net calls of {len(prompts)} prompts")
 
     def leave(self, folder: Path) -> None:
-        """The sheet."""
-        about = {"num_inference_steps": self.sampling.num_inference_steps, "guidance_scale": GUIDANCE}
+        """The sheet, and the rest of the base, so that the folder is one."""
+        about = {name: getattr(self.sampling, name) for name in ("num_inference_steps", "guidance_scale")}
         save_png(self.sheet, folder / "sheet.png", {"prompt": " | ".join(self.prompts[:SHOWN]), **about})
+        self.pipe.save_config(folder)
+        self.model.save_config(folder / "unet")  # what the dense one is; its weights are not there to be mistaken
+        for name, part in self.pipe.components.items():
+            if part is not None and part is not self.model:
+                part.save_pretrained(folder / name)
+        for path in (folder / "model_index.json", *folder.glob("*/config.json")):
+            bases.forget_folder(path)
 
-    def usage(self, model_id: str, folder: str) -> str:
+    def usage(self, folder: str) -> str:
         """How the result is loaded, in Python."""
-        lines = [
-            "from comcat_diffusion import bases",
-            "from comcat_diffusion.compression import load_compressed",
-            "",
-            f'pipe = bases.load_base("{model_id}")',
-            f'pipe.unet, plan = load_compressed("{folder}")',
-        ]
-        return "\n".join(lines)
+        return f'from comcat_diffusion import bases\n\npipe = bases.load_base("{folder}")'
 
 
 def default_prompts(model: str) -> list[str]:

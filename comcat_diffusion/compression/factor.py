@@ -23,44 +23,96 @@ RIDGE = 1e-6  # of the mean variance of a channel, added to every channel so tha
 
 @dataclass
 class Moments:
-    """Sums over tokens from which mean and covariance of the activations that enter a layer follow."""
+    """Sums over tokens from which mean and covariance of the activations that enter a layer follow.
+
+    They are sums of deviations from a pivot, the mean of the first tokens: so float32 is enough to hold them.
+    """
 
     tokens: int
+    pivot: torch.Tensor  # C
     total: torch.Tensor  # C
-    square: torch.Tensor  # C, C
+    square: torch.Tensor  # C, C; or its diagonal, C
 
     @classmethod
-    def zero(cls, channels: int) -> "Moments":
-        """No tokens seen yet."""
-        return cls(0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, channels, dtype=torch.float64))
+    def zero(cls, channels: int, like: torch.Tensor, diagonal: bool = False) -> "Moments":
+        """No tokens seen yet; sums are kept where `like` is, in its precision, at least float32."""
+        about = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+        pivot, total = torch.zeros(2, channels, **about)
+        return cls(0, pivot, total, torch.zeros((channels,) if diagonal else (channels, channels), **about))
 
     def add(self, activations: torch.Tensor) -> None:
-        """Count (..., C) activations in. A batch's products are made in its precision, at least float32."""
-        tokens = activations.detach().reshape(-1, activations.shape[-1])  # N, C
-        tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        """Count (..., C) activations in."""
+        tokens = activations.detach().reshape(-1, activations.shape[-1]).to(self.pivot.dtype)  # N, C
+        if not self.tokens:
+            self.pivot = tokens.mean(0)
+        tokens = tokens - self.pivot
         self.tokens += len(tokens)
-        self.total += tokens.sum(0, dtype=torch.float64).cpu()
-        self.square += (tokens.mT @ tokens).cpu()
+        self.total += tokens.sum(0)
+        if self.square.ndim == 1:
+            self.square += tokens.square_().sum(0)
+        else:
+            self.square.addmm_(tokens.mT, tokens)
 
     @property
     def mean(self) -> torch.Tensor:
         """(C,)."""
-        return self.total / self.tokens
+        return (self.pivot.double() + self.total.double() / self.tokens).cpu()
+
+    def second(self, centred: bool) -> torch.Tensor:
+        """Covariance or, not centred, second moment: (C, C), or its diagonal (C,)."""
+        off = self.total.double().cpu() / self.tokens  # C, the mean's distance from the pivot
+        outer = (lambda x: x.square()) if self.square.ndim == 1 else (lambda x: x.outer(x))
+        second = self.square.double().cpu() / self.tokens - outer(off)
+        return second if centred else second + outer(self.mean)
+
+    def ridge(self, centred: bool) -> float:
+        """What is added to the second moment of every channel."""
+        second = self.second(centred)
+        return RIDGE * float((second if second.ndim == 1 else second.diagonal()).mean().clamp_min(0))
 
     def root(self, centred: bool) -> torch.Tensor:
         """Lower L (C, C) with L L^T = covariance (or, not centred, second moment) plus the ridge."""
-        second = self.square / self.tokens
-        second = second - self.mean.outer(self.mean) if centred else second
-        ridge = RIDGE * second.diagonal().mean().clamp_min(0)
+        second, ridge = self.second(centred), self.ridge(centred)
         if ridge == 0:  # the layer never saw anything but one constant input: nothing to weigh by
             return torch.eye(len(second), dtype=torch.float64)
-        unit = torch.eye(len(second), dtype=torch.float64)
         # Rounding of the batches' sums can leave eigenvalues slightly below zero; a larger ridge then mends it.
         for more in (1, 1e2, 1e4):
-            root, failed = torch.linalg.cholesky_ex(second + more * ridge * unit)
+            root, failed = torch.linalg.cholesky_ex(second + torch.eye(len(second)).double() * (more * ridge))
             if not failed:
                 return root
         raise ValueError("The calibration activations have no usable covariance; use more pictures, or float32.")
+
+
+@dataclass
+class Narrowing:
+    """What a layer with fewer outputs than inputs has seen.
+
+    The second moment of its outputs is W^T S W, all that its truncation asks of S: a sixteenth of the numbers in the
+    second layer of an MLP.
+    """
+
+    inputs: Moments  # with the diagonal only
+    outputs: Moments
+
+    @classmethod
+    def zero(cls, into: int, outof: int, like: torch.Tensor) -> "Narrowing":
+        """No tokens seen yet."""
+        return cls(Moments.zero(into, like, diagonal=True), Moments.zero(outof, like))
+
+    def add(self, activations: torch.Tensor, results: torch.Tensor) -> None:
+        """Count (..., C) activations and what the layer makes of them, (..., E), in."""
+        self.inputs.add(activations)
+        self.outputs.add(results)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(C,) of the inputs."""
+        return self.inputs.mean
+
+    def gram(self, matrix: torch.Tensor, centred: bool) -> torch.Tensor:
+        """W^T (S + ridge) W, (E, E), of the layer's matrix (C, E)."""
+        ridge = self.inputs.ridge(centred)
+        return self.outputs.second(centred) + ridge * (matrix.mT @ matrix) if ridge else matrix.mT @ matrix
 
 
 @dataclass(frozen=True)
@@ -140,22 +192,22 @@ def vo_product(
     return _product(left, right, root, None, mean, constant)
 
 
-def linear_product(weight: torch.Tensor, bias: torch.Tensor | None, inputs: Moments | None = None) -> Product:
-    """A linear layer (E, C) as a product of one head.
+def linear_product(weight: torch.Tensor, bias: torch.Tensor | None, seen: Moments | Narrowing | None = None) -> Product:
+    """A linear layer (E, C) as a product of one head; what it has seen is a Narrowing where E < C, else Moments.
 
     From the eigenvectors of the smaller Gram matrix, several times faster than an SVD; the factors are projections of
     the weight itself, so that the full rank is exact however small the smallest singular value.
     """
     matrix = weight.double().mT  # C, E
-    root = None if inputs is None else inputs.root(centred=bias is not None)
-    white = matrix if root is None else root.mT @ matrix  # C, E
-    if white.shape[0] > white.shape[1]:
-        s, v = _eigen(white.mT @ white)  # E; E, E
-        u, vh = (matrix @ v) / _above_zero(s), v.mT
+    if matrix.shape[0] > matrix.shape[1]:
+        s, v = _eigen(matrix.mT @ matrix if seen is None else seen.gram(matrix, bias is not None))  # E; E, E
+        u, vh = (matrix @ v).div_(_above_zero(s)), v.mT
     else:
+        root = None if seen is None else seen.root(centred=bias is not None)
+        white = matrix if root is None else root.mT @ matrix  # C, E
         s, v = _eigen(white @ white.mT)  # C; C, C
-        u, vh = v if root is None else _solve(root, v), (v.mT @ white) / _above_zero(s).unsqueeze(-1)
-    mean = inputs.mean if inputs is not None and bias is not None else None
+        u, vh = v if root is None else _solve(root, v), (v.mT @ white).div_(_above_zero(s).unsqueeze(-1))
+    mean = seen.mean if seen is not None and bias is not None else None
     constant = None if bias is None else bias.double().unsqueeze(0)
     if mean is not None:
         constant = constant + mean @ matrix

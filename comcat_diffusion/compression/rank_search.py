@@ -36,7 +36,7 @@ from comcat_diffusion.compression.compress import (
 from comcat_diffusion.compression.cost import Unit
 from comcat_diffusion.compression.finetune import Distillation
 from comcat_diffusion.compression.gates import Gate, Masked, candidate_widths
-from comcat_diffusion.compression.plan import Plan, Settings, layout_of
+from comcat_diffusion.compression.plan import Plan, Settings, layout_of, sketch_of
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class RankSearch:
     def _gated(self, moments: dict) -> nn.Module:
         """The model with every unit as its full product, masked where the two factors meet."""
         full = {unit.name: unit.full if len(gate.widths) > 1 else None for unit, gate in self._pairs()}
-        gated = replaced(self.dense, self.units, moments, full, folded=False)
+        gated = replaced(self.dense, self.units, dict(moments), full, folded=False)
         for unit, gate in self._pairs():
             host = gated.get_submodule(unit.module)
             if full[unit.name] is None:
@@ -226,7 +226,8 @@ def split(batches: list[Batch], held_out: float) -> tuple[list[Batch], list[Batc
 def run(running: RankSearch, batches: Sequence[Batch], accelerator: Accelerator) -> None:
     """All steps of a search, going on from its state file if there is one and writing it now and then."""
     search = running.search
-    about = {KEY: json.dumps([layout_of(running.units), running.budget, asdict(replace(search, state_path=None))])}
+    whose = [layout_of(running.units), sketch_of(running.dense, running.units), running.budget]
+    about = {KEY: json.dumps([*whose, asdict(replace(search, state_path=None))])}
     path = None if search.state_path is None else Path(search.state_path)
     if path is not None and path.exists():
         with safe_open(path, framework="pt") as opened:

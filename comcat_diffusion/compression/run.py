@@ -1,5 +1,6 @@
 """The story behind `comcat compress`: a model in; a folder with the smaller one, a report and pictures out."""
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ class Task(Protocol):
     timed: Callable[[], dict[str, torch.Tensor]]
     judge: Callable[[nn.Module, Note], Quality]
     leave: Callable[[Path], None]
-    usage: Callable[[str, str], str]
+    usage: Callable[[str], str]
 
 
 @dataclass
@@ -76,6 +77,7 @@ def run(config: CompressConfig, note: Note = lambda text: None) -> Report:
     """
     with atomic.whole_folder(config.output_dir) as folder:
         report = _run(config, folder, note)
+    search_state(config).unlink(missing_ok=True)
     return replace(report, folder=Path(config.output_dir).expanduser())
 
 
@@ -94,7 +96,7 @@ def _run(config: CompressConfig, folder: Path, note: Note) -> Report:
         seen, calibrated_on = task.calibration()
         alone = " (by the weights alone: name a --calibration_dir for better ones)" if seen is None else ""
         note(f"Choosing ranks, calibrated on {calibrated_on}{alone}.")
-        small, plan = _smaller(config, task, seen, settings)
+        small, plan = _smaller(config, task, seen, settings, note)
 
     # The smaller model learns from the dense one what it has lost.
     done = None
@@ -147,12 +149,25 @@ def _planable(model: nn.Module, reduction: float, settings: Settings) -> tuple[l
     return units, total
 
 
-def _smaller(config: CompressConfig, task: Task, seen: Sequence | None, settings: Settings) -> tuple[nn.Module, Plan]:
+def _smaller(
+    config: CompressConfig, task: Task, seen: Sequence | None, settings: Settings, note: Note
+) -> tuple[nn.Module, Plan]:
     if config.method != "search":
         return compress(task.model, config.reduction, seen, settings=settings)
-    search = SearchSettings(steps=config.search_steps, seed=config.seed)
+    state = search_state(config)
+    if state.exists():
+        note(f"Going on with the search that was cut ({state}).")
+    state.parent.mkdir(parents=True, exist_ok=True)
+    search = SearchSettings(steps=config.search_steps, seed=config.seed, state_path=str(state))
     plan = search_ranks(task.model, task.search_batches(), config.reduction, settings, search)
     return compress(task.model, calibration=seen, plan=plan)
+
+
+def search_state(config: CompressConfig) -> Path:
+    """Where a search keeps what it needs to go on: beside the folder to be, named by the settings it belongs to."""
+    folder, settings = Path(config.output_dir).expanduser().absolute(), replace(config, output_dir="")
+    mark = hashlib.sha256(to_toml(settings).encode()).hexdigest()[:8]
+    return folder.with_name(f".{folder.name}.search-{mark}.safetensors")
 
 
 def finetuned(small: nn.Module, task: Task, config: CompressConfig, note: Note) -> tuple[nn.Module, Finetuning]:
@@ -189,7 +204,7 @@ def _write(config: CompressConfig, task: Task, small: nn.Module, units: list[cos
     shown = {"Ranks kept": "ranks.png"}
     if (folder / "sheet.png").exists():
         shown["Before and after"] = "sheet.png"
-    usage = task.usage(plan.model_id, Path(config.output_dir).name)
+    usage = task.usage(Path(config.output_dir).name)
     atomic.write_bytes(folder / "run.toml", to_toml(config).encode())
     atomic.write_bytes(folder / "report.json", report.to_json().encode())
     atomic.write_bytes(folder / "report.md", report.page(usage, shown).encode())

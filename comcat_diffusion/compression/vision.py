@@ -83,7 +83,7 @@ class Vision:
         if self.processor is not None:
             self.processor.save_pretrained(folder)
 
-    def usage(self, model_id: str, folder: str) -> str:
+    def usage(self, folder: str) -> str:
         """How the result is loaded, in Python."""
         lines = [
             "from comcat_diffusion.compression import load_compressed",

@@ -1,14 +1,13 @@
 """Adapters written into the weights of their base, saved as an ordinary diffusers folder."""
 
 import errno
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
-from comcat_diffusion import atomic
+from comcat_diffusion import atomic, bases
 from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.header import AdapterFileError, Header, read_adapter
 from comcat_diffusion.adapters.merge import bake_adapters, layers_of, unload_adapters
@@ -35,6 +34,8 @@ def merge_to_folder(
         _refuse_free(read_adapter(path), path)
     if any(seam.is_adapted(module) for part in pipe.components.values() for module in _modules(part)):
         raise ValueError("The pipeline carries adapters already; merge into a freshly loaded base.")
+    if any(hasattr(module, "comcat_width") for module in _modules(pipe.unet)):
+        raise ValueError("A compressed base has no stock shapes to merge into: use base and adapter as they are.")
     headers = _folded(pipe, adapters, any_weights)
     _save_whole(pipe, output)
     return headers
@@ -72,14 +73,6 @@ def _save_whole(pipe: DiffusionPipeline, output: Path) -> None:
         with atomic.whole_folder(output) as partial:
             pipe.save_pretrained(partial)
             for config in (partial / "model_index.json", *partial.glob("*/config.json")):
-                _forget_folder(config)
+                bases.forget_folder(config)
     except SafetensorError as error:  # how the library reports a full disk
         raise OSError(errno.EIO, f"{output} could not be written ({error}); nothing was left behind.") from error
-
-
-def _forget_folder(config: Path) -> None:
-    """diffusers notes where each part came from: a hub id may stay, a folder of this machine is nobody's business."""
-    content = json.loads(config.read_text())
-    if Path(content.get("_name_or_path") or "").is_absolute():
-        del content["_name_or_path"]
-        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
