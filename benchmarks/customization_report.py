@@ -64,24 +64,25 @@ def table(report: dict) -> str:
 
 
 def plot(report: dict, across: str, label: str, path: Path) -> None:
-    """Fidelity over bytes or seconds; the colour of a point is its drift."""
+    """Fidelity over bytes or seconds, a number a method; the colour of a point is its drift."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     rows = [row for row in report["rows"] if not (row["shrunk"] and across == "seconds")]
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    drifts = [row["drift"]["mean"] for row in rows]
-    points = axes.scatter(
-        [row[across] for row in rows], [row["fidelity"]["mean"] for row in rows], c=drifts, cmap="viridis_r", zorder=3
-    )
-    for row in rows:
-        axes.annotate(
-            row["method"], (row[across], row["fidelity"]["mean"]), fontsize=7, xytext=(4, 4), textcoords="offset points"
-        )
-        axes.vlines(row[across], row["fidelity"]["low"], row["fidelity"]["high"], color="0.8", linewidth=1)
-    figure.colorbar(points, label="drift (less is better)")
+    places, fidelity = [row[across] for row in rows], [row["fidelity"] for row in rows]
+    figure, axes = pyplot.subplots(figsize=(10, 5.5), layout="constrained")
+    axes.vlines(places, [f["low"] for f in fidelity], [f["high"] for f in fidelity], color="0.85", linewidth=1)
+    drifts, means = [row["drift"]["mean"] for row in rows], [f["mean"] for f in fidelity]
+    points = axes.scatter(places, means, c=drifts, cmap="viridis_r", s=40, zorder=3)
+    names = []
+    for number, (row, place, mean) in enumerate(zip(rows, places, means, strict=True), start=1):
+        axes.annotate(str(number), (place, mean), fontsize=8, xytext=(5, 4), textcoords="offset points")
+        names.append(Line2D([], [], linestyle="", label=f"{number}  {row['method']}"))
+    figure.legend(handles=names, loc="outside right upper", handlelength=0, frameon=False, fontsize=8)
+    figure.colorbar(points, label="drift (less is better)", location="bottom", shrink=0.6, aspect=40)
     axes.set(xlabel=label, ylabel="fidelity to held-out pictures", xscale="log" if across == "file_bytes" else "linear")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
