@@ -1,6 +1,7 @@
 """Training within a budget of bytes: the file fits, the cut ranks stay cut, and a resumed run is the unbroken one."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -80,8 +81,11 @@ def test_the_best_adapter_fits_too(config, tmp_path):
     assert len([line for line in lines if "held_out_loss" in line]) == 2
 
 
-def test_a_new_word_is_within_the_budget(config):
+def test_a_new_word_is_within_the_budget(config, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(bases.assets() / "subject" / "train", folder, ignore=shutil.ignore_patterns("*.txt"))
     word = {"placeholder_token": "<t>", "initializer_token": "teddy", "instance_prompt": "a photo of <t>"}
+    word |= {"instance_data_dir": str(folder)}
     outcome = customize(config(**word, max_train_steps=4))
     assert outcome.adapter.stat().st_size <= BUDGET and read_contents(outcome.adapter).header.tokens == ["<t>"]
     load_adapter(bases.load_base("embedded"), outcome.adapter)

@@ -1,11 +1,13 @@
 """What is learned besides one folder: captions, masks, buckets, several subjects, priors, new tokens, text encoders."""
 
+import functools
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +40,18 @@ class Listener:
         self.steps.append(done)
 
 
+@functools.cache
+def without_captions():
+    folder = Path(tempfile.mkdtemp()) / "pictures"
+    shutil.copytree(TRAIN, folder, ignore=shutil.ignore_patterns("*.txt"))
+    return folder
+
+
 def run(output, **settings):
     listener = Listener()
     defaults = {"max_train_steps": 2, "skip_final_inference": True, "train_batch_size": 2}
     if "subjects" not in settings:
-        defaults |= {"instance_data_dir": str(TRAIN), "instance_prompt": "a photo of sks teddy"}
+        defaults |= {"instance_data_dir": str(without_captions()), "instance_prompt": "a photo of sks teddy"}
     outcome = customize(TrainConfig(**{**defaults, "output_dir": str(output), **settings}), listener)
     return outcome, listener
 
@@ -50,7 +59,7 @@ def run(output, **settings):
 @pytest.fixture
 def pictures(tmp_path):
     folder = tmp_path / "pictures"
-    shutil.copytree(TRAIN, folder)
+    shutil.copytree(without_captions(), folder)
     return folder
 
 
@@ -69,6 +78,12 @@ def test_a_caption_without_the_trigger_is_told(tmp_path, pictures):
         path.with_suffix(".txt").write_text("a teddy" if path.stem == "2" else "sks teddy")
     _, listener = run(tmp_path / "a", instance_data_dir=str(pictures))
     assert any("The caption of 2.png does not contain 'sks'" in note for note in listener.notes)
+
+
+def test_captions_without_the_trigger_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"No caption in .*subject/train contains 'ohwx'"):
+        run(tmp_path / "a", instance_data_dir=str(TRAIN), instance_prompt="a photo of ohwx teddy")
+    assert not (tmp_path / "a").exists()
 
 
 def test_what_a_mask_leaves_out_is_not_learned(tmp_path, pictures):

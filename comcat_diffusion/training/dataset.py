@@ -59,7 +59,13 @@ def read_dataset(config: TrainConfig) -> Dataset:
         if subject.trigger in {other.trigger for other in subjects}:
             raise ValueError(f"Two subjects have the trigger '{subject.trigger}'; give each a word of its own.")
         found = folder.find(one.instance_data_dir)
-        examples += [_example(shot, one, subject, config) for shot in found.shots]
+        own = [_example(shot, one, subject, config) for shot in found.shots]
+        if not any(calls(example.prompt, subject) for example in own):
+            raise ValueError(
+                f"No caption in {one.instance_data_dir} contains '{subject.trigger}': nothing would be learned of it. "
+                "Write it into them, or take them out to learn from the --instance_prompt alone."
+            )
+        examples += own
         ignored |= found.ignored
         subjects.append(subject)
     examples, held_out = _split(config, examples)
