@@ -1,7 +1,7 @@
-"""What COMCAT costs in use, how that grows, and the figures of all other benches in one table.
+"""What COMCAT costs in use, and how that grows.
 
-    python -m benchmarks.speed            # half an hour on two CPU cores, with the benches whose results are missing
-    python -m benchmarks.speed --quick    # under three minutes: shows that it runs, not what it costs
+    python -m benchmarks.speed            # two minutes on two quiet CPU cores
+    python -m benchmarks.speed --quick    # shows that it runs, not what it costs
     python -m benchmarks.speed --show F   # the tables of an earlier run
 
 Parts, on SD 1.5's architecture with random weights unless it is said otherwise:
@@ -10,7 +10,7 @@ Parts, on SD 1.5's architecture with random weights unless it is said otherwise:
 - growth: one self-attention layer with an adapter over the bare one, as rank, adapters, resolution and batch grow; and
   a training step of the embedded base with one process and with two, on one thread each.
 
-The goals are those of the project's issues: 50 ms to load, 1.05 of the bare model to train, 1.03 to draw, 1.00 merged.
+Whole training steps and generation are measured by benchmarks.attention. The goal for loading is 50 ms.
 """
 
 import argparse
