@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -44,7 +45,7 @@ from comcat_diffusion.adapters.shrink import shrink
 from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.evaluation import metrics, world
 from comcat_diffusion.evaluation.features import Features, load_features
-from comcat_diffusion.generation.pictures import Drawing, Sampling, draw
+from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, slug
 from comcat_diffusion.training import images
 from comcat_diffusion.training.batching import Batching
 from comcat_diffusion.training.encode import Crop, posterior
@@ -91,11 +92,8 @@ class Run:
     @property
     def name(self) -> str:
         """The name of its files."""
-        method = "".join(
-            letter for letter in self.method.lower().replace(" ", "-") if letter.isalnum() or letter == "-"
-        )
         shrunk = f"-{self.bytes}" if self.bytes else ""
-        return f"{method}{shrunk}-{self.subject}-{self.rate:g}-{self.seed}-{self.steps}"
+        return f"{slug(self.method)}{shrunk}-{self.subject}-{self.rate:g}-{self.seed}-{self.steps}"
 
 
 @dataclass(frozen=True)
@@ -194,8 +192,6 @@ def _each(prompts: list[str]) -> Iterator[str]:
 
 def _obeyed(prompt: str, made: Image.Image) -> float:
     """Share of what the prompt says of background, place and size that the picture shows."""
-    import numpy as np
-
     asked, seen = asdict(world.asked(prompt)), asdict(world.see(np.asarray(made)))
     said = [name for name, value in asked.items() if value is not None]
     return sum(seen[name] == asked[name] for name in said) / len(said)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import circumstances as shared
-from comcat_diffusion.evaluation.metrics import Interval, interval
+from comcat_diffusion.evaluation.metrics import interval
 
 MEASURES = ("fidelity", "clip", "obedience", "drift", "diversity", "copying")
 
@@ -47,9 +47,8 @@ def _row(name: str, results: list[dict]) -> dict:
     }
 
 
-def _told(found: dict, scale: float = 1.0) -> str:
-    held = Interval(**found)
-    return f"{held.mean * scale:.3f} ({held.low * scale:.3f} to {held.high * scale:.3f})"
+def _told(found: dict) -> str:
+    return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
 def table(report: dict) -> str:

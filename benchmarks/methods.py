@@ -50,10 +50,6 @@ class Method:
         return learner
 
 
-def _comcat(config: ComcatConfig) -> Callable[[DiffusionPipeline], None]:
-    return lambda pipe: pipe.unet.add_adapter(config, NAME)
-
-
 def _authors(pipe: DiffusionPipeline) -> None:
     """The paper's code: rank 2 on self- and cross-attention, all four factors random, so step 0 is not the base."""
     pipe.unet.add_adapter(ComcatConfig(r=2, target_modules=SELF_AND_CROSS), NAME)
@@ -66,7 +62,7 @@ def _write_comcat(pipe: DiffusionPipeline, path: Path) -> None:
     save_adapter(pipe, path, NAME, bases.EMBEDDED, dtype=torch.float16)
 
 
-def _peft(config: PeftConfig) -> Callable[[DiffusionPipeline], None]:
+def _adapter(config: PeftConfig) -> Callable[[DiffusionPipeline], None]:
     return lambda pipe: pipe.unet.add_adapter(config, NAME)
 
 
@@ -96,11 +92,11 @@ def _write_token(pipe: DiffusionPipeline, path: Path) -> None:
 
 def _lora(rank: int, rates: tuple[float, ...]) -> Method:
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS)
-    return Method(rates, _peft(config), _write_peft)
+    return Method(rates, _adapter(config), _write_peft)
 
 
 def _ours(rates: tuple[float, ...], teacher: bool = False, **config: object) -> Method:
-    return Method(rates, _comcat(ComcatConfig(**config)), _write_comcat, teacher=teacher)
+    return Method(rates, _adapter(ComcatConfig(**config)), _write_comcat, teacher=teacher)
 
 
 HIGH, MIDDLE, LOW = (3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3, 1e-2), (5e-5, 2e-4, 8e-4)
@@ -113,9 +109,9 @@ METHODS = {
     "LoRA, rank 1": _lora(1, MIDDLE),
     "LoRA, rank 4": _lora(4, MIDDLE),
     "LoRA, rank 16": _lora(16, MIDDLE),
-    "LoKr, rank 4": Method(MIDDLE, _peft(LoKrConfig(r=4, alpha=4, target_modules=PROJECTIONS)), _write_peft),
+    "LoKr, rank 4": Method(MIDDLE, _adapter(LoKrConfig(r=4, alpha=4, target_modules=PROJECTIONS)), _write_peft),
     "IA3": Method(
-        HIGH, _peft(IA3Config(target_modules=PROJECTIONS, feedforward_modules=["to_out.0"])), _write_peft
+        HIGH, _adapter(IA3Config(target_modules=PROJECTIONS, feedforward_modules=["to_out.0"])), _write_peft
     ),
     "DreamBooth, the whole U-Net": Method(LOW, _weights(""), _write_weights),
     "Custom Diffusion's keys and values": Method(LOW, _weights("attn2.to_k.weight attn2.to_v.weight"), _write_weights),
