@@ -139,7 +139,7 @@ class Course:
         return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
-COURSES = {"scenes": Course(), "digits": Course(steps=600, batch=32)}
+COURSES = {"scenes": Course(steps=6_000), "digits": Course(steps=600, batch=32)}
 
 
 @dataclass
