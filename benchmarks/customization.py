@@ -18,7 +18,7 @@ The measures are those of `comcat evaluate`:
 - drift: 1 - cosine to the base's picture of the same seed, on prompts without the trigger: the plain class and others;
 - diversity: 1 - cosine between the seeds of a prompt.
 
-Besides, one COMCAT adapter is shrunk to ever fewer bytes (`comcat shrink`) and measured again.
+Besides, two COMCAT adapters are shrunk to ever fewer bytes (`comcat shrink`) and measured again.
 """
 
 import argparse
@@ -56,8 +56,10 @@ from comcat_diffusion.training.prior import Teacher
 from recipe.subject import HELD_OUT, TRAIN, TRIGGER, caption, picture
 
 TUNING, REPORTED = ("teddy", "cat"), ("robot", "fish", "house")
-SHRUNK = "COMCAT free, rank 4, cross, teacher"  # what is shrunk
-BYTES = (32_000, 16_000, 10_000, 8_000)
+SHRUNK = {  # adapters that are shrunk to these bytes and measured again
+    "COMCAT free, rank 4, cross, teacher": (32_000, 16_000, 10_000, 8_000),
+    "COMCAT tied, rank 4, from the trigger on": (10_000, 8_000, 6_000),
+}
 BATCH = 4
 PROMPTS = (
     "a photo of a big {subject} on the left, red background",
@@ -225,7 +227,7 @@ def prepare_base(bench: Bench, subject: str) -> None:
 
 def do(run: Run, folder: Path, drawing_steps: int) -> None:
     """One run and, for what is shrunk, every smaller file of it, unless their results are there."""
-    wanted = [run, *(replace(run, bytes=b) for b in BYTES if run.method == SHRUNK and run.subject in REPORTED)]
+    wanted = [run, *(replace(run, bytes=b) for b in SHRUNK.get(run.method, ()) if run.subject in REPORTED)]
     if all((folder / f"{one.name}.json").exists() for one in wanted):
         return
     torch.set_num_threads(1)
@@ -311,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     if not asked.show:
         run_all(runs, asked.folder, asked.drawing_steps, asked.processes)
-    runs += [replace(run, bytes=size) for run in runs if run.method == SHRUNK for size in BYTES]
+    runs += [replace(run, bytes=size) for run in runs for size in SHRUNK.get(run.method, ())]
     target, plots = shared.results_path("customization", torch.device("cpu")), shared.ROOT / "docs"
     if asked.quick:
         target, plots = asked.folder / "report.json", asked.folder

@@ -16,7 +16,9 @@ from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.store import save_adapter
 from comcat_diffusion.adapters.token import LearnedToken, put_token, start_vectors, token_ids
+from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.training.learner import Learner
+from recipe.subject import TRIGGER
 
 NAME = "subject"  # of every adapter here
 SELF_AND_CROSS = ["attn1", "attn2"]
@@ -63,7 +65,11 @@ def _write_comcat(pipe: DiffusionPipeline, path: Path) -> None:
 
 
 def _adapter(config: PeftConfig) -> Callable[[DiffusionPipeline], None]:
-    return lambda pipe: pipe.unet.add_adapter(config, NAME)
+    def start(pipe: DiffusionPipeline) -> None:
+        pipe.unet.add_adapter(config, NAME)
+        listen(pipe)
+
+    return start
 
 
 def _write_peft(pipe: DiffusionPipeline, path: Path) -> None:
@@ -99,12 +105,20 @@ def _ours(rates: tuple[float, ...], teacher: bool = False, **config: object) -> 
     return Method(rates, _adapter(ComcatConfig(**config)), _write_comcat, teacher=teacher)
 
 
+CROSS, WAITING = {"target_modules": ["attn2"]}, {"trigger": [TRIGGER]}
+TIED = {**CROSS, "foldable": True, "tied": True}
 HIGH, MIDDLE, LOW = (3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3, 1e-2), (5e-5, 2e-4, 8e-4)
 METHODS = {
     "COMCAT free, rank 4, cross": _ours(MIDDLE, r=4, target_modules=["attn2"]),
     "COMCAT free, rank 4, cross, teacher": _ours(MIDDLE, True, r=4, target_modules=["attn2"]),
     "COMCAT free, rank 1": _ours(MIDDLE, r=1, target_modules=SELF_AND_CROSS),
     "COMCAT foldable, rank 4": _ours(MIDDLE, r=4, target_modules=SELF_AND_CROSS, foldable=True),
+    "COMCAT tied, rank 2, from the trigger on": _ours(HIGH, r=2, **TIED, **WAITING),
+    "COMCAT tied, rank 4, from the trigger on": _ours(HIGH, r=4, **TIED, **WAITING),
+    "COMCAT tied, rank 8, from the trigger on": _ours(HIGH, r=8, **TIED, **WAITING),
+    "COMCAT tied, rank 4": _ours(MIDDLE, r=4, **TIED),
+    "COMCAT foldable, rank 4, cross, from the trigger on": _ours(MIDDLE, r=4, **CROSS, **WAITING, foldable=True),
+    "COMCAT free, rank 4, cross, from the trigger on": _ours(MIDDLE, r=4, **CROSS, **WAITING),
     "COMCAT as the authors train it": Method((2.5e-3,), _authors, _write_comcat),
     "LoRA, rank 1": _lora(1, MIDDLE),
     "LoRA, rank 4": _lora(4, MIDDLE),

@@ -16,6 +16,7 @@ _HOMES = {
     "merge_adapters": "comcat_diffusion.adapters.merge",
     "unmerge_adapters": "comcat_diffusion.adapters.merge",
     "unload_adapters": "comcat_diffusion.adapters.merge",
+    "listen": "comcat_diffusion.adapters.trigger",
     "set_regions": "comcat_diffusion.adapters.regions",
 }
 

@@ -170,15 +170,17 @@ def info(parsed: argparse.Namespace) -> int:
 
 
 def _told(header: "Header", part: str) -> str:
+    from comcat_diffusion.adapters.header import kind_of
+
     config = header.config[part]
-    kind = "foldable" if config.get("foldable") else "free"
     targets = config.get("target_modules") or []
     named = targets if isinstance(targets, str) else " ".join(targets)
     rank = f"rank {config.get('r')}"
     if part in header.head_ranks:
         ranks = [rank for products in header.head_ranks[part].values() for heads in products for rank in heads]
         rank = f"ranks {min(ranks)} to {max(ranks)} by head"
-    return f"{kind}, {rank}, alpha {config.get('alpha')}, on {named}"
+    acts = f", from {' or '.join(config['trigger'])} on" if config.get("trigger") else ""
+    return f"{kind_of(config)}, {rank}, alpha {config.get('alpha')}, on {named}{acts}"
 
 
 def _size(path: str | Path) -> str:

@@ -21,6 +21,7 @@ class FreeFactors:
     k_down: torch.Tensor
     v_down: torch.Tensor
     out_up: torch.Tensor
+    tokens: torch.Tensor | float = 1.0  # (B, M, 1): one where the adapter acts, zero elsewhere
 
 
 @dataclass
@@ -32,6 +33,7 @@ class FoldableFactors:
     v_down: torch.Tensor
     q_core: torch.Tensor
     out_core: torch.Tensor
+    tokens: torch.Tensor | float = 1.0  # as above
 
 
 def rows_of_head(weight: torch.Tensor, head: int, heads: int) -> torch.Tensor:
@@ -51,8 +53,8 @@ def head_terms(adapter, head: int, heads: int, x, c, q_h, wo_h) -> tuple[torch.T
         # Aq_h = Wq_h G'_h acts on the query with its bias, and Ao_h = G_h Wo_h.
         lowered_query = q_h @ rows_of_head(adapter.q_core, head, heads).T  # B, N, R
         ao_h = rows_of_head(adapter.out_core, head, heads) @ wo_h  # R, C
-    logits = adapter.scale * lowered_query @ (c @ ak_h).transpose(1, 2)
-    return logits, adapter.scale * (c @ av_h) @ ao_h
+    logits = adapter.scale * lowered_query @ (adapter.tokens * (c @ ak_h)).transpose(1, 2)
+    return logits, adapter.scale * (adapter.tokens * (c @ av_h)) @ ao_h
 
 
 def project(linear: nn.Linear, head: int, heads: int, features: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from comcat_diffusion import heads as maths
 from comcat_diffusion.adapters.fingerprint import difference
-from comcat_diffusion.adapters.header import Header, Notes
+from comcat_diffusion.adapters.header import Header, Notes, kind_of
 from comcat_diffusion.adapters.store import TOKEN
 from comcat_diffusion.adapters.terms import Contents, Term, read_contents, write_contents
 
@@ -69,7 +69,8 @@ def combine(
             whole, kept = whole + of_all, kept + of_it
         combined.append(term)
     words, vectors = _tokens(read)
-    header = replace(read[0].contents.header, notes=_notes(read), tokens=words)
+    configs = {part: config for file in reversed(read) for part, config in file.contents.header.config.items()}
+    header = replace(read[0].contents.header, config=configs, notes=_notes(read), tokens=words)
     header = write_contents(output, Contents(header, combined, vectors), dtype)
     return Combined(header, max(term.rank for term in combined), kept / whole if whole else 1.0)
 
@@ -98,7 +99,7 @@ def cut(term: Term, rank: int) -> tuple[Term, float, float]:
 
 def _refuse_other_bases(read: list[_Read]) -> None:
     first_path, first = read[0].path, read[0].contents.header
-    kinds: dict[str, bool] = {}
+    kinds: dict[str, str] = {}
     widths: dict[str, tuple] = {}
     for path, header, terms in ((file.path, file.contents.header, file.contents.terms) for file in read):
         reason = difference(first.fingerprint, header.fingerprint)
@@ -107,10 +108,17 @@ def _refuse_other_bases(read: list[_Read]) -> None:
                 f"{first_path} ('{first.base_model}') and {path} ('{header.base_model}') are of different bases: "
                 f"for the second, {reason}; combine adapters of one base."
             )
-        for term in terms:
-            if kinds.setdefault(term.part, term.foldable) != term.foldable:
+        for part, config in header.config.items():
+            if config.get("trigger") != first.config.get(part, config).get("trigger"):
                 raise ValueError(
-                    f"{first_path} and {path} are of different kinds, one free and one foldable, and cannot be one "
+                    f"{first_path} and {path} wait for different triggers and cannot be one file; load them side by "
+                    "side instead."
+                )
+        for term in terms:
+            kind = kind_of(header.config[term.part])
+            if kinds.setdefault(term.part, kind) != kind:
+                raise ValueError(
+                    f"{first_path} and {path} are of different kinds, {kinds[term.part]} and {kind}, and cannot be one "
                     "file; load them side by side instead."
                 )
             if widths.setdefault(term.key, _channels(term)) != _channels(term):

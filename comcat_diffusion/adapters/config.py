@@ -12,7 +12,7 @@ from comcat_diffusion.adapters.peft_type import COMCAT
 class ComcatConfig(PeftConfig):
     """Configuration of an adapter, as PEFT's other methods have one.
 
-    Raises ValueError for a rank below one or a strength that is not a finite number.
+    Raises ValueError for a rank below one, a strength that is not a finite number, or options that exclude each other.
     """
 
     r: int = field(default=2, metadata={"help": "Rank added to each head's two products, W_Q W_K^T and W_V W_O."})
@@ -22,6 +22,14 @@ class ComcatConfig(PeftConfig):
     foldable: bool = field(
         default=False,
         metadata={"help": "Keep the term inside the span of the base heads, so that it folds into stock weights."},
+    )
+    tied: bool = field(
+        default=False,
+        metadata={"help": "One text-side factor for all heads of all attentions (of foldable adapters): fewer bytes."},
+    )
+    trigger: list[str] | None = field(
+        default=None,
+        metadata={"help": "Words that call the adapter: it acts on a prompt's tokens from the first of them on."},
     )
     target_modules: list[str] | str | None = field(
         default=None,
@@ -46,6 +54,10 @@ class ComcatConfig(PeftConfig):
         for rank in (self.r, *self.rank_pattern.values()):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"The rank must be a whole number of at least 1, not {rank!r}.")
+        if self.tied and (not self.foldable or self.rank_pattern or self.alpha_pattern):
+            raise ValueError("A tied adapter is foldable, and has one rank and one alpha for all its attentions.")
+        if self.trigger is not None and not (self.trigger and all(word.strip() for word in self.trigger)):
+            raise ValueError(f"trigger must be a list of words, not {self.trigger!r}.")
         if self.alpha is None:
             self.alpha = float(self.r)
         for alpha in (self.alpha, *self.alpha_pattern.values()):

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from comcat_diffusion.adapters.merge import layers_of, unload_adapters
-from comcat_diffusion.adapters.store import denoiser, load_adapter
+from comcat_diffusion.adapters.parts import denoiser
+from comcat_diffusion.adapters.store import load_adapter
 
 STEPS, SEED = 4, 0  # of the sampled pictures
 

@@ -61,7 +61,8 @@ class Header:
             if not table[name]:  # a file that does without is one that older versions read
                 del table[name]
         for part in self.head_ranks:  # the ranks of the heads say which layers there are, and of which rank
-            content["config"][part] = {n: v for n, v in content["config"][part].items() if n not in _DERIVED}
+            if not self.config[part].get("tied"):
+                content["config"][part] = {n: v for n, v in content["config"][part].items() if n not in _DERIVED}
         pairs = {
             KEY: json.dumps(content, sort_keys=True, separators=(",", ":") if self.head_ranks else None),
             "format": "pt",
@@ -136,6 +137,8 @@ def _parsed(metadata: dict[str, str], path: Path) -> Header:
             if not (isinstance(header.config, dict) and all(isinstance(c, dict) for c in header.config.values())):
                 raise TypeError("config is not a table of tables")
             for part, attentions in header.head_ranks.items():
+                if header.config[part].get("tied"):
+                    continue
                 ranks = {name: max(map(max, products)) for name, products in attentions.items()}
                 header.config[part].update(settings_of_layers(ranks, header.config[part]["r"]))
             return header
@@ -146,6 +149,11 @@ def _parsed(metadata: dict[str, str], path: Path) -> Header:
     raise AdapterFileError(
         f"{path} has format version {version!r}, this program reads {FORMAT_VERSION} and {PACKED_VERSION}: {way_out}."
     )
+
+
+def kind_of(config: dict) -> str:
+    """What kind of adapter a header's configuration of one part describes: tied, foldable or free."""
+    return "tied" if config.get("tied") else "foldable" if config.get("foldable") else "free"
 
 
 def settings_of_layers(ranks: dict[str, int], common: int) -> dict:

@@ -9,27 +9,34 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters.config import ComcatConfig
+from comcat_diffusion.adapters.gate import Gate, spoken
 from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, merged_weights
 from comcat_diffusion.attentions import style_of
 
 
-def factor_shapes(attention: nn.Module, rank: int, foldable: bool) -> dict[str, tuple[int, int]]:
-    """Name -> (in, out) features of the factors that an adapter of this rank has on an attention."""
+def factor_shapes(
+    attention: nn.Module, rank: int, foldable: bool = False, tied: bool = False
+) -> dict[str, tuple[int, int]]:
+    """Name -> (in, out) features of the factors that an adapter of this rank and kind has on an attention."""
     layer = attention._modules.get(seam.SIDECAR)
     if isinstance(layer, ComcatLayer):  # which knows the base's own projections while merged ones stand in their place
-        return _shapes(layer._plain(), layer.heads, rank, foldable)
+        return _shapes(layer._plain(), layer.heads, rank, foldable, tied)
     style = style_of(attention)
     plain = [seam.plain(projection) for projection in style.projections(attention)]
-    return _shapes(plain, style.head_count(attention), rank, foldable)
+    return _shapes(plain, style.head_count(attention), rank, foldable, tied)
 
 
-def _shapes(projections: list[nn.Linear], heads: int, rank: int, foldable: bool) -> dict[str, tuple[int, int]]:
+def _shapes(
+    projections: list[nn.Linear], heads: int, rank: int, foldable: bool, tied: bool
+) -> dict[str, tuple[int, int]]:
     q, k, v, out = projections
     across, width = heads * rank, k.out_features // heads
-    shared = {"k_down": (k.in_features, across), "v_down": (v.in_features, across)}
+    text = rank if tied else across
+    context = {"k_down": (k.in_features, text), "v_down": (v.in_features, text)}
     if foldable:
-        return shared | {"q_core": (width, across), "out_core": (width, across)}
-    return shared | {"q_down": (q.in_features, across), "out_up": (across, out.out_features)}
+        return context | {"q_core": (width, across), "out_core": (width, across)}
+    return context | {"q_down": (q.in_features, across), "out_up": (across, out.out_features)}
 
 
 def _refuse_scale(scale: float) -> None:
@@ -54,7 +61,7 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         "comcat_q_core",
         "comcat_out_core",
     )
-    other_param_names = ("r", "alpha", "scaling")
+    other_param_names = ("r", "alpha", "scaling", "trigger")
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -63,6 +70,8 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.trigger: dict[str, tuple[str, ...]] = {}  # words that an adapter waits for; none: it acts everywhere
+        self.gate: Gate | None = None  # which tells where these words stand, see adapters/gate.py
         self.merged_adapters: list[str] = []
         self.style = style_of(attention)
         self._owner = (attention,)  # in a tuple, so that the parent is not a submodule of its own child
@@ -90,19 +99,28 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         """The base's query bias, (H*D,)."""
         return self._plain()[0].bias
 
-    def update_layer(self, adapter_name: str, rank: int, alpha: float, foldable: bool) -> None:
-        """Create an adapter's factors on the base's device and in its precision; what they add is exactly zero."""
+    def update_layer(
+        self, adapter_name: str, rank: int, alpha: float, config: ComcatConfig, tied: dict[str, nn.Linear]
+    ) -> None:
+        """Create an adapter's factors on the base's device and in its precision; what they add is exactly zero.
+
+        `tied` holds the factors, by name, that the adapter has on another attention already and shares with this one.
+        """
         if adapter_name in self.r:
             raise ValueError(f"An adapter named {adapter_name} exists already: delete it or choose another name.")
         q = self._plain()[0]
         dtype = q.weight.dtype if q.weight.dtype.is_floating_point and q.weight.dtype.itemsize > 1 else torch.float32
-        for name, (into, outof) in factor_shapes(self._owner[0], rank, foldable).items():
-            factor = nn.Linear(into, outof, bias=False, device=q.weight.device, dtype=dtype)
-            # One factor of each product is zero, the other random: step 0 is the base, and gradients flow.
-            if name in ("k_down", "out_up", "out_core"):
+        # One factor of each product is zero, the other random: step 0 is the base, and gradients flow.
+        zero = ("q_core", "out_core") if config.tied else ("k_down", "out_up", "out_core")
+        for name, (into, outof) in factor_shapes(self._owner[0], rank, config.foldable, config.tied).items():
+            if name in tied and tied[name].in_features != into:
+                raise ValueError("A tied adapter needs attentions that all read the same text: target attn2 alone.")
+            factor = tied.get(name) or nn.Linear(into, outof, bias=False, device=q.weight.device, dtype=dtype)
+            if name in zero:
                 nn.init.zeros_(factor.weight)
             getattr(self, f"comcat_{name}")[adapter_name] = factor
         self.r[adapter_name], self.alpha[adapter_name] = rank, alpha
+        self.trigger[adapter_name] = tuple(config.trigger or ())
         self.set_scale(adapter_name, 1.0)
         self.set_adapter(self.active_adapters)
 
@@ -129,13 +147,20 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters (default: the active ones) into wider projections; the base's own are kept for `unmerge`.
 
-        Raises ValueError if an adapter has a region, if a projection is quantized or wrapped by another adapter, if the
-        host has fused its projections, or, with `safe_merge`, if a merged weight is not finite.
+        Raises ValueError if an adapter has a region or waits for its trigger, if a projection is quantized or wrapped
+        by another adapter, if the host has fused its projections, or, with `safe_merge`, if a merged weight is not
+        finite.
         """
         before = [name for name in self.merged_adapters if name in self.r]
         names = [n for n in (adapter_names or self.active_adapters) if n in self.r and n not in before]
         if not names:
             return
+        waiting = [name for name in names if self.trigger[name]]
+        if waiting:
+            raise ValueError(
+                f"'{waiting[0]}' acts from its trigger on, which merged weights cannot tell: keep it live, or train it "
+                "again with --everywhere."
+            )
         attention, base = self._owner[0], self._base_projections()
         self._refuse_to_merge(self.style.projections(attention))
         wide = self._wide_heads([name for name in before + names if self.scaling[name] != 0])
@@ -220,9 +245,10 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
 
     def _factors(self, name: str) -> Free | Foldable:
         scale, k, v = self.scaling[name], self.comcat_k_down[name], self.comcat_v_down[name]
+        tokens = spoken(self.gate, self.trigger[name]) if self.trigger[name] else None
         if name in self.comcat_q_core:
-            return Foldable(scale, k, v, self.comcat_q_core[name], self.comcat_out_core[name])
-        return Free(scale, self.comcat_q_down[name], k, v, self.comcat_out_up[name])
+            return Foldable(scale, tokens, k, v, self.comcat_q_core[name], self.comcat_out_core[name])
+        return Free(scale, tokens, self.comcat_q_down[name], k, v, self.comcat_out_up[name])
 
     def _refuse_to_merge(self, projections: tuple[nn.Module, ...]) -> None:
         if self.regions is not None:

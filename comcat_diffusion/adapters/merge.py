@@ -5,10 +5,11 @@ from torch import nn
 from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.model import adapted_layers
+from comcat_diffusion.adapters.parts import components
 from comcat_diffusion.adapters.peft_type import COMCAT
 from comcat_diffusion.adapters.regions import set_regions
-from comcat_diffusion.adapters.store import components
 from comcat_diffusion.adapters.token import take_tokens
+from comcat_diffusion.adapters.trigger import stop_listening
 
 
 def layers_of(pipe: object) -> list[ComcatLayer]:
@@ -55,6 +56,7 @@ def unload_adapters(pipe: object) -> None:
     Adapters of other kinds stay.
     """
     set_regions(pipe, {})
+    stop_listening(pipe)
     for model in components(pipe).values():
         for name, layer in adapted_layers(model).items():
             layer.unmerge()

@@ -12,6 +12,8 @@ from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.peft_type import COMCAT
 from comcat_diffusion.attentions import style_of
 
+TIED = ("k_down", "v_down")  # the factors that all attentions of a tied adapter share
+
 
 class ComcatModel(BaseTuner):
     """Adds a `ComcatLayer` beside every targeted attention of a model, in place."""
@@ -58,13 +60,20 @@ class ComcatModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         self._refuse(target, current_key)  # again, for modules that a state dict names
+        if peft_config.trigger and not seam.is_cross_attention(target):
+            raise ValueError(f"'{current_key}' reads no text, so no trigger can be waited for: target attn2 alone.")
         layer = target._modules.get(seam.SIDECAR)
         if not isinstance(layer, ComcatLayer):
             layer = ComcatLayer(target)
             seam.attach(target, layer)
         rank = of_pattern(peft_config.rank_pattern, current_key, peft_config.r)
         alpha = of_pattern(peft_config.alpha_pattern, current_key, peft_config.alpha)
-        layer.update_layer(adapter_name, rank, alpha, peft_config.foldable)
+        layer.update_layer(adapter_name, rank, alpha, peft_config, self._tied(adapter_name) if peft_config.tied else {})
+
+    def _tied(self, adapter_name: str) -> dict[str, nn.Linear]:
+        """The factors that a tied adapter shares among its attentions, once it is on one of them."""
+        first = next((layer for layer in adapted_layers(self.model).values() if adapter_name in layer.r), None)
+        return {} if first is None else {name: getattr(first, f"comcat_{name}")[adapter_name] for name in TIED}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT calls this when it unloads; what it unloads is a side-car, so the host gets its class back."""

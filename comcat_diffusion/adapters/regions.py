@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from comcat_diffusion.adapters.model import adapted_layers
-from comcat_diffusion.adapters.store import components, denoiser
+from comcat_diffusion.adapters.parts import components, denoiser
 
 LOOSE = 0.01  # how far the proportions of a mask may be off: a pixel in a hundred
 

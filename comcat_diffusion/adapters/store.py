@@ -20,15 +20,19 @@ from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes, re
 from comcat_diffusion.adapters.layer import factor_shapes
 from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors
 from comcat_diffusion.adapters.packing import unpack
+from comcat_diffusion.adapters.parts import components, denoiser
+from comcat_diffusion.adapters.tied import gathered, scattered, tied_shapes
 from comcat_diffusion.adapters.token import ENCODERS, put_token, refuse_token
+from comcat_diffusion.adapters.trigger import listen
 
 Tokens = dict[str, dict[str, torch.Tensor]]  # by token and text encoder: embeddings (n, E)
 TOKEN = "token"
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")  # parts of a pipeline that can be adapted
 _CONFIG_FIELDS = (
     "r",
     "alpha",
     "foldable",
+    "tied",
+    "trigger",
     "target_modules",
     "exclude_modules",
     "rank_pattern",
@@ -36,19 +40,7 @@ _CONFIG_FIELDS = (
     "layers_to_transform",
     "layers_pattern",
 )
-
-
-def components(pipe: object) -> dict[str, nn.Module]:
-    """The adaptable parts of a pipeline by name; a bare model counts as its U-Net."""
-    if isinstance(pipe, nn.Module):
-        return {"unet": pipe}
-    return {name: getattr(pipe, name) for name in COMPONENTS if getattr(pipe, name, None) is not None}
-
-
-def denoiser(pipe: object) -> nn.Module:
-    """The U-Net or transformer of a pipeline: the part that identifies the base."""
-    parts = components(pipe)
-    return parts.get("unet", parts.get("transformer"))
+_LATER = ("tied", "trigger")  # settings that the first version did not have
 
 
 def save_adapter(
@@ -70,10 +62,12 @@ def save_adapter(
     """
     tensors, config = {}, {}
     for part, model in components(pipe).items():
-        found = factors(model, adapter_name)
+        found = {name: factor.detach() for name, factor in factors(model, adapter_name).items()}
         if found:
             config[part] = plain_config(model.peft_config[adapter_name])
-            tensors |= {f"{part}.{name}": factor.detach() for name, factor in found.items()}
+            if model.peft_config[adapter_name].tied:
+                found = gathered(found, config[part]["r"])
+            tensors |= {f"{part}.{name}": factor for name, factor in found.items()}
     if not tensors:
         loaded = sorted({n for model in components(pipe).values() for n in getattr(model, "peft_config", {})})
         raise ValueError(f"There is no COMCAT adapter '{adapter_name}' to save; loaded: {', '.join(loaded) or 'none'}.")
@@ -138,6 +132,7 @@ def load_adapter(pipe: object, path: str | Path, adapter_name: str = "default", 
         _attach(parts[part], config, adapter_name, part, tensors)
     for token, vectors in tokens.items():
         put_token(pipe, token, vectors)
+    listen(pipe)
     return header
 
 
@@ -159,9 +154,18 @@ def _attach(model: nn.Module, config: ComcatConfig, adapter_name: str, part: str
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         model.add_adapter(config, adapter_name)
     model.set_adapter([*active, adapter_name])
-    for name, factor in factors(model, adapter_name).items():
+    own = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
+    set_factors(model, adapter_name, own)
+
+
+def set_factors(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Put a file's tensors, by name without the part, in the place of an adapter's factors, frozen."""
+    places = factors(model, adapter_name)
+    if model.peft_config[adapter_name].tied:
+        tensors = scattered(tensors, {name: factor.shape for name, factor in places.items()})
+    for name, factor in places.items():
         factor.requires_grad_(False)
-        factor.data = tensors[f"{part}.{name}"].to(factor.device, factor.dtype)
+        factor.data = tensors[name].to(factor.device, factor.dtype)
 
 
 def _active_adapters(model: nn.Module) -> list[str]:
@@ -218,11 +222,12 @@ def config_of(fields: dict, path: str | Path) -> ComcatConfig:
 
 def plain_config(config: ComcatConfig) -> dict:
     """A configuration as a header holds it; the inverse of `config_of`."""
-    return {name: getattr(config, name) for name in _CONFIG_FIELDS}
+    fields = {name: getattr(config, name) for name in _CONFIG_FIELDS}
+    return {name: v for name, v in fields.items() if v or name not in _LATER}  # files without these stay as they were
 
 
 def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[int, int]]:
-    """Names and shapes of the factors that an adapter of this configuration has on this model."""
+    """Names and shapes of the factors that a file of this configuration has for this model."""
     if config.target_modules is None:
         config.target_modules = default_targets(model)
     shapes = {}
@@ -233,9 +238,9 @@ def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[i
             continue
         pattern = config.rank_pattern
         rank = pattern.get(get_pattern_key(pattern.keys(), key), config.r) if pattern else config.r
-        for name, (into, outof) in factor_shapes(module, rank, config.foldable).items():
+        for name, (into, outof) in factor_shapes(module, rank, config.foldable, config.tied).items():
             shapes[f"{key}.{name}"] = (outof, into)
-    return shapes
+    return tied_shapes(shapes, config.r) if config.tied else shapes
 
 
 def _refuse_other_tensors(tensors: dict, parts: dict, configs: dict[str, ComcatConfig], path: str | Path) -> None:

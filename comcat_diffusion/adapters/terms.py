@@ -26,6 +26,7 @@ from comcat_diffusion.adapters.header import (
 from comcat_diffusion.adapters.model import of_pattern
 from comcat_diffusion.adapters.packing import HeadRanks, pack
 from comcat_diffusion.adapters.store import TOKEN, config_of, library_versions, read_tensors, serialized
+from comcat_diffusion.adapters.tied import NAME, WIDTH
 
 FREE = ("q_down", "k_down", "v_down", "out_up")
 FOLDABLE = ("q_core", "k_down", "v_down", "out_core")
@@ -39,7 +40,7 @@ class Term:
     """What an adapter adds to one attention. Its factors are as a file holds them, without the scale."""
 
     part: str  # component of the pipeline
-    attention: str  # name within the component
+    attention: str  # name within the component; of a tied adapter, which is one head over all attentions, "tied"
     scale: float  # s = alpha / r
     rank: int
     foldable: bool
@@ -51,6 +52,11 @@ class Term:
         return f"{self.part}.{self.attention}"
 
     @property
+    def tied(self) -> bool:
+        """Whether this is all of a tied adapter."""
+        return self.attention == NAME
+
+    @property
     def heads(self) -> int:
         """Number of heads H."""
         return self.factors["k_down"].shape[0] // self.rank
@@ -58,6 +64,8 @@ class Term:
     @property
     def width(self) -> int:
         """Width D of the heads; of a free term, that of heads which share the channels C among them, as they all do."""
+        if self.tied:
+            return WIDTH
         return self.factors["q_core"].shape[1] if self.foldable else self.factors["q_down"].shape[1] // self.heads
 
     def products(self) -> tuple[Product, Product]:
@@ -145,7 +153,7 @@ def assembled(contents: Contents, dtype: torch.dtype, head_ranks: HeadRanks | No
     config, tensors = {}, {}
     for part, own in _by_part(contents.terms).items():
         common = Counter(term.rank for term in own).most_common(1)[0][0]
-        config[part] = _config(own, common)
+        config[part] = _config(own, common, contents.header.config[part])
         for term in own:
             gain = term.scale * term.rank / common
             for name, factor in term.factors.items():
@@ -177,6 +185,10 @@ def _by_part(terms: Iterable[Term]) -> dict[str, list[Term]]:
     return parts
 
 
-def _config(terms: list[Term], common: int) -> dict:
+def _config(terms: list[Term], common: int, before: dict) -> dict:
+    """The configuration of these terms; what they do not say is as it was `before`."""
+    if terms[0].tied:
+        return {**before, "r": common, "alpha": float(common)}
     layers = settings_of_layers({term.attention: term.rank for term in terms}, common)
-    return {"r": common, "alpha": float(common), "foldable": terms[0].foldable, **layers}
+    trigger = {"trigger": before["trigger"]} if before.get("trigger") else {}
+    return {"r": common, "alpha": float(common), "foldable": terms[0].foldable, **trigger, **layers}

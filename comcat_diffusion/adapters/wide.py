@@ -6,7 +6,8 @@ A free adapter adds, per head h and with s = alpha / r times the adapter's weigh
 
 as R more columns of every head, so that one attention of width D + R computes both. A foldable adapter has
 Aq_h = Wq_h G'_h and Ao_h = G_h Wo_h, which is a change of keys and values in their own width. All scales stand on the
-context's side, which in cross-attention is the short one.
+context's side, which in cross-attention is the short one. There, too, stands what lets an adapter act on some tokens
+only: keys and values of the others are the base's.
 
 Letters: B batch, N tokens, M context tokens, H heads, D head width, R rank, C channels.
 """
@@ -22,11 +23,15 @@ from comcat_diffusion import heads as maths
 WIDTH_MULTIPLE = {"cuda": 8}
 
 
+Tokens = torch.Tensor | None  # (B, M, 1), one where an adapter acts on the context and zero elsewhere; None: everywhere
+
+
 @dataclass
 class Free:
     """The factors of a free adapter, Linears without bias: C -> H*R three times, and H*R -> C."""
 
     scale: float
+    tokens: Tokens
     q_down: nn.Linear
     k_down: nn.Linear
     v_down: nn.Linear
@@ -35,9 +40,10 @@ class Free:
 
 @dataclass
 class Foldable:
-    """The factors of a foldable adapter: C -> H*R twice, and G', G as H*R rows of width D."""
+    """The factors of a foldable adapter: C -> H*R (tied: C -> R) twice, and G', G as H*R rows of width D."""
 
     scale: float
+    tokens: Tokens
     k_down: nn.Linear
     v_down: nn.Linear
     q_core: nn.Linear
@@ -65,16 +71,16 @@ class WideHeads:
         """(B, M, C) -> (B, M, H*wide)."""
         base = project(context)
         for a in self.foldable:
-            base = base + a.scale * self._folded(a.k_down, a.q_core, context)
-        keys = self._widen(base, [a.scale * _apply(a.k_down, context) for a in self.free])
+            base = base + _spoken(a, self._folded(a.k_down, a.q_core, context))
+        keys = self._widen(base, [_spoken(a, _apply(a.k_down, context)) for a in self.free])
         return keys * self.gain if self.gain != 1 else keys
 
     def value(self, project: nn.Module, context: torch.Tensor) -> torch.Tensor:
         """(B, M, C) -> (B, M, H*wide)."""
         base = project(context)
         for a in self.foldable:
-            base = base + a.scale * self._folded(a.v_down, a.out_core, context)
-        return self._widen(base, [a.scale * _apply(a.v_down, context) for a in self.free])
+            base = base + _spoken(a, self._folded(a.v_down, a.out_core, context))
+        return self._widen(base, [_spoken(a, _apply(a.v_down, context)) for a in self.free])
 
     def output(self, project: nn.Module, mixed: torch.Tensor) -> torch.Tensor:
         """(B, N, H*wide) -> (B, N, C)."""
@@ -112,9 +118,22 @@ class WideHeads:
         # Calling the core on the unit matrix reads its weight through whatever hook places it on a device.
         unit = torch.eye(self.width, dtype=core.weight.dtype, device=context.device)
         mix = core(unit).mT.unflatten(0, (self.heads, -1))  # H, R, D
-        lowered = _apply(down, context)  # B, M, H*R
+        lowered = _apply(down, context)  # B, M, H*R, or, tied, B, M, R
+        if _tied(down, core):
+            return lowered @ mix.movedim(0, 1).flatten(1).to(lowered.dtype)  # B, M, H*D
         # One product with mostly zeros is faster than H small ones, which would copy all tokens head by head.
         return lowered @ torch.block_diag(*mix.to(lowered.dtype))  # B, M, H*D
+
+
+def _tied(down: nn.Linear, core: nn.Linear) -> bool:
+    """Whether all heads share one text-side factor."""
+    return down.out_features < core.out_features
+
+
+def _spoken(adapter: Free | Foldable, term: torch.Tensor) -> torch.Tensor:
+    """A term on the context's side, (B, M, ...), scaled, and zero on tokens that the adapter leaves alone."""
+    scaled = adapter.scale * term
+    return scaled if adapter.tokens is None else scaled * adapter.tokens.to(scaled)
 
 
 def _apply(factor: nn.Linear, features: torch.Tensor) -> torch.Tensor:
@@ -161,8 +180,9 @@ def _full(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _fold_weight(down: nn.Linear, core: nn.Linear, heads: int) -> torch.Tensor:
-    """Delta W = G'_h^T-mixed rows of A_h: (H*R, C), (H*R, D) -> (H*D, C)."""
-    lowered = _full(down.weight).unflatten(0, (heads, -1))  # H, R, C
+    """Delta W = G'_h^T-mixed rows of A_h: (H*R, C) or, tied, (R, C), and (H*R, D) -> (H*D, C)."""
+    lowered = _full(down.weight)
+    lowered = lowered.expand(heads, -1, -1) if _tied(down, core) else lowered.unflatten(0, (heads, -1))  # H, R, C
     mix = _full(core.weight).unflatten(0, (heads, -1))  # H, R, D
     return torch.einsum("hrd,hrc->hdc", mix, lowered).flatten(0, 1)
 

@@ -27,9 +27,11 @@ from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.effect import predictions
 from comcat_diffusion.adapters.header import AdapterFileError, Header
 from comcat_diffusion.adapters.merge import layers_of, unload_adapters
-from comcat_diffusion.adapters.store import denoiser, load_adapter
+from comcat_diffusion.adapters.parts import denoiser
+from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.adapters.terms import Term, assembled, read_contents
 from comcat_diffusion.attentions import style_of
+from comcat_diffusion.export.lora import refuse_trigger
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def approximate(
     foldable already or acts on a text encoder, ValueError if the error is above `largest_error`.
     """
     contents = read_contents(adapter)
+    refuse_trigger(contents.header, adapter)
     if any(term.foldable for term in contents.terms):
         raise AdapterFileError(f"{adapter} is foldable already and exports exactly; nothing has to be approximated.")
     others = sorted({term.part for term in contents.terms} - {"unet", "transformer"})
@@ -77,7 +80,7 @@ def approximate(
     if not error <= largest_error:
         raise ValueError(
             f"The closest foldable adapter differs from {adapter} by {error:.0%} of its effect, more than the "
-            f"{largest_error:.0%} allowed: train it again with --foldable, or force it."
+            f"{largest_error:.0%} allowed: train it again with --kind foldable, or force it."
         )
     atomic.write_bytes(output, written)
     return Approximated(header, error)

@@ -19,7 +19,8 @@ from comcat_diffusion import atomic
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes
 from comcat_diffusion.adapters.layer import factor_shapes
-from comcat_diffusion.adapters.store import components, library_versions, plain_config, present_base, serialized
+from comcat_diffusion.adapters.parts import components
+from comcat_diffusion.adapters.store import library_versions, plain_config, present_base, serialized
 from comcat_diffusion.attentions import style_of
 
 FACTORS = ("q_down", "k_down", "v_down", "out_up")

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from comcat_diffusion.adapters.header import Header
+from comcat_diffusion.adapters.header import Header, kind_of
 from comcat_diffusion.config import EMBEDDED
 
 _CARD = """\
@@ -102,8 +102,8 @@ def _front(header: Header, base: str) -> str:
 def _facts(header: Header, shared: Shared) -> dict[str, str]:
     facts = {"file": f"`{shared.adapter}`, {shared.bytes:,} bytes"}
     for part, config in header.config.items():
-        kind = "foldable" if config.get("foldable") else "free"
-        facts[f"adapter of {part}"] = f"{kind}, rank {config.get('r')}" + " at most" * (part in header.head_ranks)
+        most = " at most" * (part in header.head_ranks)
+        facts[f"adapter of {part}"] = f"{kind_of(config)}, rank {config.get('r')}{most}"
     facts["training"] = ", ".join(f"{key} {value}" for key, value in header.notes.training.items()) or "not said"
     facts["written by"] = ", ".join(f"{name} {version}" for name, version in header.versions.items())
     return facts

@@ -12,6 +12,7 @@ from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.header import AdapterFileError, Header, read_adapter
 from comcat_diffusion.adapters.merge import bake_adapters, layers_of, unload_adapters
 from comcat_diffusion.adapters.store import load_adapter
+from comcat_diffusion.export.lora import refuse_trigger
 
 
 def merge_to_folder(
@@ -46,11 +47,12 @@ def _modules(part: object) -> list:
 
 
 def _refuse_free(header: Header, path: str | Path) -> None:
+    refuse_trigger(header, path)
     free = sorted(part for part, fields in header.config.items() if not fields.get("foldable"))
     if free:
         raise AdapterFileError(
             f"{path} is a free adapter ({', '.join(free)}), which folds into no stock checkpoint: train it again with "
-            "--foldable, or use it as it is with comcat-diffusion."
+            "--kind foldable, or use it as it is with comcat-diffusion."
         )
 
 

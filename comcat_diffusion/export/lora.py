@@ -63,8 +63,8 @@ def export_adapter(
     `diffusers-lora` is what `pipe.load_lora_weights` reads, `kohya` what A1111, Forge, ComfyUI and kohya's scripts
     read as well. A new word becomes a textual-inversion file beside it, OUTPUT_emb.safetensors: other tools load such
     embeddings by themselves, A1111 and ComfyUI under the file's name. In float32 the LoRA does what the adapter does
-    up to rounding. Raises AdapterFileError for a free adapter, which no LoRA can express, for a model that those tools
-    do not know, and for an adapter that does nothing.
+    up to rounding. Raises AdapterFileError for a free adapter and for one that waits for its trigger, which no LoRA can
+    express, for a tied one, for a model that those tools do not know, and for an adapter that does nothing.
     """
     if format not in FORMATS:
         raise ValueError(f"The format must be one of {', '.join(FORMATS)}, not '{format}'.")
@@ -96,11 +96,24 @@ def as_loras(term: Term) -> list[Lora]:
     return loras
 
 
+def refuse_trigger(header: Header, adapter: str | Path) -> None:
+    """Raise AdapterFileError if an adapter acts on some tokens only: weights act on all."""
+    waiting = [config["trigger"][0] for config in header.config.values() if config.get("trigger")]
+    if waiting:
+        raise AdapterFileError(
+            f"{adapter} acts from '{waiting[0]}' on, which weights cannot tell: train it again with --everywhere and "
+            "--kind foldable, or use it as it is with comcat-diffusion."
+        )
+
+
 def _refuse_inexpressible(header: Header, terms: list[Term], adapter: str | Path) -> None:
+    refuse_trigger(header, adapter)
+    if any(term.tied for term in terms):
+        raise AdapterFileError(f"{adapter} is tied, of which no LoRA is written: train it again with --kind foldable.")
     if not all(term.foldable for term in terms):
         raise AdapterFileError(
-            f"{adapter} is a free adapter, which no LoRA can express: train it again with --foldable, or use it as it "
-            "is with comcat-diffusion."
+            f"{adapter} is a free adapter, which no LoRA can express: train it again with --kind foldable, or use it "
+            "as it is with comcat-diffusion."
         )
     other = sorted({term.part for term in terms} - set(_PROJECTIONS))
     kind = header.fingerprint.get("class")

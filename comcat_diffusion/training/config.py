@@ -16,6 +16,7 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 STEADY_SCHEDULES = ("constant", "constant_with_warmup")  # whose rate does not depend on how long the run is
 CUT_AT = 0.8  # of all steps; the rest make good what cutting the ranks to a budget of bytes has cost
 PRIORS = ("none", "images", "teacher")
+KINDS = {"tied": 1e-2, "foldable": 1e-2, "free": 3e-3}  # with the learning rates that suit them, see docs/results.md
 # Settings that change what a run leaves beside its weights; a resumed run may have others.
 BESIDE = (
     "output_dir", "name", "overwrite", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
@@ -91,7 +92,15 @@ class LearningSettings(Group):
 
     rank: int = option(4, "Rank added to each head's two products.")
     alpha: float | None = option(None, "Strength: the term is scaled by alpha / rank. Default: rank.")
-    foldable: bool = option(False, "Stay in the span of the base heads, so that the adapter folds into stock weights.")
+    kind: str = option(
+        "tied",
+        "What a head is given. Free: any term of this rank. Foldable: one in the span of the base's heads, which folds "
+        "into stock weights. Tied: a foldable one whose text side all heads share, for the smallest file.",
+        choices=tuple(KINDS),
+    )
+    everywhere: bool = option(
+        False, "Act on the whole of every prompt. Default: from the trigger on; without it, the base is as it was."
+    )
     target_modules: list[str] | None = option(
         None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention."
     )
@@ -148,7 +157,7 @@ class PaceSettings(Group):
     max_train_steps: int = option(400, "Number of optimizer steps.")
     train_batch_size: int | None = option(None, "Pictures a step. Default: 1; on the embedded base, all up to 4.")
     gradient_accumulation_steps: int = option(1, "Batches whose gradients are added up before a step.")
-    learning_rate: float = option(3e-3, "Peak learning rate.")
+    learning_rate: float | None = option(None, "Peak learning rate. Default: 1e-2; of free adapters 3e-3.")
     text_encoder_lr: float | None = option(None, "That of the text encoders' adapters. Default: a tenth of the other.")
     token_lr: float | None = option(None, "That of a new token. Default: the learning rate.")
     lr_scheduler: str = option("linear", "Course of the learning rate.", choices=SCHEDULES)
@@ -243,6 +252,12 @@ class TrainConfig(
 
     def check(self) -> None:
         """The groups fit each other."""
+        for flag, asked in (("prior", self.prior_kind != "none"), ("train_text_encoder", self.train_text_encoder)):
+            require(
+                self.everywhere or not asked,
+                f"--{flag} is for adapters that change every prompt, and this one acts from the trigger on only: leave "
+                "it out, or add --everywhere.",
+            )
         bare = self.skip_final_inference or self.max_bytes is not None
         require(not (self.thumbnail and bare), "--thumbnail needs a final sample, and room: no --max_bytes.")
         own_base = self.pretrained_model_name_or_path not in (None, EMBEDDED)

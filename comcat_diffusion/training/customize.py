@@ -24,7 +24,7 @@ from comcat_diffusion.config import to_toml
 from comcat_diffusion.training import learned, output
 from comcat_diffusion.training.batching import Batching
 from comcat_diffusion.training.checkpoint import Checkpoints, last_good
-from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.config import KINDS, TrainConfig
 from comcat_diffusion.training.dataset import Dataset, read_dataset, remarks
 from comcat_diffusion.training.encode import Material, encode_all, tiny
 from comcat_diffusion.training.judge import Judge
@@ -100,7 +100,7 @@ def _run(config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accel
     # exactly nothing, so the first step is taken from the base itself.
     objective = Objective(DDPMScheduler.from_config(pipe.scheduler.config), config.snr_gamma, config.noise_offset)
     material = encode_all(config, pipe, dataset, watcher.note)
-    learned.prepare(config, pipe)
+    learned.prepare(config, pipe, dataset.subjects)
     prompts = [*material.prompts, *config.validation_prompt, ""]
     for text in (*cut_off(pipe.tokenizer, prompts), *tiny(material.crops, config.resolution)):
         watcher.note(text)
@@ -207,6 +207,7 @@ def _resolved(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset) ->
     return replace(
         config,
         pretrained_model_name_or_path=config.pretrained_model_name_or_path or bases.EMBEDDED,
+        learning_rate=config.learning_rate or KINDS[config.kind],
         resolution=config.resolution or bases.native_resolution(pipe),
         train_batch_size=config.train_batch_size or default_batch(bases.native_resolution(pipe), len(dataset.examples)),
         validation_prompt=config.validation_prompt or prompts,

@@ -1,26 +1,32 @@
 """Which parameters are learned: the factors of the adapters and the embeddings of a new token, with their rates."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.nn.functional import pad
 
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import adapted_layers, factors
 from comcat_diffusion.adapters.packing import COLUMNS, PRODUCT
 from comcat_diffusion.adapters.store import TOKEN, load_adapter
-from comcat_diffusion.adapters.terms import CONTEXT, Contents
+from comcat_diffusion.adapters.terms import CONTEXT, Contents, Term
+from comcat_diffusion.adapters.tied import NAME as TIED
+from comcat_diffusion.adapters.tied import scattered
 from comcat_diffusion.adapters.token import LearnedToken, put_token, start_vectors, token_ids
+from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learner import Learner, text_encoders
+from comcat_diffusion.words import Subject
 
 ADAPTER = "subject"  # name of the adapter inside the models while it is trained
 
 
-def prepare(config: TrainConfig, pipe: DiffusionPipeline) -> None:
+def prepare(config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Subject]) -> None:
     """Freeze the base and add what is learned to it; the adapters are exactly nothing yet. Raises ValueError."""
     pipe.unet.requires_grad_(False)
     for encoder in text_encoders(pipe).values():
@@ -34,16 +40,26 @@ def prepare(config: TrainConfig, pipe: DiffusionPipeline) -> None:
     else:
         with torch.random.fork_rng():  # PEFT draws the random factors from the global generator
             torch.manual_seed(config.seed)
-            pipe.unet.add_adapter(_adapter_config(config, config.target_modules), ADAPTER)
+            pipe.unet.add_adapter(adapter_config(config, [subject.trigger for subject in subjects]), ADAPTER)
             for encoder in text_encoders(pipe).values() if config.train_text_encoder else ():
-                encoder.add_adapter(_adapter_config(config, None), ADAPTER)
+                encoder.add_adapter(replace(adapter_config(config, []), target_modules=None), ADAPTER)
+        listen(pipe)
     for model in (pipe.unet, *text_encoders(pipe).values()):
         for factor in factors(model, ADAPTER).values():
             factor.requires_grad_(True)
 
 
-def _adapter_config(config: TrainConfig, targets: list[str] | None) -> ComcatConfig:
-    return ComcatConfig(r=config.rank, alpha=config.alpha, foldable=config.foldable, target_modules=targets)
+def adapter_config(config: TrainConfig, triggers: list[str]) -> ComcatConfig:
+    """The U-Net's adapter, which waits for any of the triggers unless it is to act everywhere."""
+    words = [word for word in (*triggers, config.placeholder_token) if word]
+    return ComcatConfig(
+        r=config.rank,
+        alpha=config.alpha,
+        foldable=config.kind != "free",
+        tied=config.kind == "tied",
+        trigger=None if config.everywhere else list(dict.fromkeys(words)),
+        target_modules=config.target_modules,
+    )
 
 
 def add_tokens(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner) -> None:
@@ -93,6 +109,9 @@ def take(learner: Learner, ema: "Ema", contents: Contents) -> None:
     terms = {term.key: term for term in contents.terms}
     parts = {"unet": learner.unet, **learner.encoders}
     for part, model in parts.items():
+        if f"{part}.{TIED}" in terms:
+            _take_tied(terms[f"{part}.{TIED}"], model)
+            continue
         for attention, layer in adapted_layers(model).items():
             own = {name: getattr(layer, f"comcat_{name}") for name in PRODUCT}
             term = terms.get(f"{part}.{attention}")
@@ -109,6 +128,17 @@ def take(learner: Learner, ema: "Ema", contents: Contents) -> None:
     if ema.mean:
         for shadow, parameter in zip(ema.mean.shadow_params, ema.parameters, strict=True):
             shadow.copy_(parameter)
+
+
+def _take_tied(term: Term, model: nn.Module) -> None:
+    places = factors(model, ADAPTER)
+    layer = next(iter(adapted_layers(model).values()))
+    whole = {}
+    for name, factor in term.factors.items():
+        gain = term.scale / layer.scaling[ADAPTER] if name in CONTEXT else 1.0
+        whole[f"{TIED}.{name}"] = pad(gain * factor, (0, 0, 0, layer.r[ADAPTER] - term.rank))
+    for name, factor in scattered(whole, {name: place.shape for name, place in places.items()}).items():
+        places[name].copy_(factor)
 
 
 class Ema:

@@ -10,6 +10,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import CLIPTokenizer
 
+from comcat_diffusion.adapters.gate import Gate
+
 TextStates = tuple[torch.Tensor, torch.Tensor | None]  # B, M, E; and SDXL's pooled text, B, E
 
 
@@ -54,8 +56,15 @@ class Learner(nn.Module):
     ) -> torch.Tensor:
         """(B, C, h, w) latents, (B,) timesteps, B prompts and their (B, 6) frames -> (B, C, h, w)."""
         states, pooled = self.condition(prompts, noisy.device)
+        if self.gate is not None:
+            self.gate.tell(states, prompts)
         added = None if pooled is None else {"text_embeds": pooled, "time_ids": frames.to(pooled.dtype)}
         return self.unet(noisy, timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
+
+    @property
+    def gate(self) -> Gate | None:
+        """What tells adapters that wait for their trigger where it stands, if there are any."""
+        return getattr(self._pipe, "comcat_gate", None)
 
     def condition(self, prompts: list[str], device: torch.device) -> TextStates:
         """The text states of prompts that were named at the start, or, if text is trained, of any."""

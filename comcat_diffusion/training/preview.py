@@ -50,6 +50,8 @@ class Preview:
     @torch.no_grad()
     def _one(self, learner: Learner, drawing: Drawing) -> Image.Image:
         states, pooled = learner.condition([drawing.prompt, ""], learner.unet.device)
+        if learner.gate is not None:
+            learner.gate.remember(states, [drawing.prompt, ""])
         pooled_too = {}
         if pooled is not None:
             zeros = getattr(self.pipe.config, "force_zeros_for_empty_prompt", False)

@@ -10,12 +10,12 @@ from diffusers.training_utils import find_nearest_bucket
 from transformers import CLIPTokenizer
 
 from comcat_diffusion import bases
-from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.store import expected_shapes
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 from comcat_diffusion.training.crops import sizes
 from comcat_diffusion.training.customize import Silent, customize, default_batch, with_sample
 from comcat_diffusion.training.dataset import Dataset, read_dataset, remarks
+from comcat_diffusion.training.learned import adapter_config
 from comcat_diffusion.training.learner import cut_off
 
 MEASURED_STEPS = 3  # the first one warms up and does not count
@@ -57,7 +57,7 @@ def validate(config: ValidateConfig) -> Report:
     batch = config.train_batch_size or default_batch(native, len(dataset.examples))
     config = replace(config, train_batch_size=batch, resolution=config.resolution or native)
     try:
-        report.facts += _size_facts(config, unet)
+        report.facts += _size_facts(config, dataset, unet)
     except ValueError as error:
         report.errors.append(str(error))
     report.facts += _pace_facts(config, dataset)
@@ -87,10 +87,8 @@ def _word_doubts(dataset: Dataset, tokenizer: CLIPTokenizer) -> Iterator[str]:
             yield f"'{subject.trigger}' is a word that the base knows well: a rare one, like sks, learns faster."
 
 
-def _size_facts(config: TrainConfig, unet: UNet2DConditionModel) -> Iterator[str]:
-    adapter = ComcatConfig(
-        r=config.rank, alpha=config.alpha, foldable=config.foldable, target_modules=config.target_modules
-    )
+def _size_facts(config: TrainConfig, dataset: Dataset, unet: UNet2DConditionModel) -> Iterator[str]:
+    adapter = adapter_config(config, [subject.trigger for subject in dataset.subjects])
     shapes = expected_shapes(unet, adapter)
     if not shapes:
         raise ValueError(f"--target_modules {' '.join(config.target_modules or [])}: the base has none of this name.")
