@@ -16,6 +16,7 @@ from tests.test_checkpoint import Stop
 
 BUDGET = 24_000  # about a quarter of the whole adapter
 SETTINGS = {"max_train_steps": 10, "skip_final_inference": True, "learning_rate": 4e-3, "max_bytes": BUDGET}
+SETTINGS |= {"kind": "free"}
 
 
 @pytest.fixture
@@ -37,14 +38,19 @@ def cuts(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "more",
-    [{"train_text_encoder": True, "rank": 2}, {"foldable": True, "use_ema": True}],
-    ids=["free, text encoder", "foldable, mean"],
+    ("more", "least"),
+    [
+        ({"train_text_encoder": True, "everywhere": True, "rank": 2, "kind": "free"}, 0.9),
+        ({"kind": "foldable", "use_ema": True}, 0.9),
+        ({"kind": "tied", "max_bytes": 6000}, 0.75),  # a rank of all heads together is a tenth of this
+    ],
+    ids=["free, text encoder", "foldable, mean", "tied"],
 )
-def test_the_file_fits_and_the_last_steps_move_what_was_kept_alone(config, cuts, more):
+def test_the_file_fits_and_the_last_steps_move_what_was_kept_alone(config, cuts, more, least):
+    budget = more.get("max_bytes", BUDGET)
     assert config(**more).cut_step == 8
     outcome = customize(config(**more))
-    assert 0.9 * BUDGET < outcome.adapter.stat().st_size <= BUDGET
+    assert least * budget < outcome.adapter.stat().st_size <= budget
     header = read_adapter(outcome.adapter)
     assert header.format_version == 2 and header.notes.training["steps"] == 10
     after_the_cut, at_the_end = cuts  # the second is what the file holds, taken back for its proof

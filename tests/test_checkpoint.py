@@ -116,7 +116,7 @@ def test_a_missing_checkpoint_is_no_fresh_start(config, tmp_path, two):
 
 def test_other_settings_or_pictures_are_refused_by_name(config, tmp_path, two, three):
     asked = {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
-    with pytest.raises(ValueError, match=r"learning_rate \(was 0\.003, is 0\.1\)"):
+    with pytest.raises(ValueError, match=r"learning_rate \(was 0\.01, is 0\.1\)"):
         customize(config(tmp_path, **asked, learning_rate=0.1))
     other = tmp_path / "pictures"
     shutil.copytree(three, other)

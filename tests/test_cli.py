@@ -123,7 +123,7 @@ def test_train_generate_and_info_from_any_folder(tmp_path):
 def test_an_adapter_becomes_every_other_file(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     steps = ["--max_train_steps", "3", "--skip_final_inference", "--learning_rate", "1e-2"]
-    assert main(["train", "--foldable", "--output_dir", "o", *steps]) == 0
+    assert main(["train", "--kind", "foldable", "--everywhere", "--output_dir", "o", *steps]) == 0
     adapter = "o/sks-teddy.safetensors"
     for form in ("diffusers-lora", "kohya"):
         assert main(["export", "--adapter", adapter, "--output", f"{form}.safetensors", "--format", form]) == 0
@@ -147,7 +147,7 @@ def test_an_adapter_becomes_every_other_file(tmp_path, capsys, monkeypatch):
 def test_a_free_adapter_is_not_exported_as_if_it_were_foldable(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     steps = ["--max_train_steps", "3", "--skip_final_inference", "--learning_rate", "1e-2"]
-    assert main(["train", "--output_dir", "o", *steps]) == 0
+    assert main(["train", "--kind", "free", "--everywhere", "--output_dir", "o", *steps]) == 0
     export = ["export", "--adapter", "o/sks-teddy.safetensors", "--output", "x.safetensors"]
     assert main(export) == 2 and main([*export, "--approximate"]) == 2
     assert not (tmp_path / "x.safetensors").exists()

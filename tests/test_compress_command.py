@@ -221,7 +221,7 @@ def test_a_compressed_base_is_a_base_for_every_command(sd1, unet_report, tmp_pat
     assert "base" in capsys.readouterr().err
     with pytest.raises(ValueError, match="compressed already; start from the dense model"):
         run(CompressConfig(model=str(unet_report.folder), part=UNET, output_dir=str(tmp_path / "smaller")))
-    foldable = ["--foldable", "--output_dir", str(tmp_path / "foldable")]
+    foldable = ["--kind", "foldable", "--everywhere", "--output_dir", str(tmp_path / "foldable")]
     assert main(["train", *small, *subject, *steps, *foldable]) == 0
     merged = ["--adapter", str(tmp_path / "foldable" / "sks-teddy.safetensors"), "--output_dir", str(tmp_path / "m")]
     assert main(["merge", *small, *merged]) != 0

@@ -147,7 +147,8 @@ def test_a_lora_of_others_is_drawn_with_beside_an_adapter(config, tmp_path):
             output_dir=str(tmp_path / "o"),
             max_train_steps=20,
             learning_rate=1e-2,
-            foldable=True,
+            kind="foldable",
+            everywhere=True,
             skip_final_inference=True,
             target_modules=["attn1", "attn2"],
         )

@@ -165,9 +165,8 @@ def test_two_subjects_in_one_run_from_a_file(tmp_path, pictures):
 
 def test_the_teachers_loss_is_zero_at_the_start_and_then_holds_the_class(tmp_path):
     def class_drift(name, **settings):
-        outcome, listener = run(
-            tmp_path / name, max_train_steps=25, learning_rate=2e-3, lr_scheduler="constant", **settings
-        )
+        settings |= {"kind": "free", "everywhere": True, "learning_rate": 2e-3, "lr_scheduler": "constant"}
+        outcome, listener = run(tmp_path / name, max_train_steps=25, **settings)
         pipe = bases.load_base("embedded")
         states, _ = pipe.encode_prompt(["a photo of teddy"], "cpu", 1, False)
         noise = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -186,6 +185,7 @@ def test_the_teachers_loss_is_zero_at_the_start_and_then_holds_the_class(tmp_pat
 
 def test_class_pictures_are_drawn_once_counted_and_learned(tmp_path):
     settings = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "num_class_images": 3}
+    settings |= {"everywhere": True}
     _, listener = run(tmp_path / "a", **settings)
     assert any("Drawing 3 pictures of 'a photo of teddy'" in note for note in listener.notes)
     assert listener.steps[0].prior_loss > 0
@@ -202,7 +202,7 @@ def test_class_pictures_are_drawn_once_counted_and_learned(tmp_path):
 
 def test_a_prior_without_a_class_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--class_prompt is missing"):
-        run(tmp_path / "a", prior="teacher", instance_prompt="a photo of sks")
+        run(tmp_path / "a", prior="teacher", everywhere=True, instance_prompt="a photo of sks")
 
 
 @pytest.mark.parametrize("vectors", [1, 2])
@@ -241,7 +241,8 @@ def test_a_token_that_cannot_be_learned_is_refused(tmp_path):
 
 
 def test_the_text_encoder_can_be_adapted_at_its_own_rate(tmp_path):
-    outcome, _ = run(tmp_path / "a", train_text_encoder=True, text_encoder_lr=1e-2, save_precision="fp32")
+    settings = {"train_text_encoder": True, "everywhere": True, "kind": "free"}
+    outcome, _ = run(tmp_path / "a", **settings, text_encoder_lr=1e-2, save_precision="fp32")
     header = read_adapter(outcome.adapter)
     assert set(header.config) == {"unet", "text_encoder"}
     pipe = StableDiffusionPipeline.from_pretrained(BASE)
@@ -253,6 +254,7 @@ def test_the_text_encoder_can_be_adapted_at_its_own_rate(tmp_path):
 def test_sdxl_trains_with_both_text_encoders_and_a_token(tmp_path):
     base = tiny_bases.sdxl(tmp_path / "sdxl")
     settings = {"placeholder_token": "<my-teddy>", "initializer_token": "teddy", "train_text_encoder": True}
+    settings |= {"everywhere": True}
     outcome, _ = run(
         tmp_path / "a",
         pretrained_model_name_or_path=str(base),
@@ -375,7 +377,7 @@ def test_two_processes_learn_what_one_with_the_larger_batch_learns(tmp_path):
         return factors(pipe.unet, "dog")
 
     one, two = launched(1, 4), launched(2, 2)
-    moved = max(factor.abs().max().item() for name, factor in one.items() if name.endswith("out_up"))  # from zero
+    moved = max(factor.abs().max().item() for name, factor in one.items() if name.endswith("out_core"))  # from zero
     assert moved > 1e-5
     for name, factor in one.items():
         torch.testing.assert_close(two[name], factor, rtol=1e-4, atol=1e-2 * moved)

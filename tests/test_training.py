@@ -68,13 +68,13 @@ def test_the_same_seed_gives_the_same_bytes_and_the_written_settings_repeat_the_
     assert digest(first) != digest(customize(config(seed=1, output_dir=str(tmp_path / "other"))).adapter)
 
 
-@pytest.mark.parametrize("foldable", [False, True], ids=["free", "foldable"])
-def test_the_pictures_are_fitted(config, tmp_path, foldable):
+@pytest.mark.parametrize("kind", ["tied", "foldable", "free"])
+def test_the_pictures_are_fitted(config, tmp_path, kind):
     """Two runs see the same pictures and noise step by step; the one that hardly moves tells what the base does."""
     losses = {}
     for rate in (1e-12, 4e-3):
         listener = Listener()
-        settings = {"max_train_steps": 32, "lr_scheduler": "constant", "learning_rate": rate, "foldable": foldable}
+        settings = {"max_train_steps": 32, "lr_scheduler": "constant", "learning_rate": rate, "kind": kind}
         customize(config(**settings, output_dir=str(tmp_path / str(rate))), listener)
         losses[rate] = [step.loss for step in listener.steps]
     assert losses[4e-3][0] == pytest.approx(losses[1e-12][0], rel=1e-5)
@@ -107,6 +107,7 @@ def test_the_command_line_survives_a_real_ctrl_c(tmp_path):
 
 def test_options_change_what_is_trained(config, tmp_path):
     wide = {"target_modules": ["attn1", "attn2"], "rank": 2, "alpha": 1.0, "name": "mine", "save_precision": "fp32"}
+    wide |= {"kind": "free", "everywhere": True}
     data = {"center_crop": False, "random_flip": True, "noise_offset": 0.05, "snr_gamma": 5.0}
     pace = {
         "adam_beta1": 0.8,

@@ -14,6 +14,8 @@ from comcat_diffusion.adapters.gate import Gate, spoken
 from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, merged_weights
 from comcat_diffusion.attentions import style_of
 
+OTHER_TEXT = "A tied adapter needs attentions that all read the same text: target attn2 alone, or choose another kind."
+
 
 def factor_shapes(
     attention: nn.Module, rank: int, foldable: bool = False, tied: bool = False
@@ -114,7 +116,7 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         zero = ("q_core", "out_core") if config.tied else ("k_down", "out_up", "out_core")
         for name, (into, outof) in factor_shapes(self._owner[0], rank, config.foldable, config.tied).items():
             if name in tied and tied[name].in_features != into:
-                raise ValueError("A tied adapter needs attentions that all read the same text: target attn2 alone.")
+                raise ValueError(OTHER_TEXT)
             factor = tied.get(name) or nn.Linear(into, outof, bias=False, device=q.weight.device, dtype=dtype)
             if name in zero:
                 nn.init.zeros_(factor.weight)

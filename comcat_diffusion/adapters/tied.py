@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
+from comcat_diffusion.adapters.layer import OTHER_TEXT
 from comcat_diffusion.adapters.model import TIED
 
 NAME = "tied"  # where files of other adapters have the name of an attention
@@ -42,8 +43,12 @@ def scattered(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[in
 
 
 def tied_shapes(shapes: Mapping[str, tuple[int, int]], rank: int) -> dict[str, tuple[int, int]]:
-    """Names and shapes of `gathered` for factors of these shapes."""
-    found = {f"{NAME}.{name}": shapes[_places(shapes, name)[0]] for name in TIED}
+    """Names and shapes of `gathered` for factors of these shapes. Raises ValueError if they read different text."""
+    found = {}
+    for name in TIED:
+        (found[f"{NAME}.{name}"], *others) = {shapes[key] for key in _places(shapes, name)}
+        if others:
+            raise ValueError(OTHER_TEXT)
     for name in CORES:
         width = sum(shapes[key][0] * shapes[key][1] // rank for key in _places(shapes, name))
         found[f"{NAME}.{name}"] = (rank, width)
