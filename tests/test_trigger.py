@@ -151,6 +151,13 @@ def test_a_prompt_without_the_trigger_is_the_bases_own(embedded, waiting, kind):
     assert far(drawn(pipe, WITH), drawn(base, WITH)) > 0.1
 
 
+def test_a_self_attention_waits_for_prompts_with_the_trigger(embedded, waiting):
+    base, pipe = embedded(), waiting(foldable=True, target_modules=["attn1"])
+    mixed = drawn(pipe, [WITH, WITHOUT])
+    assert far(mixed[1:], drawn(base, WITHOUT)) < 1e-3 and far(mixed[:1], drawn(base, WITH)) > 0.05
+    assert far(drawn(pipe, WITHOUT), drawn(base, WITHOUT)) == 0
+
+
 def test_prompts_do_not_hear_each_other(embedded, waiting):
     base, pipe = embedded(), waiting(foldable=True, tied=True)
     mixed = drawn(pipe, [WITH, WITHOUT, WITH], negative_prompt=["", "sks", "blue"])
@@ -342,8 +349,6 @@ def test_settings_that_make_no_sense_are_refused(options, message):
         ComcatConfig(**options)
 
 
-def test_attentions_without_text_cannot_wait_and_cannot_be_tied_across_widths(tiny_unet):
-    with pytest.raises(ValueError, match="reads no text, so no trigger can be waited for"):
-        tiny_unet().add_adapter(ComcatConfig(r=2, target_modules=["attn1"], trigger=["sks"]), "dog")
+def test_self_attentions_of_several_widths_cannot_be_tied(tiny_unet):
     with pytest.raises(ValueError, match="attentions that all read the same text"):
         tiny_unet().add_adapter(ComcatConfig(r=2, target_modules=["attn1"], foldable=True, tied=True), "dog")

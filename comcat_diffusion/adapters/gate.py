@@ -2,7 +2,8 @@
 
 Text encoders read from left to right, so what stands before the trigger does not know of it, and a prompt without it
 is the base's own: keys and values of its tokens are left alone, and with them the picture. An attention sees text
-states, not words; a `Gate` knows which tokens the states were made of.
+states, not words; a `Gate` knows which tokens the states were made of. A self-attention reads no text: there the
+adapter acts on the pictures whose prompt has the trigger.
 
 Letters: B batch, M context tokens, C channels.
 """
@@ -78,11 +79,15 @@ class Gate:
         return self.tokenizer(_written_out(word, self.tokenizer), add_special_tokens=False).input_ids
 
 
-def spoken(gate: Gate | None, trigger: tuple[str, ...]) -> torch.Tensor:
-    """The tokens that an adapter acts on, (B, M, 1). Raises ValueError where there is no gate to tell."""
+def spoken(gate: Gate | None, trigger: tuple[str, ...], of_text: bool) -> torch.Tensor:
+    """The tokens that an adapter acts on: of text, (B, M, 1); else whether on a picture at all, (B, 1, 1).
+
+    Raises ValueError where there is no gate to tell.
+    """
     if gate is None:
         raise ValueError(f"An adapter waits for '{trigger[0]}': call comcat_diffusion.listen(pipe) once it is there.")
-    return gate.tokens(trigger)
+    tokens = gate.tokens(trigger)
+    return tokens if of_text else tokens.amax(dim=1, keepdim=True)
 
 
 def _keys(states: torch.Tensor) -> list[bytes]:

@@ -247,7 +247,9 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
 
     def _factors(self, name: str) -> Free | Foldable:
         scale, k, v = self.scaling[name], self.comcat_k_down[name], self.comcat_v_down[name]
-        tokens = spoken(self.gate, self.trigger[name]) if self.trigger[name] else None
+        tokens = None
+        if self.trigger[name]:
+            tokens = spoken(self.gate, self.trigger[name], seam.is_cross_attention(self._owner[0]))
         if name in self.comcat_q_core:
             return Foldable(scale, tokens, k, v, self.comcat_q_core[name], self.comcat_out_core[name])
         return Free(scale, tokens, self.comcat_q_down[name], k, v, self.comcat_out_up[name])

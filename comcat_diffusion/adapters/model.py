@@ -60,7 +60,6 @@ class ComcatModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         self._refuse(target, current_key)  # again, for modules that a state dict names
-        refuse_without_text(peft_config, current_key, target)
         layer = target._modules.get(seam.SIDECAR)
         if not isinstance(layer, ComcatLayer):
             layer = ComcatLayer(target)
@@ -84,14 +83,6 @@ class ComcatModel(BaseTuner):
             patterns = tuple(model._skip_layerwise_casting_patterns or ())
             if self.prefix not in patterns:
                 model._skip_layerwise_casting_patterns = (*patterns, self.prefix)
-
-
-def refuse_without_text(config: ComcatConfig, name: str, attention: nn.Module) -> None:
-    """Raise ValueError if an adapter that waits for its trigger is to go on an attention that reads no text."""
-    if config.trigger and not seam.is_cross_attention(attention):
-        raise ValueError(
-            f"'{name}' reads no text, so no trigger can be waited for there: target attn2 alone, or act everywhere."
-        )
 
 
 def of_pattern(pattern: dict, key: str, default: float) -> float:

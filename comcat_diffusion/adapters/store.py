@@ -18,7 +18,7 @@ from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.fingerprint import difference, fingerprint, other_weights
 from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes, read_adapter
 from comcat_diffusion.adapters.layer import factor_shapes
-from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors, refuse_without_text
+from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors
 from comcat_diffusion.adapters.packing import unpack
 from comcat_diffusion.adapters.parts import components, denoiser
 from comcat_diffusion.adapters.tied import gathered, scattered, tied_shapes
@@ -229,7 +229,7 @@ def plain_config(config: ComcatConfig) -> dict:
 def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[int, int]]:
     """Names and shapes of the factors that a file of this configuration has for this model.
 
-    Raises ValueError if it cannot be on this model's attentions.
+    Raises ValueError for a tied one whose attentions read different text.
     """
     if config.target_modules is None:
         config.target_modules = default_targets(model)
@@ -239,7 +239,6 @@ def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[i
         matched = check_target_module_exists(config, key) if key else None
         if not matched or type(matched).__name__ == "_ExcludedModule" or seam.why_not(module) is not None:
             continue
-        refuse_without_text(config, key, module)
         pattern = config.rank_pattern
         rank = pattern.get(get_pattern_key(pattern.keys(), key), config.r) if pattern else config.r
         for name, (into, outof) in factor_shapes(module, rank, config.foldable, config.tied).items():

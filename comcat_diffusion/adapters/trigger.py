@@ -15,7 +15,8 @@ def listen(pipe: DiffusionPipeline) -> None:
     """Let adapters that wait for a trigger know what this pipeline's prompts say. Calling it twice does no harm.
 
     `load_adapter` calls it; do so after `add_adapter` with a trigger, and with another pipeline of the same parts. Of
-    SDXL's two prompts the first is looked at. Raises ValueError for what encodes no prompts.
+    SDXL's two prompts the first is looked at, and text encoders wait for nothing. Raises ValueError for what encodes no
+    prompts.
     """
     waiting = [layer for layer in adapted_layers(denoiser(pipe)).values() if any(layer.trigger.values())]
     if not waiting:
