@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from comcat_diffusion import bases
+from comcat_diffusion import bases, read_adapter
 from comcat_diffusion.training import checkpoint
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
@@ -79,10 +80,35 @@ def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(config, tmp_path, unb
     assert logged == list(range(1, STEPS + 1))
 
 
-def test_the_last_step_can_be_resumed_too(config, tmp_path, unbroken):
-    customize(config(tmp_path, checkpointing_steps=STEPS))
-    again = customize(config(tmp_path, resume_from_checkpoint="latest"))
+@pytest.fixture(scope="module")
+def kept(three, tmp_path_factory):
+    """The adapter of a run with a checkpoint every other step, and the checkpoints."""
+    output = tmp_path_factory.mktemp("kept")
+    settings = {"instance_data_dir": three, "output_dir": str(output), "checkpointing_steps": 2, **SETTINGS}
+    return customize(TrainConfig(**settings)).adapter, checkpoint.listed(output / "checkpoints")
+
+
+def test_the_last_step_can_be_resumed_too(config, tmp_path, unbroken, kept):
+    again = customize(config(tmp_path, resume_from_checkpoint=str(kept[1][-1])))
     assert again.adapter.read_bytes() == unbroken
+
+
+def test_a_checkpoint_holds_the_adapter_file_of_its_step(unbroken, kept):
+    adapter, folders = kept
+    assert adapter.read_bytes() == unbroken  # to write the files changes nothing of the run
+    files = [folder / adapter.name for folder in folders]
+    assert [read_adapter(file).notes.training["steps"] for file in files] == [2, 4, STEPS]
+    assert files[-1].read_bytes() == unbroken and files[1].read_bytes() != unbroken
+    tensors = [load_file(folders[-1] / f"{name}.safetensors") for name in ("learned", "ema")]
+    raw, mean = (sum(t.abs().sum().item() for name, t in found.items() if name != "steps") for found in tensors)
+    assert raw != pytest.approx(mean, rel=1e-3)  # else nothing would tell that the file holds the running mean
+    assert set(json.loads((folders[0] / checkpoint.RECORD).read_text())["files"]) >= {adapter.name}
+
+
+@pytest.mark.parametrize("name", ["learned", "ema"])
+def test_an_adapter_cannot_have_the_name_of_a_checkpoints_file(config, tmp_path, name):
+    with pytest.raises(ValueError, match=f"--name {name} is what a checkpoint calls a file of its own"):
+        customize(config(tmp_path, name=name))
 
 
 def test_only_the_newest_checkpoints_are_kept(config, tmp_path):

@@ -18,7 +18,9 @@ from comcat_diffusion.cli import main
 from comcat_diffusion.evaluation.config import EvaluateConfig
 from comcat_diffusion.evaluation.evaluate import evaluate
 from comcat_diffusion.evaluation.report import Report
-from comcat_diffusion.evaluation.world import see
+from comcat_diffusion.evaluation.world import Seen, see
+from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.customize import customize
 from tests import tiny_bases
 
 ROOT = Path(__file__).parents[1]
@@ -97,20 +99,20 @@ def test_it_leaves_these_files_and_no_others(report):
 
 def test_the_report_says_everything_with_its_interval(report, place):
     told = json.loads((report.folder / "report.json").read_text())
-    assert told["best"] == report.best.name
-    assert told["rule"] == "the highest mean subject fidelity + mean prompt fidelity - mean drift"
+    assert told["best"] is report.best is None  # an adapter of noise
+    assert "learned x (1 - drift)" in told["rule"]
     before, full, off = told["rows"]
     assert (before["name"], full["name"], off["name"]) == ("before", "teddy", "teddy x 0")
     names = {
-        "subject_fidelity", "subject_fidelity_clip", "copying", "prompt_fidelity", "drift", "drift_of_class",
-        "pixel_drift", "diversity", "background_right", "place_right", "size_right",
+        "learned", "obeyed", "subject_fidelity", "subject_fidelity_clip", "copying", "prompt_fidelity", "drift",
+        "drift_of_class", "pixel_drift", "diversity", "background_right", "place_right", "size_right",
     }  # fmt: skip
     assert set(full["measures"]) == names
     for found in full["measures"].values():
         assert found["low"] <= found["mean"] <= found["high"]
     assert full["bytes"] == (place / "teddy.safetensors").stat().st_size and full["trained"] == {"steps": 20}
     means = {name: found["mean"] for name, found in full["measures"].items()}
-    assert full["score"] == pytest.approx(means["subject_fidelity"] + means["prompt_fidelity"] - means["drift"])
+    assert full["score"] == pytest.approx(means["learned"] * (1 - means["drift"]))
     assert told["held_out_pictures"] == 2 and told["training_pictures"] == 4
     assert told["prompts"]["of_class"] == ["a photo of teddy"] and told["subject"] == "sks teddy"
     around = told["circumstances"]
@@ -127,7 +129,8 @@ def test_an_adapter_at_scale_zero_is_the_base_and_at_full_scale_is_not(report):
     before, full, off = report.rows
     for name, found in before.measures.items():
         assert off.measures[name].mean == pytest.approx(found.mean, abs=1e-5)
-    assert before.measures["drift"].mean == pytest.approx(0, abs=1e-5)
+    for name in ("drift", "learned"):
+        assert before.measures[name].mean == pytest.approx(0, abs=1e-5)
     for name in ("drift", "drift_of_class", "pixel_drift"):
         assert full.measures[name].mean > 0.005
     assert full.measures["subject_fidelity"].mean != pytest.approx(before.measures["subject_fidelity"].mean, abs=1e-3)
@@ -141,6 +144,8 @@ def test_prompts_that_leave_something_open_do_not_count_for_it(report):
     assert made["background"] == sum(one.background == "red" for one in seen) / 2
     above = [see(np.asarray(Image.open(path))) for path in sorted(folder.glob("sks-teddy-at*"))]
     assert made["place"] == (sum(one.place == "left" for one in seen) + sum(one.place == "top" for one in above)) / 4
+    whole = sum(one == Seen("red", "left", "big") for one in seen) + sum(one.place == "top" for one in above)
+    assert report.rows[0].measures["obeyed"].mean == whole / 4
 
 
 def test_what_is_there_is_not_drawn_again(report, config):
@@ -167,18 +172,20 @@ def test_a_cut_evaluation_goes_on_and_makes_the_same_report(report, config, tmp_
     assert count(halved) == 8  # four prompts, two seeds; the base's pictures are there
 
 
-def test_a_run_is_every_adapter_file_in_it(config, place, tmp_path):
-    (tmp_path / "run/checkpoints/checkpoint-5").mkdir(parents=True)
-    shutil.copy(place / "teddy.safetensors", tmp_path / "run/teddy.safetensors")
-    shutil.copy(place / "teddy.safetensors", tmp_path / "run/checkpoints/checkpoint-5/teddy.safetensors")
-    shutil.copy(bases.assets() / "tiny-sd/clip/model.safetensors", tmp_path / "run/checkpoints/learned.safetensors")
-    (tmp_path / "run/run.toml").write_text(f'instance_data_dir = "{TRAIN}"\n')
+def test_a_run_is_its_checkpoints_by_their_steps_and_then_its_own_files(config, tmp_path):
+    run = tmp_path / "run"
+    settings = {"max_train_steps": 10, "train_batch_size": 1, "checkpointing_steps": 5, "skip_final_inference": True}
+    subject = {"instance_data_dir": TRAIN, "instance_prompt": "a photo of sks teddy", "validation_data_dir": HELD_OUT}
+    customize(TrainConfig(output_dir=str(run), **settings, **subject))
+    shutil.copytree(run / "checkpoints/checkpoint-5", run / "checkpoints/.checkpoint-7.partial")
     said = []
     short = {"num_inference_steps": 1, "seeds": 1, "output_dir": str(tmp_path / "o")}
-    made = evaluate(config(adapter=[], run_dir=str(tmp_path / "run"), **short), said.append)
-    assert [row.name for row in made.rows] == ["before", "checkpoint-5/teddy", "run/teddy"] and "2 adapters" in said[0]
-    assert made.rows[1].measures == made.rows[2].measures and made.best.name == "checkpoint-5/teddy"
-    assert "diversity" not in made.rows[1].measures and made.train == 4
+    made = evaluate(config(adapter=[], run_dir=str(run), **short), said.append)
+    assert [row.name for row in made.rows] == [
+        "before", "checkpoint-5/sks-teddy", "checkpoint-10/sks-teddy", "run/sks-teddy", "sks-teddy-best",
+    ]  # fmt: skip
+    assert "4 adapters" in said[0] and made.train == 4 and "diversity" not in made.rows[1].measures
+    assert made.rows[1].measures != made.rows[2].measures == made.rows[3].measures
 
 
 def test_another_base_is_judged_by_a_dinov2_and_a_clip(tmp_path, randomize):
@@ -194,7 +201,8 @@ def test_another_base_is_judged_by_a_dinov2_and_a_clip(tmp_path, randomize):
     )
     report = evaluate(config)
     assert set(report.rows[1].measures) == {
-        "subject_fidelity", "subject_fidelity_clip", "prompt_fidelity", "drift", "drift_of_class", "pixel_drift",
+        "learned", "obeyed", "subject_fidelity", "subject_fidelity_clip", "prompt_fidelity", "drift", "drift_of_class",
+        "pixel_drift",
     }  # fmt: skip
     assert report.circumstances["base"] == "sd1" and report.circumstances["pictures compared by"] == "dino"
     assert "copying was not measured" in " ".join(report.notes) and "alone" not in " ".join(report.notes)

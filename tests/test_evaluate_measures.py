@@ -38,6 +38,10 @@ def test_every_measure_is_its_slow_formula():
     assert_close(metrics.subject_fidelity(made, others), table.mean(1), **exact)
     assert_close(metrics.copying(made, others), table.max(1).values, **exact)
     assert_close(metrics.prompt_fidelity(made, before), pairs, **exact)
+    own = torch.tensor([0, 1, 2, 0, 1])
+    slow = torch.stack([(row[place] == max(row)).double() for row, place in zip(table, own, strict=True)])
+    assert_close(metrics.closest(made, others, own), slow, **exact)
+    assert 0 < slow.sum() < 5
     assert_close(metrics.drift(made, before), 1 - pairs, **exact)
     assert_close(metrics.drift(made, made), torch.zeros(5, dtype=torch.float64), **exact)
     a, b = torch.rand(2, 4, 3, 8, 8).unbind()

@@ -12,7 +12,7 @@ NONE = "none"
 class SubjectSettings(Group):
     """What is asked for"""
 
-    run_dir: str | None = option(None, "Folder of a training run: every adapter file in it, side by side.")
+    run_dir: str | None = option(None, "Folder of a training run: its checkpoints and its adapter, side by side.")
     subject_dir: str | None = option(None, "Folder with pictures of the subject that nothing was trained on.")
     instance_data_dir: str | None = option(
         None, "Folder with the training pictures. Default: the one that run.toml beside an adapter names."

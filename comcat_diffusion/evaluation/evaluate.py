@@ -86,7 +86,7 @@ def evaluate(
 
 
 def _adapters(config: EvaluateConfig, note: Note) -> list[Chosen]:
-    """The adapters that are named, then those of a run by their steps. Raises ValueError if their bases differ."""
+    """The adapters that are named, then those of a run. Raises ValueError if their bases differ."""
     chosen = [choose(text, config.scale) for text in config.adapter]
     if config.run_dir is not None:
         found = list(_of_run(Path(config.run_dir).expanduser(), config.scale))
@@ -105,15 +105,24 @@ def _adapters(config: EvaluateConfig, note: Note) -> list[Chosen]:
 
 
 def _of_run(folder: Path, scale: float) -> list[Chosen]:
+    """The adapters of the checkpoints by their steps, then those that the run itself left."""
     if not folder.is_dir():
         raise FileNotFoundError(f"--run_dir: there is no folder {folder}.")
     found = []
     for path in sorted(folder.rglob("*.safetensors")):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):  # a checkpoint that was never finished
+            continue
         try:
             found.append(choose(str(path), scale))
         except AdapterFileError:  # weights of another kind: a checkpoint's, an exported LoRA's
             continue
-    return sorted(found, key=lambda one: (one.header.notes.training.get("steps", 0), one.path))
+
+    def place(one: Chosen) -> tuple:
+        own = one.path.parent == folder
+        steps = 0 if own else one.header.notes.training.get("steps", 0)
+        return own, steps, one.path.stem  # the stem, so that NAME is before NAME-best
+
+    return sorted(found, key=place)
 
 
 def _features(config: EvaluateConfig, embedded: bool, device: str) -> tuple[Features, Features]:

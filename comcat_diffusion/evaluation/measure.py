@@ -18,6 +18,10 @@ from comcat_diffusion.evaluation.world import alone, asked, details, see
 
 # What a report calls each measure and says of it.
 MEANINGS = {
+    "learned": "how much more like the held-out pictures a picture is than the base's of the same prompt and seed; 0 "
+    "where it does not obey",
+    "obeyed": "share of pictures that obey their prompt: on the embedded base background, place and size, where named, "
+    "are as asked; elsewhere no other prompt for the subject is closer by the CLIP",
     "subject_fidelity": "mean cosine of a picture's features to those of the held-out pictures",
     "subject_fidelity_clip": "the same with the features of the CLIP",
     "copying": "highest cosine to a training picture; near 1 is a copy",
@@ -30,7 +34,11 @@ MEANINGS = {
     "place_right": "share of pictures whose subject is where their prompt wants it",
     "size_right": "share of pictures whose subject has the size that their prompt asks for",
 }
-RULE = "the highest mean subject fidelity + mean prompt fidelity - mean drift"
+RULE = (
+    "the highest score = learned x (1 - drift), among those whose learned is above 0 with its whole interval; at equal "
+    "scores the lower drift"
+)
+DIGITS = 3  # shown, and compared: what differs by less is equal
 Values = dict[str, torch.Tensor]  # by measure: (P, S)
 
 
@@ -60,27 +68,38 @@ class Measures:
 
     def of(self, shown: Shown, before: Shown, seeds: int) -> Values:
         """Everything that can be said of a row; the base's own row has drifted by nothing."""
-        texts = self.texts.repeat_interleave(seeds, 0)  # N, F
+        own = torch.arange(len(self.texts)).repeat_interleave(seeds)  # N: the prompt of each picture
+        by_clip = self.clip.images(shown.calling)
         found = {
             **self._likeness(shown.calling),
-            "prompt_fidelity": metrics.prompt_fidelity(self.clip.images(shown.calling), texts),
+            "prompt_fidelity": metrics.prompt_fidelity(by_clip, self.texts[own]),
+            "obeyed": metrics.closest(by_clip, self.texts, own),
             **self._drift(shown, before),
         }
         found = {name: values.view(-1, seeds) for name, values in found.items()}
+        found |= self._read(shown.calling, seeds) if self.embedded else {}
+        fidelity_before = self._fidelity(before.calling).view(-1, seeds)
+        found["learned"] = metrics.learned(found["subject_fidelity"], fidelity_before, found["obeyed"])
         if seeds > 1:
             made = self.judge.images(shown.calling)
             found["diversity"] = metrics.diversity(made.view(-1, seeds, made.shape[-1]))[:, None]
-        return found | (self._obeyed(shown.calling, seeds) if self.embedded else {})
+        return found
+
+    def _features(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        """(N, F), by which a subject is known."""
+        return details(pictures) if self.embedded else self.judge.images(pictures)
+
+    def _fidelity(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        """(N,)."""
+        return metrics.subject_fidelity(self._features(pictures), self._features(self.subject.held_out))
 
     def _likeness(self, pictures: Sequence[Image.Image]) -> Values:
-        features = details if self.embedded else self.judge.images
-        made, held_out = features(pictures), features(self.subject.held_out)
-        found = {"subject_fidelity": metrics.subject_fidelity(made, held_out)}
+        found = {"subject_fidelity": self._fidelity(pictures)}
         if self.embedded or self.judge is not self.clip:
             by_clip = (self._by_clip(part) for part in (pictures, self.subject.held_out))
             found["subject_fidelity_clip"] = metrics.subject_fidelity(*by_clip)
         if self.subject.train:
-            found["copying"] = metrics.copying(made, features(self.subject.train))
+            found["copying"] = metrics.copying(self._features(pictures), self._features(self.subject.train))
         return found
 
     def _by_clip(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
@@ -95,25 +114,27 @@ class Measures:
         now, then = ([*row.unrelated, *row.of_class] for row in (shown, before))
         return found | {"pixel_drift": metrics.pixel_drift(_pixels(now), _pixels(then))}
 
-    def _obeyed(self, pictures: Sequence[Image.Image], seeds: int) -> Values:
-        """1 where a picture shows what its prompt asks for, 0 where not; prompts that leave it open do not count."""
+    def _read(self, pictures: Sequence[Image.Image], seeds: int) -> Values:
+        """1 where a picture shows what its prompt asks for, 0 where not.
+
+        A prompt that leaves a part open does not count for this part; one that leaves all open is obeyed.
+        """
         seen = [see(np.asarray(picture)) for picture in pictures]
-        found = {}
+        wanted = [asked(prompt) for prompt in self.prompts.calling]
+        found = {"obeyed": torch.ones(len(wanted), seeds)}
         for part in ("background", "place", "size"):
-            rows = []
-            for number, prompt in enumerate(self.prompts.calling):
-                wanted = getattr(asked(prompt), part)
-                if wanted is not None:
-                    own = seen[number * seeds : (number + 1) * seeds]
-                    rows.append([float(getattr(one, part) == wanted) for one in own])
+            shown = np.array([getattr(one, part) for one in seen]).reshape(-1, seeds)  # P, S
+            rows = [row for row, one in enumerate(wanted) if getattr(one, part) is not None]
             if rows:
-                found[f"{part}_right"] = torch.tensor(rows)
+                right = [shown[row] == getattr(wanted[row], part) for row in rows]
+                found[f"{part}_right"] = torch.from_numpy(np.stack(right)).float()
+                found["obeyed"][rows] *= found[f"{part}_right"]
         return found
 
 
 def score(means: dict[str, float]) -> float:
-    """What the best adapter has most of, see RULE."""
-    return means["subject_fidelity"] + means["prompt_fidelity"] - means["drift"]
+    """What the best adapter has most of, see RULE: what is learned, times what is kept of everything else."""
+    return means["learned"] * (1 - means["drift"])
 
 
 def _pixels(pictures: Sequence[Image.Image]) -> torch.Tensor:

@@ -34,6 +34,21 @@ def prompt_fidelity(made: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
     return (made * texts).sum(-1)
 
 
+def closest(made: torch.Tensor, texts: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """(N, F), (P, F), (N,) -> (N,): 1 where no other of the texts is closer to a picture than its own, 0 elsewhere."""
+    cosines = made @ texts.T  # N, P
+    return (cosines.gather(1, own[:, None])[:, 0] >= cosines.amax(-1)).to(made.dtype)
+
+
+def learned(fidelity: torch.Tensor, before: torch.Tensor, obeyed: torch.Tensor) -> torch.Tensor:
+    """(N,) each -> (N,): subject fidelity above that of the base's picture, where the prompt is obeyed.
+
+    An adapter that learned nothing has 0, and so has every picture that is not what was asked for: a training picture
+    come back has its own scene.
+    """
+    return (fidelity - before) * obeyed
+
+
 def drift(made: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """(N, F), (N, F) -> (N,): 1 - cosine to the base's picture of the same prompt and seed."""
     return 1 - (made * before).sum(-1)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from comcat_diffusion.evaluation.gallery import BEFORE
-from comcat_diffusion.evaluation.measure import MEANINGS, RULE, score
+from comcat_diffusion.evaluation.measure import DIGITS, MEANINGS, RULE, score
 from comcat_diffusion.evaluation.metrics import CONFIDENCE, Interval
 from comcat_diffusion.evaluation.prompts import Prompts
 from comcat_diffusion.markdown import table
@@ -26,8 +26,13 @@ class Judged:
 
     @property
     def score(self) -> float:
-        """What the rows are ordered by, see RULE."""
+        """What the best adapter has most of, see RULE."""
         return score({name: found.mean for name, found in self.measures.items()})
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether it has the subject from its training, and not from the chance of a few seeds."""
+        return round(self.measures["learned"].low, DIGITS) > 0
 
 
 @dataclass(frozen=True)
@@ -44,20 +49,26 @@ class Report:
     circumstances: Mapping[str, object]
 
     @property
-    def best(self) -> Judged:
-        """The adapter of the highest score; of equals the first."""
-        return max((row for row in self.rows if row.name != BEFORE), key=lambda row: row.score)
+    def best(self) -> Judged | None:
+        """The adapter of the highest score, of equals that of the lower drift, of these the first.
+
+        None if none has learned anything: with those in the choice, to change nothing could win.
+        """
+        able = (row for row in self.rows if row.name != BEFORE and row.has_learned)
+        return max(able, key=lambda row: (round(row.score, DIGITS), -row.measures["drift"].mean), default=None)
 
     @property
     def verdict(self) -> str:
         """The best adapter and why, a sentence."""
-        return f"Best: {self.best.name}, by {RULE}: {self.best.score:.3f}."
+        if self.best is None:
+            return "Best: none; no learned lies above 0 with its whole interval. Train longer, or draw more seeds."
+        return f"Best: {self.best.name} ({self.best.score:.{DIGITS}f}), by {RULE}."
 
     def to_json(self) -> str:
         """As text."""
         prompts = {name: value for name, value in asdict(self.prompts).items() if name != "subject"}
         content = {
-            "best": self.best.name,
+            "best": self.best and self.best.name,
             "rule": RULE,
             "rows": [asdict(row) | {"score": row.score} for row in self.rows],
             "subject": self.prompts.subject.phrase,
@@ -78,13 +89,13 @@ class Report:
         rows = []
         for row in self.rows:
             cells = [_cell(row.measures.get(name), intervals) for name in names]
-            rows.append((row.name, f"{row.bytes:,}" if row.bytes else "", f"{row.score:.3f}", *cells))
+            rows.append((row.name, f"{row.bytes:,}" if row.bytes else "", _number(row.score), *cells))
         return table([heads, *rows])
 
     def page(self, pictures: Mapping[str, str]) -> str:
         """The whole report as markdown; `pictures` are files by caption."""
         named = {"score", *(name for row in self.rows for name in row.measures)}
-        told = {"score": "subject fidelity + prompt fidelity - drift, of their means"} | MEANINGS
+        told = {"score": "learned x (1 - drift), of their means"} | MEANINGS
         facts = [
             self.verdict,
             f"In brackets: {CONFIDENCE:.0%} bootstrap intervals over prompts and, within them, seeds.",
@@ -111,8 +122,12 @@ class Report:
 def _cell(found: Interval | None, intervals: bool) -> str:
     if found is None:
         return ""
-    mean, low, high = (f"{round(value, 3) + 0.0:.3f}" for value in (found.mean, found.low, found.high))  # no -0.000
+    mean, low, high = map(_number, (found.mean, found.low, found.high))
     return f"{mean} [{low}, {high}]" if intervals else mean
+
+
+def _number(value: float) -> str:
+    return f"{round(value, DIGITS) + 0.0:.{DIGITS}f}"  # no -0.000
 
 
 def plot(report: Report, path: Path) -> None:

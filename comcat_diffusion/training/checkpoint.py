@@ -1,13 +1,15 @@
 """Checkpoints that a run can be trusted to: whole or not there, checked when read, and of the same settings.
 
 `checkpoints/checkpoint-N/` holds what Accelerate saves of optimizer, schedule and scaler, the learned tensors in full
-precision, and `checkpoint.json` with the step, the settings and the hash of every file.
+precision, the adapter file as the run would leave it then, and `checkpoint.json` with the step, the settings and the
+hash of every file.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,8 +42,11 @@ class Checkpoints:
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
-    def save(self, step: int) -> Path:
-        """Write a checkpoint beside its place, then move it there; drop those beyond the limit. Every process calls."""
+    def save(self, step: int, write_adapter: Callable[[Path, int], None]) -> Path:
+        """Write a checkpoint beside its place, then move it there; drop those beyond the limit. Every process calls.
+
+        `write_adapter` writes the adapter file of the step into a folder; the main process alone calls it.
+        """
         target, partial = self.folder / f"checkpoint-{step}", self.folder / f".checkpoint-{step}.partial"
         main = self.accelerator.is_main_process
         if main:
@@ -55,6 +60,7 @@ class Checkpoints:
             save_file(tensors, partial / "learned.safetensors")
             if self.ema.mean:
                 save_file({k: v.cpu().contiguous() for k, v in self.ema.tensors().items()}, partial / "ema.safetensors")
+            write_adapter(partial, step)
             record = {"step": step, "settings": self.settings, "files": _digests(partial)}
             (partial / RECORD).write_text(json.dumps(record, indent=1))
             _flush(partial)

@@ -141,7 +141,7 @@ def _run(config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accel
                 accelerator.log({"loss": step.loss, "lr": step.learning_rate}, step=done)
                 last = done == config.max_train_steps
                 if config.checkpointing_steps and done % config.checkpointing_steps == 0:
-                    checkpoints.save(done)
+                    checkpoints.save(done, judge.save_into)
                 if config.validation_steps and done % config.validation_steps == 0 and not last:
                     write(judge.look(done))
                 watcher.step(step, config.max_train_steps, peak_bytes(accelerator.device))
@@ -149,7 +149,7 @@ def _run(config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accel
                     raise KeyboardInterrupt
         except KeyboardInterrupt:  # between two steps: what was learned so far is kept, and the run can go on from it
             interrupted = True
-            checkpoints.save(done)
+            checkpoints.save(done, judge.save_into)
         except NotFinite as error:
             raise NotFinite(f"{error} {last_good(checkpoints.folder)}") from error
 

@@ -85,6 +85,11 @@ class Judge:
         thumbnail = data_uri(self.sample) if self.config.thumbnail and self.sample else ""
         output.save(self.config, self.pipe, self.learner, self.notes(step), path, thumbnail)
 
+    def save_into(self, folder: Path, step: int) -> None:
+        """Write the adapter file as of a step into a checkpoint's folder, under the name of the run's own."""
+        with self.ema.in_place():
+            self.save(folder / self.target.name, step)
+
     def _held_out(self, step: int) -> dict[str, float]:
         if not self.held_out:
             return {}

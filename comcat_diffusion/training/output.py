@@ -21,10 +21,14 @@ from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.words import Subject
 
 LOCK = ".lock"
+TAKEN = ("learned", "ema")  # names of a checkpoint's own tensors, beside which the adapter file stands too
 
 
 def target_of(config: TrainConfig, subjects: Sequence[Subject]) -> Path:
-    """Where the adapter will be. Raises ValueError if one is there and must not be replaced, OSError if none can be."""
+    """Where the adapter will be.
+
+    Raises ValueError if one is there and must not be replaced or the name is taken, OSError if none can be written.
+    """
     folder = Path(config.output_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,6 +38,8 @@ def target_of(config: TrainConfig, subjects: Sequence[Subject]) -> Path:
         raise OSError(error.errno, f"--output_dir {folder} cannot be written to ({error.strerror}).") from error
     name = config.name or "-".join(subject.phrase.replace(" ", "-") for subject in subjects)
     target = folder / f"{''.join(c for c in name if c.isalnum() or c in '-_.')}.safetensors"
+    if target.stem in TAKEN:
+        raise ValueError(f"--name {target.stem} is what a checkpoint calls a file of its own; choose another name.")
     if target.exists() and not (config.overwrite or config.resume_from_checkpoint):
         raise ValueError(
             f"{target} is there already: choose another --output_dir or --name, or replace it with --overwrite."
