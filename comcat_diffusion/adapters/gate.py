@@ -29,7 +29,8 @@ class Gate:
         self._ids_of: dict[tuple[str, int], torch.Tensor] = {}  # prompt and M -> its ids, (M,)
         self._states: torch.Tensor | None = None  # what the denoiser was last given, (B, M, C)
         self._ids: torch.Tensor | None = None  # which tokens that is, (B, M); None: nobody told
-        self._acts: dict[tuple[str, ...], torch.Tensor] = {}  # what `tokens` gave for these states
+        self._acts: dict[tuple[str, ...], torch.Tensor] = {}  # by trigger: on which of these tokens it lets act
+        self._triggers: set[tuple[str, ...]] = set()  # those that were asked for
 
     def tell(self, states: torch.Tensor, prompts: Sequence[str]) -> None:
         """These very text states, (B, M, C), of B prompts come next. For those who hold the states themselves."""
@@ -43,12 +44,16 @@ class Gate:
         while len(self._said) > _REMEMBERED:
             self._said.popitem(last=False)
 
+    @torch.compiler.disable
     def look(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """A hook before the denoiser: which tokens its text states are."""
         states = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
         if states is not self._states:  # a pipeline gives the same object at every step
             found = [self._said.get(key) for key in _keys(states)]
             self._take(states, None if any(ids is None for ids in found) else torch.stack(found))
+        if self._ids is not None:  # before the attentions ask, so that a compiled denoiser need not stop for it
+            for trigger in self._triggers - self._acts.keys():
+                self._find(trigger)
 
     def tokens(self, trigger: tuple[str, ...]) -> torch.Tensor:
         """(B, M, 1): one from the first word of `trigger` on. Raises ValueError if nobody told what the states say."""
@@ -58,9 +63,14 @@ class Gate:
                 "encoded: give the pipeline prompts, and call comcat_diffusion.listen on every other that shares them."
             )
         if trigger not in self._acts:
-            called = sum(_starts(self._ids, self._word(word)) for word in trigger)
-            self._acts[trigger] = (called.cumsum(1) > 0).unsqueeze(-1).to(self._states)
+            self._find(trigger)
         return self._acts[trigger]
+
+    @torch.compiler.disable
+    def _find(self, trigger: tuple[str, ...]) -> None:
+        called = sum(_starts(self._ids, self._word(word)) for word in trigger)
+        self._acts[trigger] = (called.cumsum(1) > 0).unsqueeze(-1).to(self._states)
+        self._triggers.add(trigger)
 
     def _take(self, states: torch.Tensor, ids: torch.Tensor | None) -> None:
         self._states, self._ids, self._acts = states, ids, {}
