@@ -184,7 +184,8 @@ def test_a_run_is_its_checkpoints_by_their_steps_and_then_its_own_files(config, 
     assert [row.name for row in made.rows] == [
         "before", "checkpoint-5/sks-teddy", "checkpoint-10/sks-teddy", "run/sks-teddy", "sks-teddy-best",
     ]  # fmt: skip
-    assert "4 adapters" in said[0] and made.train == 4 and "diversity" not in made.rows[1].measures
+    assert "4 adapters" in said[0] and "checkpoints/checkpoint-5/sks-teddy.safetensors, " in said[0]
+    assert made.train == 4 and "diversity" not in made.rows[1].measures
     assert made.rows[1].measures != made.rows[2].measures == made.rows[3].measures
 
 

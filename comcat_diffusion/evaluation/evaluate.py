@@ -89,10 +89,12 @@ def _adapters(config: EvaluateConfig, note: Note) -> list[Chosen]:
     """The adapters that are named, then those of a run. Raises ValueError if their bases differ."""
     chosen = [choose(text, config.scale) for text in config.adapter]
     if config.run_dir is not None:
-        found = list(_of_run(Path(config.run_dir).expanduser(), config.scale))
+        folder = Path(config.run_dir).expanduser()
+        found = _of_run(folder, config.scale)
         if not found:
             raise ValueError(f"--run_dir {config.run_dir} holds no adapter file.")
-        note(f"{len(found)} adapters in {config.run_dir}: {', '.join(one.path.name for one in found)}.")
+        names = ", ".join(str(one.path.relative_to(folder)) for one in found)
+        note(f"{len(found)} adapters in {config.run_dir}: {names}.")
         chosen += found
     for one in chosen[1:]:
         reason = difference(chosen[0].header.fingerprint, one.header.fingerprint)
