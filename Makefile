@@ -31,7 +31,7 @@ subject: .venv/installed
 	$(BIN)/python -m recipe.subject assets/subject
 
 benchmarks: .venv/installed
-	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.speed
 
 clean:
 	rm -rf .venv out runs build dist

@@ -1,10 +1,6 @@
-"""What a COMCAT adapter costs in time and memory, on the architecture of SD 1.5 with random weights.
+"""What an adapter costs on one attention, on a training step and on a step of generation: parts of benchmarks.speed.
 
-    python -m benchmarks.attention            # 512 px; about half an hour and 12 GB on two CPU cores, minutes on a GPU
-    python -m benchmarks.attention --quick    # 256 px, fewer rounds: under three minutes on two CPU cores
-    python -m benchmarks.attention --show F   # the tables of an earlier run
-
-Three parts: one attention layer of the largest resolution (512 px: 4096 tokens, 8 heads of 40, 320 channels), one whole
+One attention layer of the largest resolution (SD 1.5 at 512 px: 4096 tokens, 8 heads of 40, 320 channels), one whole
 training step of the U-Net (forward, backward, AdamW on the adapter), and one U-Net forward as in generation. Variants:
 
 - bare: the frozen model. Its training step runs the same forward and backward: the input of the earliest adapted
@@ -18,12 +14,9 @@ training step of the U-Net (forward, backward, AdamW on the adapter), and one U-
 Expect `comcat` near 1 in every table, and `two_branch` several times slower wherever there are many tokens.
 """
 
-import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,7 +27,6 @@ from benchmarks import variants
 LAYER = ("bare", "comcat", "comcat_foldable", "lora", "two_branch")
 STEP = ("bare", "comcat", "comcat_foldable", "lora", "two_branch")
 FORWARD = ("bare", "comcat", "comcat_merged", "comcat_foldable", "lora", "two_branch")
-PARTS = ("layer", "step", "memory", "generation")
 # Largest difference between comcat and two_branch, relative to the output: rounding, by the bits of the precision.
 AGREEMENT = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -46,12 +38,14 @@ class Settings:
     device: torch.device
     dtype: torch.dtype
     threads: int | None
+    base: variants.Base
     resolution: int  # pixels
     batch: int
     rank: int
     rounds: int
-    parts: tuple[str, ...]
+    least_seconds: float  # of a sample; a shorter case is repeated
     targets: tuple[str, ...]  # of the whole U-Net: keys of variants.ATTENTIONS
+    steps: int  # of the training runs with one and with two processes
 
     def __post_init__(self) -> None:
         if self.resolution % 64:
@@ -68,81 +62,14 @@ class Settings:
         return torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, write the JSON, print its tables."""
-    parser = command_line()
-    flags = parser.parse_args(arguments)
-    if flags.show:
-        print(tables(json.loads(flags.show.read_text())))
-        return
-    settings = settings_of(flags)
-    shared.use_threads(settings.threads)
-    name = "attention-quick" if flags.quick else "attention"
-    path = flags.output or shared.results_path(name, settings.device)
-    shared.write_json(path, measure(settings))
-    print(tables(json.loads(path.read_text())))
-    print(f"\nWritten to {path}")
-
-
-def command_line() -> argparse.ArgumentParser:
-    """The flags; a default that depends on --quick is None."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--dtype", choices=shared.DTYPES, default="float32", help="precision (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: as many as torch finds)")
-    parser.add_argument("--resolution", type=int, help="pixels, a multiple of 64 (default: 512, with --quick 256)")
-    parser.add_argument("--batch", type=int, default=1, help="images at once (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=2, help="COMCAT's rank per head (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, help="times each variant is timed (default: 7, with --quick 2)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
-    parser.add_argument(
-        "--targets", nargs="+", choices=variants.ATTENTIONS, help="adapted (default: both, with --quick self+cross)"
-    )
-    parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, not what it costs")
-    parser.add_argument("--output", type=Path, help="the JSON (default: benchmarks/results/attention-DEVICE.json)")
-    parser.add_argument("--show", type=Path, metavar="JSON", help="print the tables of an earlier run and stop")
-    return parser
-
-
-def settings_of(flags: argparse.Namespace) -> Settings:
-    """The flags as settings."""
-    return Settings(
-        device=torch.device(flags.device),
-        dtype=shared.DTYPES[flags.dtype],
-        threads=flags.threads,
-        resolution=flags.resolution or (256 if flags.quick else 512),
-        batch=flags.batch,
-        rank=flags.rank,
-        rounds=flags.rounds or (2 if flags.quick else 7),
-        parts=tuple(flags.parts),
-        targets=tuple(flags.targets or (("self+cross",) if flags.quick else variants.ATTENTIONS)),
-    )
-
-
-def measure(settings: Settings) -> dict[str, object]:
-    """Everything asked for, as the JSON holds it."""
-    report = {
-        "circumstances": shared.circumstances(settings.device, settings.dtype),
-        "settings": {name: getattr(settings, name) for name in ("resolution", "batch", "rank", "rounds")},
-        "rows": [],
-    }
-    # Memory first: its processes need the room that the variants of the other parts take in this one.
-    measures = {"memory": memory_rows, "layer": layer_rows, "step": step_rows, "generation": generation_rows}
-    for part, rows in measures.items():
-        if part in settings.parts:
-            report["rows"] += rows(settings)
-    return report
-
-
 def layer_rows(settings: Settings) -> list[dict]:
     """One attention of the largest resolution: forward as in generation, forward and backward as in training."""
     rows = []
     for title, cross in (("self-attention", False), ("cross-attention", True)):
-        base = variants.bare_attention(cross, settings.device, settings.dtype)
+        base = variants.bare_attention(cross, settings.device, settings.dtype, settings.base)
         models = {kind: variants.variant(kind, base, ("attn",), settings.rank) for kind in FORWARD}
-        hidden = settings.random(settings.batch, settings.latent**2, 320)
+        tokens = (settings.resolution // settings.base.pixels) ** 2
+        hidden = settings.random(settings.batch, tokens, settings.base.channels)
         context = context_of(settings) if cross else None
         require_agreement({kind: _attend(model, hidden, context) for kind, model in models.items()}, models)
         forwards = {kind: without_gradient(_attend(model, hidden, context)) for kind, model in models.items()}
@@ -161,7 +88,7 @@ def _attend(model: nn.Module, hidden: torch.Tensor, context: torch.Tensor | None
 def step_rows(settings: Settings) -> list[dict]:
     """One training step of the U-Net, with adapters on self- and cross-attention, and on cross-attention alone."""
     rows = []
-    base = variants.bare_unet(settings.device, settings.dtype)
+    base = variants.bare_unet(settings.device, settings.dtype, settings.base)
     for targets in settings.targets:
         suffixes = variants.ATTENTIONS[targets]
         models = {kind: variants.variant(kind, base, suffixes, settings.rank) for kind in STEP}
@@ -186,7 +113,7 @@ def peak_of_training(kind: str, targets: str, settings: Settings) -> tuple[float
     """MiB at the peak, and the adapter's parameters. Everything counts: weights, activations, libraries (on a CPU)."""
     shared.use_threads(settings.threads)
     suffixes = variants.ATTENTIONS[targets]
-    base = variants.bare_unet(settings.device, settings.dtype)
+    base = variants.bare_unet(settings.device, settings.dtype, settings.base)
     model = variants.variant(kind, base, suffixes, settings.rank)
     training_step(model, suffixes, settings)()
     shared.synchronize(settings.device)
@@ -196,7 +123,7 @@ def peak_of_training(kind: str, targets: str, settings: Settings) -> tuple[float
 def generation_rows(settings: Settings) -> list[dict]:
     """One U-Net forward as generation makes it, without and with an adapter in its live and merged forms."""
     rows = []
-    base = variants.bare_unet(settings.device, settings.dtype)
+    base = variants.bare_unet(settings.device, settings.dtype, settings.base)
     for targets in settings.targets:
         suffixes = variants.ATTENTIONS[targets]
         models = {kind: variants.variant(kind, base, suffixes, settings.rank) for kind in FORWARD}
@@ -207,7 +134,7 @@ def generation_rows(settings: Settings) -> list[dict]:
 
 def timed_rows(part: str, cases: dict[str, Callable], models: dict[str, nn.Module], settings: Settings) -> list[dict]:
     """Time the cases against the first one, a row each."""
-    timings = shared.interleaved(cases, settings.rounds, settings.device)
+    timings = shared.interleaved(cases, settings.rounds, settings.device, settings.least_seconds)
     return [
         {"part": part, "variant": kind, "parameters": count(models[kind])} | timing.row()
         for kind, timing in timings.items()
@@ -220,15 +147,25 @@ def count(model: nn.Module) -> int:
 
 
 def context_of(settings: Settings) -> torch.Tensor:
-    """Stands for the text features of SD 1.5, (B, 77, 768)."""
-    return settings.random(settings.batch, variants.CONTEXT_TOKENS, variants.CONTEXT_CHANNELS)
+    """Stands for the text features, (B, 77, C)."""
+    return settings.random(settings.batch, variants.CONTEXT_TOKENS, settings.base.unet["cross_attention_dim"])
 
 
 def denoise(unet: nn.Module, settings: Settings) -> Callable[[], torch.Tensor]:
     """The U-Net's forward on fixed latents, (B, 4, side, side), timestep and text features."""
     latents, context = settings.random(settings.batch, 4, settings.latent, settings.latent), context_of(settings)
     timesteps = torch.full((settings.batch,), 500, device=settings.device)
-    return lambda: unet(latents, timesteps, encoder_hidden_states=context).sample
+    added = added_of(settings)
+    return lambda: unet(latents, timesteps, encoder_hidden_states=context, added_cond_kwargs=added).sample
+
+
+def added_of(settings: Settings) -> dict[str, torch.Tensor] | None:
+    """What SDXL is told besides: the pooled text, (B, C), and six numbers of size and crop, (B, 6)."""
+    unet = settings.base.unet
+    if "addition_embed_type" not in unet:
+        return None
+    pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    return {"text_embeds": settings.random(settings.batch, pooled), "time_ids": settings.random(settings.batch, 6)}
 
 
 def without_gradient(forward: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -300,8 +237,10 @@ def require_agreement(forwards: dict[str, Callable], models: dict[str, nn.Module
 
 def tables(report: dict) -> str:
     """The report as markdown, a table for every part."""
-    settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
-    lines = [shared.circumstances_text(report["circumstances"]), f"SD 1.5 architecture, random weights; {settings}."]
+    about = {"base": "SD 1.5"} | report["settings"]  # results older than other bases do not name it
+    settings = ", ".join(f"{name} {value}" for name, value in about.items() if name != "base")
+    lines = [shared.circumstances_text(report["circumstances"])]
+    lines.append(f"{about['base']} architecture, random weights; {settings}.")
     for part in dict.fromkeys(row["part"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["part"] == part]
         lines.append(f"**{part}**\n\n" + (timing_table(rows) if "seconds" in rows[0] else memory_table(rows)))
@@ -331,7 +270,3 @@ def memory_table(rows: list[dict]) -> str:
         for r in rows
     ]
     return shared.markdown_table(("variant", "parameters", "peak MiB", "x bare"), cells)
-
-
-if __name__ == "__main__":
-    main()

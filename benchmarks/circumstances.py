@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -113,9 +114,16 @@ def _status_mib(name: str) -> float:
 
 
 def in_fresh_process(function: Callable, *arguments: object) -> object:
-    """The result of a module-level function, run in a new interpreter that ends afterwards."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+    """The result of a module-level function, run in a process of its own that has computed nothing before."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=_fresh([function.__module__])) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def _fresh(modules: Iterable[str]) -> BaseContext:
+    """How new processes start: from a server that has imported these once and computed nothing, where there is one."""
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    context.set_forkserver_preload(list(modules))
+    return context
 
 
 def taking_turns(jobs: dict[str, tuple], modules: Iterable[str]) -> dict[str, object]:
@@ -126,9 +134,7 @@ def taking_turns(jobs: dict[str, tuple], modules: Iterable[str]) -> dict[str, ob
     elsewhere, heat) is then slow for all, and each process has its own peak of memory. `modules` are those that take
     long to import. Raises RuntimeError if a job fails.
     """
-    # A server that has imported these once and computed nothing forks quicker than Python starts anew.
-    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-    context.set_forkserver_preload(list(modules))
+    context = _fresh(modules)
     pipes, processes, results = {}, {}, {}
     try:
         for name, (function, *arguments) in jobs.items():

@@ -20,7 +20,7 @@ MAKERS = {
     "calibrated": "calibrated:table",
     "compression": "compression_report:tables",
     "customization": "customization_report:table",
-    "speed": "speed:tables",
+    "speed": "usage:tables",
     "training": "training:tables",
 }
 _BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)

@@ -1,11 +1,11 @@
-"""What a training run costs, from a folder of pictures to an adapter file, in time, memory and bytes.
+"""What a training run costs, from a folder of pictures to an adapter file, in time and memory.
 
     python -m benchmarks.training            # SD 1.5 at 512 px; estimated: ten minutes on two idle CPU cores, 16 GB of
                                              # memory, 4 GB of disk in the temporary folder (TMPDIR)
     python -m benchmarks.training --quick    # a tiny architecture at 64 px: under a minute
     python -m benchmarks.training --show F   # the tables of an earlier run
 
-Three parts:
+Two parts:
 
 - recipe: our `customize()` against diffusers' DreamBooth-LoRA recipe as it works, written here from its description:
   every step opens a picture, encodes it with the VAE and the prompt with the text encoder, and trains a LoRA of rank 4
@@ -15,7 +15,6 @@ Three parts:
   ours also proves its file on a base loaded again (the recipe's script loads one again too; that is not counted here).
 - pictures: start-up and step time of ours against the number of pictures, on the embedded base at 64 px, at the first
   start and at the second, which finds latents in --cache_dir. Every start is a process of its own.
-- bytes: size of an adapter on SD 1.5, SD 2.1 and SDXL.
 
 The goals: at most 0.65 of the recipe's time at equal steps and 0.6 of its peak memory, a step time that does not grow
 with the pictures, and a second start in at most 0.2 of the first.
@@ -57,8 +56,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from benchmarks import circumstances as shared
 from benchmarks import variants
 from comcat_diffusion import bases
-from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.store import expected_shapes
 from comcat_diffusion.training import customize as story
 from comcat_diffusion.training import learned, output
 from comcat_diffusion.training.batching import Batching
@@ -66,7 +63,7 @@ from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import Loop, Step
 
-PARTS = ("recipe", "pictures", "bytes")
+PARTS = ("recipe", "pictures")
 LEAST_FOR_RATIO = 0.05  # seconds; what is shorter gets no ratio in a table
 PROMPT = "a photo of sks dog"
 PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}  # as Accelerate calls them
@@ -79,30 +76,6 @@ PHASES = (LOOK, LOAD, ENCODE, ATTACH, SAVE, PROVE)
 STEP_PARTS = BATCH, VAE, TEXT, FORWARD, BACKWARD = "make the batch", "VAE", "text encoder", "U-Net forward", "backward"
 # Slow to import, so imported once for all processes; what a run loads of the libraries only when it needs it is left.
 MODULES = ("comcat_diffusion.training.customize", "benchmarks.variants", "diffusers.pipelines.stable_diffusion")
-RANKS = (1, 2, 4, 8)
-ADAPTER_BYTES = 2  # a parameter in the file's default precision, float16
-UNETS = {
-    "SD 1.5": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "SD 2.1": {
-        "sample_size": 96,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-    },
-    "SDXL": {
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
 TINY_UNET = {
     "sample_size": 8,
     "block_out_channels": (16, 32, 32, 32),
@@ -155,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         },
         "rows": [],
     }
-    measures = {"recipe": recipe_rows, "pictures": picture_rows, "bytes": byte_rows}
+    measures = {"recipe": recipe_rows, "pictures": picture_rows}
     for part in settings.parts:
         report["rows"] += measures[part](settings)
         shared.write_json(path, report)  # a later part that fails takes nothing away
@@ -646,30 +619,6 @@ def pictures_seconds(told: dict) -> float:
     return told["phases"][LOOK] + told["phases"][ENCODE]
 
 
-def byte_rows(settings: Settings) -> list[dict]:
-    """Sizes of adapters; nothing is computed, so the U-Nets have no weights."""
-    rows = []
-    for architecture, shape in UNETS.items():
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(**shape)
-        for targets, suffixes in variants.ATTENTIONS.items():
-            for foldable in (False, True):
-                for rank in RANKS:
-                    config = ComcatConfig(r=rank, foldable=foldable, target_modules=list(suffixes))
-                    row = {"part": "bytes", "architecture": architecture, "targets": targets}
-                    row |= {"kind": "foldable" if foldable else "free", "rank": rank}
-                    rows.append(row | adapter_size(unet, config))
-    return rows
-
-
-def adapter_size(unet: UNet2DConditionModel, config: ComcatConfig) -> dict[str, int]:
-    """Attentions, parameters and the bytes of their factors; the header of the file comes on top."""
-    shapes = expected_shapes(unet, config)
-    parameters = sum(high * wide for high, wide in shapes.values())
-    attentions = len({name.rpartition(".")[0] for name in shapes})
-    return {"attentions": attentions, "parameters": parameters, "bytes": parameters * ADAPTER_BYTES}
-
-
 # Tables
 
 
@@ -677,7 +626,7 @@ def tables(report: dict) -> str:
     """The report as markdown, a table for every part and for what it says of steps and memory."""
     settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
     lines = [shared.circumstances_text(report["circumstances"]), f"Recipe part: random weights; {settings}."]
-    makers = {"recipe": recipe_tables, "pictures": picture_table, "bytes": byte_table}
+    makers = {"recipe": recipe_tables, "pictures": picture_table}
     for part, make in makers.items():
         rows = [row for row in report["rows"] if row["part"] == part]
         lines += [make(rows)] if rows else []
@@ -754,18 +703,6 @@ def picture_table(rows: list[dict]) -> str:
         for row in rows
     ]
     title = "**pictures: ours on the embedded base, 64 px; the second start finds its latents in the cache**"
-    return f"{title}\n\n{shared.markdown_table(columns, cells)}"
-
-
-def byte_table(rows: list[dict]) -> str:
-    """Parameters and kB of the float16 factors, a column a rank."""
-    lines: dict[tuple, list[str]] = {}
-    for row in rows:
-        key = (f"{row['architecture']}, {row['attentions']} attentions ({row['targets']})", row["kind"])
-        lines.setdefault(key, []).append(f"{row['parameters']:,} / {row['bytes'] / 1000:,.0f} kB")
-    columns = ("base", "kind", *(f"rank {rank}" for rank in RANKS))
-    cells = [(*key, *sizes) for key, sizes in lines.items()]
-    title = "**bytes: parameters / float16 factors in the file**"
     return f"{title}\n\n{shared.markdown_table(columns, cells)}"
 
 

@@ -1,9 +1,10 @@
-"""What is compared: SD 1.5's U-Net, or one attention of it, with random weights, bare or with one kind of adapter.
+"""What is compared: a base's U-Net, or one attention of it, with random weights, bare or with one kind of adapter.
 
 Letters: B batch, N tokens, M context tokens, H heads, D head width, R rank, C channels.
 """
 
 import copy
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -14,23 +15,89 @@ from torch import nn
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import adapted_layers
 
-CONTEXT_TOKENS, CONTEXT_CHANNELS = 77, 768
+CONTEXT_TOKENS = 77
 NAME = "bench"  # of every adapter here
 ATTENTIONS = {"self+cross": ("attn1", "attn2"), "cross": ("attn2",)}
 FACTORS = ("q_down", "k_down", "v_down", "out_up")
 
 
-def bare_unet(device: torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """SD 1.5's U-Net, frozen: diffusers' default but for the width of the text features."""
+@dataclass(frozen=True)
+class Base:
+    """An architecture of Stable Diffusion, and the attentions of its largest resolution."""
+
+    name: str
+    unet: dict[str, object]  # what diffusers' U-Net is made from
+    channels: int
+    heads: int
+    pixels: int  # of the picture, along the side of a token
+
+    def small(self) -> "Base":
+        """The same blocks, twenty times narrower: for tests of the benchmark, not of speed."""
+        narrow = {"block_out_channels": tuple(width // 20 for width in self.unet["block_out_channels"])}
+        narrow |= {"norm_num_groups": 8, "cross_attention_dim": 32, "attention_head_dim": 2}
+        return replace(self, unet=self.unet | narrow, channels=self.channels // 20, heads=2)
+
+
+BASES = {
+    "sd15": Base(
+        "SD 1.5",
+        {
+            "sample_size": 64,
+            "block_out_channels": (320, 640, 1280, 1280),
+            "cross_attention_dim": 768,
+            "attention_head_dim": 8,
+        },
+        channels=320,
+        heads=8,
+        pixels=8,
+    ),
+    "sd21": Base(
+        "SD 2.1",
+        {
+            "sample_size": 96,
+            "block_out_channels": (320, 640, 1280, 1280),
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+        },
+        channels=320,
+        heads=5,
+        pixels=8,
+    ),
+    "sdxl": Base(
+        "SDXL",
+        {
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "cross_attention_dim": 2048,
+            "attention_head_dim": (5, 10, 20),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        channels=640,
+        heads=10,
+        pixels=16,
+    ),
+}
+
+
+def bare_unet(device: torch.device, dtype: torch.dtype, base: Base = BASES["sd15"], seed: int = 0) -> nn.Module:
+    """A base's U-Net, frozen."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=CONTEXT_CHANNELS, attention_head_dim=8)
+        unet = UNet2DConditionModel(**base.unet)
     return _filled(unet, device, dtype, seed)
 
 
-def bare_attention(cross: bool, device: torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
-    """The attention of SD 1.5's largest resolution, 8 heads of 40 on 320 channels, frozen, as the child `attn`."""
+def bare_attention(cross: bool, device: torch.device, dtype: torch.dtype, base: Base, seed: int = 0) -> nn.Module:
+    """One attention of a base's largest resolution, frozen, as the child `attn`."""
+    context = base.unet["cross_attention_dim"] if cross else None
     with torch.device("meta"):
-        attention = Attention(320, cross_attention_dim=CONTEXT_CHANNELS if cross else None, heads=8, dim_head=40)
+        attention = Attention(base.channels, context, heads=base.heads, dim_head=base.channels // base.heads)
     return _filled(nn.ModuleDict({"attn": attention}), device, dtype, seed)
 
 
@@ -88,9 +155,12 @@ def variant(kind: str, base: nn.Module, suffixes: tuple[str, ...], rank: int) ->
 def add_adapter(model: nn.Module, kind: str, names: list[str], rank: int, adapter_name: str = NAME) -> None:
     """Inject one adapter of a kind of `variant` on the attentions named."""
     if kind == "lora":
-        lora_rank = rank * model.get_submodule(names[0]).heads // 2
-        targets = [f"{name}.{projection}" for name in names for projection in ("to_q", "to_k", "to_v", "to_out.0")]
-        config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules=targets)
+        ranks = {
+            f"{name}.{projection}": rank * model.get_submodule(name).heads // 2
+            for name in names
+            for projection in ("to_q", "to_k", "to_v", "to_out.0")
+        }
+        config = LoraConfig(rank_pattern=ranks, target_modules=list(ranks))
     else:
         config = ComcatConfig(r=rank, target_modules=names, foldable=kind == "comcat_foldable")
     inject_adapter_in_model(config, model, adapter_name=adapter_name)

@@ -3,28 +3,71 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full, its owner's share of it, or the longest file is
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write beside the target, force to disk, then rename. Raises OSError with how much room was needed."""
+    """Write beside the target, force to disk, then rename. Raises OSError; without room, that of `writing`."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with writing(path, len(content), partial):
         with partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                error.errno, f"The disk is full: {path} needs {len(content):,} bytes; nothing was lost."
-            ) from error
-        raise
+
+
+@contextlib.contextmanager
+def writing(target: Path, needed: int, partial: Path | None = None) -> Iterator[None]:
+    """Write in this block what becomes `target`, of at least `needed` bytes; after an error `partial` is removed.
+
+    If there is no room, which every library says in its own way, raises OSError with one sentence of what could not be
+    written, how many bytes it needs and how many are free, and what became of the target.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if partial is not None:  # first, so that its bytes count as free
+            _remove(partial)
+        number = _no_room(error)
+        if number is None:
+            raise
+        kept = "what was there before is intact" if target.exists() else "nothing was left behind"
+        free = shutil.disk_usage(target.absolute().parent).free
+        raise OSError(
+            number,
+            f"{target} could not be written ({os.strerror(number)}): it needs at least {needed:,} bytes, "
+            f"{free:,} are free; {kept}.",
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _no_room(error: BaseException) -> int | None:
+    """The system's number of an error that says that a file could not grow, whichever library says it."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in NO_ROOM else None
+    told = re.search(r"I/O error: .*\(os error (\d+)\)", str(error))  # safetensors
+    if told:
+        return int(told[1])
+    return errno.ENOSPC if "inline_container.cc" in str(error) else None  # torch.save does not tell why it failed
+
+
+def bytes_of(models: Iterable[object]) -> int:
+    """Bytes of the weights of those that have any."""
+    states = [model.state_dict() for model in models if hasattr(model, "state_dict")]
+    return sum(tensor.nbytes for state in states for tensor in state.values())
 
 
 def refuse_used(target: Path) -> None:

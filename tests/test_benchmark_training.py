@@ -8,21 +8,17 @@ from multiprocessing import Pipe
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
 
 from benchmarks import circumstances, training
-from comcat_diffusion import ComcatConfig, save_adapter
-from comcat_diffusion.adapters.model import factors
 
 CPU, STEPS = torch.device("cpu"), 3
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """What a quick run of two parts writes."""
+    """What a quick run of one part writes."""
     path = tmp_path_factory.mktemp("benchmark") / "training.json"
-    training.main(["--quick", "--parts", "recipe", "bytes", "--steps", str(STEPS), "--output", str(path)])
+    training.main(["--quick", "--parts", "recipe", "--steps", str(STEPS), "--output", str(path)])
     return json.loads(path.read_text())
 
 
@@ -44,7 +40,7 @@ def test_the_json_says_what_was_measured_and_where(report):
         "targets": "cross",
     }
     assert {"commit", "dtype", "threads", "versions"} <= set(report["circumstances"])
-    assert {row["part"] for row in report["rows"]} == {"recipe", "bytes"}
+    assert {row["part"] for row in report["rows"]} == {"recipe"}
 
 
 def test_both_really_train_on_the_same_amount_of_work(pair):
@@ -107,35 +103,7 @@ def test_the_tables_tell_measured_from_extrapolated(report, tmp_path, capsys):
     training.main(["--show", str(tmp_path / "earlier.json")])
     text = capsys.readouterr().out
     assert f"**measured: run of {STEPS} steps**" in text and "**extrapolated: run of 400 steps**" in text
-    assert all(name in text for name in (*training.PHASES, *training.STEP_PARTS, "SDXL, 70 attentions (cross)"))
-
-
-def test_sizes_are_those_of_a_real_adapter(report, tiny_unet, tmp_path):
-    for foldable in (False, True):
-        config = ComcatConfig(r=2, foldable=foldable, target_modules=["attn1", "attn2"])
-        expected = training.adapter_size(tiny_unet(), copy.deepcopy(config))
-        unet = tiny_unet(torch.float32)
-        unet.add_adapter(config, "size")
-        assert expected["parameters"] == sum(factor.numel() for factor in factors(unet, "size").values()) > 0
-        save_adapter(unet, tmp_path / "size.safetensors", "size", dtype=torch.float16)
-        tensors = load_file(tmp_path / "size.safetensors")
-        assert expected["bytes"] == sum(tensor.nbytes for tensor in tensors.values())
-    rows = [row for row in report["rows"] if row["part"] == "bytes"]
-    assert len(rows) == 3 * 2 * 2 * len(training.RANKS)
-    size = {tuple(row[k] for k in ("architecture", "targets", "kind", "rank")): row["parameters"] for row in rows}
-    for (architecture, targets, kind, rank), count in size.items():
-        assert count == rank * size[architecture, targets, kind, 1]  # linear in the rank
-        assert size[architecture, "cross", kind, rank] <= count
-        assert size[architecture, targets, "foldable", rank] <= count
-
-
-def test_the_architectures_are_those_of_the_published_bases():
-    millions = {}
-    for name, shape in training.UNETS.items():
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(**shape)
-        millions[name] = round(sum(parameter.numel() for parameter in unet.parameters()) / 1e6)
-    assert millions == {"SD 1.5": 860, "SD 2.1": 866, "SDXL": 2567}
+    assert all(name in text for name in (*training.PHASES, *training.STEP_PARTS))
 
 
 def test_a_clock_counts_outer_blocks_once_and_no_waiting():

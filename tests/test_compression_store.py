@@ -61,13 +61,6 @@ def test_the_same_model_gives_the_same_bytes_and_no_path_of_this_machine(saved, 
     assert str(tmp_path) not in (saved / PLAN).read_text() and plan.model_id == "some/vit"
 
 
-def test_a_loaded_model_exports(saved):
-    low, _ = load_compressed(saved)
-    inputs = pictures()
-    program = torch.export.export(low, (inputs,))
-    torch.testing.assert_close(program.module()(inputs).logits, low(inputs).logits, rtol=0, atol=1e-12)
-
-
 def test_a_folder_with_a_result_is_not_overwritten(saved):
     low, plan = load_compressed(saved)
     before = (saved / PLAN).read_bytes()

@@ -42,6 +42,7 @@ class Diffusion:
         if not hasattr(self.pipe, "unet"):
             raise ValueError(f"{config.model} is a {type(self.pipe).__name__}, which has no U-Net.")
         self.model: nn.Module = self.pipe.unet
+        self.others = {name: part for name, part in self.pipe.components.items() if part not in (None, self.model)}
         self.prompts = config.calibration_prompt or default_prompts(config.model)
         guidance = bases.default_guidance(config.model)  # what the base is drawn with later
         self.sampling = Sampling(config.num_inference_steps, guidance, batch_size=config.at_once)
@@ -88,9 +89,8 @@ class Diffusion:
         save_png(self.sheet, folder / "sheet.png", {"prompt": " | ".join(self.prompts[:SHOWN]), **about})
         self.pipe.save_config(folder)
         self.model.save_config(folder / "unet")  # what the dense one is; its weights are not there to be mistaken
-        for name, part in self.pipe.components.items():
-            if part is not None and part is not self.model:
-                part.save_pretrained(folder / name)
+        for name, part in self.others.items():
+            part.save_pretrained(folder / name)
         for path in (folder / "model_index.json", *folder.glob("*/config.json")):
             bases.forget_folder(path)
 

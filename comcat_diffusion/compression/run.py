@@ -44,6 +44,7 @@ class Task(Protocol):
     """A model with the data that it is calibrated on, learns from and is judged by: Vision or Diffusion."""
 
     model: nn.Module
+    others: dict[str, object]  # what `leave` writes beside it, by folder
     sample: str
     counted: str
     parts: tuple[str, ...] | None
@@ -195,8 +196,16 @@ def finetuned(small: nn.Module, task: Task, config: CompressConfig, note: Note) 
 def _write(config: CompressConfig, task: Task, small: nn.Module, units: list[cost.Unit], report: Report) -> None:
     """The model first, then what is said of it."""
     folder, plan = report.folder, report.plan
-    save_compressed(small, plan, folder)
-    task.leave(folder)
+    needed = atomic.bytes_of([small, *task.others.values()])
+    with atomic.writing(Path(config.output_dir).expanduser(), needed, folder):
+        save_compressed(small, plan, folder)
+        task.leave(folder)
+        _tell(config, task, units, report)
+
+
+def _tell(config: CompressConfig, task: Task, units: list[cost.Unit], report: Report) -> None:
+    """What is said of the model, for people and for programs."""
+    folder, plan = report.folder, report.plan
     whose = "the" if task.counted == "model" else "the attentions'"
     title = f"{plan.model_id}: {report.removed:.1%} of {whose} parameters removed, method {plan.method}"
     about = {"model": plan.model_id, "reduction": plan.reduction, "method": plan.method}

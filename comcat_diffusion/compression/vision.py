@@ -28,6 +28,7 @@ class Vision:
         self.config = config
         loaded = load_classifier(config.model, config.revision)
         self.model, self.processor = loaded.model.to(bases.fastest_device()), loaded.processor
+        self.others: dict[str, object] = {}
         self.train_shots = self._labelled("train_dir")
         self.eval_shots = self._labelled("eval_dir")
         seen = self.train_shots if config.calibration_dir is None else find(config.calibration_dir, "calibration_dir")

@@ -1,11 +1,9 @@
 """Adapters written into the weights of their base, saved as an ordinary diffusers folder."""
 
-import errno
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 
 from comcat_diffusion import atomic, bases
 from comcat_diffusion.adapters import seam
@@ -71,10 +69,8 @@ def _folded(pipe: DiffusionPipeline, adapters: Sequence[tuple[str | Path, float]
 
 
 def _save_whole(pipe: DiffusionPipeline, output: Path) -> None:
-    try:
-        with atomic.whole_folder(output) as partial:
-            pipe.save_pretrained(partial)
-            for config in (partial / "model_index.json", *partial.glob("*/config.json")):
-                bases.forget_folder(config)
-    except SafetensorError as error:  # how the library reports a full disk
-        raise OSError(errno.EIO, f"{output} could not be written ({error}); nothing was left behind.") from error
+    needed = atomic.bytes_of(pipe.components.values())
+    with atomic.whole_folder(output) as partial, atomic.writing(output, needed, partial):
+        pipe.save_pretrained(partial)
+        for config in (partial / "model_index.json", *partial.glob("*/config.json")):
+            bases.forget_folder(config)

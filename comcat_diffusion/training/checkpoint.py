@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from comcat_diffusion import atomic
 from comcat_diffusion.training.config import BESIDE, STEADY_SCHEDULES, TrainConfig
 from comcat_diffusion.training.learned import Ema
 
@@ -45,7 +46,8 @@ class Checkpoints:
     def save(self, step: int, write_adapter: Callable[[Path, int], None]) -> Path:
         """Write a checkpoint beside its place, then move it there; drop those beyond the limit. Every process calls.
 
-        `write_adapter` writes the adapter file of the step into a folder; the main process alone calls it.
+        `write_adapter` writes the adapter file of the step into a folder; the main process alone calls it. Raises
+        OSError, naming the last good checkpoint, if there is no room for another one.
         """
         target, partial = self.folder / f"checkpoint-{step}", self.folder / f".checkpoint-{step}.partial"
         main = self.accelerator.is_main_process
@@ -53,22 +55,35 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
+        try:
+            with atomic.writing(target, self._bytes(), partial):
+                self._fill(partial, step, write_adapter)
+                if main:
+                    shutil.rmtree(target, ignore_errors=True)
+                    os.replace(partial, target)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} {last_good(self.folder)}") from error
         if main:
-            tensors = {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}
-            save_file(tensors, partial / "learned.safetensors")
-            if self.ema.mean:
-                save_file({k: v.cpu().contiguous() for k, v in self.ema.tensors().items()}, partial / "ema.safetensors")
-            write_adapter(partial, step)
-            record = {"step": step, "settings": self.settings, "files": _digests(partial)}
-            (partial / RECORD).write_text(json.dumps(record, indent=1))
-            _flush(partial)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(partial, target)
             self._prune()
         self.accelerator.wait_for_everyone()
         return target
+
+    def _fill(self, folder: Path, step: int, write_adapter: Callable[[Path, int], None]) -> None:
+        self.accelerator.save_state(str(folder))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            tensors = {name: p.detach().cpu().contiguous() for name, p in self.parameters.items()}
+            save_file(tensors, folder / "learned.safetensors")
+            if self.ema.mean:
+                save_file({k: v.cpu().contiguous() for k, v in self.ema.tensors().items()}, folder / "ema.safetensors")
+            write_adapter(folder, step)
+            record = {"step": step, "settings": self.settings, "files": _digests(folder)}
+            (folder / RECORD).write_text(json.dumps(record, indent=1))
+            _flush(folder)
+
+    def _bytes(self) -> int:
+        """Of what is learned, of AdamW's two moments of it, and of its running mean."""
+        return (4 if self.ema.mean else 3) * sum(p.nbytes for p in self.parameters.values())
 
     def resume(self, asked: str) -> int:
         """Put everything back as it was at a checkpoint (a folder, or "latest"); returns its step.

@@ -126,7 +126,8 @@ def _run(config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accel
     output.refuse_small_budget(config, pipe, learner, judge.notes(config.max_train_steps))
     metrics = target.parent / "metrics.jsonl"
     judge.remember(_lines(metrics, done))
-    with _metrics(metrics, done, accelerator) as write, _patience() as asked_to_stop:
+    write = _metrics(metrics, done, accelerator)
+    with _patience() as asked_to_stop:
         interrupted = False
         try:
             for step in loop.steps(config.max_train_steps, done):
@@ -278,25 +279,24 @@ def _loop(
 
 
 def _lines(path: Path, done: int) -> list[dict]:
-    """What a resumed run wrote up to the step that it goes on from."""
-    lines = path.read_text().splitlines() if done and path.exists() else []
+    """What a resumed run wrote up to the step that it goes on from; a line that a full disk cut short is none."""
+    lines = path.read_text().rpartition("\n")[0].splitlines() if done and path.exists() else []
     return [record for record in map(json.loads, lines) if record["step"] <= done]
 
 
-@contextmanager
-def _metrics(path: Path, done: int, accelerator: Accelerator) -> Iterator[Callable[[dict], None]]:
+def _metrics(path: Path, done: int, accelerator: Accelerator) -> Callable[[dict], None]:
     """A function that adds a line; a resumed run goes on after the lines of the steps that it has."""
     if not accelerator.is_main_process:
-        yield lambda record: None
-        return
-    path.write_text("".join(json.dumps(record) + "\n" for record in _lines(path, done)))
-    with path.open("a", buffering=1) as file:
+        return lambda record: None
+    atomic.write_bytes(path, "".join(json.dumps(record) + "\n" for record in _lines(path, done)).encode())
 
-        def write(record: dict) -> None:
-            if record:
-                file.write(json.dumps({name: v for name, v in record.items() if v is not None}) + "\n")
+    def write(record: dict) -> None:
+        if record:
+            line = json.dumps({name: v for name, v in record.items() if v is not None}) + "\n"
+            with atomic.writing(path, len(line)), path.open("a") as file:
+                file.write(line)
 
-        yield write
+    return write
 
 
 @contextmanager
