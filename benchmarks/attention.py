@@ -5,7 +5,7 @@ training step of the U-Net (forward, backward, AdamW on the adapter), and one U-
 
 - bare: the frozen model. Its training step runs the same forward and backward: the input of the earliest adapted
   attention is made to require a gradient, so that the backward pass goes just as far as with an adapter there.
-- comcat: a live adapter of rank R. Also comcat_foldable, and comcat_merged (written into wider projections).
+- comcat: a live adapter of rank R. Also comcat_foldable, comcat_tied and comcat_merged (written into weights).
 - lora: PEFT's LoRA on to_q, to_k, to_v, to_out.0 of the same attentions, rank R*H/2: just as many parameters in
   self-attention, nearly as many in cross-attention (the tables print the counts).
 - two_branch: the authors' formula, both products and the softmax materialized. It gets the factors of `comcat` and must
@@ -27,6 +27,13 @@ from benchmarks import variants
 LAYER = ("bare", "comcat", "comcat_foldable", "lora", "two_branch")
 STEP = ("bare", "comcat", "comcat_foldable", "lora", "two_branch")
 FORWARD = ("bare", "comcat", "comcat_merged", "comcat_foldable", "lora", "two_branch")
+
+
+def kinds(common: tuple[str, ...], targets: str) -> tuple[str, ...]:
+    """What is compared on these targets: tied adapters are of cross-attentions alone."""
+    return (*common, "comcat_tied") if targets == "cross" else common
+
+
 # Largest difference between comcat and two_branch, relative to the output: rounding, by the bits of the precision.
 AGREEMENT = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -91,7 +98,7 @@ def step_rows(settings: Settings) -> list[dict]:
     base = variants.bare_unet(settings.device, settings.dtype, settings.base)
     for targets in settings.targets:
         suffixes = variants.ATTENTIONS[targets]
-        models = {kind: variants.variant(kind, base, suffixes, settings.rank) for kind in STEP}
+        models = {kind: variants.variant(kind, base, suffixes, settings.rank) for kind in kinds(STEP, targets)}
         require_agreement({kind: denoise(model, settings) for kind, model in models.items()}, models)
         steps = {kind: training_step(model, suffixes, settings) for kind, model in models.items()}
         rows += timed_rows(f"training step: {targets}", steps, models, settings)
@@ -102,7 +109,7 @@ def memory_rows(settings: Settings) -> list[dict]:
     """Peak memory of a training step, each variant in a process of its own."""
     rows = []
     for targets in settings.targets:
-        for kind in STEP:
+        for kind in kinds(STEP, targets):
             peak, parameters = shared.in_fresh_process(peak_of_training, kind, targets, settings)
             row = {"part": f"memory of a training step: {targets}", "variant": kind, "parameters": parameters}
             rows.append(row | {"peak_mib": peak})
@@ -126,7 +133,7 @@ def generation_rows(settings: Settings) -> list[dict]:
     base = variants.bare_unet(settings.device, settings.dtype, settings.base)
     for targets in settings.targets:
         suffixes = variants.ATTENTIONS[targets]
-        models = {kind: variants.variant(kind, base, suffixes, settings.rank) for kind in FORWARD}
+        models = {kind: variants.variant(kind, base, suffixes, settings.rank) for kind in kinds(FORWARD, targets)}
         forwards = {kind: without_gradient(denoise(model, settings)) for kind, model in models.items()}
         rows += timed_rows(f"generation, one U-Net forward: {targets}", forwards, models, settings)
     return rows

@@ -25,7 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from benchmarks import circumstances as shared
 from benchmarks import variants
-from benchmarks.attention import Settings
+from benchmarks.attention import Settings, kinds
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.merge import unload_adapters
 from comcat_diffusion.adapters.store import expected_shapes, load_adapter, save_adapter
@@ -58,13 +58,11 @@ def growth_of(settings: Settings) -> dict[str, list[Layer]]:
 def use_rows(settings: Settings) -> Iterator[dict]:
     """Seconds to load an adapter into a ready U-Net and to switch between many, self- and cross-attention."""
     unet = variants.bare_unet(settings.device, settings.dtype, settings.base)
-    for foldable in (False, True):
-        kind = "comcat_foldable" if foldable else "comcat"
+    for kind, options in variants.COMCAT.items():
+        targets = ["attn2"] if "tied" in options else ["attn1", "attn2"]
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "adapter.safetensors"
-            unet.add_adapter(
-                ComcatConfig(r=settings.rank, target_modules=["attn1", "attn2"], foldable=foldable), "first"
-            )
+            unet.add_adapter(ComcatConfig(r=settings.rank, target_modules=targets, **options), "first")
             save_adapter(unet, file, "first", dtype=torch.float16)
             unload_adapters(unet)
             loads = [_seconds(load_adapter, unet, file) for _ in _unloading(unet, settings.rounds)]
@@ -95,20 +93,18 @@ def byte_rows(settings: Settings) -> Iterator[dict]:
         with torch.device("meta"):
             unet = UNet2DConditionModel(**base.unet)
         for targets, suffixes in variants.ATTENTIONS.items():
-            for foldable in (False, True):
+            for kind in [k for k in variants.COMCAT if k in kinds(("comcat", "comcat_foldable"), targets)]:
                 for rank in RANKS:
-                    config = ComcatConfig(r=rank, foldable=foldable, target_modules=list(suffixes))
+                    config = ComcatConfig(r=rank, target_modules=list(suffixes), **variants.COMCAT[kind])
                     row = {"part": "bytes", "architecture": base.name, "targets": targets, "rank": rank}
-                    row |= {"variant": "comcat_foldable" if foldable else "comcat"}
-                    yield row | adapter_size(unet, config)
+                    size = adapter_size(unet, config)
+                    yield row | {"variant": kind, "attentions": len(variants.attentions_of(unet, suffixes))} | size
 
 
 def adapter_size(unet: UNet2DConditionModel, config: ComcatConfig) -> dict[str, int]:
-    """Attentions, parameters and the bytes of their factors; the header of the file comes on top."""
-    shapes = expected_shapes(unet, config)
-    parameters = sum(high * wide for high, wide in shapes.values())
-    attentions = len({name.rpartition(".")[0] for name in shapes})
-    return {"attentions": attentions, "parameters": parameters, "bytes": parameters * ADAPTER_BYTES}
+    """Parameters and the bytes of the factors; the header of the file comes on top."""
+    parameters = sum(high * wide for high, wide in expected_shapes(unet, config).values())
+    return {"parameters": parameters, "bytes": parameters * ADAPTER_BYTES}
 
 
 def growth_rows(settings: Settings) -> Iterator[dict]:

@@ -121,6 +121,13 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
+COMCAT = {
+    "comcat": {},
+    "comcat_foldable": {"foldable": True},
+    "comcat_tied": {"foldable": True, "tied": True},  # of cross-attentions alone, which all read the same text
+}
+
+
 def attentions_of(model: nn.Module, suffixes: tuple[str, ...]) -> list[str]:
     """Names of the attentions whose last part is one of `suffixes`, in the order of the forward pass."""
     names = [name for name, module in model.named_modules() if isinstance(module, Attention)]
@@ -132,7 +139,7 @@ def attentions_of(model: nn.Module, suffixes: tuple[str, ...]) -> list[str]:
 def variant(kind: str, base: nn.Module, suffixes: tuple[str, ...], rank: int) -> nn.Module:
     """`base` with one kind of adapter on the attentions named by `suffixes`; every factor is random, none zero.
 
-    Kinds: bare, comcat, comcat_merged, comcat_foldable, lora, two_branch. LoRA gets the rank R*H/2, at which a
+    Kinds: bare, those of `COMCAT`, comcat_merged, lora, two_branch. LoRA gets the rank R*H/2, at which a
     self-attention has exactly the parameters of COMCAT's rank R.
     """
     model = twin(base)
@@ -162,7 +169,7 @@ def add_adapter(model: nn.Module, kind: str, names: list[str], rank: int, adapte
         }
         config = LoraConfig(rank_pattern=ranks, target_modules=list(ranks))
     else:
-        config = ComcatConfig(r=rank, target_modules=names, foldable=kind == "comcat_foldable")
+        config = ComcatConfig(r=rank, target_modules=names, **COMCAT[kind.removesuffix("_merged")])
     inject_adapter_in_model(config, model, adapter_name=adapter_name)
 
 

@@ -100,22 +100,23 @@ def test_the_architectures_are_those_of_the_published_bases():
 
 
 def test_sizes_are_those_of_a_real_adapter(folder, tiny_unet, tmp_path):
-    for foldable in (False, True):
-        config = ComcatConfig(r=2, foldable=foldable, target_modules=["attn1", "attn2"])
+    for options in variants.COMCAT.values():
+        config = ComcatConfig(r=2, target_modules=["attn2"], **options)
         expected = usage.adapter_size(tiny_unet(), copy.deepcopy(config))
         unet = tiny_unet(torch.float32)
         unet.add_adapter(config, "size")
-        assert expected["parameters"] == sum(factor.numel() for factor in factors(unet, "size").values()) > 0
+        assert expected["parameters"] == sum(f.numel() for f in set(factors(unet, "size").values())) > 0
         save_adapter(unet, tmp_path / "size.safetensors", "size", dtype=torch.float16)
         tensors = load_file(tmp_path / "size.safetensors")
         assert expected["bytes"] == sum(tensor.nbytes for tensor in tensors.values())
     rows = rows_of(folder, "bytes")
-    assert len(rows) == 3 * 2 * 2 * len(usage.RANKS)
+    assert len(rows) == 3 * (2 + 3) * len(usage.RANKS)  # tied ones are of cross-attentions alone
     size = {tuple(row[k] for k in ("architecture", "targets", "variant", "rank")): row["parameters"] for row in rows}
     for (architecture, targets, kind, rank), count in size.items():
         assert count == rank * size[architecture, targets, kind, 1]  # linear in the rank
         assert size[architecture, "cross", kind, rank] <= count
-        assert size[architecture, targets, "comcat_foldable", rank] <= count
+        assert size[architecture, targets, "comcat_foldable", rank] <= count or kind == "comcat_tied"
+        assert count <= size[architecture, targets, "comcat_foldable", rank] / 3 or kind != "comcat_tied"
 
 
 def test_a_resolution_that_does_not_divide_is_refused():
