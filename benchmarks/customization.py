@@ -1,6 +1,6 @@
 """Teaching the embedded base a subject: COMCAT against what a person would pick instead, in one table.
 
-    python -m benchmarks.customization            # two hours on two CPU cores; goes on where it was cut
+    python -m benchmarks.customization            # three hours on two CPU cores; goes on where it was cut
     python -m benchmarks.customization --quick    # one subject, one seed, few steps: to see that it runs
     python -m benchmarks.customization --show     # the table and the plots of what is there
 
@@ -18,7 +18,8 @@ The measures are those of `comcat evaluate`:
 - drift: 1 - cosine to the base's picture of the same seed, on prompts without the trigger: the plain class and others;
 - diversity: 1 - cosine between the seeds of a prompt.
 
-Besides, two COMCAT adapters are shrunk to ever fewer bytes (`comcat shrink`) and measured again.
+Besides, two COMCAT adapters are shrunk to ever fewer bytes (`comcat shrink`) and measured again, and two methods learn
+in fewer steps too, which tells what one reaches of the other in less time.
 """
 
 import argparse
@@ -60,6 +61,7 @@ SHRUNK = {  # adapters that are shrunk to these bytes and measured again
     "COMCAT free, rank 4, cross, teacher": (32_000, 16_000, 10_000, 8_000),
     "COMCAT tied, rank 4, from the trigger on": (10_000, 8_000, 6_000),
 }
+SHORTER = dict.fromkeys(("COMCAT tied, rank 4, from the trigger on", "LoRA, rank 4"), (75, 150))  # also in so few steps
 BATCH = 4
 PROMPTS = (
     "a photo of a big {subject} on the left, red background",
@@ -227,7 +229,9 @@ def prepare_base(bench: Bench, subject: str) -> None:
 
 def do(run: Run, folder: Path, drawing_steps: int) -> None:
     """One run and, for what is shrunk, every smaller file of it, unless their results are there."""
-    wanted = [run, *(replace(run, bytes=b) for b in SHRUNK.get(run.method, ()) if run.subject in REPORTED)]
+    whole = run.subject in REPORTED and run.steps not in SHORTER.get(run.method, ())
+    sizes = SHRUNK.get(run.method, ()) if whole else ()
+    wanted = [run, *(replace(run, bytes=size) for size in sizes)]
     if all((folder / f"{one.name}.json").exists() for one in wanted):
         return
     torch.set_num_threads(1)
@@ -283,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--drawing_steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=2, help="of the training; the pictures have two of their own")
-    parser.add_argument("--tuning", nargs="+", default=["teddy"], choices=TUNING, help="subjects that choose the rates")
+    parser.add_argument("--tuning", nargs="+", default=TUNING, choices=TUNING, help="subjects that choose the rates")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--show", action="store_true", help="only the report of what is there")
@@ -311,9 +315,10 @@ def main(arguments: list[str] | None = None) -> None:
         for subject in subjects
         for name in METHODS
     ]
+    runs += [replace(run, steps=n) for run in runs for n in SHORTER.get(run.method, ()) if n < asked.steps]
     if not asked.show:
         run_all(runs, asked.folder, asked.drawing_steps, asked.processes)
-    runs += [replace(run, bytes=size) for run in runs for size in SHRUNK.get(run.method, ())]
+    runs += [replace(run, bytes=b) for run in runs for b in SHRUNK.get(run.method, ()) if run.steps == asked.steps]
     target, plots = shared.results_path("customization", torch.device("cpu")), shared.ROOT / "docs"
     if asked.quick:
         target, plots = asked.folder / "report.json", asked.folder

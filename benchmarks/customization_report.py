@@ -13,9 +13,11 @@ MEASURES = ("fidelity", "clip", "obedience", "drift", "diversity", "copying")
 def write_report(results: list[dict], circumstances: dict, target: Path, plots: Path) -> dict:
     """Gather the results, by method, into one JSON, draw the plots, and return what the JSON holds."""
     rows: dict[str, list[dict]] = {}
+    whole = max(result["steps"] for result in results)
     for result in results:
-        name = f"{result['method']}, in {result['bytes']:,} bytes" if result["bytes"] else result["method"]
-        rows.setdefault(name, []).append(result)
+        size = f", in {result['bytes']:,} bytes" if result["bytes"] else ""
+        steps = f", {result['steps']} steps" if result["steps"] < whole else ""
+        rows.setdefault(result["method"] + size + steps, []).append(result)
     report = {"circumstances": circumstances, "rows": [_row(name, own) for name, own in rows.items()]}
     shared.write_json(target, report)
     plot(report, "file_bytes", "bytes of the file", plots / "fidelity-bytes.png")
