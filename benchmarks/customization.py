@@ -18,8 +18,8 @@ The measures are those of `comcat evaluate`:
 - drift: 1 - cosine to the base's picture of the same seed, on prompts without the trigger: the plain class and others;
 - diversity: 1 - cosine between the seeds of a prompt.
 
-Besides, three COMCAT adapters are shrunk to ever fewer bytes (`comcat shrink`) and measured again, and two methods learn
-in fewer steps too, which tells what one reaches of the other in less time.
+Besides, three COMCAT adapters are shrunk to ever fewer bytes (`comcat shrink`) and measured again, and two methods
+learn in fewer steps too, which tells what one reaches of the other in less time.
 """
 
 import argparse

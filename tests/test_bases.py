@@ -46,7 +46,7 @@ def drawn(outcome, output, **more):
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_a_folder_trains_and_draws(tmp_path, kind):
     base = getattr(tiny_bases, kind)(tmp_path / kind)
-    outcome = trained(base, tmp_path / "out", target_modules=["attn1", "attn2"])
+    outcome = trained(base, tmp_path / "out", kind="free", target_modules=["attn1", "attn2"])
     pipe = DiffusionPipeline.from_pretrained(base)
     header = load_adapter(pipe, outcome.adapter)
     assert header.fingerprint["prediction_type"] == {"sd1": "epsilon", "sd2": "v_prediction"}[kind]

@@ -1,5 +1,6 @@
 """The generation story on the embedded base: seeds, batches, scales, what the pictures say of themselves, refusals."""
 
+import functools
 import json
 
 import numpy as np
@@ -81,7 +82,12 @@ def test_scale_zero_is_the_base_and_scales_differ(config, adapter):
     assert np.abs(full - base).max() > 2 and np.abs(full - half).max() > 0
 
 
-def test_merging_first_draws_the_same_pictures(config):
+def test_merging_first_draws_the_same_pictures(config, tmp_path):
+    with pytest.raises(ValueError, match=r"acts from its trigger on.*--everywhere"):
+        generate(config(merge=True))
+    settings = {"everywhere": True, "kind": "free", "skip_final_inference": True, "max_train_steps": 15}
+    adapter = str(customize(TrainConfig(output_dir=str(tmp_path / "o"), **settings)).adapter)
+    config = functools.partial(config, adapter=[adapter])
     assert np.abs(pixels(generate(config())) - pixels(generate(config(merge=True)))).max() <= 1
 
 

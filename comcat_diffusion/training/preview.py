@@ -50,8 +50,6 @@ class Preview:
     @torch.no_grad()
     def _one(self, learner: Learner, drawing: Drawing) -> Image.Image:
         states, pooled = learner.condition([drawing.prompt, ""], learner.unet.device)
-        if learner.gate is not None:
-            learner.gate.remember(states, [drawing.prompt, ""])
         pooled_too = {}
         if pooled is not None:
             zeros = getattr(self.pipe.config, "force_zeros_for_empty_prompt", False)
@@ -60,6 +58,8 @@ class Preview:
                 "pooled_prompt_embeds": pooled[:1],
                 "negative_pooled_prompt_embeds": pooled[1:] * (not zeros),
             }
+        if learner.gate is not None:
+            learner.gate.remember(states, [drawing.prompt, ""])
         latents = self.pipe(
             prompt_embeds=states[:1],
             negative_prompt_embeds=states[1:],
