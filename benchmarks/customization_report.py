@@ -65,25 +65,33 @@ def table(report: dict) -> str:
 
 
 def plot(report: dict, across: str, label: str, path: Path) -> None:
-    """Fidelity over bytes or seconds, a number a method; the colour of a point is its drift."""
+    """Fidelity over `file_bytes` or `seconds`, a number a method; the colour of a point is its drift."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
-    rows = [row for row in report["rows"] if not (row["shrunk"] and across == "seconds")]
+    whole = max(row["steps"] for row in report["rows"])
+    other = {"file_bytes": lambda row: row["steps"] < whole, "seconds": lambda row: row["shrunk"]}[across]
+    rows = [row for row in report["rows"] if not other(row)]  # what differs from another row in this respect alone
     places, fidelity = [row[across] for row in rows], [row["fidelity"] for row in rows]
-    figure, axes = pyplot.subplots(figsize=(10, 5.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(11, 6.5), layout="constrained")
     axes.vlines(places, [f["low"] for f in fidelity], [f["high"] for f in fidelity], color="0.85", linewidth=1)
     drifts, means = [row["drift"]["mean"] for row in rows], [f["mean"] for f in fidelity]
-    points = axes.scatter(places, means, c=drifts, cmap="viridis_r", s=40, zorder=3)
+    shade = {"cmap": "viridis_r", "vmin": 0, "vmax": max(drifts), "s": 40, "zorder": 3}
+    for marker, ours in (("o", True), ("s", False)):
+        chosen = [n for n, row in enumerate(rows) if row["method"].startswith("COMCAT") == ours]
+        points = axes.scatter(
+            [places[n] for n in chosen], [means[n] for n in chosen], c=[drifts[n] for n in chosen], marker=marker, **shade
+        )
     names = []
     for number, (row, place, mean) in enumerate(zip(rows, places, means, strict=True), start=1):
-        axes.annotate(str(number), (place, mean), fontsize=8, xytext=(5, 4), textcoords="offset points")
+        side = (5, 4) if number % 2 else (-13, -9)  # so that the numbers of neighbours do not cover each other
+        axes.annotate(str(number), (place, mean), fontsize=7, xytext=side, textcoords="offset points")
         names.append(Line2D([], [], linestyle="", label=f"{number}  {row['method']}"))
-    figure.legend(handles=names, loc="outside right upper", handlelength=0, frameon=False, fontsize=8)
-    figure.colorbar(points, label="drift (less is better)", location="bottom", shrink=0.6, aspect=40)
+    figure.legend(handles=names, loc="outside right upper", handlelength=0, frameon=False, fontsize=7.5)
+    figure.colorbar(points, label="drift (less is better); circles: COMCAT, squares: others", location="bottom", shrink=0.6, aspect=40)
     axes.set(xlabel=label, ylabel="fidelity to held-out pictures", xscale="log" if across == "file_bytes" else "linear")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
