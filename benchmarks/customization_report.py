@@ -82,16 +82,16 @@ def plot(report: dict, across: str, label: str, path: Path) -> None:
     shade = {"cmap": "viridis_r", "vmin": 0, "vmax": max(drifts), "s": 40, "zorder": 3}
     for marker, ours in (("o", True), ("s", False)):
         chosen = [n for n, row in enumerate(rows) if row["method"].startswith("COMCAT") == ours]
-        points = axes.scatter(
-            [places[n] for n in chosen], [means[n] for n in chosen], c=[drifts[n] for n in chosen], marker=marker, **shade
-        )
+        spots, colours = ([v[n] for n in chosen] for v in (places, drifts))
+        points = axes.scatter(spots, [means[n] for n in chosen], c=colours, marker=marker, **shade)
     names = []
     for number, (row, place, mean) in enumerate(zip(rows, places, means, strict=True), start=1):
         side = (5, 4) if number % 2 else (-13, -9)  # so that the numbers of neighbours do not cover each other
         axes.annotate(str(number), (place, mean), fontsize=7, xytext=side, textcoords="offset points")
         names.append(Line2D([], [], linestyle="", label=f"{number}  {row['method']}"))
     figure.legend(handles=names, loc="outside right upper", handlelength=0, frameon=False, fontsize=7.5)
-    figure.colorbar(points, label="drift (less is better); circles: COMCAT, squares: others", location="bottom", shrink=0.6, aspect=40)
+    told = "drift (less is better); circles: COMCAT, squares: others"
+    figure.colorbar(points, label=told, location="bottom", shrink=0.6, aspect=40)
     axes.set(xlabel=label, ylabel="fidelity to held-out pictures", xscale="log" if across == "file_bytes" else "linear")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

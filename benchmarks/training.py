@@ -308,7 +308,7 @@ def _measured(clock: Clock) -> Iterator[None]:
         (LOAD, bases, "asked_base"),
         (ENCODE, story, "encode_all"), (ENCODE, Learner, "__init__"),
         (ATTACH, learned, "prepare"), (ATTACH, story, "_loop"),
-        (SAVE, output, "save"), (PROVE, output, "prove"),
+        (SAVE, output, "save"), (PROVE, output, "witness"), (PROVE, output, "prove"),
         (BATCH, Batching, "batch"), (BACKWARD, Accelerator, "backward"),
     ]  # fmt: skip
     forward, steps = Learner.forward, Loop.steps

@@ -18,7 +18,7 @@ from comcat_diffusion.training.batching import Batch
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
 from comcat_diffusion.training.learner import Learner
-from comcat_diffusion.training.output import prove
+from comcat_diffusion.training.output import prove, witness
 
 SUBJECT = bases.assets() / "subject"
 
@@ -150,11 +150,11 @@ def test_a_file_that_does_not_reproduce_the_training_is_an_error(config):
     noise = torch.randn(1, other.unet.config.in_channels, 8, 8)
     batch = Batch(noise, noise, torch.tensor([500]), torch.zeros(1, 6), None, ["a photo of sks teddy"], ["a"])
     learner = Learner(other, batch.prompts, train_text=False)
-    prove(settings, learner, batch, outcome.adapter)
+    prove(settings, witness(learner, batch), outcome.adapter)
     for parameter in other.unet.parameters():
         parameter.data *= 1.05
     with pytest.raises(RuntimeError, match="does not reproduce"):
-        prove(settings, learner, batch, outcome.adapter)
+        prove(settings, witness(learner, batch), outcome.adapter)
 
 
 def test_stray_files_and_odd_pictures_are_told(config, tmp_path):

@@ -88,10 +88,19 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
     # Accelerate owns the device, the precision and the processes.
     accelerator = _accelerator(config)
     with output.locked(target.parent) if accelerator.is_main_process else nullcontext():
-        return _run(config, dataset, target, accelerator, watcher)
+        outcome, witness = _run(config, dataset, target, accelerator, watcher)
+        accelerator.free_memory()  # the trained base is gone by now, so a fresh one needs no more room than it did
+        if witness is not None:
+            output.prove(config, witness, target)
+        accelerator.wait_for_everyone()  # so that no process tells of a file that is not proved yet
+        accelerator.end_training()
+    return outcome
 
 
-def _run(config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accelerator, watcher: Watcher) -> Outcome:
+def _run(
+    config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accelerator, watcher: Watcher
+) -> tuple[Outcome, output.Witness | None]:
+    """All but the proof, which the main process gets a witness for."""
     pipe = bases.asked_base(config, "fp32").to(accelerator.device)
     config = _resolved(config, pipe, dataset)
     atomic.write_bytes(target.parent / "run.toml", to_toml(config).encode())
@@ -154,21 +163,21 @@ def _run(config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accel
         except NotFinite as error:
             raise NotFinite(f"{error} {last_good(checkpoints.folder)}") from error
 
-        # What is saved is what was trained: everything learned is first rounded to the file's precision, then proved.
+        # What is saved is what was trained: everything learned is first rounded to the file's precision, and at the
+        # end the file is proved to do on a fresh base what the model does now.
         write(judge.measure(done))
+        witness = None
         learned.finish(learner, ema, bases.PRECISIONS[config.save_precision if not config.max_bytes else "fp32"])
         if accelerator.is_main_process:
             judge.save(target, done)
             if config.max_bytes:
                 learned.take(learner, ema, read_contents(target))
-            output.prove(config, learner, loop.batching.batch(material.crops, objective, 0), target)
-        accelerator.wait_for_everyone()  # so that no process tells of a file that is not there yet
+            witness = output.witness(learner, loop.batching.batch(material.crops, objective, 0))
         if not (interrupted or config.skip_final_inference):
             judge.draw(done)
             if config.thumbnail and accelerator.is_main_process:
                 judge.save(target, done)
-    accelerator.end_training()
-    return Outcome(target, dataset.subjects, done, interrupted, count, judge.sheet)
+    return Outcome(target, dataset.subjects, done, interrupted, count, judge.sheet), witness
 
 
 def with_sample(config: TrainConfig) -> TrainConfig:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -125,18 +126,31 @@ def _save_whole(
     )
 
 
+@dataclass(frozen=True)
+class Witness:
+    """What a trained model predicts, for its file to be proved by when the model is gone."""
+
+    batch: Batch
+    predicted: torch.Tensor  # B, C, h, w
+
+
 @torch.no_grad()
-def prove(config: TrainConfig, learner: Learner, batch: Batch, path: Path) -> None:
+def witness(learner: Learner, batch: Batch) -> Witness:
+    """One prediction of a trained model."""
+    batch = batch.to(learner.unet.device)
+    batch = replace(batch, noisy=batch.noisy.to(learner.unet.dtype))
+    return Witness(batch, learner.eval()(batch.noisy, batch.timesteps, batch.prompts, batch.frames).float())
+
+
+@torch.no_grad()
+def prove(config: TrainConfig, known: Witness, path: Path) -> None:
     """Load a saved file onto a fresh base and compare one prediction. Raises RuntimeError at a difference."""
-    fresh = bases.asked_base(config, "fp32")
+    batch, fresh = known.batch, bases.asked_base(config, "fp32")
     load_adapter(fresh, path, ADAPTER)
-    unet = learner.unet
-    fresh.to(unet.device)
-    fresh.unet.to(unet.dtype)
-    batch = batch.to(unet.device)
-    inputs = (batch.noisy.to(unet.dtype), batch.timesteps, batch.prompts, batch.frames)
-    expected = learner.eval()(*inputs).float()
-    found = Learner(fresh, batch.prompts, train_text=False).eval()(*inputs).float()
-    off = (expected - found).abs().max() / expected.abs().max()
-    if not off < (1e-4 if unet.dtype == torch.float32 else 5e-2):
+    fresh.to(batch.noisy.device)
+    fresh.unet.to(batch.noisy.dtype)
+    learner = Learner(fresh, batch.prompts, train_text=False).eval()
+    found = learner(batch.noisy, batch.timesteps, batch.prompts, batch.frames).float()
+    off = (known.predicted - found).abs().max() / known.predicted.abs().max()
+    if not off < (1e-4 if batch.noisy.dtype == torch.float32 else 5e-2):
         raise RuntimeError(f"{path} does not reproduce what was trained (off by {off:.1e}); please report this.")
