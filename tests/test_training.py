@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from comcat_diffusion import bases, load_adapter, read_adapter
 from comcat_diffusion.config import read_toml
+from comcat_diffusion.training import output
 from comcat_diffusion.training.batching import Batch
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
@@ -155,6 +157,24 @@ def test_a_file_that_does_not_reproduce_the_training_is_an_error(config):
         parameter.data *= 1.05
     with pytest.raises(RuntimeError, match="does not reproduce"):
         prove(settings, witness(learner, batch), outcome.adapter)
+
+
+def test_the_trained_base_is_gone_before_the_proof_loads_another(config, monkeypatch):
+    trained, alive = [], []
+    taken, proved = output.witness, output.prove
+
+    def watched(learner, batch):
+        trained.append(weakref.ref(learner.unet))
+        return taken(learner, batch)
+
+    def watching(*arguments):
+        alive.append(trained[0]() is not None)
+        return proved(*arguments)
+
+    monkeypatch.setattr(output, "witness", watched)
+    monkeypatch.setattr(output, "prove", watching)
+    customize(config())
+    assert alive == [False]
 
 
 def test_stray_files_and_odd_pictures_are_told(config, tmp_path):

@@ -89,7 +89,8 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
     accelerator = _accelerator(config)
     with output.locked(target.parent) if accelerator.is_main_process else nullcontext():
         outcome, witness = _run(config, dataset, target, accelerator, watcher)
-        accelerator.free_memory()  # the trained base is gone by now, so a fresh one needs no more room than it did
+        accelerator.free_memory()
+        free_memory()  # the trained base is gone by now, so a fresh one needs no more room than it did
         if witness is not None:
             output.prove(config, witness, target)
         accelerator.wait_for_everyone()  # so that no process tells of a file that is not proved yet
