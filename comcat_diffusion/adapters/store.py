@@ -154,18 +154,13 @@ def _attach(model: nn.Module, config: ComcatConfig, adapter_name: str, part: str
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         model.add_adapter(config, adapter_name)
     model.set_adapter([*active, adapter_name])
-    own = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
-    set_factors(model, adapter_name, own)
-
-
-def set_factors(model: nn.Module, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Put a file's tensors, by name without the part, in the place of an adapter's factors, frozen."""
     places = factors(model, adapter_name)
-    if model.peft_config[adapter_name].tied:
-        tensors = scattered(tensors, {name: factor.shape for name, factor in places.items()})
+    own = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
+    if config.tied:
+        own = scattered(own, {name: factor.shape for name, factor in places.items()})
     for name, factor in places.items():
         factor.requires_grad_(False)
-        factor.data = tensors[name].to(factor.device, factor.dtype)
+        factor.data = own[name].to(factor.device, factor.dtype)
 
 
 def _active_adapters(model: nn.Module) -> list[str]:

@@ -10,13 +10,12 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.nn.functional import pad
 
+from comcat_diffusion.adapters import tied
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import adapted_layers, factors
 from comcat_diffusion.adapters.packing import COLUMNS, PRODUCT
 from comcat_diffusion.adapters.store import TOKEN, load_adapter
 from comcat_diffusion.adapters.terms import CONTEXT, Contents, Term
-from comcat_diffusion.adapters.tied import NAME as TIED
-from comcat_diffusion.adapters.tied import scattered
 from comcat_diffusion.adapters.token import LearnedToken, put_token, start_vectors, token_ids
 from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.training.config import TrainConfig
@@ -109,8 +108,8 @@ def take(learner: Learner, ema: "Ema", contents: Contents) -> None:
     terms = {term.key: term for term in contents.terms}
     parts = {"unet": learner.unet, **learner.encoders}
     for part, model in parts.items():
-        if f"{part}.{TIED}" in terms:
-            _take_tied(terms[f"{part}.{TIED}"], model)
+        if f"{part}.{tied.NAME}" in terms:
+            _take_tied(terms[f"{part}.{tied.NAME}"], model)
             continue
         for attention, layer in adapted_layers(model).items():
             own = {name: getattr(layer, f"comcat_{name}") for name in PRODUCT}
@@ -136,8 +135,8 @@ def _take_tied(term: Term, model: nn.Module) -> None:
     whole = {}
     for name, factor in term.factors.items():
         gain = term.scale / layer.scaling[ADAPTER] if name in CONTEXT else 1.0
-        whole[f"{TIED}.{name}"] = pad(gain * factor, (0, 0, 0, layer.r[ADAPTER] - term.rank))
-    for name, factor in scattered(whole, {name: place.shape for name, place in places.items()}).items():
+        whole[f"{tied.NAME}.{name}"] = pad(gain * factor, (0, 0, 0, layer.r[ADAPTER] - term.rank))
+    for name, factor in tied.scattered(whole, {name: place.shape for name, place in places.items()}).items():
         places[name].copy_(factor)
 
 
