@@ -32,7 +32,7 @@ from recipe.score import GUIDANCE, held_out, scores
 from recipe.score import STEPS as STEPS_DRAWN
 from recipe.world import BACKGROUNDS, OBJECTS, PLACES, SIZES, TINTS, prompt
 
-STEPS = {"vae": 2800, "clip": 3800, "unet": 16_000}
+STEPS = {"vae": 2800, "clip": 3800, "unet": 26_000}
 
 
 def text_tower(model: clip.CLIPModel) -> CLIPTextModel:

@@ -21,9 +21,9 @@ from recipe.fit import Schedule, fast_precision, fit
 from recipe.world import PIXELS, caption
 
 CHANNELS = (96, 192)
-BATCH = 32
+BATCH = 64
 UNCONDITIONAL = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
-POOL = 20_000
+POOL = 40_000
 # Share of timesteps drawn from the last hundred: many until the places are learned, then fewer, for the details.
 NEAR_NOISE, NEAR_NOISE_LATER, PLACES_FIRST = 0.4, 0.15, 10_000
 

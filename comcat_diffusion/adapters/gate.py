@@ -26,7 +26,6 @@ class Gate:
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         self.tokenizer = tokenizer
         self._said: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # text states of one prompt -> its ids, (M,)
-        self._ids_of: dict[tuple[str, int], torch.Tensor] = {}  # prompt and M -> its ids, (M,)
         self._states: torch.Tensor | None = None  # what the denoiser was last given, (B, M, C)
         self._ids: torch.Tensor | None = None  # which tokens that is, (B, M); None: nobody told
         self._acts: dict[tuple[str, ...], torch.Tensor] = {}  # by trigger: on which of these tokens it lets act
@@ -77,13 +76,8 @@ class Gate:
 
     def _read(self, prompt: str, length: int) -> torch.Tensor:
         """The ids of a prompt, (M,), as the text encoder was given them."""
-        key = prompt, length
-        if key not in self._ids_of:
-            ids = self.tokenizer(
-                _written_out(prompt, self.tokenizer), padding="max_length", max_length=length, truncation=True
-            ).input_ids
-            self._ids_of[key] = torch.tensor(ids)
-        return self._ids_of[key]
+        text = _written_out(prompt, self.tokenizer)
+        return torch.tensor(self.tokenizer(text, padding="max_length", max_length=length, truncation=True).input_ids)
 
     def _word(self, word: str) -> list[int]:
         return self.tokenizer(_written_out(word, self.tokenizer), add_special_tokens=False).input_ids

@@ -29,6 +29,7 @@ class ComcatModel(BaseTuner):
         if state_dict is not None:
             own = f".{seam.SIDECAR}.{self.prefix}"
             state_dict = {key.replace(own, f".{self.prefix}"): value for key, value in state_dict.items()}
+        self._tied: dict[str, nn.Linear] = {}  # what a tied adapter's first attention has and the others share
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
 
     def _prepare_model(self, peft_config: ComcatConfig, model: nn.Module) -> None:
@@ -66,12 +67,9 @@ class ComcatModel(BaseTuner):
             seam.attach(target, layer)
         rank = of_pattern(peft_config.rank_pattern, current_key, peft_config.r)
         alpha = of_pattern(peft_config.alpha_pattern, current_key, peft_config.alpha)
-        layer.update_layer(adapter_name, rank, alpha, peft_config, self._tied(adapter_name) if peft_config.tied else {})
-
-    def _tied(self, adapter_name: str) -> dict[str, nn.Linear]:
-        """The factors that a tied adapter shares among its attentions, once it is on one of them."""
-        first = next((layer for layer in adapted_layers(self.model).values() if adapter_name in layer.r), None)
-        return {} if first is None else {name: getattr(first, f"comcat_{name}")[adapter_name] for name in TIED}
+        layer.update_layer(adapter_name, rank, alpha, peft_config, self._tied)
+        if peft_config.tied:
+            self._tied = {name: getattr(layer, f"comcat_{name}")[adapter_name] for name in TIED}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT calls this when it unloads; what it unloads is a side-car, so the host gets its class back."""
