@@ -18,7 +18,7 @@ The measures are those of `comcat evaluate`:
 - drift: 1 - cosine to the base's picture of the same seed, on prompts without the trigger: the plain class and others;
 - diversity: 1 - cosine between the seeds of a prompt.
 
-Besides, three COMCAT adapters are shrunk to ever fewer bytes (`comcat shrink`) and measured again, and two methods
+Besides, some COMCAT adapters are shrunk to ever fewer bytes (`comcat shrink`) and measured again, and some methods
 learn in fewer steps too, which tells what one reaches of the other in less time.
 """
 
@@ -61,8 +61,19 @@ SHRUNK = {  # adapters that are shrunk to these bytes and measured again
     "COMCAT free, rank 4, cross, teacher": (32_000, 16_000, 10_000, 8_000),
     "COMCAT tied, rank 4, from the trigger on": (10_000, 8_000, 6_000),
     "COMCAT tied, rank 8, from the trigger on": (16_000, 10_000),
+    "COMCAT tied, rank 4, way up, from the trigger on": (8_000, 6_000),
+    "COMCAT tied, rank 8, way up, from the trigger on": (10_000, 8_000),
+    "COMCAT tied, rank 8, way up, a new word": (10_000, 8_000, 6_000),
 }
-SHORTER = dict.fromkeys(("COMCAT tied, rank 4, from the trigger on", "LoRA, rank 4"), (75, 150))  # also in so few steps
+SHORTER = dict.fromkeys(  # also in so few steps
+    (
+        "COMCAT tied, rank 4, from the trigger on",
+        "COMCAT tied, rank 8, way up, from the trigger on",
+        "COMCAT tied, rank 8, way up, a new word",
+        "LoRA, rank 4",
+    ),
+    (75, 150),
+)
 BATCH = 4
 PROMPTS = (
     "a photo of a big {subject} on the left, red background",

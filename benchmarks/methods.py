@@ -14,7 +14,7 @@ from torch import nn
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import adapted_layers
-from comcat_diffusion.adapters.store import save_adapter
+from comcat_diffusion.adapters.store import Tokens, save_adapter
 from comcat_diffusion.adapters.token import LearnedToken, put_token, start_vectors, token_ids
 from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.training.learner import Learner
@@ -23,7 +23,7 @@ from recipe.subject import TRIGGER
 NAME = "subject"  # of every adapter here
 SELF_AND_CROSS = ["attn1", "attn2"]
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
-TOKEN = "<subject>"  # the word that Textual Inversion learns, in the place of trigger and class
+TOKEN = "<subject>"  # the word that some methods learn, in the place of trigger and class
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Method:
     rates: tuple[float, ...]  # tried on other subjects than those reported; a single one is the method's own
     start: Callable[[DiffusionPipeline], None]
     write: Callable[[DiffusionPipeline, Path], None]
-    token: bool = False  # whether it learns a word instead of weights
+    token: bool = False  # whether it learns a word: `--placeholder_token`, or, without an adapter, Textual Inversion
     teacher: bool = False  # whether the frozen base teaches it to keep the class (`comcat train --prior teacher`)
 
     def learner(self, pipe: DiffusionPipeline, prompts: list[str], class_word: str) -> Learner:
@@ -61,7 +61,12 @@ def _authors(pipe: DiffusionPipeline) -> None:
 
 
 def _write_comcat(pipe: DiffusionPipeline, path: Path) -> None:
-    save_adapter(pipe, path, NAME, bases.EMBEDDED, dtype=torch.float16)
+    save_adapter(pipe, path, NAME, bases.EMBEDDED, dtype=torch.float16, tokens=_tokens(pipe))
+
+
+def _tokens(pipe: DiffusionPipeline) -> Tokens:
+    learned = getattr(pipe, "comcat_learned", None)
+    return {} if learned is None else {TOKEN: {"text_encoder": learned.vectors.detach()}}
 
 
 def _adapter(config: PeftConfig) -> Callable[[DiffusionPipeline], None]:
@@ -74,6 +79,7 @@ def _adapter(config: PeftConfig) -> Callable[[DiffusionPipeline], None]:
 
 def _write_peft(pipe: DiffusionPipeline, path: Path) -> None:
     tensors = get_peft_model_state_dict(pipe.unet, adapter_name=NAME)
+    tensors |= {word: vectors["text_encoder"] for word, vectors in _tokens(pipe).items()}
     save_file({name: tensor.half().contiguous() for name, tensor in tensors.items()}, path)
 
 
@@ -96,17 +102,19 @@ def _write_token(pipe: DiffusionPipeline, path: Path) -> None:
     save_file({TOKEN: pipe.comcat_learned.vectors.detach().half()}, path)
 
 
-def _lora(rank: int, rates: tuple[float, ...]) -> Method:
+def _lora(rank: int, rates: tuple[float, ...], token: bool = False) -> Method:
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS)
-    return Method(rates, _adapter(config), _write_peft)
+    return Method(rates, _adapter(config), _write_peft, token=token)
 
 
-def _ours(rates: tuple[float, ...], teacher: bool = False, **config: object) -> Method:
-    return Method(rates, _adapter(ComcatConfig(**config)), _write_comcat, teacher=teacher)
+def _ours(rates: tuple[float, ...], teacher: bool = False, token: bool = False, **config: object) -> Method:
+    return Method(rates, _adapter(ComcatConfig(**config)), _write_comcat, token=token, teacher=teacher)
 
 
 CROSS, WAITING = {"target_modules": ["attn2"]}, {"trigger": [TRIGGER]}
 TIED = {**CROSS, "foldable": True, "tied": True}
+LATE = {**TIED, "target_modules": r"up_blocks\..*\.attn2"}  # `comcat train` without flags
+WORD = {"token": True, "trigger": [TOKEN]}
 HIGH, MIDDLE, LOW = (3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3, 1e-2), (5e-5, 2e-4, 8e-4)
 METHODS = {
     "COMCAT free, rank 4, cross": _ours(MIDDLE, r=4, target_modules=["attn2"]),
@@ -117,12 +125,17 @@ METHODS = {
     "COMCAT tied, rank 4, from the trigger on": _ours(HIGH, r=4, **TIED, **WAITING),
     "COMCAT tied, rank 8, from the trigger on": _ours(HIGH, r=8, **TIED, **WAITING),
     "COMCAT tied, rank 4": _ours(MIDDLE, r=4, **TIED),
+    "COMCAT tied, rank 4, way up, from the trigger on": _ours(HIGH, r=4, **LATE, **WAITING),
+    "COMCAT tied, rank 8, way up, from the trigger on": _ours(HIGH, r=8, **LATE, **WAITING),
+    "COMCAT tied, rank 4, way up, a new word": _ours(HIGH, r=4, **LATE, **WORD),
+    "COMCAT tied, rank 8, way up, a new word": _ours(HIGH, r=8, **LATE, **WORD),
     "COMCAT foldable, rank 4, cross, from the trigger on": _ours(MIDDLE, r=4, **CROSS, **WAITING, foldable=True),
     "COMCAT free, rank 4, cross, from the trigger on": _ours(MIDDLE, r=4, **CROSS, **WAITING),
     "COMCAT as the authors train it": Method((2.5e-3,), _authors, _write_comcat),
     "LoRA, rank 1": _lora(1, MIDDLE),
     "LoRA, rank 4": _lora(4, MIDDLE),
     "LoRA, rank 16": _lora(16, MIDDLE),
+    "LoRA, rank 4, a new word": _lora(4, MIDDLE, token=True),
     "LoKr, rank 4": Method(MIDDLE, _adapter(LoKrConfig(r=4, alpha=4, target_modules=PROJECTIONS)), _write_peft),
     "IA3": Method(
         HIGH, _adapter(IA3Config(target_modules=PROJECTIONS, feedforward_modules=["to_out.0"])), _write_peft
