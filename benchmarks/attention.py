@@ -31,7 +31,7 @@ FORWARD = ("bare", "comcat", "comcat_merged", "comcat_foldable", "lora", "two_br
 
 def kinds(common: tuple[str, ...], targets: str) -> tuple[str, ...]:
     """What is compared on these targets: tied adapters are of cross-attentions alone."""
-    return (*common, "comcat_tied") if targets == "cross" else common
+    return common if targets == "self+cross" else (*common, "comcat_tied")
 
 
 # Largest difference between comcat and two_branch, relative to the output: rounding, by the bits of the precision.
@@ -74,7 +74,7 @@ def layer_rows(settings: Settings) -> list[dict]:
     rows = []
     for title, cross in (("self-attention", False), ("cross-attention", True)):
         base = variants.bare_attention(cross, settings.device, settings.dtype, settings.base)
-        models = {kind: variants.variant(kind, base, ("attn",), settings.rank) for kind in FORWARD}
+        models = {kind: variants.variant(kind, base, "attn", settings.rank) for kind in FORWARD}
         tokens = (settings.resolution // settings.base.pixels) ** 2
         hidden = settings.random(settings.batch, tokens, settings.base.channels)
         context = context_of(settings) if cross else None
@@ -97,10 +97,10 @@ def step_rows(settings: Settings) -> list[dict]:
     rows = []
     base = variants.bare_unet(settings.device, settings.dtype, settings.base)
     for targets in settings.targets:
-        suffixes = variants.ATTENTIONS[targets]
-        models = {kind: variants.variant(kind, base, suffixes, settings.rank) for kind in kinds(STEP, targets)}
+        pattern = variants.ATTENTIONS[targets]
+        models = {kind: variants.variant(kind, base, pattern, settings.rank) for kind in kinds(STEP, targets)}
         require_agreement({kind: denoise(model, settings) for kind, model in models.items()}, models)
-        steps = {kind: training_step(model, suffixes, settings) for kind, model in models.items()}
+        steps = {kind: training_step(model, pattern, settings) for kind, model in models.items()}
         rows += timed_rows(f"training step: {targets}", steps, models, settings)
     return rows
 
@@ -119,10 +119,10 @@ def memory_rows(settings: Settings) -> list[dict]:
 def peak_of_training(kind: str, targets: str, settings: Settings) -> tuple[float, int]:
     """MiB at the peak, and the adapter's parameters. Everything counts: weights, activations, libraries (on a CPU)."""
     shared.use_threads(settings.threads)
-    suffixes = variants.ATTENTIONS[targets]
+    pattern = variants.ATTENTIONS[targets]
     base = variants.bare_unet(settings.device, settings.dtype, settings.base)
-    model = variants.variant(kind, base, suffixes, settings.rank)
-    training_step(model, suffixes, settings)()
+    model = variants.variant(kind, base, pattern, settings.rank)
+    training_step(model, pattern, settings)()
     shared.synchronize(settings.device)
     return shared.peak_memory_mib(settings.device), count(model)
 
@@ -132,8 +132,8 @@ def generation_rows(settings: Settings) -> list[dict]:
     rows = []
     base = variants.bare_unet(settings.device, settings.dtype, settings.base)
     for targets in settings.targets:
-        suffixes = variants.ATTENTIONS[targets]
-        models = {kind: variants.variant(kind, base, suffixes, settings.rank) for kind in kinds(FORWARD, targets)}
+        pattern = variants.ATTENTIONS[targets]
+        models = {kind: variants.variant(kind, base, pattern, settings.rank) for kind in kinds(FORWARD, targets)}
         forwards = {kind: without_gradient(denoise(model, settings)) for kind, model in models.items()}
         rows += timed_rows(f"generation, one U-Net forward: {targets}", forwards, models, settings)
     return rows
@@ -193,11 +193,11 @@ def with_gradient(forward: Callable[[], torch.Tensor], model: nn.Module, *leaves
     return step
 
 
-def training_step(unet: nn.Module, suffixes: tuple[str, ...], settings: Settings) -> Callable[[], None]:
+def training_step(unet: nn.Module, pattern: str, settings: Settings) -> Callable[[], None]:
     """Forward, backward and AdamW on the adapter's parameters, of which the bare model has none."""
     forward, parameters = denoise(unet, settings), variants.trainable(unet)
     if not parameters:
-        return with_gradient(requiring_gradient_at(variants.attentions_of(unet, suffixes)[0], unet, forward), unet)
+        return with_gradient(requiring_gradient_at(variants.attentions_of(unet, pattern)[0], unet, forward), unet)
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

@@ -23,7 +23,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from comcat_diffusion.compression.finetune import Distillation, Finetune
 from comcat_diffusion.compression.rank_search import RankSearch
 
 METHODS = ("energy", "search", "uniform")
+REMOVED = (0.2, 0.4, 0.6, 0.8)  # shares of the attentions' parameters
 FINETUNE_RATE = 3e-4  # peak; three times the default, for the few steps that there is time for
 SHAPES = {"DeiT-small": (384, 6), "DeiT-base": (768, 12)}
 
@@ -102,6 +103,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads (default: as many as torch finds)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), help="of speed, search and time (default: all)")
+    parser.add_argument("--removed", nargs="+", type=float, default=REMOVED, help="shares, of the part attention")
     parser.add_argument("--rounds", type=int, help="of speed and search (default: seven)")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, not what it costs")
     parser.add_argument("--dense", type=Path, help="the trained dense model; written if it is not there")
@@ -125,15 +127,17 @@ def measured(flags: argparse.Namespace, scale: Scale, device: torch.device, repo
         report |= {"data": flags.data, "classes": data.classes, "training": training}
         report |= {"test_pictures": len(data.test), "dense_top1": classify.top1(dense, data, device)}
         if "attention" in flags.parts:
-            yield from attention_rows(dense, data, scale, device)
+            yield from attention_rows(dense, data, scale, device, flags.removed)
         if "model" in flags.parts:
             yield from model_rows(dense, data, scale, device)
 
 
-def attention_rows(dense: nn.Module, data: classify.Task, scale: Scale, device: torch.device) -> Iterator[dict]:
+def attention_rows(
+    dense: nn.Module, data: classify.Task, scale: Scale, device: torch.device, shares: Iterable[float]
+) -> Iterator[dict]:
     """Attention only, no fine-tuning: the shape of the paper's Table 1."""
     seen = classify.Batches(data, scale.calibration, scale.course.batch, device)
-    for removed in (0.2, 0.4, 0.6, 0.8):
+    for removed in shares:
         for kind in ATTENTION:
             if kind == "head_pruning":
                 small, gone = pruned(dense, removed)

@@ -29,10 +29,11 @@ def _training(report: dict) -> str:
 
 def _attention(report: dict, rows: list[dict]) -> list[str]:
     by = {(row["removed"], row["variant"]): row["top1"] for row in rows}
-    kinds = [kind for kind in ATTENTION if any((r, kind) in by for r in (0.2, 0.4, 0.6, 0.8))]
-    cells = [[kind, *(f"{by[r, kind]:.2f}" if (r, kind) in by else "" for r in (0.2, 0.4, 0.6, 0.8))] for kind in kinds]
+    shares = sorted({share for share, _ in by})
+    kinds = [kind for kind in ATTENTION if any((share, kind) in by for share in shares)]
+    cells = [[kind, *(f"{by[r, kind]:.2f}" if (r, kind) in by else "" for r in shares)] for kind in kinds]
     title = f"Top-1 without fine-tuning, attentions only ({report['data']}, dense {report['dense_top1']:.2f}):"
-    return [title, shared.markdown_table(["removed", "20 %", "40 %", "60 %", "80 %"], cells)]
+    return [title, shared.markdown_table(["removed", *(f"{share:.0%}".replace("%", " %") for share in shares)], cells)]
 
 
 def _model(report: dict, rows: list[dict]) -> list[str]:

@@ -68,6 +68,7 @@ LEAST_FOR_RATIO = 0.05  # seconds; what is shorter gets no ratio in a table
 PROMPT = "a photo of sks dog"
 PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}  # as Accelerate calls them
 WHOLE_RUN = 400  # steps of the run that is extrapolated: our default
+TARGETS = {"up": None, "cross": ["attn2"], "self+cross": ["attn1", "attn2"]}  # of our adapter: None is its default
 RECIPE_RANK, RECIPE_RATE = 4, 1e-4
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 LOOK, LOAD, ENCODE, ATTACH = "look at pictures", "load base", "encode pictures and prompt", "adapter and optimizer"
@@ -99,7 +100,7 @@ class Settings:
     small_steps: int  # on the embedded base, where a step is short
     pictures: tuple[int, ...]  # numbers of them, fewest first
     parts: tuple[str, ...]
-    targets: str  # of our adapter: a key of variants.ATTENTIONS
+    targets: str  # of our adapter: a key of TARGETS
 
     def __post_init__(self) -> None:
         if self.resolution % 64:
@@ -151,9 +152,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument(
         "--targets",
-        choices=variants.ATTENTIONS,
-        default="cross",
-        help="what ours adapts (default: %(default)s, its own)",
+        choices=TARGETS,
+        default="up",
+        help="what ours adapts (default: %(default)s, its own: cross-attention in the way up)",
     )
     parser.add_argument("--quick", action="store_true", help="tiny and short: shows that it runs, not what it costs")
     parser.add_argument("--output", type=Path, help="the JSON (default: benchmarks/results/training-DEVICE.json)")
@@ -513,7 +514,7 @@ def config_of(settings: Settings, pictures: Path, folder: Path, **more: object) 
         instance_data_dir=str(pictures),
         instance_prompt=PROMPT,
         output_dir=str(folder),
-        target_modules=list(variants.ATTENTIONS[settings.targets]),
+        target_modules=TARGETS[settings.targets],
         mixed_precision=PRECISIONS[settings.dtype],
         save_precision="fp32",
         skip_final_inference=True,

@@ -92,13 +92,13 @@ def byte_rows(settings: Settings) -> Iterator[dict]:
     for base in variants.BASES.values():
         with torch.device("meta"):
             unet = UNet2DConditionModel(**base.unet)
-        for targets, suffixes in variants.ATTENTIONS.items():
+        for targets, pattern in variants.ATTENTIONS.items():
             for kind in [k for k in variants.COMCAT if k in kinds(("comcat", "comcat_foldable"), targets)]:
                 for rank in RANKS:
-                    config = ComcatConfig(r=rank, target_modules=list(suffixes), **variants.COMCAT[kind])
+                    config = ComcatConfig(r=rank, target_modules=pattern, **variants.COMCAT[kind])
                     row = {"part": "bytes", "architecture": base.name, "targets": targets, "rank": rank}
                     size = adapter_size(unet, config)
-                    yield row | {"variant": kind, "attentions": len(variants.attentions_of(unet, suffixes))} | size
+                    yield row | {"variant": kind, "attentions": len(variants.attentions_of(unet, pattern))} | size
 
 
 def adapter_size(unet: UNet2DConditionModel, config: ComcatConfig) -> dict[str, int]:
@@ -123,7 +123,7 @@ def growth_rows(settings: Settings) -> Iterator[dict]:
 
 def _adapted(base: torch.nn.Module, kind: str, layer: Layer) -> torch.nn.Module:
     """The layer with several adapters of one kind, all active."""
-    model = variants.variant(kind, base, ("attn",), layer.rank)
+    model = variants.variant(kind, base, "attn", layer.rank)
     if kind == "bare" or layer.adapters == 1:
         return model
     names = [variants.NAME, *(f"{variants.NAME}_{number}" for number in range(1, layer.adapters))]

@@ -4,6 +4,7 @@ Letters: B batch, N tokens, M context tokens, H heads, D head width, R rank, C c
 """
 
 import copy
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,8 @@ from comcat_diffusion.adapters.model import adapted_layers
 
 CONTEXT_TOKENS = 77
 NAME = "bench"  # of every adapter here
-ATTENTIONS = {"self+cross": ("attn1", "attn2"), "cross": ("attn2",)}
+# What is adapted, as patterns of names; `up` is the cross-attention in the way up, `comcat train` without flags.
+ATTENTIONS = {"self+cross": r".*\.attn[12]", "cross": r".*\.attn2", "up": r"up_blocks\..*\.attn2"}
 FACTORS = ("q_down", "k_down", "v_down", "out_up")
 
 
@@ -128,22 +130,22 @@ COMCAT = {
 }
 
 
-def attentions_of(model: nn.Module, suffixes: tuple[str, ...]) -> list[str]:
-    """Names of the attentions whose last part is one of `suffixes`, in the order of the forward pass."""
+def attentions_of(model: nn.Module, pattern: str) -> list[str]:
+    """Names of the attentions that a pattern matches as a whole, in the order of the forward pass."""
     names = [name for name, module in model.named_modules() if isinstance(module, Attention)]
     places = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
     names.sort(key=lambda name: places.get(name.partition(".")[0], 0))
-    return [name for name in names if name.rpartition(".")[2] in suffixes]
+    return [name for name in names if re.fullmatch(pattern, name)]
 
 
-def variant(kind: str, base: nn.Module, suffixes: tuple[str, ...], rank: int) -> nn.Module:
-    """`base` with one kind of adapter on the attentions named by `suffixes`; every factor is random, none zero.
+def variant(kind: str, base: nn.Module, pattern: str, rank: int) -> nn.Module:
+    """`base` with one kind of adapter on the attentions that a pattern matches; every factor is random, none zero.
 
     Kinds: bare, those of `COMCAT`, comcat_merged, lora, two_branch. LoRA gets the rank R*H/2, at which a
     self-attention has exactly the parameters of COMCAT's rank R.
     """
     model = twin(base)
-    names = attentions_of(model, suffixes)
+    names = attentions_of(model, pattern)
     if kind.startswith("comcat") or kind == "lora":
         add_adapter(model, kind, names, rank)
     elif kind == "two_branch":

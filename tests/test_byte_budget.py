@@ -41,8 +41,8 @@ def cuts(monkeypatch):
     ("more", "least"),
     [
         ({"train_text_encoder": True, "everywhere": True, "rank": 2, "kind": "free"}, 0.9),
-        ({"kind": "foldable", "use_ema": True}, 0.9),
-        ({"kind": "tied", "max_bytes": 6000}, 0.75),  # a rank of all heads together is a tenth of this
+        ({"kind": "foldable", "use_ema": True, "target_modules": ["attn2"]}, 0.9),
+        ({"kind": "tied", "max_bytes": 4000}, 0.75),  # a rank of all heads together is a tenth of this
     ],
     ids=["free, text encoder", "foldable, mean", "tied"],
 )

@@ -15,7 +15,8 @@ import torch
 
 from comcat_diffusion import bases, load_adapter, read_adapter
 from comcat_diffusion.config import read_toml
-from comcat_diffusion.training import output
+from comcat_diffusion.training import customize as story
+from comcat_diffusion.training import learned, output
 from comcat_diffusion.training.batching import Batch
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
@@ -125,6 +126,31 @@ def test_options_change_what_is_trained(config, tmp_path):
     header = read_adapter(outcome.adapter)
     assert outcome.adapter.name == "mine.safetensors"
     assert header.config["unet"]["target_modules"] == ["attn1", "attn2"] and header.config["unet"]["alpha"] == 1.0
+
+
+def test_by_default_no_step_goes_back_through_the_way_down(config, monkeypatch, tiny_clip):
+    """Adapters are in the way up alone, so what the way down and the middle give needs no gradient."""
+    given, prepare = {}, learned.prepare
+
+    def watch(unet, name):
+        def keep(block, args, out):
+            given.setdefault(name, out)  # the first one is the step's
+
+        unet.get_submodule(name).register_forward_hook(keep)
+
+    def watched(config, pipe, subjects):
+        prepare(config, pipe, subjects)
+        for name in ("down_blocks.0", "mid_block", "up_blocks.1"):
+            watch(pipe.unet, name)
+
+    monkeypatch.setattr(story.learned, "prepare", watched)
+    header = read_adapter(customize(config(max_train_steps=1)).adapter)
+    assert given.keys() == {"down_blocks.0", "mid_block", "up_blocks.1"}
+    hidden, skipped = given["down_blocks.0"]
+    assert not any(out.requires_grad for out in (hidden, *skipped, given["mid_block"]))
+    assert given["up_blocks.1"].requires_grad
+    assert header.config["unet"]["target_modules"] == r"up_blocks\..*\.(attn2)"
+    assert learned.late_targets(tiny_clip()) is None
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ class LearningSettings(Group):
         False, "Act on the whole of every prompt. Default: from the trigger on; without it, the base is as it was."
     )
     target_modules: list[str] | None = option(
-        None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention."
+        None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention in the U-Net's way up."
     )
     init_adapter: str | None = option(None, "Start from this adapter file (it must have the same rank and targets).")
     train_text_encoder: bool = option(False, "Also adapt the text encoder(s); text is then encoded at every step.")

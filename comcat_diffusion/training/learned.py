@@ -1,5 +1,6 @@
 """Which parameters are learned: the factors of the adapters and the embeddings of a new token, with their rates."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch.nn.functional import pad
 
 from comcat_diffusion.adapters import tied
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.model import adapted_layers, factors
+from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors
 from comcat_diffusion.adapters.packing import COLUMNS, PRODUCT
 from comcat_diffusion.adapters.store import TOKEN, load_adapter
 from comcat_diffusion.adapters.terms import CONTEXT, Contents, Term
@@ -39,26 +40,36 @@ def prepare(config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Sub
     else:
         with torch.random.fork_rng():  # PEFT draws the random factors from the global generator
             torch.manual_seed(config.seed)
-            pipe.unet.add_adapter(adapter_config(config, [subject.trigger for subject in subjects]), ADAPTER)
+            pipe.unet.add_adapter(adapter_config(config, pipe.unet, subjects), ADAPTER)
             for encoder in text_encoders(pipe).values() if config.train_text_encoder else ():
-                encoder.add_adapter(replace(adapter_config(config, []), target_modules=None), ADAPTER)
+                encoder.add_adapter(replace(adapter_config(config, encoder, ()), target_modules=None), ADAPTER)
         listen(pipe)
     for model in (pipe.unet, *text_encoders(pipe).values()):
         for factor in factors(model, ADAPTER).values():
             factor.requires_grad_(True)
 
 
-def adapter_config(config: TrainConfig, triggers: list[str]) -> ComcatConfig:
-    """The U-Net's adapter, which waits for any of the triggers unless it is to act everywhere."""
-    words = [word for word in (*triggers, config.placeholder_token) if word]
+def adapter_config(config: TrainConfig, model: nn.Module, subjects: Sequence[Subject]) -> ComcatConfig:
+    """A model's adapter, which waits for any of the subjects' triggers unless it is to act everywhere."""
+    words = [word for word in (*(subject.trigger for subject in subjects), config.placeholder_token) if word]
     return ComcatConfig(
         r=config.rank,
         alpha=config.alpha,
         foldable=config.kind != "free",
         tied=config.kind == "tied",
         trigger=None if config.everywhere else list(dict.fromkeys(words)),
-        target_modules=config.target_modules,
+        target_modules=config.target_modules or late_targets(model),
     )
+
+
+def late_targets(model: nn.Module) -> str | None:
+    """The default targets that are in a U-Net's way up, as a pattern; None for a model without one.
+
+    Those in the way down and in the middle added nothing that could be measured (docs/log.md), and without them no
+    step has to go back through these.
+    """
+    pattern = rf"up_blocks\..*\.({'|'.join(default_targets(model))})"
+    return pattern if any(re.fullmatch(pattern, name) for name, _ in model.named_modules()) else None
 
 
 def add_tokens(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner) -> None:

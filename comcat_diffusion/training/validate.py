@@ -88,7 +88,7 @@ def _word_doubts(dataset: Dataset, tokenizer: CLIPTokenizer) -> Iterator[str]:
 
 
 def _size_facts(config: TrainConfig, dataset: Dataset, unet: UNet2DConditionModel) -> Iterator[str]:
-    adapter = adapter_config(config, [subject.trigger for subject in dataset.subjects])
+    adapter = adapter_config(config, unet, dataset.subjects)
     shapes = expected_shapes(unet, adapter)
     if not shapes:
         raise ValueError(f"--target_modules {' '.join(config.target_modules or [])}: the base has none of this name.")
