@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from comcat_diffusion import bases, load_adapter, read_adapter, unload_adapters
 from comcat_diffusion.adapters.model import factors
@@ -226,6 +227,50 @@ def test_a_new_token_travels_with_the_adapter(tmp_path, vectors):
     assert torch.equal(pipe.text_encoder.get_input_embeddings().weight[: len(before)], before)
     drawn = {"num_images": 1, "num_inference_steps": 1, "output_dir": str(tmp_path / "drawn")}
     assert generate(GenerateConfig(adapter=[str(outcome.adapter)], prompt=["a photo of {subject}"], **drawn)).files
+
+
+def test_the_name_of_a_subject_can_be_learned_as_one_word(tmp_path):
+    pipe = bases.load_base("embedded")
+    class_ids = pipe.tokenizer("teddy", add_special_tokens=False).input_ids
+    teddy = pipe.text_encoder.get_input_embeddings().weight[class_ids[0]].detach().clone()
+    without = ("a photo of two masks teddy", "a photo of a teddy", "sks")
+    read = {prompt: pipe.tokenizer(prompt).input_ids for prompt in without}
+    still, moved = (
+        run(tmp_path / str(rate), learn_name=True, token_lr=rate, save_precision="fp32")[0].adapter
+        for rate in (1e-12, 0.1)
+    )
+    for file, far in ((still, 0), (moved, 0.05)):
+        header = load_adapter(pipe, file)
+        assert header.tokens == ["sks teddy"] and header.config["unet"]["trigger"] == ["sks teddy", "sks"]
+        (name,) = pipe.tokenizer("SKS Teddy", add_special_tokens=False).input_ids
+        row = pipe.text_encoder.get_input_embeddings().weight[name]
+        assert far <= (row - teddy).abs().max() <= far * 10 + 1e-6  # it starts as its class
+        assert {prompt: pipe.tokenizer(prompt).input_ids for prompt in without} == read
+        unload_adapters(pipe)
+        assert len(pipe.tokenizer("sks teddy", add_special_tokens=False).input_ids) == 2
+    more, _ = run(tmp_path / "more", init_adapter=str(moved), token_lr=1e-12, save_precision="fp32")
+    kept = [load_file(file)["token.0.text_encoder"] for file in (moved, more.adapter)]
+    assert torch.allclose(*kept, atol=1e-6)  # and goes on from what an adapter has learned
+
+
+def test_every_subject_can_have_a_learned_name(tmp_path):
+    folder = str(without_captions())
+    both = [SubjectConfig(instance_data_dir=folder, instance_prompt=f"a {name}") for name in ("sks teddy", "ohwx cat")]
+    outcome, _ = run(tmp_path / "a", learn_name=True, subjects=both)
+    assert read_adapter(outcome.adapter).tokens == ["sks teddy", "ohwx cat"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"everywhere": True}, "--learn_name is for adapters that act from the trigger on"),
+        ({"placeholder_token": "<t>", "initializer_token": "cat", "instance_prompt": "a <t>"}, "leave one of them out"),
+        ({"instance_prompt": "a photo of sks"}, "--learn_name starts from the class, and none stands after 'sks'"),
+    ],
+)
+def test_a_name_that_cannot_be_learned_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "a", learn_name=True, **settings)
 
 
 def test_a_token_that_cannot_be_learned_is_refused(tmp_path):

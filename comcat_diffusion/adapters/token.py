@@ -1,10 +1,12 @@
-"""A new token learned together with an adapter: its embeddings in every text encoder of a pipeline.
+"""A new word learned together with an adapter: its embeddings in every text encoder of a pipeline.
 
-diffusers' own textual inversion puts it in place, so several embeddings behind one word work as they do there.
+diffusers' own textual inversion puts it in place, so several embeddings behind one word work as they do there. A word
+may consist of several, like "sks dog": what stands for the subject is then one new token from the class word on.
 """
 
 import torch
 from diffusers import DiffusionPipeline
+from tokenizers import AddedToken
 from torch import nn
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -34,25 +36,47 @@ def put_token(pipe: DiffusionPipeline, token: str, vectors: dict[str, torch.Tens
     """
     refuse_token(pipe, token, vectors)
     for encoder, values in vectors.items():
+        tokenizer = getattr(pipe, ENCODERS[encoder])
+        _make_room(getattr(pipe, encoder).get_input_embeddings(), len(tokenizer) + len(values))
         pipe.load_textual_inversion(
             {token: values if len(values) > 1 else values[0]},
             token=token,
-            tokenizer=getattr(pipe, ENCODERS[encoder]),
+            tokenizer=tokenizer,
             text_encoder=getattr(pipe, encoder),
         )
-    pipe.comcat_tokens = [*getattr(pipe, "comcat_tokens", []), token]
+        # diffusers would find the word inside of others as well: "sks dog" in "two masks dogs wear".
+        tokenizer.add_tokens([AddedToken(name, single_word=True) for name in names_of(token, len(values))])
+    pipe.comcat_tokens = [*words_of(pipe), token]
+
+
+def words_of(pipe: object) -> list[str]:
+    """The words that `put_token` added to a pipeline."""
+    return getattr(pipe, "comcat_tokens", [])
+
+
+def _make_room(table: nn.Embedding, rows: int) -> None:
+    """Rows for new tokens. transformers would draw the whole table anew first: 0.7 s of one of CLIP's size, not 0.1."""
+    missing = rows - len(table.weight)
+    if missing > 0:
+        grown = torch.cat([table.weight.data, table.weight.data.new_zeros(missing, table.embedding_dim)])
+        table.weight = nn.Parameter(grown, requires_grad=table.weight.requires_grad)
+        table.num_embeddings = rows
 
 
 def take_tokens(pipe: object) -> None:
     """Take away again every token that `put_token` added to a pipeline."""
-    for token in getattr(pipe, "comcat_tokens", []):
+    for token in words_of(pipe):
         for encoder, tokenizer in ENCODERS.items():
             if getattr(pipe, encoder, None) is not None:
                 count = len(token_ids(pipe, encoder, token))
-                names = [token, *(f"{token}_{number}" for number in range(1, count))]
-                pipe.unload_textual_inversion(names, getattr(pipe, tokenizer), getattr(pipe, encoder))
+                pipe.unload_textual_inversion(names_of(token, count), getattr(pipe, tokenizer), getattr(pipe, encoder))
     if hasattr(pipe, "comcat_tokens"):
         del pipe.comcat_tokens
+
+
+def names_of(token: str, count: int) -> list[str]:
+    """What diffusers calls the `count` embeddings of a token."""
+    return [token, *(f"{token}_{number}" for number in range(1, count))]
 
 
 def token_ids(pipe: DiffusionPipeline, encoder: str, token: str) -> list[int]:
@@ -64,23 +88,29 @@ def token_ids(pipe: DiffusionPipeline, encoder: str, token: str) -> list[int]:
     return found
 
 
-def start_vectors(pipe: DiffusionPipeline, word: str, count: int) -> dict[str, torch.Tensor]:
-    """`count` copies of a known word's embedding by encoder name: (count, E). Raises ValueError for an unknown word."""
+def word_vectors(pipe: DiffusionPipeline, words: str) -> dict[str, torch.Tensor]:
+    """The embeddings of the tokens that known words consist of, by encoder name: (n, E)."""
     found = {}
     for encoder, tokenizer in ENCODERS.items():
         if getattr(pipe, encoder, None) is not None:
-            ids = getattr(pipe, tokenizer)(word, add_special_tokens=False).input_ids
-            if len(ids) != 1:
-                raise ValueError(
-                    f"--initializer_token '{word}' is {len(ids)} tokens to this base; choose a word that is one."
-                )
-            row = getattr(pipe, encoder).get_input_embeddings().weight[ids[0]].detach()
-            found[encoder] = row.repeat(count, 1)
+            ids = getattr(pipe, tokenizer)(words, add_special_tokens=False).input_ids
+            found[encoder] = getattr(pipe, encoder).get_input_embeddings().weight[ids].detach()
     return found
 
 
+def start_vectors(pipe: DiffusionPipeline, word: str, count: int) -> dict[str, torch.Tensor]:
+    """`count` copies of a known word's embedding by encoder name: (count, E). Raises ValueError for an unknown word."""
+    found = word_vectors(pipe, word)
+    for rows in found.values():
+        if len(rows) != 1:
+            raise ValueError(
+                f"--initializer_token '{word}' is {len(rows)} tokens to this base; choose a word that is one."
+            )
+    return {encoder: rows.repeat(count, 1) for encoder, rows in found.items()}
+
+
 class LearnedToken(nn.Module):
-    """The embeddings of one token in one encoder as parameters of their own, so that no other row can move."""
+    """The embeddings of new tokens in one encoder as parameters of their own, so that no other row can move."""
 
     def __init__(self, encoder: nn.Module, ids: list[int]):
         super().__init__()

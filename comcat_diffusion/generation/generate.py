@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from comcat_diffusion import bases
-from comcat_diffusion.adapters.merge import layers_of, merge_adapters, unmerge_adapters
+from comcat_diffusion.adapters.merge import merge_adapters, unload_adapters
 from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.config import weighted
@@ -54,21 +54,10 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
     sampling = sampling_of(config, config.batch_size, base)
     total = len(drawings) * (2 if config.compare else 1)
 
-    # The row before is drawn by the same pipeline with its adapters switched off.
-    rows, before = [], []
-    if config.compare and chosen:
-        for layer in layers_of(pipe):
-            layer.enable_adapters(False)
-        for picture in draw(pipe, drawings, sampling):
-            before.append(picture)
-            on_picture(len(before), total)
-        rows.append(Row("before", before))
-        for layer in layers_of(pipe):
-            layer.enable_adapters(True)
     if config.merge:
         merge_adapters(pipe)
 
-    files, after = [], []
+    files, after, before = [], [], []
     settings = made_by(pipe, base, chosen, sampling) | {"loras": list(config.lora), "regions": list(config.region)}
     for drawing, picture in zip(drawings, draw(pipe, drawings, sampling), strict=True):
         number = prompts.index(drawing.prompt)
@@ -76,10 +65,14 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
         save_png(picture, path, {"prompt": drawing.prompt, "seed": drawing.seed, **settings})
         files.append(path)
         after.append(picture)
-        on_picture(len(before) + len(after), total)
-    if config.merge:
-        unmerge_adapters(pipe)
-    rows.append(Row("after" if before else "", after))
+        on_picture(len(after), total)
+    # The row before is drawn by the same pipeline without its adapters and their words.
+    if config.compare and chosen:
+        unload_adapters(pipe)
+        for picture in draw(pipe, drawings, sampling):
+            before.append(picture)
+            on_picture(len(after) + len(before), total)
+    rows = [Row("before", before), Row("after", after)] if before else [Row("", after)]
     sheet = folder / "sheet.png"
     save_png(contact_sheet(rows, prompts, config.num_images), sheet, {"prompt": " | ".join(prompts), **settings})
     return Pictures(files, sheet)

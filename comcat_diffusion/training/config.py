@@ -101,6 +101,11 @@ class LearningSettings(Group):
     everywhere: bool = option(
         False, "Act on the whole of every prompt. Default: from the trigger on; without it, the base is as it was."
     )
+    learn_name: bool = option(
+        False,
+        "Make the subject's name, like 'sks dog', one new word that starts as its class and is learned together with "
+        "the adapter: prompts are obeyed better; the text is then encoded at every step.",
+    )
     target_modules: list[str] | None = option(
         None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention in the U-Net's way up."
     )
@@ -252,6 +257,11 @@ class TrainConfig(
 
     def check(self) -> None:
         """The groups fit each other."""
+        require(
+            not (self.learn_name and (self.everywhere or self.placeholder_token)),
+            "--learn_name is for adapters that act from the trigger on, and for names without a --placeholder_token: "
+            "leave one of them out.",
+        )
         for flag, asked in (("prior", self.prior_kind != "none"), ("train_text_encoder", self.train_text_encoder)):
             require(
                 self.everywhere or not asked,

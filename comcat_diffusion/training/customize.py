@@ -20,6 +20,7 @@ from diffusers.training_utils import cast_training_params, free_memory
 
 from comcat_diffusion import atomic, bases
 from comcat_diffusion.adapters.terms import read_contents
+from comcat_diffusion.adapters.token import words_of
 from comcat_diffusion.config import to_toml
 from comcat_diffusion.training import learned, output
 from comcat_diffusion.training.batching import Batching
@@ -114,8 +115,8 @@ def _run(
     prompts = [*material.prompts, *config.validation_prompt, ""]
     for text in (*cut_off(pipe.tokenizer, prompts), *tiny(material.crops, config.resolution)):
         watcher.note(text)
-    learner = Learner(pipe, prompts, train_text=config.train_text_encoder or config.placeholder_token is not None)
-    learned.add_tokens(config, pipe, learner)
+    learner = Learner(pipe, prompts, train_text=config.train_text_encoder or bool(words_of(pipe)))
+    learned.add_tokens(pipe, learner)
     _make_room(pipe, learner)
 
     loop = _loop(config, pipe, learner, material, objective, accelerator)

@@ -17,7 +17,14 @@ from comcat_diffusion.adapters.model import adapted_layers, default_targets, fac
 from comcat_diffusion.adapters.packing import COLUMNS, PRODUCT
 from comcat_diffusion.adapters.store import TOKEN, load_adapter
 from comcat_diffusion.adapters.terms import CONTEXT, Contents, Term
-from comcat_diffusion.adapters.token import LearnedToken, put_token, start_vectors, token_ids
+from comcat_diffusion.adapters.token import (
+    LearnedToken,
+    put_token,
+    start_vectors,
+    token_ids,
+    word_vectors,
+    words_of,
+)
 from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learner import Learner, text_encoders
@@ -28,16 +35,14 @@ ADAPTER = "subject"  # name of the adapter inside the models while it is trained
 
 def prepare(config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Subject]) -> None:
     """Freeze the base and add what is learned to it; the adapters are exactly nothing yet. Raises ValueError."""
-    pipe.unet.requires_grad_(False)
-    for encoder in text_encoders(pipe).values():
-        encoder.requires_grad_(False)
-    if config.placeholder_token:
-        put_token(pipe, config.placeholder_token, start_vectors(pipe, config.initializer_token, config.num_vectors))
-        for encoder in text_encoders(pipe).values():
-            encoder.requires_grad_(False)  # a resized table is a new one
     if config.init_adapter:
         load_adapter(pipe, config.init_adapter, ADAPTER)
-    else:
+    for word in new_words(config, subjects):
+        if word not in words_of(pipe):  # it may have come with the adapter that is learned on
+            put_token(pipe, word, _start(config, pipe, word, subjects))
+    for model in (pipe.unet, *text_encoders(pipe).values()):
+        model.requires_grad_(False)
+    if not config.init_adapter:
         with torch.random.fork_rng():  # PEFT draws the random factors from the global generator
             torch.manual_seed(config.seed)
             pipe.unet.add_adapter(adapter_config(config, pipe.unet, subjects), ADAPTER)
@@ -49,9 +54,36 @@ def prepare(config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Sub
             factor.requires_grad_(True)
 
 
+def new_words(config: TrainConfig, subjects: Sequence[Subject]) -> list[str]:
+    """The words whose embeddings are learned: a token of one's own, or the names of the subjects.
+
+    Raises ValueError for a name without a class, of which nothing is known to start from.
+    """
+    if config.placeholder_token:
+        return [config.placeholder_token]
+    if not config.learn_name:
+        return []
+    for subject in subjects:
+        if not subject.class_word:
+            raise ValueError(
+                f"--learn_name starts from the class, and none stands after '{subject.trigger}': write something like "
+                f"'a photo of {subject.trigger} dog'."
+            )
+    return [subject.phrase for subject in subjects]
+
+
+def _start(
+    config: TrainConfig, pipe: DiffusionPipeline, word: str, subjects: Sequence[Subject]
+) -> dict[str, torch.Tensor]:
+    """What a new word means before anything is learned: the word that it is to start from, or its subject's class."""
+    if word == config.placeholder_token:
+        return start_vectors(pipe, config.initializer_token, config.num_vectors)
+    return word_vectors(pipe, next(subject.class_word for subject in subjects if subject.phrase == word))
+
+
 def adapter_config(config: TrainConfig, model: nn.Module, subjects: Sequence[Subject]) -> ComcatConfig:
-    """A model's adapter, which waits for any of the subjects' triggers unless it is to act everywhere."""
-    words = [word for word in (*(subject.trigger for subject in subjects), config.placeholder_token) if word]
+    """A model's adapter, which waits for any of the subjects' words unless it is to act everywhere."""
+    words = [*new_words(config, subjects), *(subject.trigger for subject in subjects)]
     return ComcatConfig(
         r=config.rank,
         alpha=config.alpha,
@@ -72,15 +104,26 @@ def late_targets(model: nn.Module) -> str | None:
     return pattern if any(re.fullmatch(pattern, name) for name, _ in model.named_modules()) else None
 
 
-def add_tokens(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner) -> None:
-    """Make the embeddings of the new token parameters of the learner."""
+def add_tokens(pipe: DiffusionPipeline, learner: Learner) -> None:
+    """Make the embeddings of the pipeline's new words parameters of the learner."""
+    learner.words = words_of(pipe)
     learner.tokens = nn.ModuleDict(
         {
-            name: LearnedToken(encoder, token_ids(pipe, name, config.placeholder_token))
+            name: LearnedToken(encoder, [number for word in learner.words for number in token_ids(pipe, name, word)])
             for name, encoder in text_encoders(pipe).items()
-            if config.placeholder_token
+            if learner.words
         }
     )
+
+
+def embeddings(pipe: DiffusionPipeline, learner: Learner) -> dict[str, dict[str, torch.Tensor]]:
+    """The embeddings that are learned, (n, E), by word and by encoder."""
+    found: dict[str, dict[str, torch.Tensor]] = {word: {} for word in learner.words}
+    for name, tokens in learner.tokens.items():
+        counts = [len(token_ids(pipe, name, word)) for word in learner.words]
+        for word, vectors in zip(learner.words, tokens.vectors.detach().split(counts), strict=True):
+            found[word][name] = vectors
+    return found
 
 
 def learned(learner: Learner) -> dict[str, nn.Parameter]:
@@ -134,7 +177,7 @@ def take(learner: Learner, ema: "Ema", contents: Contents) -> None:
                     heads = rows.unflatten(0, (layer.heads, -1))  # H, R, C
                     heads[:, : term.rank] = gain * given.unflatten(0, (layer.heads, -1)).to(rows)
     for name, token in learner.tokens.items():
-        token.vectors.copy_(contents.tokens[f"{TOKEN}.0.{name}"])
+        token.vectors.copy_(torch.cat([contents.tokens[f"{TOKEN}.{n}.{name}"] for n in range(len(learner.words))]))
     if ema.mean:
         for shadow, parameter in zip(ema.mean.shadow_params, ema.parameters, strict=True):
             shadow.copy_(parameter)

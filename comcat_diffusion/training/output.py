@@ -17,7 +17,7 @@ from comcat_diffusion.adapters.store import load_adapter, save_adapter
 from comcat_diffusion.adapters.terms import Contents, read_contents
 from comcat_diffusion.training.batching import Batch
 from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.training.learned import ADAPTER
+from comcat_diffusion.training.learned import ADAPTER, embeddings
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.words import Subject
 
@@ -110,9 +110,6 @@ def _save_whole(
     precision: torch.dtype,
     thumbnail: str = "",
 ) -> None:
-    tokens = {}
-    if config.placeholder_token:
-        tokens = {config.placeholder_token: {name: token.vectors.detach() for name, token in learner.tokens.items()}}
     save_adapter(
         pipe,
         path,
@@ -121,7 +118,7 @@ def _save_whole(
         notes,
         precision,
         config.revision or "",
-        tokens,
+        embeddings(pipe, learner),
         thumbnail,
     )
 
