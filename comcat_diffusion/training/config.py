@@ -90,7 +90,7 @@ class PictureSettings(Group):
 class LearningSettings(Group):
     """What is learned"""
 
-    rank: int = option(4, "Rank added to each head's two products.")
+    rank: int = option(8, "Rank added to each head's two products.")
     alpha: float | None = option(None, "Strength: the term is scaled by alpha / rank. Default: rank.")
     kind: str = option(
         "tied",
