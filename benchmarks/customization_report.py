@@ -64,8 +64,20 @@ def table(report: dict) -> str:
     return shared.markdown_table(columns, cells) + "\n\n" + shared.circumstances_text(report["circumstances"])
 
 
+def _ours(row: dict) -> bool:
+    return row["method"].startswith("COMCAT")
+
+
+def _beaten(row: dict, rows: list[dict], across: str) -> bool:
+    """Whether another row needs no more of `across` and is more like the subject."""
+    return any(r[across] <= row[across] and r["fidelity"]["mean"] > row["fidelity"]["mean"] for r in rows)
+
+
 def plot(report: dict, across: str, label: str, path: Path) -> None:
-    """Fidelity over `file_bytes` or `seconds`, a number a method; the colour of a point is its drift."""
+    """Fidelity over `file_bytes` or `seconds`; the colour of a point is its drift.
+
+    Of ours only those have a number and an interval that no other method beats in both; the others are small.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -75,13 +87,23 @@ def plot(report: dict, across: str, label: str, path: Path) -> None:
     whole = max(row["steps"] for row in report["rows"])
     other = {"file_bytes": lambda row: row["steps"] < whole, "seconds": lambda row: row["shrunk"]}[across]
     rows = [row for row in report["rows"] if not other(row)]  # what differs from another row in this respect alone
+    small = [row for row in rows if _ours(row) and _beaten(row, rows, across)]
+    rows = [row for row in rows if row not in small]
     places, fidelity = [row[across] for row in rows], [row["fidelity"] for row in rows]
-    figure, axes = pyplot.subplots(figsize=(11, 6.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(11, 5.5), layout="constrained")
     axes.vlines(places, [f["low"] for f in fidelity], [f["high"] for f in fidelity], color="0.85", linewidth=1)
     drifts, means = [row["drift"]["mean"] for row in rows], [f["mean"] for f in fidelity]
-    shade = {"cmap": "viridis_r", "vmin": 0, "vmax": max(drifts), "s": 40, "zorder": 3}
+    shade = {
+        "cmap": "viridis_r",
+        "vmin": 0,
+        "vmax": max(r["drift"]["mean"] for r in report["rows"]),
+        "s": 40,
+        "zorder": 3,
+    }
+    beside = {**shade, "s": 12, "c": [row["drift"]["mean"] for row in small]}
+    axes.scatter([row[across] for row in small], [row["fidelity"]["mean"] for row in small], **beside)
     for marker, ours in (("o", True), ("s", False)):
-        chosen = [n for n, row in enumerate(rows) if row["method"].startswith("COMCAT") == ours]
+        chosen = [n for n, row in enumerate(rows) if _ours(row) == ours]
         spots, colours = ([v[n] for n in chosen] for v in (places, drifts))
         points = axes.scatter(spots, [means[n] for n in chosen], c=colours, marker=marker, **shade)
     names = []
@@ -90,7 +112,7 @@ def plot(report: dict, across: str, label: str, path: Path) -> None:
         axes.annotate(str(number), (place, mean), fontsize=7, xytext=side, textcoords="offset points")
         names.append(Line2D([], [], linestyle="", label=f"{number}  {row['method']}"))
     figure.legend(handles=names, loc="outside right upper", handlelength=0, frameon=False, fontsize=7.5)
-    told = "drift (less is better); circles: COMCAT, squares: others"
+    told = "drift (less is better); circles: COMCAT, small where another method beats it; squares: others"
     figure.colorbar(points, label=told, location="bottom", shrink=0.6, aspect=40)
     axes.set(xlabel=label, ylabel="fidelity to held-out pictures", xscale="log" if across == "file_bytes" else "linear")
     figure.savefig(path, dpi=110)

@@ -4,6 +4,8 @@ A batch is a dictionary of the model's arguments (labels are left out), or the p
 dictionary of tensors itself (SDXL's added conditions).
 """
 
+import contextlib
+import ctypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -52,7 +54,14 @@ def calibrate(model: nn.Module, units: Sequence[Unit], batches: Iterable[Batch])
         for handle in handles:
             handle.remove()
     _refuse_unseen(moments)
+    _give_back()
     return moments
+
+
+def _give_back() -> None:
+    """Return what the passes have freed to the system. glibc keeps it, scattered: a quarter of DeiT-base's own size."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _watched(layer: nn.Linear, alone: bool) -> tuple[Moments | Narrowing, RemovableHandle]:
