@@ -22,7 +22,7 @@ from comcat_diffusion.config import EMBEDDED, BaseSettings
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CONFIG_FILES = ("*.json", "*.txt")  # of a diffusers folder: everything but its weights
-EMBEDDED_GUIDANCE = 3.5  # at 5 colours glare and shapes burst (docs/log.md)
+EMBEDDED_GUIDANCE = 2.0  # above, colours glare and shapes burst (docs/log.md)
 _NOT_GIVEN = (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 _PACKAGE = Path(__file__).parent
 

@@ -13,7 +13,7 @@ from recipe.world import BACKGROUNDS, PLACES, SIZES, Scene, prompt
 
 PROMPTS = 200
 DRAWN = 1000  # scenes that the CLIP itself is measured on; of 200 alone, one picture would be half a per cent
-STEPS, GUIDANCE = 25, 3.5
+STEPS, GUIDANCE = 25, 2.0
 WORLD = World(BACKGROUNDS, PLACES, SIZES)
 
 

@@ -200,9 +200,9 @@ def test_a_sheet_is_drawn_with_the_guidance_that_the_base_is_drawn_with(sd1, une
     about = json.loads(Image.open(unet_report.folder / "sheet.png").text["comcat"])
     assert about["guidance_scale"] == 7.5 == bases.default_guidance(str(sd1))
     config = CompressConfig(model="embedded", part=UNET)
-    assert Diffusion(config).sampling.guidance_scale == 3.5 == bases.default_guidance("embedded")
+    assert Diffusion(config).sampling.guidance_scale == 2.0 == bases.default_guidance("embedded")
     (tmp_path / "plan.json").write_text(json.dumps({"plan": {"model_id": "embedded"}}))
-    assert bases.default_guidance(str(tmp_path)) == 3.5 and bases.default_guidance(str(unet_report.folder)) == 7.5
+    assert bases.default_guidance(str(tmp_path)) == 2.0 and bases.default_guidance(str(unet_report.folder)) == 7.5
 
 
 def test_a_compressed_base_is_a_base_for_every_command(sd1, unet_report, tmp_path, capsys):

@@ -117,7 +117,7 @@ def test_the_report_says_everything_with_its_interval(report, place):
     assert told["prompts"]["of_class"] == ["a photo of teddy"] and told["subject"] == "sks teddy"
     around = told["circumstances"]
     assert around["base"] == "embedded" and around["device"] == "cpu" and around["precision"] == "fp32"
-    assert around["steps"] == 2 and around["guidance"] == 3.5 and around["torch"] == torch.__version__
+    assert around["steps"] == 2 and around["guidance"] == 2.0 and around["torch"] == torch.__version__
     page = (report.folder / "report.md").read_text()
     for part in ("details of subjects alone", "95% bootstrap", "sheet.png", "plot.png", UNRELATED[0], report.verdict):
         assert part in page

@@ -54,7 +54,7 @@ class SamplingSettings(Group):
     seed: int = option(0, "First seed. The same seed gives the same picture, whatever the batch size.")
     num_inference_steps: int = option(25, "Denoising steps.")
     guidance_scale: float | None = option(
-        None, "Classifier-free guidance; 1 turns it off. Default: 7.5, on the embedded base 3.5."
+        None, "Classifier-free guidance; 1 turns it off. Default: 7.5, on the embedded base 2."
     )
     scheduler: str | None = option(
         None, "Sampler class of diffusers, for instance EulerDiscreteScheduler. Default: the base's."
