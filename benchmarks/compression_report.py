@@ -30,10 +30,10 @@ def _training(report: dict) -> str:
 def _attention(report: dict, rows: list[dict]) -> list[str]:
     by = {(row["removed"], row["variant"]): row["top1"] for row in rows}
     shares = sorted({share for share, _ in by})
-    kinds = [kind for kind in ATTENTION if any((share, kind) in by for share in shares)]
+    kinds = [kind for kind in ATTENTION if kind in {known for _, known in by}]
     cells = [[kind, *(f"{by[r, kind]:.2f}" if (r, kind) in by else "" for r in shares)] for kind in kinds]
     title = f"Top-1 without fine-tuning, attentions only ({report['data']}, dense {report['dense_top1']:.2f}):"
-    return [title, shared.markdown_table(["removed", *(f"{share:.0%}".replace("%", " %") for share in shares)], cells)]
+    return [title, shared.markdown_table(["removed", *(f"{100 * share:.0f} %" for share in shares)], cells)]
 
 
 def _model(report: dict, rows: list[dict]) -> list[str]:

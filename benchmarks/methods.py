@@ -9,14 +9,15 @@ from diffusers import DiffusionPipeline
 from peft import IA3Config, LoKrConfig, LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import nn
 
+from benchmarks.variants import ATTENTIONS
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.store import Tokens, save_adapter
-from comcat_diffusion.adapters.token import LearnedToken, put_token, start_vectors, token_ids
+from comcat_diffusion.adapters.token import put_token, start_vectors
 from comcat_diffusion.adapters.trigger import listen
+from comcat_diffusion.training.learned import add_tokens
 from comcat_diffusion.training.learner import Learner
 from recipe.subject import TRIGGER
 
@@ -46,9 +47,8 @@ class Method:
         self.start(pipe)
         learner = Learner(pipe, prompts, train_text=self.token)
         if self.token:
-            learned = LearnedToken(pipe.text_encoder, token_ids(pipe, "text_encoder", TOKEN))
-            learner.tokens = nn.ModuleDict({"text_encoder": learned})
-            pipe.comcat_learned = learned
+            add_tokens(pipe, learner)
+            pipe.comcat_learned = learner.tokens["text_encoder"]
         return learner
 
 
@@ -113,7 +113,7 @@ def _ours(rates: tuple[float, ...], teacher: bool = False, token: bool = False, 
 
 CROSS, WAITING = {"target_modules": ["attn2"]}, {"trigger": [TRIGGER]}
 TIED = {**CROSS, "foldable": True, "tied": True}
-LATE = {**TIED, "target_modules": r"up_blocks\..*\.attn2"}  # `comcat train` without flags
+LATE = {**TIED, "target_modules": ATTENTIONS["up"]}
 WORD = {"token": True, "trigger": [TOKEN]}
 HIGH, MIDDLE, LOW = (3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3, 1e-2), (5e-5, 2e-4, 8e-4)
 METHODS = {

@@ -114,7 +114,8 @@ def test_sizes_are_those_of_a_real_adapter(folder, tiny_unet, tmp_path):
     size = {tuple(row[k] for k in ("architecture", "targets", "variant", "rank")): row["parameters"] for row in rows}
     for (architecture, targets, kind, rank), count in size.items():
         assert count == rank * size[architecture, targets, kind, 1]  # linear in the rank
-        assert size[architecture, "up", kind, rank] <= count
+        assert size[architecture, "up", kind, rank] <= size[architecture, "cross", kind, rank]
+        assert size[architecture, "cross", kind, rank] <= count or targets == "up"
         assert size[architecture, targets, "comcat_foldable", rank] <= count or kind == "comcat_tied"
         assert count <= size[architecture, targets, "comcat_foldable", rank] / 3 or kind != "comcat_tied"
 

@@ -1,7 +1,7 @@
 """A new word learned together with an adapter: its embeddings in every text encoder of a pipeline.
 
-diffusers' own textual inversion puts it in place, so several embeddings behind one word work as they do there. A word
-may consist of several, like "sks dog": what stands for the subject is then one new token from the class word on.
+diffusers' own textual inversion puts it in place, so several embeddings behind one word work as they do there. A whole
+name can be one such word: "sks dog" is then a word by itself, whatever "sks" and "dog" are to the tokenizer.
 """
 
 import torch
@@ -55,7 +55,7 @@ def words_of(pipe: object) -> list[str]:
 
 
 def _make_room(table: nn.Embedding, rows: int) -> None:
-    """Rows for new tokens. transformers would draw the whole table anew first: 0.7 s of one of CLIP's size, not 0.1."""
+    """Rows for new tokens. transformers would draw the whole table anew first, ten times the time for CLIP's."""
     missing = rows - len(table.weight)
     if missing > 0:
         grown = torch.cat([table.weight.data, table.weight.data.new_zeros(missing, table.embedding_dim)])

@@ -104,7 +104,7 @@ class LearningSettings(Group):
     learn_name: bool = option(
         False,
         "Make the subject's name, like 'sks dog', one new word that starts as its class and is learned together with "
-        "the adapter: prompts are obeyed better; the text is then encoded at every step.",
+        "the adapter; text is then encoded at every step.",
     )
     target_modules: list[str] | None = option(
         None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention in the U-Net's way up."
@@ -124,6 +124,11 @@ class LearningSettings(Group):
         require(
             (self.placeholder_token is None) == (self.initializer_token is None),
             "--placeholder_token and --initializer_token belong together: a new token starts from a known word.",
+        )
+        require(
+            not (self.learn_name and (self.everywhere or self.placeholder_token)),
+            "--learn_name is for adapters that act from the trigger on, and for names without a --placeholder_token: "
+            "leave one of them out.",
         )
 
 
@@ -257,11 +262,6 @@ class TrainConfig(
 
     def check(self) -> None:
         """The groups fit each other."""
-        require(
-            not (self.learn_name and (self.everywhere or self.placeholder_token)),
-            "--learn_name is for adapters that act from the trigger on, and for names without a --placeholder_token: "
-            "leave one of them out.",
-        )
         for flag, asked in (("prior", self.prior_kind != "none"), ("train_text_encoder", self.train_text_encoder)):
             require(
                 self.everywhere or not asked,
