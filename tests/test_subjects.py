@@ -251,6 +251,14 @@ def test_the_name_of_a_subject_can_be_learned_as_one_word(tmp_path):
     more, _ = run(tmp_path / "more", init_adapter=str(moved), token_lr=1e-12, save_precision="fp32")
     kept = [load_file(file)["token.0.text_encoder"] for file in (moved, more.adapter)]
     assert torch.allclose(*kept, atol=1e-6)  # and goes on from what an adapter has learned
+    again, _ = run(tmp_path / "again", init_adapter=str(moved), learn_name=True)
+    assert read_adapter(again.adapter).tokens == ["sks teddy"]
+
+
+def test_an_adapter_that_waits_for_a_part_of_the_name_learns_no_name(tmp_path):
+    deaf, _ = run(tmp_path / "a")
+    with pytest.raises(ValueError, match="--learn_name makes one word of the name.*leave one of the two out"):
+        run(tmp_path / "b", init_adapter=str(deaf.adapter), learn_name=True)
 
 
 def test_every_subject_can_have_a_learned_name(tmp_path):

@@ -37,6 +37,7 @@ def prepare(config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Sub
     """Freeze the base and add what is learned to it; the adapters are exactly nothing yet. Raises ValueError."""
     if config.init_adapter:
         load_adapter(pipe, config.init_adapter, ADAPTER)
+        _refuse_deaf(config, pipe)
     for word in new_words(config, subjects):
         if word not in words_of(pipe):  # it may have come with the adapter that is learned on
             put_token(pipe, word, _start(config, pipe, word, subjects))
@@ -52,6 +53,15 @@ def prepare(config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Sub
     for model in (pipe.unet, *text_encoders(pipe).values()):
         for factor in factors(model, ADAPTER).values():
             factor.requires_grad_(True)
+
+
+def _refuse_deaf(config: TrainConfig, pipe: DiffusionPipeline) -> None:
+    """Raise ValueError for an adapter that waits for "sks" where "sks dog" is about to become one word."""
+    if config.learn_name and not words_of(pipe):
+        raise ValueError(
+            f"--learn_name makes one word of the name, in which the adapter {config.init_adapter} would no longer find "
+            "its trigger: leave one of the two out."
+        )
 
 
 def new_words(config: TrainConfig, subjects: Sequence[Subject]) -> list[str]:
