@@ -54,12 +54,12 @@ def calibrate(model: nn.Module, units: Sequence[Unit], batches: Iterable[Batch])
         for handle in handles:
             handle.remove()
     _refuse_unseen(moments)
-    _give_back()
+    give_back()
     return moments
 
 
-def _give_back() -> None:
-    """Return what the passes have freed to the system. glibc keeps it, scattered: a quarter of DeiT-base's own size."""
+def give_back() -> None:
+    """Return what was freed to the system. glibc keeps it, scattered: of passes a quarter of DeiT-base's own size."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 

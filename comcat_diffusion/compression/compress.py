@@ -9,7 +9,7 @@ from torch import nn
 
 from comcat_diffusion.attentions import DIFFUSERS, style_of
 from comcat_diffusion.compression import allocate, cost, hosts, modules
-from comcat_diffusion.compression.calibrate import Batch, Seen, calibrate, inputs_of
+from comcat_diffusion.compression.calibrate import Batch, Seen, calibrate, give_back, inputs_of
 from comcat_diffusion.compression.cost import Unit
 from comcat_diffusion.compression.factor import Product, linear_product, qk_product, vo_product
 from comcat_diffusion.compression.plan import (
@@ -91,7 +91,7 @@ def planned(model: nn.Module, units: Sequence[Unit], moments: Seen, reduction: f
     if settings.method == "uniform":
         widths = allocate.uniform(units, budget, settings.multiple)
     else:
-        energies = {unit.name: energy_of(model, unit, moments) for unit in units}
+        energies = energies_of(model, units, moments)
         widths = allocate.by_energy(units, energies, budget, settings.multiple)
     return plan_of(model, units, widths, reduction, settings)
 
@@ -134,6 +134,15 @@ def _weights(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
     return linear.weight.detach().cpu().double(), bias
 
 
+def energies_of(model: nn.Module, units: Sequence[Unit], moments: Seen) -> allocate.Energies:
+    """The kept energy of every unit, with no more memory held than one decomposition takes."""
+    energies = {}
+    for unit in units:
+        energies[unit.name] = energy_of(model, unit, moments)
+        give_back()
+    return energies
+
+
 def energy_of(model: nn.Module, unit: Unit, moments: Seen) -> torch.Tensor:
     """(full + 1,): kept energy by width; the column of a key bias keeps nothing that is counted."""
     energies = [product.energy for product in products_of(model, unit, moments)]
@@ -161,6 +170,7 @@ def replaced(
                 uses[path] -= 1
                 if not uses[path]:
                     moments.pop(path, None)
+            give_back()
     return smaller
 
 

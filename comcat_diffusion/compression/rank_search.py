@@ -26,7 +26,7 @@ from comcat_diffusion.compression import allocate, cost, hosts
 from comcat_diffusion.compression.calibrate import Batch, calibrate, checked
 from comcat_diffusion.compression.compress import (
     counted,
-    energy_of,
+    energies_of,
     parts_of,
     plan_of,
     refuse_other_functions,
@@ -204,7 +204,7 @@ def search_ranks(
     finally:
         model.train(training)
     # The likeliest widths may miss the budget a little either way: the energies say what to change first.
-    energies = {unit.name: energy_of(model, unit, moments) for unit in units}
+    energies = energies_of(model, units, moments)
     widths = allocate.project(units, energies, running.widths(), budget, settings.multiple)
     return plan_of(model, units, widths, reduction, replace(settings, method="search"))
 
