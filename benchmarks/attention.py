@@ -23,6 +23,7 @@ from torch import nn
 
 from benchmarks import circumstances as shared
 from benchmarks import variants
+from comcat_diffusion.timing import wait
 
 LAYER = ("bare", "comcat", "comcat_foldable", "lora", "two_branch")
 STEP = ("bare", "comcat", "comcat_foldable", "lora", "two_branch")
@@ -123,7 +124,7 @@ def peak_of_training(kind: str, targets: str, settings: Settings) -> tuple[float
     base = variants.bare_unet(settings.device, settings.dtype, settings.base)
     model = variants.variant(kind, base, pattern, settings.rank)
     training_step(model, pattern, settings)()
-    shared.synchronize(settings.device)
+    wait()
     return shared.peak_memory_mib(settings.device), count(model)
 
 
@@ -141,7 +142,7 @@ def generation_rows(settings: Settings) -> list[dict]:
 
 def timed_rows(part: str, cases: dict[str, Callable], models: dict[str, nn.Module], settings: Settings) -> list[dict]:
     """Time the cases against the first one, a row each."""
-    timings = shared.interleaved(cases, settings.rounds, settings.device, settings.least_seconds)
+    timings = shared.interleaved(cases, settings.rounds, settings.least_seconds)
     return [
         {"part": part, "variant": kind, "parameters": count(models[kind])} | timing.row()
         for kind, timing in timings.items()

@@ -11,19 +11,21 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import islice
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
+
+from comcat_diffusion import timing
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -52,41 +54,13 @@ class Timing:
         }
 
 
-def interleaved(
-    cases: dict[str, Callable[[], object]], rounds: int, device: torch.device, least_seconds: float = 0.2
-) -> dict[str, Timing]:
-    """Time A B C D A B C D ... and compare every case with the first one of the same round.
-
-    Load from elsewhere, turbo clocks and heat drift over minutes; within a round they are nearly the same for all.
-    A short case is repeated until a sample lasts about `least_seconds`. Every case runs untimed beforehand.
-    """
+def interleaved(cases: dict[str, Callable[[], object]], rounds: int, least_seconds: float = 0.2) -> dict[str, Timing]:
+    """Time A B C D A B C D ... and compare every case with the first one of the same round (timing.rounds)."""
     if rounds < 1:
         raise ValueError(f"There must be at least one round, not {rounds}.")
-    repeats = {}
-    for name, case in cases.items():
-        warm = _seconds(case, device)  # the first call plans kernels and allocates: too slow to count by
-        repeats[name] = 1 if warm > least_seconds else max(1, round(least_seconds / _seconds(case, device)))
-    samples: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(rounds):
-        for name, case in cases.items():
-            samples[name].append(_seconds(case, device, repeats[name]))
-    first = samples[next(iter(cases))]
-    return {n: Timing(s, [a / b for a, b in zip(s, first, strict=True)]) for n, s in samples.items()}
-
-
-def _seconds(case: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        case()
-    synchronize(device)
-    return (time.perf_counter() - start) / repeats
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for what the device still has to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    samples = list(islice(timing.rounds(cases, least_seconds=least_seconds), rounds))
+    first = next(iter(cases))
+    return {n: Timing([s[n] for s in samples], [s[n] / s[first] for s in samples]) for n in cases}
 
 
 def peak_memory_mib(device: torch.device) -> float:

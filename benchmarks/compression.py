@@ -220,7 +220,7 @@ def speed_rows(scale: Scale, device: torch.device) -> Iterator[dict]:
                 models[f"{method} {removed:.0%}"] = compress(dense, removed, settings=settings)[0].eval()
         cases = {name: torch.inference_mode()(lambda m=model, i=inputs: m(**i)) for name, model in models.items()}
         work = {name: cost.multiply_adds(model, inputs) for name, model in models.items()}
-        for name, timing in shared.interleaved(cases, scale.rounds, device).items():
+        for name, timing in shared.interleaved(cases, scale.rounds).items():
             row = {"part": "speed", "shape": shape, "variant": name, "parameters": count(models[name])}
             more = {"multiply_adds": work[name] / scale.speed_batch, "work_ratio": work[name] / work["dense"]}
             more |= {"images_a_second": scale.speed_batch / timing.row()["seconds"], "profile": profiled(cases[name])}
@@ -260,7 +260,7 @@ def search_rows(scale: Scale, device: torch.device) -> Iterator[dict]:
         cases = {"dense step": trains}
         cases["search step, by labels"] = functools.partial(steps, Distillation(labels=1.0, hard=0.0))
         cases["search step, by the dense model's classes"] = functools.partial(steps, Distillation())
-        for name, timing in shared.interleaved(cases, scale.rounds, device).items():
+        for name, timing in shared.interleaved(cases, scale.rounds).items():
             yield {"part": "search", "shape": shape, "variant": name, "batch": scale.speed_batch} | timing.row()
 
 

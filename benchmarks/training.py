@@ -56,6 +56,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from benchmarks import circumstances as shared
 from benchmarks import variants
 from comcat_diffusion import bases
+from comcat_diffusion.timing import wait
 from comcat_diffusion.training import customize as story
 from comcat_diffusion.training import learned, output
 from comcat_diffusion.training.batching import Batching
@@ -190,7 +191,7 @@ class Clock:
 
     def now(self) -> float:
         """Seconds of this run, when the device has done all it was given."""
-        shared.synchronize(self.device)
+        wait()
         return time.perf_counter() - self.waited
 
     @contextmanager

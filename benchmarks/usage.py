@@ -115,7 +115,7 @@ def growth_rows(settings: Settings) -> Iterator[dict]:
             tokens = (layer.resolution // settings.base.pixels) ** 2
             hidden = settings.random(layer.batch, tokens, settings.base.channels).requires_grad_()
             cases = {kind: _step(_adapted(base, kind, layer), hidden) for kind in KINDS}
-            timings = shared.interleaved(cases, settings.rounds, settings.device, settings.least_seconds)
+            timings = shared.interleaved(cases, settings.rounds, settings.least_seconds)
             for kind, timing in timings.items():
                 told = {"part": "growth", "grows": grows, "value": getattr(layer, grows), "tokens": tokens}
                 yield told | {"variant": kind} | timing.row()

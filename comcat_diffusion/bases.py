@@ -189,6 +189,19 @@ def native_resolution(pipe: DiffusionPipeline) -> int:
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
+def grain(pipe: DiffusionPipeline) -> int:
+    """Pixels that the sides of its pictures must be multiples of."""
+    return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+
+
+def asked_resolution(pipe: DiffusionPipeline, resolution: int | None) -> int:
+    """Side in pixels: the one asked for, or the base's own. Raises ValueError if the base cannot do it."""
+    resolution = resolution or native_resolution(pipe)
+    if resolution % grain(pipe):
+        raise ValueError(f"--resolution {resolution} must be a multiple of {grain(pipe)} for this base.")
+    return resolution
+
+
 def default_guidance(name: str | None) -> float:
     """The strength of classifier-free guidance that suits a base: Stable Diffusion's own, or the embedded one's."""
     plan = Path(name or EMBEDDED).expanduser() / "plan.json"
@@ -203,6 +216,19 @@ def forget_folder(config: Path) -> None:
     if Path(content.get("_name_or_path") or "").is_absolute():
         del content["_name_or_path"]
         config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def asked_device(name: str | None) -> str:
+    """The device of this name, or the fastest. Raises ValueError if there is none of this name here."""
+    if name is None:
+        return fastest_device()
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {name}: torch knows no such device here; leave it out for the fastest, '{fastest_device()}'."
+        ) from error
+    return name
 
 
 def fastest_device() -> str:

@@ -5,6 +5,7 @@ import os
 import sys
 
 from comcat_diffusion import commands
+from comcat_diffusion.bench.config import BenchConfig
 from comcat_diffusion.compression.config import CompressConfig
 from comcat_diffusion.config import add_arguments
 from comcat_diffusion.evaluation.config import EvaluateConfig
@@ -30,6 +31,7 @@ COMMANDS = {
     "shrink": (commands.shrink, ShrinkConfig),
     "compress": (commands.compress, CompressConfig),
     "evaluate": (commands.evaluate, EvaluateConfig),
+    "bench": (commands.bench, BenchConfig),
     "push": (commands.push, PushConfig),
     "pull": (commands.pull, PullConfig),
     "import": (commands.import_, ImportConfig),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from comcat_diffusion.bench.config import BenchConfig
 from comcat_diffusion.compression.config import CompressConfig
 from comcat_diffusion.config import from_arguments, weighted
 from comcat_diffusion.evaluation.config import EvaluateConfig
@@ -301,6 +302,20 @@ def evaluate(parsed: argparse.Namespace) -> int:
         for text in (report.table(), *report.notes, report.verdict):
             print(text)
         print(f"Wrote {report.folder / 'report.md'}, with sheet.png, plot.png and report.json beside it.")
+    return 0
+
+
+def bench(parsed: argparse.Namespace) -> int:
+    """Time a step of training and of drawing here: the base alone, with COMCAT, with a LoRA."""
+    config = from_arguments(BenchConfig, parsed)
+    _quiet()
+    from comcat_diffusion.bench.run import bench
+
+    made = bench(config)
+    print(made.table())
+    print(", ".join(f"{name} {value}" for name, value in made.circumstances.items()))
+    if config.output:
+        print(f"Wrote {config.output}.")
     return 0
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from comcat_diffusion import timing
+
 FEWEST_ROUNDS, MOST_ROUNDS, ENOUGH_SECONDS = 3, 9, 20.0
 
 
@@ -23,28 +25,13 @@ class Rates:
 
 @torch.inference_mode()
 def rates(dense: nn.Module, small: nn.Module, inputs: Mapping[str, torch.Tensor], samples: int) -> Rates:
-    """Time dense, small, dense, small, ... on inputs of `samples` samples.
-
-    Load from elsewhere and heat drift over minutes; within a round they are nearly the same for both.
-    """
-    for model in (dense, small):  # the first call plans kernels and allocates: too slow to count
-        _seconds(model, inputs)
-    rounds, started = [], time.perf_counter()
-    while len(rounds) < FEWEST_ROUNDS or (len(rounds) < MOST_ROUNDS and time.perf_counter() - started < ENOUGH_SECONDS):
-        rounds.append((_seconds(dense, inputs), _seconds(small, inputs)))
-    before, after = (samples / statistics.median(seconds) for seconds in zip(*rounds, strict=True))
-    return Rates(before, after, statistics.median(a / b for a, b in rounds), len(rounds))
-
-
-def _seconds(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> float:
-    _wait()
-    started = time.perf_counter()
-    model(**inputs)
-    _wait()
-    return time.perf_counter() - started
-
-
-def _wait() -> None:
-    """Until the accelerator, if there is one, has done what it was told."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    """Time dense, small, dense, small, ... on inputs of `samples` samples."""
+    cases = {"dense": lambda: dense(**inputs), "small": lambda: small(**inputs)}
+    timed, started = [], time.perf_counter()
+    for found in timing.rounds(cases):
+        timed.append((found["dense"], found["small"]))
+        enough = len(timed) >= FEWEST_ROUNDS and time.perf_counter() - started >= ENOUGH_SECONDS
+        if enough or len(timed) == MOST_ROUNDS:
+            break
+    before, after = (samples / statistics.median(seconds) for seconds in zip(*timed, strict=True))
+    return Rates(before, after, statistics.median(a / b for a, b in timed), len(timed))

@@ -53,7 +53,7 @@ def evaluate(
     config = replace(config, cache_dir=config.cache_dir or str(Path(config.output_dir) / "features"))
 
     # So are the feature models and whether every adapter fits the base.
-    device = config.device or str(accelerator.device)
+    device = bases.asked_device(config.device or str(accelerator.device))
     clip, judge = _features(config, embedded, device)
     pipe = _pipeline(config, base, chosen, device)
     folder = made_folder(config.output_dir)

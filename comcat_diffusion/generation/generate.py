@@ -105,7 +105,7 @@ def _pipeline(config: GenerateConfig, chosen: list[Chosen]) -> DiffusionPipeline
     if chosen or loras:
         weights = [one.scale for one in chosen] + [weight for _, weight in loras.values()]
         pipe.set_adapters([*names, *loras], weights)
-    return pipe.to(config.device or bases.fastest_device())
+    return pipe.to(bases.asked_device(config.device))
 
 
 def _load_lora(pipe: DiffusionPipeline, path: Path, name: str) -> None:

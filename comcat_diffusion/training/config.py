@@ -87,8 +87,8 @@ class PictureSettings(Group):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningSettings(Group):
-    """What is learned"""
+class AdapterShape(Group):
+    """The adapter"""
 
     rank: int = option(8, "Rank added to each head's two products.")
     alpha: float | None = option(None, "Strength: the term is scaled by alpha / rank. Default: rank.")
@@ -101,13 +101,24 @@ class LearningSettings(Group):
     everywhere: bool = option(
         False, "Act on the whole of every prompt. Default: from the trigger on; without it, the base is as it was."
     )
+    target_modules: list[str] | None = option(
+        None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention in the U-Net's way up."
+    )
+
+    def check(self) -> None:
+        """A head is given something, at a strength that is a number."""
+        require_at_least(self, 1, "rank")
+        require_finite(self, "alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningSettings(AdapterShape):
+    """What is learned with it"""
+
     learn_name: bool = option(
         False,
         "Make the subject's name, like 'sks dog', one new word that starts as its class and is learned together with "
         "the adapter; text is then encoded at every step.",
-    )
-    target_modules: list[str] | None = option(
-        None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention in the U-Net's way up."
     )
     init_adapter: str | None = option(None, "Start from this adapter file (it must have the same rank and targets).")
     train_text_encoder: bool = option(False, "Also adapt the text encoder(s); text is then encoded at every step.")
@@ -118,9 +129,8 @@ class LearningSettings(Group):
     num_vectors: int = option(1, "Embeddings that the new token consists of.")
 
     def check(self) -> None:
-        """Ranks are positive; a new token starts from a known one."""
-        require_at_least(self, 1, "rank", "num_vectors")
-        require_finite(self, "alpha")
+        """A new token starts from a known one."""
+        require_at_least(self, 1, "num_vectors")
         require(
             (self.placeholder_token is None) == (self.initializer_token is None),
             "--placeholder_token and --initializer_token belong together: a new token starts from a known word.",

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch.nn.functional import interpolate
 
+from comcat_diffusion import bases
 from comcat_diffusion.training import images
 from comcat_diffusion.training.cache import Cache
 from comcat_diffusion.training.class_pictures import class_pictures, class_prompt_of
@@ -58,10 +59,8 @@ class Material:
 
 def encode_all(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset, note: Callable[[str], None]) -> Material:
     """Encode a dataset with a pipeline's VAE, after the base has drawn the class pictures that are missing."""
-    divisible = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    if config.resolution % divisible:
-        raise ValueError(f"--resolution {config.resolution} must be a multiple of {divisible} for this base.")
-    options = sizes(config.resolution, config.aspect_ratio_buckets, divisible)
+    resolution = bases.asked_resolution(pipe, config.resolution)
+    options = sizes(resolution, config.aspect_ratio_buckets, bases.grain(pipe))
     cache = Cache(config.cache_dir, pipe.vae)
     class_examples = []
     if config.prior_kind == "images":
@@ -69,7 +68,7 @@ def encode_all(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset, n
     class_prompts = {}
     if config.prior_kind == "teacher":
         class_prompts = {e.prompt: class_prompt_of(config, e.subject, dataset.subjects) for e in dataset.examples}
-    square = [(config.resolution, config.resolution)]
+    square = [(resolution, resolution)]
     return Material(
         encode(config, pipe.vae, dataset.examples, options, cache),
         encode(config, pipe.vae, dataset.held_out, options, cache),

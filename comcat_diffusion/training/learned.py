@@ -26,7 +26,7 @@ from comcat_diffusion.adapters.token import (
     words_of,
 )
 from comcat_diffusion.adapters.trigger import listen
-from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.config import AdapterShape, TrainConfig
 from comcat_diffusion.training.learner import Learner, text_encoders
 from comcat_diffusion.words import Subject
 
@@ -46,7 +46,7 @@ def prepare(config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Sub
     if not config.init_adapter:
         with torch.random.fork_rng():  # PEFT draws the random factors from the global generator
             torch.manual_seed(config.seed)
-            pipe.unet.add_adapter(adapter_config(config, pipe.unet, subjects), ADAPTER)
+            pipe.unet.add_adapter(adapter_config(config, pipe.unet, awaited(config, subjects)), ADAPTER)
             for encoder in text_encoders(pipe).values() if config.train_text_encoder else ():
                 encoder.add_adapter(replace(adapter_config(config, encoder, ()), target_modules=None), ADAPTER)
         listen(pipe)
@@ -91,16 +91,20 @@ def _start(
     return word_vectors(pipe, next(subject.class_word for subject in subjects if subject.phrase == word))
 
 
-def adapter_config(config: TrainConfig, model: nn.Module, subjects: Sequence[Subject]) -> ComcatConfig:
-    """A model's adapter, which waits for any of the subjects' words unless it is to act everywhere."""
-    words = [*new_words(config, subjects), *(subject.trigger for subject in subjects)]
+def awaited(config: TrainConfig, subjects: Sequence[Subject]) -> list[str]:
+    """The words from which on an adapter is to act, any of them: new ones and triggers."""
+    return list(dict.fromkeys([*new_words(config, subjects), *(subject.trigger for subject in subjects)]))
+
+
+def adapter_config(shape: AdapterShape, model: nn.Module, words: Sequence[str]) -> ComcatConfig:
+    """A model's adapter, which waits for any of the words unless it is to act everywhere."""
     return ComcatConfig(
-        r=config.rank,
-        alpha=config.alpha,
-        foldable=config.kind != "free",
-        tied=config.kind == "tied",
-        trigger=None if config.everywhere else list(dict.fromkeys(words)),
-        target_modules=config.target_modules or late_targets(model),
+        r=shape.rank,
+        alpha=shape.alpha,
+        foldable=shape.kind != "free",
+        tied=shape.kind == "tied",
+        trigger=None if shape.everywhere else list(words),
+        target_modules=shape.target_modules or late_targets(model),
     )
 
 

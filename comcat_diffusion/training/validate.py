@@ -15,7 +15,7 @@ from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 from comcat_diffusion.training.crops import sizes
 from comcat_diffusion.training.customize import Silent, customize, default_batch, with_sample
 from comcat_diffusion.training.dataset import Dataset, read_dataset, remarks
-from comcat_diffusion.training.learned import adapter_config
+from comcat_diffusion.training.learned import adapter_config, awaited
 from comcat_diffusion.training.learner import cut_off
 
 MEASURED_STEPS = 3  # the first one warms up and does not count
@@ -88,7 +88,7 @@ def _word_doubts(dataset: Dataset, tokenizer: CLIPTokenizer) -> Iterator[str]:
 
 
 def _size_facts(config: TrainConfig, dataset: Dataset, unet: UNet2DConditionModel) -> Iterator[str]:
-    adapter = adapter_config(config, unet, dataset.subjects)
+    adapter = adapter_config(config, unet, awaited(config, dataset.subjects))
     shapes = expected_shapes(unet, adapter)
     if not shapes:
         raise ValueError(f"--target_modules {' '.join(config.target_modules or [])}: the base has none of this name.")
