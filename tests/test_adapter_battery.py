@@ -61,9 +61,7 @@ class Case:
         return self.run(self.tiny(dtype))
 
 
-# A UNet's self-attentions read features of several widths, so no factor fits all of them: nothing to tie there.
 CASES = [f"{kind}-{target}" for kind in ("free", "foldable", "tied") for target in TARGETS]
-CASES.remove("tied-unet-self")
 
 
 @pytest.fixture(params=CASES)

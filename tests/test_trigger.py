@@ -341,14 +341,8 @@ def test_a_tied_adapter_is_not_written_as_a_lora(embedded, randomize, tmp_path):
         ({"trigger": []}, "trigger must be a list of words"),
         ({"trigger": ["sks", " "]}, "trigger must be a list of words"),
         ({"tied": True}, "A tied adapter is foldable"),
-        ({"tied": True, "foldable": True, "rank_pattern": {"mid": 2}}, "one rank and one alpha"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ComcatConfig(**options)
-
-
-def test_self_attentions_of_several_widths_cannot_be_tied(tiny_unet):
-    with pytest.raises(ValueError, match="attentions that all read the same text"):
-        tiny_unet().add_adapter(ComcatConfig(r=2, target_modules=["attn1"], foldable=True, tied=True), "dog")

@@ -101,6 +101,7 @@ def _refuse_other_bases(read: list[_Read]) -> None:
     first_path, first = read[0].path, read[0].contents.header
     kinds: dict[str, str] = {}
     widths: dict[str, tuple] = {}
+    sides: dict[str, set[str]] = {}
     for path, header, terms in ((file.path, file.contents.header, file.contents.terms) for file in read):
         reason = difference(first.fingerprint, header.fingerprint)
         if reason is not None:
@@ -113,6 +114,11 @@ def _refuse_other_bases(read: list[_Read]) -> None:
                 raise ValueError(
                     f"{first_path} and {path} wait for different triggers and cannot be one file; load them side by "
                     "side instead."
+                )
+            tied = {term.attention for term in terms if term.part == part and term.tied}
+            if sides.setdefault(part, tied) != tied:
+                raise ValueError(
+                    f"{first_path} and {path} are tied and adapt different attentions; load them side by side instead."
                 )
         for term in terms:
             kind = kind_of(header.config[term.part])

@@ -25,7 +25,7 @@ class ComcatConfig(PeftConfig):
     )
     tied: bool = field(
         default=False,
-        metadata={"help": "One text-side factor for all heads of all attentions (of foldable adapters): fewer bytes."},
+        metadata={"help": "One text side for all cross-attentions, one side for each self-attention: fewer bytes."},
     )
     trigger: list[str] | None = field(
         default=None,
@@ -54,8 +54,8 @@ class ComcatConfig(PeftConfig):
         for rank in (self.r, *self.rank_pattern.values()):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"The rank must be a whole number of at least 1, not {rank!r}.")
-        if self.tied and (not self.foldable or self.rank_pattern or self.alpha_pattern):
-            raise ValueError("A tied adapter is foldable, and has one rank and one alpha for all its attentions.")
+        if self.tied and not self.foldable:
+            raise ValueError("A tied adapter is foldable: set foldable=True as well.")
         if self.trigger is not None and not (self.trigger and all(word.strip() for word in self.trigger)):
             raise ValueError(f"trigger must be a list of words, not {self.trigger!r}.")
         if self.alpha is None:

@@ -11,10 +11,9 @@ from torch import nn
 from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.gate import Gate, spoken
+from comcat_diffusion.adapters.tied import OTHER_TEXT
 from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, merged_weights
 from comcat_diffusion.attentions import style_of
-
-OTHER_TEXT = "A tied adapter needs attentions that all read the same text: target attn2 alone, or choose another kind."
 
 
 def factor_shapes(
@@ -107,6 +106,7 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         """Create an adapter's factors on the base's device and in its precision; what they add is exactly zero.
 
         `tied` holds the factors, by name, that the adapter has on another attention already and shares with this one.
+        Raises ValueError if there is such an adapter, or if what is to be shared does not fit.
         """
         if adapter_name in self.r:
             raise ValueError(f"An adapter named {adapter_name} exists already: delete it or choose another name.")
@@ -115,7 +115,7 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         # One factor of each product is zero, the other random: step 0 is the base, and gradients flow.
         zero = ("q_core", "out_core") if config.tied else ("k_down", "out_up", "out_core")
         for name, (into, outof) in factor_shapes(self._owner[0], rank, config.foldable, config.tied).items():
-            if name in tied and tied[name].in_features != into:
+            if name in tied and (tied[name].in_features, tied[name].out_features) != (into, outof):
                 raise ValueError(OTHER_TEXT)
             factor = tied.get(name) or nn.Linear(into, outof, bias=False, device=q.weight.device, dtype=dtype)
             if name in zero:

@@ -10,9 +10,8 @@ from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.peft_type import COMCAT
+from comcat_diffusion.adapters.tied import OTHER_TEXT, SHARED, TEXT, side_of
 from comcat_diffusion.attentions import style_of
-
-TIED = ("k_down", "v_down")  # the factors that all attentions of a tied adapter share
 
 
 class ComcatModel(BaseTuner):
@@ -29,7 +28,7 @@ class ComcatModel(BaseTuner):
         if state_dict is not None:
             own = f".{seam.SIDECAR}.{self.prefix}"
             state_dict = {key.replace(own, f".{self.prefix}"): value for key, value in state_dict.items()}
-        self._tied: dict[str, nn.Linear] = {}  # what a tied adapter's first attention has and the others share
+        self._tied: dict[str, dict[str, nn.Linear]] = {}  # by side: what the first attention has and the others share
         super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
 
     def _prepare_model(self, peft_config: ComcatConfig, model: nn.Module) -> None:
@@ -67,9 +66,12 @@ class ComcatModel(BaseTuner):
             seam.attach(target, layer)
         rank = of_pattern(peft_config.rank_pattern, current_key, peft_config.r)
         alpha = of_pattern(peft_config.alpha_pattern, current_key, peft_config.alpha)
-        layer.update_layer(adapter_name, rank, alpha, peft_config, self._tied)
+        side = side_of(current_key, target) if peft_config.tied else None
+        if side == TEXT and (rank, alpha) != (peft_config.r, peft_config.alpha):
+            raise ValueError(OTHER_TEXT)
+        layer.update_layer(adapter_name, rank, alpha, peft_config, self._tied.get(side, {}))
         if peft_config.tied:
-            self._tied = {name: getattr(layer, f"comcat_{name}")[adapter_name] for name in TIED}
+            self._tied[side] = {name: getattr(layer, f"comcat_{name}")[adapter_name] for name in SHARED}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT calls this when it unloads; what it unloads is a side-car, so the host gets its class back."""

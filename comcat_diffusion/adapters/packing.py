@@ -30,7 +30,7 @@ def pack(tensors: dict[str, torch.Tensor], head_ranks: HeadRanks, dtype: torch.d
     for name, dense in sorted(tensors.items()):
         ranks, product = _ranks_of(name, head_ranks)
         rows = dense.T if name.endswith("." + COLUMNS) else dense  # H*R, C
-        kept = rows[kept_rows(ranks[product], max(map(max, ranks)))].contiguous()  # K, C
+        kept = rows[kept_rows(ranks[product], _rank(ranks))].contiguous()  # K, C
         if dtype == torch.int8:
             scales.append(kept.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny).float() / 127)  # K
             kept = (kept / scales[-1].unsqueeze(1)).round()
@@ -48,7 +48,7 @@ def unpack(tensors: dict[str, torch.Tensor], head_ranks: HeadRanks) -> dict[str,
             dense[name] = kept
             continue
         ranks, product = _ranks_of(name, head_ranks)
-        rank, heads, count = max(map(max, ranks)), len(ranks[product]), sum(ranks[product])
+        rank, heads, count = _rank(ranks), len(ranks[product]), sum(ranks[product])
         if kept.dim() != 2 or len(kept) != count:
             raise ValueError(f"{name} {tuple(kept.shape)} does not have the {count} rows of its heads")
         if kept.dtype == torch.int8:
@@ -60,6 +60,11 @@ def unpack(tensors: dict[str, torch.Tensor], head_ranks: HeadRanks) -> dict[str,
         rows[kept_rows(ranks[product], rank)] = kept
         dense[name] = rows.T.contiguous() if name.endswith("." + COLUMNS) else rows
     return dense
+
+
+def _rank(ranks: list[list[int]]) -> int:
+    """The rank of the dense form; a side of a tied adapter that has lost all of its own is still there."""
+    return max(1, *map(max, ranks))
 
 
 def _ranks_of(name: str, head_ranks: HeadRanks) -> tuple[list[list[int]], int]:

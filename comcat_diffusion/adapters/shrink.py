@@ -170,17 +170,17 @@ def _nothing(layers: list[_Layer]) -> Chosen:
 
 
 def _made(whole_file: Contents, layers: list[_Layer], chosen: Chosen, dtype: torch.dtype) -> _Made:
-    """The file with these ranks; an attention whose heads all have rank 0 is left out."""
+    """The file with these ranks; an attention whose heads all have rank 0 is left out, unless it is tied."""
     terms, head_ranks, energy = [], {}, 0.0
     for layer, ranks in zip(layers, chosen, strict=True):
-        if not any(map(any, ranks)):
+        if not (any(map(any, ranks)) or layer.term.tied):
             continue
-        products = []
+        products, rank = [], max(1, *map(max, ranks))
         for product, own in enumerate(ranks):
             u, s, vh = layer.svds[product]
             keeps = torch.arange(s.shape[1]) < torch.tensor(own).unsqueeze(1)  # H, R
             energy += float((layer.energies(product) * keeps).sum())
-            products.append(maths.truncate(u, s * keeps, vh, max(map(max, ranks))))
+            products.append(maths.truncate(u, s * keeps, vh, rank))
         terms.append(layer.term.rebuilt(*products))
         head_ranks.setdefault(layer.term.part, {})[layer.term.attention] = [list(own) for own in ranks]
     return _Made(*assembled(replace(whole_file, terms=terms), dtype, head_ranks), energy)

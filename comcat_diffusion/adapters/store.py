@@ -21,7 +21,7 @@ from comcat_diffusion.adapters.layer import factor_shapes
 from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors
 from comcat_diffusion.adapters.packing import unpack
 from comcat_diffusion.adapters.parts import components, denoiser
-from comcat_diffusion.adapters.tied import gathered, scattered, tied_shapes
+from comcat_diffusion.adapters.tied import gathered, scattered, sides_of, tied_shapes
 from comcat_diffusion.adapters.token import ENCODERS, put_token, refuse_token
 from comcat_diffusion.adapters.trigger import listen
 
@@ -66,7 +66,7 @@ def save_adapter(
         if found:
             config[part] = plain_config(model.peft_config[adapter_name])
             if model.peft_config[adapter_name].tied:
-                found = gathered(found, config[part]["r"])
+                found = gathered(found, sides_of(model, found))
             tensors |= {f"{part}.{name}": factor for name, factor in found.items()}
     if not tensors:
         loaded = sorted({n for model in components(pipe).values() for n in getattr(model, "peft_config", {})})
@@ -157,7 +157,7 @@ def _attach(model: nn.Module, config: ComcatConfig, adapter_name: str, part: str
     places = factors(model, adapter_name)
     own = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
     if config.tied:
-        own = scattered(own, {name: factor.shape for name, factor in places.items()})
+        own = scattered(own, {name: factor.shape for name, factor in places.items()}, sides_of(model, places))
     for name, factor in places.items():
         factor.requires_grad_(False)
         factor.data = own[name].to(factor.device, factor.dtype)
@@ -238,7 +238,7 @@ def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[i
         rank = pattern.get(get_pattern_key(pattern.keys(), key), config.r) if pattern else config.r
         for name, (into, outof) in factor_shapes(module, rank, config.foldable, config.tied).items():
             shapes[f"{key}.{name}"] = (outof, into)
-    return tied_shapes(shapes, config.r) if config.tied and shapes else shapes
+    return tied_shapes(shapes, sides_of(model, shapes)) if config.tied else shapes
 
 
 def _refuse_other_tensors(tensors: dict, parts: dict, configs: dict[str, ComcatConfig], path: str | Path) -> None:

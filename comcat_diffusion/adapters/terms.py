@@ -26,7 +26,7 @@ from comcat_diffusion.adapters.header import (
 from comcat_diffusion.adapters.model import of_pattern
 from comcat_diffusion.adapters.packing import HeadRanks, pack
 from comcat_diffusion.adapters.store import TOKEN, config_of, library_versions, read_tensors, serialized
-from comcat_diffusion.adapters.tied import NAME, WIDTH
+from comcat_diffusion.adapters.tied import TEXT, WIDTH
 
 FREE = ("q_down", "k_down", "v_down", "out_up")
 FOLDABLE = ("q_core", "k_down", "v_down", "out_core")
@@ -40,21 +40,17 @@ class Term:
     """What an adapter adds to one attention. Its factors are as a file holds them, without the scale."""
 
     part: str  # component of the pipeline
-    attention: str  # name within the component; of a tied adapter, which is one head over all attentions, "tied"
+    attention: str  # name within the component; of a tied adapter that of a side, which counts as one head
     scale: float  # s = alpha / r
     rank: int
     foldable: bool
     factors: dict[str, torch.Tensor]  # k_down, v_down, q_down (H*R, C), out_up (C, H*R), q_core, out_core (H*R, D)
+    tied: bool = False
 
     @property
     def key(self) -> str:
         """PART.ATTENTION, as in the file."""
         return f"{self.part}.{self.attention}"
-
-    @property
-    def tied(self) -> bool:
-        """Whether this is all of a tied adapter."""
-        return self.attention == NAME
 
     @property
     def heads(self) -> int:
@@ -125,7 +121,7 @@ def read_contents(path: str | Path) -> Contents:
         config = configs[part]
         rank = of_pattern(config.rank_pattern, attention, config.r)
         alpha = of_pattern(config.alpha_pattern, attention, config.alpha)
-        term = Term(part, attention, alpha / rank, rank, config.foldable, factors)
+        term = Term(part, attention, alpha / rank, rank, config.foldable, factors, config.tied)
         if not _fits(term):
             raise AdapterFileError(f"{path} has factors of {term.key} that do not fit its rank {rank}: it is damaged.")
         terms.append(term)
@@ -141,7 +137,8 @@ def _fits(term: Term) -> bool:
     rows = {f.shape[1] if name == "out_up" else f.shape[0] for name, f in term.factors.items()}
     same_context = term.factors["k_down"].shape == term.factors["v_down"].shape
     same_width = not term.foldable or term.factors["q_core"].shape == term.factors["out_core"].shape
-    return len(rows) == 1 and rows.pop() % term.rank == 0 and same_context and same_width and term.heads > 0
+    whole = term.heads == 1 if term.tied else term.heads > 0
+    return len(rows) == 1 and rows.pop() % term.rank == 0 and same_context and same_width and whole
 
 
 def assembled(contents: Contents, dtype: torch.dtype, head_ranks: HeadRanks | None = None) -> tuple[Header, bytes]:
@@ -152,7 +149,8 @@ def assembled(contents: Contents, dtype: torch.dtype, head_ranks: HeadRanks | No
     """
     config, tensors = {}, {}
     for part, own in _by_part(contents.terms).items():
-        common = Counter(term.rank for term in own).most_common(1)[0][0]
+        common = next((term.rank for term in own if term.attention == TEXT), None)
+        common = common or Counter(term.rank for term in own).most_common(1)[0][0]
         config[part] = _config(own, common, contents.header.config[part])
         for term in own:
             gain = term.scale * term.rank / common
@@ -187,8 +185,9 @@ def _by_part(terms: Iterable[Term]) -> dict[str, list[Term]]:
 
 def _config(terms: list[Term], common: int, before: dict) -> dict:
     """The configuration of these terms; what they do not say is as it was `before`."""
-    if terms[0].tied:
-        return {**before, "r": common, "alpha": float(common)}
     layers = settings_of_layers({term.attention: term.rank for term in terms}, common)
+    if terms[0].tied:  # whose text side does not say of which attentions it is
+        ranks = {"rank_pattern": layers["rank_pattern"], "alpha_pattern": {}}
+        return {**before, "r": common, "alpha": float(common), **ranks}
     trigger = {"trigger": before["trigger"]} if before.get("trigger") else {}
     return {"r": common, "alpha": float(common), "foldable": terms[0].foldable, **trigger, **layers}

@@ -95,7 +95,8 @@ class AdapterShape(Group):
     kind: str = option(
         "tied",
         "What a head is given. Free: any term of this rank. Foldable: one in the span of the base's heads, which folds "
-        "into stock weights. Tied: a foldable one whose text side all heads share, for the smallest file.",
+        "into stock weights. Tied: a foldable one whose text side all heads share, and that of a self-attention its "
+        "own, for the smallest file.",
         choices=tuple(KINDS),
     )
     everywhere: bool = option(

@@ -1,7 +1,7 @@
 """Which parameters are learned: the factors of the adapters and the embeddings of a new token, with their rates."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -176,8 +176,8 @@ def take(learner: Learner, ema: "Ema", contents: Contents) -> None:
     terms = {term.key: term for term in contents.terms}
     parts = {"unet": learner.unet, **learner.encoders}
     for part, model in parts.items():
-        if f"{part}.{tied.NAME}" in terms:
-            _take_tied(terms[f"{part}.{tied.NAME}"], model)
+        if any(term.tied for term in contents.terms if term.part == part):
+            _take_tied(terms, part, model)
             continue
         for attention, layer in adapted_layers(model).items():
             own = {name: getattr(layer, f"comcat_{name}") for name in PRODUCT}
@@ -197,14 +197,15 @@ def take(learner: Learner, ema: "Ema", contents: Contents) -> None:
             shadow.copy_(parameter)
 
 
-def _take_tied(term: Term, model: nn.Module) -> None:
-    places = factors(model, ADAPTER)
-    layer = next(iter(adapted_layers(model).values()))
-    whole = {}
-    for name, factor in term.factors.items():
-        gain = term.scale / layer.scaling[ADAPTER] if name in CONTEXT else 1.0
-        whole[f"{tied.NAME}.{name}"] = pad(gain * factor, (0, 0, 0, layer.r[ADAPTER] - term.rank))
-    for name, factor in tied.scattered(whole, {name: place.shape for name, place in places.items()}).items():
+def _take_tied(terms: Mapping[str, Term], part: str, model: nn.Module) -> None:
+    places, layers, whole = factors(model, ADAPTER), adapted_layers(model), {}
+    sides = tied.sides_of(model, places)
+    for side, attentions in sides.items():
+        term, layer = terms[f"{part}.{side}"], layers[attentions[0]]
+        for name, factor in term.factors.items():
+            gain = term.scale / layer.scaling[ADAPTER] if name in CONTEXT else 1.0
+            whole[f"{side}.{name}"] = pad(gain * factor, (0, 0, 0, layer.r[ADAPTER] - term.rank))
+    for name, factor in tied.scattered(whole, {name: place.shape for name, place in places.items()}, sides).items():
         places[name].copy_(factor)
 
 

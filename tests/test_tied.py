@@ -1,0 +1,89 @@
+"""Tied adapters: one side for all attentions that read the text, one for the heads of each self-attention."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+
+from comcat_diffusion import ComcatConfig, load_adapter, save_adapter
+from comcat_diffusion.adapters.combine import combine
+from comcat_diffusion.adapters.shrink import least_bytes, shrink
+from comcat_diffusion.adapters.store import expected_shapes
+from comcat_diffusion.adapters.terms import read_contents
+
+TIED = {"foldable": True, "tied": True, "target_modules": ["attn1", "attn2"]}
+
+
+@pytest.mark.parametrize("pattern", [{"rank_pattern": {"attn2": 3}}, {"alpha_pattern": {"attn2": 1.0}}])
+def test_attentions_that_share_the_text_side_have_one_rank_and_one_strength(tiny_unet, pattern):
+    unet = tiny_unet()
+    with pytest.raises(ValueError, match="must all read the same one, at the rank and alpha of the whole"):
+        unet.add_adapter(ComcatConfig(r=2, **TIED, **pattern), "dog")
+
+
+def test_attentions_that_read_other_texts_cannot_be_tied():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=(24, 24, 24, 48), block_out_channels=(32, 32, 32, 32))
+    with pytest.raises(ValueError, match="must all read the same one"):
+        expected_shapes(unet, ComcatConfig(r=2, **TIED | {"target_modules": ["attn2"]}))
+
+
+def test_a_self_attention_has_a_side_of_its_own_that_its_heads_share(tiny_unet, randomize, tmp_path):
+    unet = tiny_unet()
+    unet.add_adapter(ComcatConfig(r=3, rank_pattern={"attn1": 1}, alpha_pattern={"attn1": 1.0}, **TIED), "dog")
+    randomize(unet, "dog")
+    save_adapter(unet, tmp_path / "dog.safetensors", "dog")
+    with safe_open(tmp_path / "dog.safetensors", framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    own = {name: m for name, m in unet.named_modules() if name.endswith("attn1")}
+    assert len(shapes) == 4 + 4 * len(own) and shapes["unet.tied.k_down"] == (3, 24)
+    for name, attention in own.items():
+        channels = attention.to_k.in_features
+        assert {shapes[f"unet.{name}.{factor}"] for factor in ("k_down", "q_core", "v_down", "out_core")} == {
+            (1, channels)
+        }
+    fresh = tiny_unet()
+    load_adapter(fresh, tmp_path / "dog.safetensors")
+    assert torch.equal(tiny_unet.run(fresh), tiny_unet.run(unet))
+    assert not torch.equal(tiny_unet.run(unet), tiny_unet.run(tiny_unet()))
+
+
+@torch.no_grad()
+def test_a_tied_adapter_shrinks_side_by_side(tiny_unet, randomize, tmp_path):
+    unet, base = tiny_unet(), tiny_unet.run(tiny_unet())
+    unet.add_adapter(ComcatConfig(r=3, rank_pattern={"attn1": 1}, **TIED), "dog")
+    randomize(unet, "dog")
+    save_adapter(unet, tmp_path / "dog.safetensors", "dog")
+    whole, errors = (tmp_path / "dog.safetensors").stat().st_size, []
+    least = least_bytes(read_contents(tmp_path / "dog.safetensors"))
+    for size in (whole, (whole + least) // 2, least):
+        made = shrink(tmp_path / "dog.safetensors", tmp_path / "small.safetensors", size, torch.int8)
+        assert made.bytes <= size and (tmp_path / "small.safetensors").stat().st_size == made.bytes
+        fresh = tiny_unet()
+        load_adapter(fresh, tmp_path / "small.safetensors")
+        effect = (tiny_unet.run(unet) - base).norm()
+        errors.append(float((tiny_unet.run(fresh) - tiny_unet.run(unet)).norm() / effect))
+        again = shrink(tmp_path / "small.safetensors", tmp_path / "again.safetensors", size, torch.int8)
+        assert again.head_ranks == made.head_ranks
+    assert errors[0] < 0.03 and errors == sorted(errors) and 0.1 < errors[2] < 1.5
+
+
+def test_tied_adapters_of_one_shape_combine_and_of_two_do_not(tiny_unet, randomize, tmp_path):
+    files = {}
+    for name, targets in (("dog", ["attn1", "attn2"]), ("cat", ["attn1", "attn2"]), ("text", ["attn2"])):
+        unet = tiny_unet()
+        unet.add_adapter(ComcatConfig(r=2, **TIED | {"target_modules": targets}), "one")
+        randomize(unet, "one", len(files))
+        files[name] = tmp_path / f"{name}.safetensors"
+        save_adapter(unet, files[name], "one")
+    both = combine([(files["dog"], 0.5), (files["cat"], 2.0)], tmp_path / "both.safetensors")
+    load_adapter(fresh := tiny_unet(), tmp_path / "both.safetensors")
+    side_by_side = tiny_unet()
+    load_adapter(side_by_side, files["dog"], "dog")
+    load_adapter(side_by_side, files["cat"], "cat")
+    side_by_side.set_adapters(["dog", "cat"], [0.5, 2.0])
+    assert both.rank == 4
+    torch.testing.assert_close(tiny_unet.run(fresh), tiny_unet.run(side_by_side), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="are tied and adapt different attentions"):
+        combine([(files["dog"], 1.0), (files["text"], 1.0)], tmp_path / "mixed.safetensors")
+    assert not (tmp_path / "mixed.safetensors").exists()
