@@ -230,9 +230,10 @@ def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> 
 def circumstances_text(taken: dict[str, object]) -> str:
     """The circumstances as one line of markdown, to stand beside a table."""
     dirty = " with uncommitted changes" if taken["dirty"] else ""
+    drawn = f"{taken['drawn']}, " if "drawn" in taken else ""
     libraries = ", ".join(f"{name} {number}" for name, number in taken["versions"].items())
     return (
         f"{taken['device_name']} ({taken['device']}), {taken['threads']} threads of {taken['cpu_count']}, load average "
-        f"{taken['load_average']:.1f} at the start, {taken['dtype']}, {libraries}, Python {taken['python']}, commit "
-        f"{taken['commit'][:12]}{dirty}, {taken['date']}. `{taken['command']}`"
+        f"{taken['load_average']:.1f} at the start, {taken['dtype']}, {drawn}{libraries}, Python {taken['python']}, "
+        f"commit {taken['commit'][:12]}{dirty}, {taken['date']}. `{taken['command']}`"
     )

@@ -23,6 +23,7 @@ learn in fewer steps too, which tells what one reaches of the other in less time
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -75,7 +76,6 @@ SHORTER = dict.fromkeys(  # also in so few steps
     (75, 150),
 )
 BATCH = 4
-GUIDANCE = 3.5  # of every picture in the table, also since `comcat generate` draws with less
 PROMPTS = (
     "a photo of a big {subject} on the left, red background",
     "a photo of a big {subject} on the right, black background",
@@ -129,8 +129,14 @@ class Bench:
     def drawn(self, pipe: DiffusionPipeline, prompts: Iterable[str]) -> list[Image.Image]:
         """Every prompt from every seed."""
         drawings = [Drawing(prompt, seed) for prompt in prompts for seed in SEEDS]
-        sampling = Sampling(self.drawing_steps, GUIDANCE, batch_size=len(drawings))
+        sampling = Sampling(self.drawing_steps, bases.EMBEDDED_GUIDANCE, batch_size=len(drawings))
         return list(draw(pipe, drawings, sampling))
+
+
+def drawn_by() -> str:
+    """The embedded base as it is and its guidance: runs with others are not taken for theirs."""
+    weights = bases.assets() / "tiny-sd" / "unet" / "diffusion_pytorch_model.safetensors"
+    return f"{hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}-{bases.EMBEDDED_GUIDANCE:g}"
 
 
 def prompts_of(subject: str, method: Method | None = None) -> tuple[list[str], list[str]]:
@@ -296,7 +302,9 @@ def run_all(runs: list[Run], folder: Path, drawing_steps: int, processes: int) -
 def main(arguments: list[str] | None = None) -> None:
     """Choose the rates, run what is reported, write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/customization"), help="where every run is kept")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/customization"), help="where every run is kept, by base"
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--drawing_steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=2, help="of the training; the pictures have two of their own")
@@ -305,10 +313,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--show", action="store_true", help="only the report of what is there")
     asked = parser.parse_args(arguments)
+    asked.folder /= drawn_by()
     if asked.quick:
         asked.folder, asked.steps, asked.drawing_steps, asked.seeds = asked.folder / "quick", 5, 4, 1
     asked.folder.mkdir(parents=True, exist_ok=True)
     taken = shared.circumstances(torch.device("cpu"), torch.float32)
+    taken["drawn"] = "embedded base {} at guidance {}".format(*drawn_by().split("-"))
     tuning = tuple(asked.tuning)
     grid = [
         Run(name, subject, rate, 0, asked.steps)

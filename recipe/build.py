@@ -7,9 +7,9 @@ checkpoint a minute in the state folder and goes on from it, so a cut costs a mi
 shipped base, `--stages` alone exports what there is. Needs Debian's `fonts-noto-color-emoji`.
 
 Expect, on two quiet CPU cores without matrix units: half an hour for the VAE, three quarters of an hour for the
-CLIP, and four and a half hours for the U-Net (0.6 s a step of 64). The shipped base is behind this recipe: its U-Net
-took 16,000 steps, most of them of 32, in three sessions and under changing settings, which docs/log.md tells.
-`assets/tiny-sd/scores.json` says what it reached: backgrounds and places 100 %, sizes 98 %, objects 90 %, VAE 30.1 dB,
+CLIP, and four hours for the U-Net (0.6 to 0.7 s a step of 64). The shipped base took as many steps, but in several
+sittings and under changing settings, which docs/log.md tells: the first 16,000 of the U-Net mostly with batches of 32.
+`assets/tiny-sd/scores.json` says what it reached: backgrounds and places 100 %, sizes 99 %, objects 92 %, VAE 30.1 dB,
 the CLIP itself 97 % on drawn scenes.
 """
 
@@ -33,7 +33,7 @@ from recipe.score import GUIDANCE, held_out, scores
 from recipe.score import STEPS as STEPS_DRAWN
 from recipe.world import BACKGROUNDS, OBJECTS, PLACES, SIZES, TINTS, prompt
 
-STEPS = {"vae": 2800, "clip": 3800, "unet": 26_000}
+STEPS = {"vae": 2800, "clip": 3800, "unet": 23_000}
 
 
 def text_tower(model: clip.CLIPModel) -> CLIPTextModel:
