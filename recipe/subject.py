@@ -49,6 +49,7 @@ def write_subject(name: str, folder: Path) -> None:
             picture(name, pose).save(folder / part / f"{number}.png", optimize=True)
             (folder / part / f"{number}.txt").write_text(caption(name, pose) + "\n")
     (folder / "prompt.txt").write_text(f"a photo of {TRIGGER} {name}\n")
+    (folder / "sample.txt").write_text(f"a photo of a big {TRIGGER} {name} at the top, pink background\n")
 
 
 if __name__ == "__main__":

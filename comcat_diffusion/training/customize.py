@@ -186,10 +186,14 @@ def with_sample(config: TrainConfig) -> TrainConfig:
     """The settings, with the sample subject where no pictures are named."""
     if config.instance_data_dir is not None or config.subjects:
         return config
+    folder = bases.assets() / "subject"
+    own = config.instance_prompt is not None
     return replace(
         config,
-        instance_data_dir=str(bases.assets() / "subject" / "train"),
-        instance_prompt=config.instance_prompt or (bases.assets() / "subject" / "prompt.txt").read_text().strip(),
+        instance_data_dir=str(folder / "train"),
+        instance_prompt=config.instance_prompt or (folder / "prompt.txt").read_text().strip(),
+        # The embedded base draws best what it is told everything of: where the thing is, how large and on what.
+        validation_prompt=config.validation_prompt or ([] if own else (folder / "sample.txt").read_text().splitlines()),
     )
 
 
