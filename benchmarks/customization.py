@@ -313,12 +313,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--show", action="store_true", help="only the report of what is there")
     asked = parser.parse_args(arguments)
-    asked.folder /= drawn_by()
+    drawn = drawn_by()
+    asked.folder /= drawn
     if asked.quick:
         asked.folder, asked.steps, asked.drawing_steps, asked.seeds = asked.folder / "quick", 5, 4, 1
     asked.folder.mkdir(parents=True, exist_ok=True)
     taken = shared.circumstances(torch.device("cpu"), torch.float32)
-    taken["drawn"] = "embedded base {} at guidance {}".format(*drawn_by().split("-"))
+    taken["drawn"] = "embedded base {} at guidance {}".format(*drawn.split("-"))
     tuning = tuple(asked.tuning)
     grid = [
         Run(name, subject, rate, 0, asked.steps)

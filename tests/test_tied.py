@@ -7,6 +7,7 @@ from safetensors import safe_open
 
 from comcat_diffusion import ComcatConfig, load_adapter, save_adapter
 from comcat_diffusion.adapters.combine import combine
+from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.shrink import least_bytes, shrink
 from comcat_diffusion.adapters.store import expected_shapes
 from comcat_diffusion.adapters.terms import read_contents
@@ -19,6 +20,7 @@ def test_attentions_that_share_the_text_side_have_one_rank_and_one_strength(tiny
     unet = tiny_unet()
     with pytest.raises(ValueError, match="must all read the same one, at the rank and alpha of the whole"):
         unet.add_adapter(ComcatConfig(r=2, **TIED, **pattern), "dog")
+    assert not adapted_layers(unet)
 
 
 def test_attentions_that_read_other_texts_cannot_be_tied():
@@ -86,4 +88,10 @@ def test_tied_adapters_of_one_shape_combine_and_of_two_do_not(tiny_unet, randomi
     torch.testing.assert_close(tiny_unet.run(fresh), tiny_unet.run(side_by_side), atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="are tied and adapt different attentions"):
         combine([(files["dog"], 1.0), (files["text"], 1.0)], tmp_path / "mixed.safetensors")
+    unet = tiny_unet()
+    unet.add_adapter(ComcatConfig(r=2, target_modules=["attn2"]), "one")
+    randomize(unet, "one")
+    save_adapter(unet, tmp_path / "free.safetensors", "one")
+    with pytest.raises(ValueError, match="are of different kinds, tied and free"):
+        combine([(files["dog"], 1.0), (tmp_path / "free.safetensors", 1.0)], tmp_path / "mixed.safetensors")
     assert not (tmp_path / "mixed.safetensors").exists()

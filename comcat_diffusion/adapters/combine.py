@@ -101,7 +101,6 @@ def _refuse_other_bases(read: list[_Read]) -> None:
     first_path, first = read[0].path, read[0].contents.header
     kinds: dict[str, str] = {}
     widths: dict[str, tuple] = {}
-    sides: dict[str, set[str]] = {}
     for path, header, terms in ((file.path, file.contents.header, file.contents.terms) for file in read):
         reason = difference(first.fingerprint, header.fingerprint)
         if reason is not None:
@@ -115,11 +114,6 @@ def _refuse_other_bases(read: list[_Read]) -> None:
                     f"{first_path} and {path} wait for different triggers and cannot be one file; load them side by "
                     "side instead."
                 )
-            tied = {term.attention for term in terms if term.part == part and term.tied}
-            if sides.setdefault(part, tied) != tied:
-                raise ValueError(
-                    f"{first_path} and {path} are tied and adapt different attentions; load them side by side instead."
-                )
         for term in terms:
             kind = kind_of(header.config[term.part])
             if kinds.setdefault(term.part, kind) != kind:
@@ -129,6 +123,12 @@ def _refuse_other_bases(read: list[_Read]) -> None:
                 )
             if widths.setdefault(term.key, _channels(term)) != _channels(term):
                 raise ValueError(f"{first_path} and {path} do not fit each other: {term.key} has other widths.")
+        for part in header.config.keys() & first.config.keys():
+            own, others = ({t.key for t in some if t.part == part} for some in (terms, read[0].contents.terms))
+            if header.config[part].get("tied") and own != others:
+                raise ValueError(
+                    f"{first_path} and {path} are tied and adapt different attentions; load them side by side instead."
+                )
 
 
 def _channels(term: Term) -> tuple:

@@ -169,6 +169,6 @@ def _refuse_other_ranks(header: Header) -> None:
         for name, products in attentions.items():
             numbers = [rank for ranks in products for rank in ranks]
             proper = all(type(rank) is int and rank >= 0 for rank in numbers)
-            proper = proper and (any(numbers) or header.config[part].get("tied"))
+            proper = proper and (any(numbers) or header.config.get(part, {}).get("tied"))
             if part not in header.config or len(products) != 2 or len({len(r) for r in products}) != 1 or not proper:
                 raise TypeError(f"head_ranks of {part}.{name} are not two lists of whole numbers")

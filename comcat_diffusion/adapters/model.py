@@ -8,7 +8,7 @@ from torch import nn
 
 from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.layer import ComcatLayer
+from comcat_diffusion.adapters.layer import ComcatLayer, factor_shapes
 from comcat_diffusion.adapters.peft_type import COMCAT
 from comcat_diffusion.adapters.tied import OTHER_TEXT, SHARED, TEXT, side_of
 from comcat_diffusion.attentions import style_of
@@ -33,9 +33,18 @@ class ComcatModel(BaseTuner):
 
     def _prepare_model(self, peft_config: ComcatConfig, model: nn.Module) -> None:
         # PEFT creates layer by layer: refuse before the first, so that a refused model is left as it was.
+        texts = set()  # widths of what a tied adapter's text side reads
         for name, module in model.named_modules():
             if name and seam.SIDECAR not in name.split(".") and self._check_target_module_exists(peft_config, name):
                 self._refuse(module, name)
+                if peft_config.tied and side_of(name, module) == TEXT:
+                    rank, alpha = _strength(peft_config, name)
+                    if (rank, alpha) != (peft_config.r, peft_config.alpha):
+                        raise ValueError(OTHER_TEXT)
+                    shapes = factor_shapes(module, rank, foldable=True, tied=True)
+                    texts.add(tuple(shapes[factor] for factor in SHARED))
+        if len(texts) > 1:
+            raise ValueError(OTHER_TEXT)
 
     def _refuse(self, module: nn.Module, name: str) -> None:
         reason = seam.why_not(module)
@@ -64,11 +73,8 @@ class ComcatModel(BaseTuner):
         if not isinstance(layer, ComcatLayer):
             layer = ComcatLayer(target)
             seam.attach(target, layer)
-        rank = of_pattern(peft_config.rank_pattern, current_key, peft_config.r)
-        alpha = of_pattern(peft_config.alpha_pattern, current_key, peft_config.alpha)
+        rank, alpha = _strength(peft_config, current_key)
         side = side_of(current_key, target) if peft_config.tied else None
-        if side == TEXT and (rank, alpha) != (peft_config.r, peft_config.alpha):
-            raise ValueError(OTHER_TEXT)
         layer.update_layer(adapter_name, rank, alpha, peft_config, self._tied.get(side, {}))
         if peft_config.tied:
             self._tied[side] = {name: getattr(layer, f"comcat_{name}")[adapter_name] for name in SHARED}
@@ -83,6 +89,11 @@ class ComcatModel(BaseTuner):
             patterns = tuple(model._skip_layerwise_casting_patterns or ())
             if self.prefix not in patterns:
                 model._skip_layerwise_casting_patterns = (*patterns, self.prefix)
+
+
+def _strength(config: ComcatConfig, key: str) -> tuple[int, float]:
+    """The rank and the alpha of one module."""
+    return of_pattern(config.rank_pattern, key, config.r), of_pattern(config.alpha_pattern, key, config.alpha)
 
 
 def of_pattern(pattern: dict, key: str, default: float) -> float:

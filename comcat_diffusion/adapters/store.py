@@ -9,7 +9,6 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from comcat_diffusion import atomic
@@ -18,7 +17,7 @@ from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.fingerprint import difference, fingerprint, other_weights
 from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes, read_adapter
 from comcat_diffusion.adapters.layer import factor_shapes
-from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors
+from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors, of_pattern
 from comcat_diffusion.adapters.packing import unpack
 from comcat_diffusion.adapters.parts import components, denoiser
 from comcat_diffusion.adapters.tied import gathered, scattered, sides_of, tied_shapes
@@ -234,8 +233,7 @@ def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[i
         matched = check_target_module_exists(config, key) if key else None
         if not matched or type(matched).__name__ == "_ExcludedModule" or seam.why_not(module) is not None:
             continue
-        pattern = config.rank_pattern
-        rank = pattern.get(get_pattern_key(pattern.keys(), key), config.r) if pattern else config.r
+        rank = of_pattern(config.rank_pattern, key, config.r)
         for name, (into, outof) in factor_shapes(module, rank, config.foldable, config.tied).items():
             shapes[f"{key}.{name}"] = (outof, into)
     return tied_shapes(shapes, sides_of(model, shapes)) if config.tied else shapes

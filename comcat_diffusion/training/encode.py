@@ -59,8 +59,7 @@ class Material:
 
 def encode_all(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset, note: Callable[[str], None]) -> Material:
     """Encode a dataset with a pipeline's VAE, after the base has drawn the class pictures that are missing."""
-    resolution = bases.asked_resolution(pipe, config.resolution)
-    options = sizes(resolution, config.aspect_ratio_buckets, bases.grain(pipe))
+    options = sizes(config.resolution, config.aspect_ratio_buckets, bases.grain(pipe))
     cache = Cache(config.cache_dir, pipe.vae)
     class_examples = []
     if config.prior_kind == "images":
@@ -68,7 +67,7 @@ def encode_all(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset, n
     class_prompts = {}
     if config.prior_kind == "teacher":
         class_prompts = {e.prompt: class_prompt_of(config, e.subject, dataset.subjects) for e in dataset.examples}
-    square = [(resolution, resolution)]
+    square = [(config.resolution, config.resolution)]
     return Material(
         encode(config, pipe.vae, dataset.examples, options, cache),
         encode(config, pipe.vae, dataset.held_out, options, cache),
