@@ -59,18 +59,16 @@ from recipe.subject import HELD_OUT, TRAIN, TRIGGER, caption, picture
 
 TUNING, REPORTED = ("teddy", "cat"), ("robot", "fish", "house")
 SHRUNK = {  # adapters that are shrunk to these bytes and measured again
-    "COMCAT free, rank 4, cross, teacher": (32_000, 16_000, 10_000, 8_000),
-    "COMCAT tied, rank 4, from the trigger on": (10_000, 8_000, 6_000),
+    "COMCAT free, rank 4, cross, teacher": (16_000, 10_000),
+    "COMCAT tied, rank 4, from the trigger on": (8_000, 6_000),
     "COMCAT tied, rank 8, from the trigger on": (16_000, 10_000),
-    "COMCAT tied, rank 4, way up, from the trigger on": (8_000, 6_000),
-    "COMCAT tied, rank 8, way up, from the trigger on": (10_000, 8_000),
-    "COMCAT tied, rank 8, way up, a new word": (10_000, 8_000, 6_000),
+    "COMCAT tied, rank 8, way up, from the trigger on": (8_000, 6_000),
+    "COMCAT tied, rank 8, way up, rank 4 of self-attention, from the trigger on": (16_000, 10_000),
 }
 SHORTER = dict.fromkeys(  # also in so few steps
     (
         "COMCAT tied, rank 4, from the trigger on",
         "COMCAT tied, rank 8, way up, from the trigger on",
-        "COMCAT tied, rank 8, way up, a new word",
         "LoRA, rank 4",
     ),
     (75, 150),

@@ -115,7 +115,8 @@ CROSS, WAITING = {"target_modules": ["attn2"]}, {"trigger": [TRIGGER]}
 TIED = {**CROSS, "foldable": True, "tied": True}
 LATE = {**TIED, "target_modules": ATTENTIONS["up"]}
 WORD = {"token": True, "trigger": [TOKEN]}
-HIGH, MIDDLE, LOW = (3e-3, 1e-2, 3e-2), (3e-4, 1e-3, 3e-3, 1e-2), (5e-5, 2e-4, 8e-4)
+BOTH = {**LATE, "target_modules": r"up_blocks\..*\.attn[12]", "rank_pattern": {"attn1": 4}}
+HIGH, MIDDLE, LOW = (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2), (5e-5, 2e-4, 8e-4)
 METHODS = {
     "COMCAT free, rank 4, cross": _ours(MIDDLE, r=4, target_modules=["attn2"]),
     "COMCAT free, rank 4, cross, teacher": _ours(MIDDLE, True, r=4, target_modules=["attn2"]),
@@ -125,12 +126,10 @@ METHODS = {
     "COMCAT tied, rank 4, from the trigger on": _ours(HIGH, r=4, **TIED, **WAITING),
     "COMCAT tied, rank 8, from the trigger on": _ours(HIGH, r=8, **TIED, **WAITING),
     "COMCAT tied, rank 4": _ours(MIDDLE, r=4, **TIED),
-    "COMCAT tied, rank 4, way up, from the trigger on": _ours(HIGH, r=4, **LATE, **WAITING),
     "COMCAT tied, rank 8, way up, from the trigger on": _ours(HIGH, r=8, **LATE, **WAITING),
-    "COMCAT tied, rank 4, way up, a new word": _ours(HIGH, r=4, **LATE, **WORD),
+    "COMCAT tied, rank 8, way up, rank 4 of self-attention, from the trigger on": _ours(HIGH, r=8, **BOTH, **WAITING),
     "COMCAT tied, rank 8, way up, a new word": _ours(HIGH, r=8, **LATE, **WORD),
     "COMCAT foldable, rank 4, cross, from the trigger on": _ours(MIDDLE, r=4, **CROSS, **WAITING, foldable=True),
-    "COMCAT free, rank 4, cross, from the trigger on": _ours(MIDDLE, r=4, **CROSS, **WAITING),
     "COMCAT as the authors train it": Method((2.5e-3,), _authors, _write_comcat),
     "LoRA, rank 1": _lora(1, MIDDLE),
     "LoRA, rank 4": _lora(4, MIDDLE),
