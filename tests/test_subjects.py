@@ -413,23 +413,19 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 
 
 def test_two_processes_learn_what_one_with_the_larger_batch_learns(tmp_path):
-    def launched(processes, batch):
-        output = tmp_path / str(processes)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command += ["train_customize.py", "--output_dir", str(output), "--train_batch_size", str(batch)]
-        command += ["--max_train_steps", "2", "--save_precision", "fp32", "--skip_final_inference"]
-        # A large epsilon makes AdamW's step a smooth function of the gradient: otherwise the sign of a gradient that
-        # is zero up to rounding would decide about a whole step.
-        command += ["--learning_rate", "1e-1", "--adam_epsilon", "1e-1", "--lr_scheduler", "constant"]
-        settings = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        root = Path(__file__).parents[1]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, env=settings)
-        assert done.returncode == 0, done.stdout + done.stderr
-        pipe = bases.load_base("embedded")
-        load_adapter(pipe, output / "sks-teddy.safetensors", "dog")
-        return factors(pipe.unet, "dog")
-
-    one, two = launched(1, 4), launched(2, 2)
+    settings = {"max_train_steps": 2, "save_precision": "fp32", "skip_final_inference": True}
+    # A large epsilon makes AdamW's step a smooth function of the gradient: otherwise the sign of a gradient that is
+    # zero up to rounding would decide about a whole step.
+    settings |= {"learning_rate": 1e-1, "adam_epsilon": 1e-1, "lr_scheduler": "constant"}
+    alone = customize(TrainConfig(output_dir=str(tmp_path / "1"), train_batch_size=4, **settings), Listener())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["train_customize.py", "--output_dir", str(tmp_path / "2"), "--train_batch_size", "2"]
+    command += [text for name, value in settings.items() for text in (f"--{name}", str(value)) if text != "True"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (load_file(file) for file in (alone.adapter, tmp_path / "2" / "sks-teddy.safetensors"))
     moved = max(factor.abs().max().item() for name, factor in one.items() if name.endswith("out_core"))  # from zero
     assert moved > 1e-5
     for name, factor in one.items():
