@@ -169,7 +169,7 @@ def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, object]
         "dirty": dirty,
         "command": " ".join(["python", "-m", *_module_and_arguments()]),
         "device": device.type,
-        "device_name": device_name(device),
+        "device_name": timing.device_name(device),
         "threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
         "load_average": os.getloadavg()[0],
@@ -178,16 +178,6 @@ def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, object]
         "platform": platform.platform(),
         "versions": {library: version(library) for library in LIBRARIES},
     }
-
-
-def device_name(device: torch.device) -> str:
-    """The name its maker gave the processor that computes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _git_state() -> tuple[str, bool | None]:
@@ -208,7 +198,7 @@ def _module_and_arguments() -> list[str]:
 
 def results_path(name: str, device: torch.device) -> Path:
     """benchmarks/results/NAME-DEVICE.json, where DEVICE is cpu or the GPU's name."""
-    label = "cpu" if device.type == "cpu" else device_name(device).lower().replace(" ", "-")
+    label = "cpu" if device.type == "cpu" else timing.device_name(device).lower().replace(" ", "-")
     return RESULTS / f"{name}-{label}.json"
 
 

@@ -20,6 +20,7 @@ from comcat_diffusion.export.config import (
 )
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
+from comcat_diffusion.ui.config import UiConfig
 
 COMMANDS = {
     "train": (commands.train, TrainConfig),
@@ -35,6 +36,7 @@ COMMANDS = {
     "push": (commands.push, PushConfig),
     "pull": (commands.pull, PullConfig),
     "import": (commands.import_, ImportConfig),
+    "ui": (commands.ui, UiConfig),
 }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import tempfile
 import typing
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from comcat_diffusion.export.config import (
 )
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
+from comcat_diffusion.ui.config import UiConfig
 
 if typing.TYPE_CHECKING:
     from comcat_diffusion.adapters.header import Header
@@ -83,12 +85,8 @@ def train(parsed: argparse.Namespace) -> int:
         outcome = customize(config, terminal)
     finally:
         terminal.close()
-    size = outcome.adapter.stat().st_size
-    print(
-        f"Saved {outcome.adapter} ({size / 1000:.1f} kB, {outcome.parameters:,} parameters), checked on a fresh base."
-    )
+    print(outcome.told)
     if outcome.interrupted:
-        print(f"Stopped after step {outcome.steps}. Go on with the same settings and --resume_from_checkpoint latest.")
         return INTERRUPTED
     if outcome.samples:
         print(f"Samples: {outcome.samples}")
@@ -133,6 +131,22 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 
     with tqdm(desc="Pictures", unit="picture", delay=0.01) as bar:  # nothing is shown before the first picture
         yield shown
+
+
+def ui(parsed: argparse.Namespace) -> int:
+    """Teach and draw in the browser."""
+    config = from_arguments(UiConfig, parsed)
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is imported; it would ask the network
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError("comcat ui needs gradio: pip install 'comcat-diffusion[ui]'.") from error
+    _quiet()
+    from comcat_diffusion.ui.page import serve
+
+    print(f"http://{config.host}:{config.port} (Ctrl-C ends it; adapters and pictures are kept in {config.output_dir})")
+    serve(config)
+    return 0
 
 
 def info(parsed: argparse.Namespace) -> int:

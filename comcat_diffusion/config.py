@@ -60,7 +60,7 @@ class BaseSettings(Group):
     """The base"""
 
     pretrained_model_name_or_path: str | None = option(
-        None, "Base: hub id, diffusers folder, single .safetensors file, or 'embedded'. Default: see the command."
+        None, "Base: hub id, diffusers folder, single .safetensors file, or 'embedded'."
     )
     revision: str | None = option(None, "Branch, tag or commit of a hub base.")
     variant: str | None = option(None, "Variant of the base's weight files, for instance fp16.")
@@ -72,18 +72,26 @@ class BaseSettings(Group):
 def add_arguments(parser: argparse.ArgumentParser, kind: type) -> None:
     """One flag per field, under the name of its group, and --config for a TOML file that holds any of them."""
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; flags win over it.")
-    hints, items = typing.get_type_hints(kind), {item.name: item for item in fields(kind)}
-    for part in reversed(kind.__mro__):
-        own = [name for name in vars(part).get("__annotations__", {}) if name in items]
-        shown = parser.add_argument_group(part.__doc__.split("\n")[0].rstrip(".")) if own else None
-        for name in own:
-            item = items.pop(name)
+    hints = typing.get_type_hints(kind)
+    for title, items in fields_by_group(kind).items():
+        shown = parser.add_argument_group(title)
+        for item in items:
             if not item.metadata.get("file_only"):
-                shown.add_argument(f"--{name}", default=argparse.SUPPRESS, **_argument(item, hints))
+                shown.add_argument(f"--{item.name}", default=argparse.SUPPRESS, **_argument(item, hints))
+
+
+def fields_by_group(kind: type) -> dict[str, list]:
+    """The fields of a command's settings under the titles of the groups that they come from."""
+    items, groups = {item.name: item for item in fields(kind)}, {}
+    for part in reversed(kind.__mro__):
+        own = [items.pop(name) for name in vars(part).get("__annotations__", {}) if name in items]
+        if own:
+            groups[part.__doc__.split("\n")[0].rstrip(".")] = own
+    return groups
 
 
 def _argument(item: object, hints: dict) -> dict:
-    kind, several = _value_type(hints[item.name])
+    kind, several = value_type(hints[item.name])
     default = item.default if item.default is not MISSING else item.default_factory()
     shown = "" if default in (None, [], False) or "Default" in item.metadata["help"] else f" Default: {default}."
     text = (item.metadata["help"] + shown).replace("%", "%%")
@@ -95,7 +103,7 @@ def _argument(item: object, hints: dict) -> dict:
     return settings | ({"nargs": "+", "action": "extend"} if several else {})
 
 
-def _value_type(hint: object) -> tuple[type, bool]:
+def value_type(hint: object) -> tuple[type, bool]:
     """(type of one value, whether there may be several) of a field's annotation."""
     if isinstance(hint, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
@@ -128,7 +136,7 @@ def _table(kind: type, content: dict, path: Path, within: str = "") -> dict:
     unknown = sorted(set(content) - set(hints))
     if unknown:
         raise ValueError(f"--config: {path} has unknown settings: {', '.join(within + name for name in unknown)}.")
-    return {name: _checked(within + name, v, *_value_type(hints[name]), path) for name, v in content.items()}
+    return {name: _checked(within + name, v, *value_type(hints[name]), path) for name, v in content.items()}
 
 
 def _checked(name: str, value: object, kind: type, several: bool, path: Path) -> object:

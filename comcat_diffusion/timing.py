@@ -1,7 +1,9 @@
-"""Timing things side by side."""
+"""Timing things side by side, and the name of what computed."""
 
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 
@@ -44,3 +46,13 @@ def wait() -> None:
     """Until the accelerator, if there is one, has done what it was told."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """The name its maker gave the processor that computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -106,18 +106,19 @@ def test_the_two_scripts_are_the_two_commands():
         assert done.returncode == 0 and flag in done.stdout
 
 
-def test_train_generate_and_info_from_any_folder(tmp_path):
-    trained = run("-m", "comcat_diffusion.cli", "train", "--max_train_steps", "2", "--output_dir", "o",
-                  "--num_validation_images", "1", cwd=tmp_path)  # fmt: skip
-    assert trained.returncode == 0, trained.stderr
-    assert "Saved o/sks-teddy.safetensors" in trained.stdout and "checked on a fresh base" in trained.stdout
+def test_train_generate_and_info_from_any_folder(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--max_train_steps", "2", "--output_dir", "o", "--num_validation_images", "1"]) == 0
+    said, shown = capfd.readouterr()
+    assert "Saved o/sks-teddy.safetensors" in said and "checked on a fresh base" in said
     for part in ("loss=", "lr=", "s/step=", "peak="):
-        assert part in trained.stderr
-    drawn = run("-m", "comcat_diffusion.cli", "generate", "--adapter", "o/sks-teddy.safetensors:0.8", "--prompt",
-                "{subject} on the left", "--num_images", "1", "--num_inference_steps", "2", cwd=tmp_path)  # fmt: skip
-    assert drawn.returncode == 0 and "pictures/sheet.png" in drawn.stdout, drawn.stderr
-    told = run("-m", "comcat_diffusion.cli", "info", "o/sks-teddy.safetensors", cwd=tmp_path)
-    assert told.returncode == 0 and "sks teddy" in told.stdout and r"on up_blocks\..*\.(attn2)" in told.stdout
+        assert part in shown
+    prompt = ["--prompt", "{subject} on the left", "--num_images", "1", "--num_inference_steps", "2"]
+    assert main(["generate", "--adapter", "o/sks-teddy.safetensors:0.8", *prompt]) == 0
+    assert "pictures/sheet.png" in capfd.readouterr().out
+    assert main(["info", "o/sks-teddy.safetensors"]) == 0
+    told = capfd.readouterr().out
+    assert "sks teddy" in told and r"on up_blocks\..*\.(attn2)" in told
 
 
 def test_an_adapter_becomes_every_other_file(tmp_path, capsys, monkeypatch):

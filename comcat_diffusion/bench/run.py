@@ -5,7 +5,6 @@ before it is timed, as it is in use, so that none carries another's hooks.
 """
 
 import json
-import platform
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -147,6 +146,6 @@ def _circumstances(config: BenchConfig, pipe: DiffusionPipeline, resolution: int
     return {
         "base": bases.public_name(config.pretrained_model_name_or_path or EMBEDDED),
         "resolution": resolution, "train_batch_size": config.train_batch_size, "precision": config.precision,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} {platform.machine()}",
+        "device": f"{device.type} ({timing.device_name(device)})",
         "threads": torch.get_num_threads(), "rounds": config.rounds, **library_versions(),
     }  # fmt: skip

@@ -1,13 +1,13 @@
 """What a compression has brought: numbers with their circumstances, as JSON, as a table and as a page of markdown."""
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
+from comcat_diffusion import timing
 from comcat_diffusion.compression.plan import Plan
 from comcat_diffusion.markdown import table
 
@@ -109,12 +109,10 @@ class Report:
 def circumstances_of(inputs: Mapping[str, torch.Tensor], batch: int, rounds: int) -> dict[str, object]:
     """What a speed depends on, beside the libraries' versions, which a plan has."""
     tensor = next(iter(inputs.values()))
-    device = tensor.device.type
-    name = torch.cuda.get_device_name(tensor.device) if device == "cuda" else platform.machine()
     dtype = str(tensor.dtype).removeprefix("torch.")
     return {
-        "device": f"{device} ({name})", "precision": dtype, "batch": batch, "rounds": rounds,
-        "threads": torch.get_num_threads(),
+        "device": f"{tensor.device.type} ({timing.device_name(tensor.device)})", "precision": dtype, "batch": batch,
+        "rounds": rounds, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 

@@ -73,6 +73,17 @@ class Outcome:
         """The first subject."""
         return self.subjects[0]
 
+    @property
+    def told(self) -> str:
+        """What there is now, in words."""
+        size = f"{self.adapter.stat().st_size / 1000:.1f} kB, {self.parameters:,} parameters"
+        told = f"Saved {self.adapter} ({size}), checked on a fresh base."
+        if self.interrupted:
+            told += (
+                f"\nStopped after step {self.steps}. Go on with the same settings and --resume_from_checkpoint latest."
+            )
+        return told
+
 
 def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
     """Teach a base the subject of a few pictures; returns where the adapter is.
