@@ -17,13 +17,13 @@ from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.store import Tokens, save_adapter
 from comcat_diffusion.adapters.token import put_token, start_vectors
 from comcat_diffusion.adapters.trigger import listen
+from comcat_diffusion.attentions import DIFFUSERS
 from comcat_diffusion.training.learned import add_tokens
 from comcat_diffusion.training.learner import Learner
 from recipe.subject import TRIGGER
 
 NAME = "subject"  # of every adapter here
 SELF_AND_CROSS = ["attn1", "attn2"]
-PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 TOKEN = "<subject>"  # the word that some methods learn, in the place of trigger and class
 
 
@@ -103,7 +103,7 @@ def _write_token(pipe: DiffusionPipeline, path: Path) -> None:
 
 
 def _lora(rank: int, rates: tuple[float, ...], token: bool = False) -> Method:
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=PROJECTIONS)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=DIFFUSERS.names)
     return Method(rates, _adapter(config), _write_peft, token=token)
 
 
@@ -135,9 +135,9 @@ METHODS = {
     "LoRA, rank 4": _lora(4, MIDDLE),
     "LoRA, rank 16": _lora(16, MIDDLE),
     "LoRA, rank 4, a new word": _lora(4, MIDDLE, token=True),
-    "LoKr, rank 4": Method(MIDDLE, _adapter(LoKrConfig(r=4, alpha=4, target_modules=PROJECTIONS)), _write_peft),
+    "LoKr, rank 4": Method(MIDDLE, _adapter(LoKrConfig(r=4, alpha=4, target_modules=DIFFUSERS.names)), _write_peft),
     "IA3": Method(
-        HIGH, _adapter(IA3Config(target_modules=PROJECTIONS, feedforward_modules=["to_out.0"])), _write_peft
+        HIGH, _adapter(IA3Config(target_modules=DIFFUSERS.names, feedforward_modules=[DIFFUSERS.out])), _write_peft
     ),
     "DreamBooth, the whole U-Net": Method(LOW, _weights(""), _write_weights),
     "Custom Diffusion's keys and values": Method(LOW, _weights("attn2.to_k.weight attn2.to_v.weight"), _write_weights),

@@ -56,6 +56,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from benchmarks import circumstances as shared
 from benchmarks import variants
 from comcat_diffusion import bases
+from comcat_diffusion.attentions import DIFFUSERS
 from comcat_diffusion.timing import wait
 from comcat_diffusion.training import customize as story
 from comcat_diffusion.training import learned, output
@@ -71,7 +72,6 @@ PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"
 WHOLE_RUN = 400  # steps of the run that is extrapolated: our default
 TARGETS = {"up": None, "cross": ["attn2"], "self+cross": ["attn1", "attn2"]}  # of our adapter: None is its default
 RECIPE_RANK, RECIPE_RATE = 4, 1e-4
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 LOOK, LOAD, ENCODE, ATTACH = "look at pictures", "load base", "encode pictures and prompt", "adapter and optimizer"
 SAVE, PROVE = "save", "prove the file"
 PHASES = (LOOK, LOAD, ENCODE, ATTACH, SAVE, PROVE)
@@ -376,7 +376,9 @@ class Recipe:
     def _attach(self) -> None:
         """A new LoRA on every attention of the U-Net, AdamW and a constant schedule."""
         self.unet.add_adapter(
-            LoraConfig(r=RECIPE_RANK, lora_alpha=RECIPE_RANK, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+            LoraConfig(
+                r=RECIPE_RANK, lora_alpha=RECIPE_RANK, init_lora_weights="gaussian", target_modules=DIFFUSERS.names
+            )
         )
         cast_training_params(self.unet, torch.float32)
         self.trained = variants.trainable(self.unet)

@@ -15,6 +15,7 @@ from torch import nn
 
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import adapted_layers
+from comcat_diffusion.attentions import DIFFUSERS
 
 CONTEXT_TOKENS = 77
 NAME = "bench"  # of every adapter here
@@ -167,7 +168,7 @@ def add_adapter(model: nn.Module, kind: str, names: list[str], rank: int, adapte
         ranks = {
             f"{name}.{projection}": rank * model.get_submodule(name).heads // 2
             for name in names
-            for projection in ("to_q", "to_k", "to_v", "to_out.0")
+            for projection in DIFFUSERS.names
         }
         config = LoraConfig(rank_pattern=ranks, target_modules=list(ranks))
     else:

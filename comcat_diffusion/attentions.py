@@ -20,9 +20,14 @@ class Style:
     scaling: str = ""  # attribute that holds D^-1/2
     dropout: str = ""  # attribute that holds the dropout of the attention weights
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the four projections."""
+        return [self.q, self.k, self.v, self.out]
+
     def projections(self, attention: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
         """The four projections: into queries, keys, values and out of the heads."""
-        return tuple(attention.get_submodule(name) for name in (self.q, self.k, self.v, self.out))
+        return tuple(attention.get_submodule(name) for name in self.names)
 
     def head_count(self, attention: nn.Module) -> int:
         """Number of heads H."""

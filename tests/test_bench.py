@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from comcat_diffusion import bases, timing
 from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.store import expected_shapes
+from comcat_diffusion.attentions import DIFFUSERS
 from comcat_diffusion.bench import run
 from comcat_diffusion.bench.config import BenchConfig
 from comcat_diffusion.cli import main
@@ -71,7 +72,7 @@ def test_sizes_are_those_of_the_adapters(base):
     made = run.bench(config)
     unet = bases.load_base(base).unet
     mine = sum(a * b for a, b in expected_shapes(unet, adapter_config(config, unet, ["sks"])).values())
-    projections = [m for name, m in unet.named_modules() if name.endswith(tuple(run.LORA_TARGETS))]
+    projections = [m for name, m in unet.named_modules() if name.endswith(tuple(DIFFUSERS.names))]
     lora = sum(2 * (m.in_features + m.out_features) for m in projections)
     assert [row.parameters for row in made.rows] == [0, mine, lora] * 2 and mine > 0
 

@@ -19,6 +19,7 @@ from comcat_diffusion import atomic, bases, timing
 from comcat_diffusion.adapters.merge import unload_adapters
 from comcat_diffusion.adapters.store import library_versions
 from comcat_diffusion.adapters.trigger import listen
+from comcat_diffusion.attentions import DIFFUSERS
 from comcat_diffusion.bench.config import BenchConfig
 from comcat_diffusion.config import EMBEDDED
 from comcat_diffusion.markdown import table
@@ -30,7 +31,6 @@ from comcat_diffusion.training.objective import Objective
 
 TRIGGER, PROMPT = "sks", "a photo of sks dog"
 BASE, COMCAT, LORA = "the base alone", "COMCAT", "LoRA"
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 LEAST_SECONDS = 0.2  # a shorter step is repeated within a sample
 FILE_BYTES = 2  # a parameter in float16, as both kinds of file usually hold it
 
@@ -116,7 +116,7 @@ def _attach(pipe: DiffusionPipeline, name: str, config: BenchConfig) -> None:
         listen(pipe)
     elif name == LORA:
         rank = config.lora_rank
-        pipe.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS), ADAPTER)
+        pipe.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=DIFFUSERS.names), ADAPTER)
     cast_training_params(pipe.unet, torch.float32)  # what is learned is in full precision, whatever the base is in
 
 
