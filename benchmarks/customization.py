@@ -5,9 +5,10 @@
     python -m benchmarks.customization --show     # the table and the plots of what is there
 
 Every method (benchmarks/methods.py) learns the same four captioned pictures of a made-up subject
-(recipe/characters.py) in the same number of steps from the same noise. Its learning rate is the best of a small grid on
-the subjects in `TUNING`; reported are the others, which no choice has seen. The best is the rate with the highest
-score: fidelity times obedience, less a quarter of the drift (with all of it, learning nothing would be best).
+(recipe/characters.py) in the same number of steps from the same noise. COMCAT learns at the rate that `comcat train`
+takes by default; the rate of the others is the best of a small grid on the subjects in `TUNING`. Reported are other
+subjects, which no choice has seen. The best is the rate with the highest score: fidelity times obedience, less a
+quarter of the drift (with all of it, learning nothing would be best).
 
 The measures are those of `comcat evaluate`:
 
@@ -18,8 +19,8 @@ The measures are those of `comcat evaluate`:
 - drift: 1 - cosine to the base's picture of the same seed, on prompts without the trigger: the plain class and others;
 - diversity: 1 - cosine between the seeds of a prompt.
 
-Besides, some COMCAT adapters are shrunk to ever fewer bytes (`comcat shrink`) and measured again, and some methods
-learn in fewer steps too, which tells what one reaches of the other in less time.
+Besides, some COMCAT adapters are shrunk to ever fewer bytes (`comcat shrink`) and measured again, and two methods learn
+in fewer and in more steps too, which tells what one reaches of the other in the same time.
 """
 
 import argparse
@@ -59,20 +60,13 @@ from recipe.subject import HELD_OUT, TRAIN, TRIGGER, caption, picture
 
 TUNING, REPORTED = ("teddy", "cat"), ("robot", "fish", "house")
 SHRUNK = {  # adapters that are shrunk to these bytes and measured again
-    "COMCAT free, rank 4, cross, teacher": (16_000, 10_000),
-    "COMCAT tied, rank 4, from the trigger on": (8_000, 6_000),
+    "COMCAT tied, rank 4, from the trigger on": (8_000,),
     "COMCAT tied, rank 8, from the trigger on": (16_000, 10_000),
-    "COMCAT tied, rank 8, way up, from the trigger on": (8_000, 6_000),
+    "COMCAT tied, rank 8, way up, from the trigger on": (8_000,),
     "COMCAT tied, rank 8, way up, rank 4 of self-attention, from the trigger on": (16_000, 10_000),
 }
-SHORTER = dict.fromkeys(  # also in so few steps
-    (
-        "COMCAT tied, rank 4, from the trigger on",
-        "COMCAT tied, rank 8, way up, from the trigger on",
-        "LoRA, rank 4",
-    ),
-    (75, 150),
-)
+SHORTER, LONGER = (150,), (600,)
+OTHER_STEPS = dict.fromkeys(("COMCAT tied, rank 8, from the trigger on", "LoRA, rank 4"), (*SHORTER, *LONGER))
 BATCH = 4
 PROMPTS = (
     "a photo of a big {subject} on the left, red background",
@@ -246,7 +240,7 @@ def prepare_base(bench: Bench, subject: str) -> None:
 
 def do(run: Run, folder: Path, drawing_steps: int) -> None:
     """One run and, for what is shrunk, every smaller file of it, unless their results are there."""
-    whole = run.subject in REPORTED and run.steps not in SHORTER.get(run.method, ())
+    whole = run.subject in REPORTED and run.steps not in SHORTER
     sizes = SHRUNK.get(run.method, ()) if whole else ()
     wanted = [run, *(replace(run, bytes=size) for size in sizes)]
     if all((folder / f"{one.name}.json").exists() for one in wanted):
@@ -337,10 +331,10 @@ def main(arguments: list[str] | None = None) -> None:
         for subject in subjects
         for name in METHODS
     ]
-    runs += [replace(run, steps=n) for run in runs for n in SHORTER.get(run.method, ()) if n < asked.steps]
+    runs += [replace(run, steps=n) for run in runs for n in OTHER_STEPS.get(run.method, ()) if not asked.quick]
     if not asked.show:
         run_all(runs, asked.folder, asked.drawing_steps, asked.processes)
-    runs += [replace(run, bytes=b) for run in runs for b in SHRUNK.get(run.method, ()) if run.steps == asked.steps]
+    runs += [replace(run, bytes=b) for run in runs for b in SHRUNK.get(run.method, ()) if run.steps not in SHORTER]
     target, plots = shared.results_path("customization", torch.device("cpu")), shared.ROOT / "docs"
     if asked.quick:
         target, plots = asked.folder / "report.json", asked.folder

@@ -14,17 +14,18 @@ from benchmarks.variants import ATTENTIONS
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import adapted_layers
-from comcat_diffusion.adapters.store import Tokens, save_adapter
+from comcat_diffusion.adapters.store import save_adapter
 from comcat_diffusion.adapters.token import put_token, start_vectors
 from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.attentions import DIFFUSERS
+from comcat_diffusion.training.config import KINDS
 from comcat_diffusion.training.learned import add_tokens
 from comcat_diffusion.training.learner import Learner
 from recipe.subject import TRIGGER
 
 NAME = "subject"  # of every adapter here
 SELF_AND_CROSS = ["attn1", "attn2"]
-TOKEN = "<subject>"  # the word that some methods learn, in the place of trigger and class
+TOKEN = "<subject>"  # the word that Textual Inversion learns, in the place of trigger and class
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Method:
     rates: tuple[float, ...]  # tried on other subjects than those reported; a single one is the method's own
     start: Callable[[DiffusionPipeline], None]
     write: Callable[[DiffusionPipeline, Path], None]
-    token: bool = False  # whether it learns a word: `--placeholder_token`, or, without an adapter, Textual Inversion
+    token: bool = False  # whether it learns a word (Textual Inversion)
     teacher: bool = False  # whether the frozen base teaches it to keep the class (`comcat train --prior teacher`)
 
     def learner(self, pipe: DiffusionPipeline, prompts: list[str], class_word: str) -> Learner:
@@ -61,12 +62,7 @@ def _authors(pipe: DiffusionPipeline) -> None:
 
 
 def _write_comcat(pipe: DiffusionPipeline, path: Path) -> None:
-    save_adapter(pipe, path, NAME, bases.EMBEDDED, dtype=torch.float16, tokens=_tokens(pipe))
-
-
-def _tokens(pipe: DiffusionPipeline) -> Tokens:
-    learned = getattr(pipe, "comcat_learned", None)
-    return {} if learned is None else {TOKEN: {"text_encoder": learned.vectors.detach()}}
+    save_adapter(pipe, path, NAME, bases.EMBEDDED, dtype=torch.float16)
 
 
 def _adapter(config: PeftConfig) -> Callable[[DiffusionPipeline], None]:
@@ -79,7 +75,6 @@ def _adapter(config: PeftConfig) -> Callable[[DiffusionPipeline], None]:
 
 def _write_peft(pipe: DiffusionPipeline, path: Path) -> None:
     tensors = get_peft_model_state_dict(pipe.unet, adapter_name=NAME)
-    tensors |= {word: vectors["text_encoder"] for word, vectors in _tokens(pipe).items()}
     save_file({name: tensor.half().contiguous() for name, tensor in tensors.items()}, path)
 
 
@@ -102,39 +97,41 @@ def _write_token(pipe: DiffusionPipeline, path: Path) -> None:
     save_file({TOKEN: pipe.comcat_learned.vectors.detach().half()}, path)
 
 
-def _lora(rank: int, rates: tuple[float, ...], token: bool = False) -> Method:
+def _lora(rank: int, rates: tuple[float, ...]) -> Method:
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=DIFFUSERS.names)
-    return Method(rates, _adapter(config), _write_peft, token=token)
+    return Method(rates, _adapter(config), _write_peft)
 
 
-def _ours(rates: tuple[float, ...], teacher: bool = False, token: bool = False, **config: object) -> Method:
-    return Method(rates, _adapter(ComcatConfig(**config)), _write_comcat, token=token, teacher=teacher)
+def _ours(rates: tuple[float, ...], teacher: bool = False, **config: object) -> Method:
+    return Method(rates, _adapter(ComcatConfig(**config)), _write_comcat, teacher=teacher)
 
 
 CROSS, WAITING = {"target_modules": ["attn2"]}, {"trigger": [TRIGGER]}
 TIED = {**CROSS, "foldable": True, "tied": True}
 LATE = {**TIED, "target_modules": ATTENTIONS["up"]}
-WORD = {"token": True, "trigger": [TOKEN]}
 BOTH = {**LATE, "target_modules": r"up_blocks\..*\.attn[12]", "rank_pattern": {"attn1": 4}}
-HIGH, MIDDLE, LOW = (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2), (5e-5, 2e-4, 8e-4)
+OWN = {kind: (rate,) for kind, rate in KINDS.items()}  # what `comcat train` takes, so that no choice favours ours
+MIDDLE, HIGH, LOW = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (5e-5, 2e-4, 8e-4)
 METHODS = {
-    "COMCAT free, rank 4, cross": _ours(MIDDLE, r=4, target_modules=["attn2"]),
-    "COMCAT free, rank 4, cross, teacher": _ours(MIDDLE, True, r=4, target_modules=["attn2"]),
-    "COMCAT free, rank 1": _ours(MIDDLE, r=1, target_modules=SELF_AND_CROSS),
-    "COMCAT foldable, rank 4": _ours(MIDDLE, r=4, target_modules=SELF_AND_CROSS, foldable=True),
-    "COMCAT tied, rank 2, from the trigger on": _ours(HIGH, r=2, **TIED, **WAITING),
-    "COMCAT tied, rank 4, from the trigger on": _ours(HIGH, r=4, **TIED, **WAITING),
-    "COMCAT tied, rank 8, from the trigger on": _ours(HIGH, r=8, **TIED, **WAITING),
-    "COMCAT tied, rank 4": _ours(MIDDLE, r=4, **TIED),
-    "COMCAT tied, rank 8, way up, from the trigger on": _ours(HIGH, r=8, **LATE, **WAITING),
-    "COMCAT tied, rank 8, way up, rank 4 of self-attention, from the trigger on": _ours(HIGH, r=8, **BOTH, **WAITING),
-    "COMCAT tied, rank 8, way up, a new word": _ours(HIGH, r=8, **LATE, **WORD),
-    "COMCAT foldable, rank 4, cross, from the trigger on": _ours(MIDDLE, r=4, **CROSS, **WAITING, foldable=True),
+    "COMCAT tied, rank 2, from the trigger on": _ours(OWN["tied"], r=2, **TIED, **WAITING),
+    "COMCAT tied, rank 4, from the trigger on": _ours(OWN["tied"], r=4, **TIED, **WAITING),
+    "COMCAT tied, rank 8, from the trigger on": _ours(OWN["tied"], r=8, **TIED, **WAITING),
+    "COMCAT tied, rank 8, way up, from the trigger on": _ours(OWN["tied"], r=8, **LATE, **WAITING),
+    "COMCAT tied, rank 8, way up, rank 4 of self-attention, from the trigger on": _ours(
+        OWN["tied"], r=8, **BOTH, **WAITING
+    ),
+    "COMCAT foldable, rank 4, cross, from the trigger on": _ours(
+        OWN["foldable"], r=4, **CROSS, **WAITING, foldable=True
+    ),
+    "COMCAT tied, rank 4": _ours(OWN["tied"], r=4, **TIED),
+    "COMCAT foldable, rank 4": _ours(OWN["foldable"], r=4, target_modules=SELF_AND_CROSS, foldable=True),
+    "COMCAT free, rank 1": _ours(OWN["free"], r=1, target_modules=SELF_AND_CROSS),
+    "COMCAT free, rank 4, cross": _ours(OWN["free"], r=4, target_modules=["attn2"]),
+    "COMCAT free, rank 4, cross, teacher": _ours(OWN["free"], True, r=4, target_modules=["attn2"]),
     "COMCAT as the authors train it": Method((2.5e-3,), _authors, _write_comcat),
     "LoRA, rank 1": _lora(1, MIDDLE),
     "LoRA, rank 4": _lora(4, MIDDLE),
     "LoRA, rank 16": _lora(16, MIDDLE),
-    "LoRA, rank 4, a new word": _lora(4, MIDDLE, token=True),
     "LoKr, rank 4": Method(MIDDLE, _adapter(LoKrConfig(r=4, alpha=4, target_modules=DIFFUSERS.names)), _write_peft),
     "IA3": Method(
         HIGH, _adapter(IA3Config(target_modules=DIFFUSERS.names, feedforward_modules=[DIFFUSERS.out])), _write_peft
