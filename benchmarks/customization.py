@@ -19,7 +19,7 @@ The measures are those of `comcat evaluate`:
 - drift: 1 - cosine to the base's picture of the same seed, on prompts without the trigger: the plain class and others;
 - diversity: 1 - cosine between the seeds of a prompt.
 
-Besides, some COMCAT adapters are shrunk to ever fewer bytes (`comcat shrink`) and measured again, and two methods learn
+Besides, some COMCAT adapters are shrunk to ever fewer bytes (`comcat shrink`) and measured again, and three methods learn
 in fewer and in more steps too, which tells what one reaches of the other in the same time.
 """
 
@@ -66,7 +66,10 @@ SHRUNK = {  # adapters that are shrunk to these bytes and measured again
     "COMCAT tied, rank 8, way up, rank 4 of self-attention, from the trigger on": (16_000, 10_000),
 }
 SHORTER, LONGER = (150,), (600,)
-OTHER_STEPS = dict.fromkeys(("COMCAT tied, rank 8, from the trigger on", "LoRA, rank 4"), (*SHORTER, *LONGER))
+OTHER_STEPS = dict.fromkeys(
+    ("COMCAT tied, rank 8, from the trigger on", "COMCAT tied, rank 8, way up, from the trigger on", "LoRA, rank 4"),
+    (*SHORTER, *LONGER),
+)
 BATCH = 4
 PROMPTS = (
     "a photo of a big {subject} on the left, red background",
