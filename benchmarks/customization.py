@@ -19,8 +19,8 @@ The measures are those of `comcat evaluate`:
 - drift: 1 - cosine to the base's picture of the same seed, on prompts without the trigger: the plain class and others;
 - diversity: 1 - cosine between the seeds of a prompt.
 
-Besides, some COMCAT adapters are shrunk to ever fewer bytes (`comcat shrink`) and measured again, and three methods learn
-in fewer and in more steps too, which tells what one reaches of the other in the same time.
+Besides, some COMCAT adapters are shrunk to ever fewer bytes (`comcat shrink`) and measured again, and three methods
+learn in fewer and in more steps too, which tells what one reaches of the other in the same time.
 """
 
 import argparse
