@@ -18,7 +18,8 @@ lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 # torch comes first and pinned: otherwise another package could pull in a CUDA build of several GB. Modules are compiled
-# at their first import, so that nobody waits for those that nothing imports: 43 s of installing instead of 78.
+# at their first import, so that nobody waits for those that nothing imports; and kept, also where containers forbid it.
+export PYTHONDONTWRITEBYTECODE :=
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(INSTALL) torch
