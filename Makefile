@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO := out/demo
 
 .PHONY: demo test lint base subject benchmarks clean
@@ -17,9 +17,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# torch comes first and pinned: otherwise another package could pull in a CUDA build of several GB. Modules are compiled
-# at their first import, so that nobody waits for those that nothing imports; and kept, also where containers forbid it.
-export PYTHONDONTWRITEBYTECODE :=
+# torch comes first and pinned: otherwise another package could pull in a CUDA build of several GB.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(INSTALL) torch

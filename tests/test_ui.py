@@ -162,3 +162,15 @@ def test_a_port_that_is_taken_is_one_sentence(ask, port, tmp_path, capsys):
     assert main(["ui", "--port", str(port), "--output_dir", str(tmp_path)]) == commands.BAD_INPUT
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.startswith("comcat: ") and str(port) in sentence
+
+
+def test_who_may_come_in_and_whether_a_browser_opens_is_asked_for(tmp_path, monkeypatch):
+    launched = []
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **settings: launched.append(settings))
+    for flags in ([], ["--host", "0.0.0.0", "--open_browser"]):
+        assert main(["ui", "--output_dir", str(tmp_path), *flags]) == 0
+    assert [(one["server_name"], one["inbrowser"], one["share"]) for one in launched] == [
+        ("127.0.0.1", False, False),
+        ("0.0.0.0", True, False),
+    ]
+    assert main(["ui", "--port", "0", "--output_dir", str(tmp_path)]) == commands.BAD_INPUT

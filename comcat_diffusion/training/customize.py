@@ -77,12 +77,9 @@ class Outcome:
     def told(self) -> str:
         """What there is now, in words."""
         size = f"{self.adapter.stat().st_size / 1000:.1f} kB, {self.parameters:,} parameters"
-        told = f"Saved {self.adapter} ({size}), checked on a fresh base."
-        if self.interrupted:
-            told += (
-                f"\nStopped after step {self.steps}. Go on with the same settings and --resume_from_checkpoint latest."
-            )
-        return told
+        saved = f"Saved {self.adapter} ({size}), checked on a fresh base."
+        stopped = f"Stopped after step {self.steps}. Go on with the same settings and --resume_from_checkpoint latest."
+        return f"{saved}\n{stopped}" if self.interrupted else saved
 
 
 def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:

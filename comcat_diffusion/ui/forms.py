@@ -29,19 +29,19 @@ class Form:
 
 def form(kind: type, first: tuple[str, ...], without: tuple[str, ...]) -> Form:
     """Place the fields of `kind`: those of `first` openly, the others folded by group, those `without` not at all."""
-    groups = fields_by_group(kind)
+    groups, hints = fields_by_group(kind), get_type_hints(kind)
     every = {item.name: item for items in groups.values() for item in items}
-    components = {name: _component(every[name], kind) for name in first}
+    components = {name: _component(every[name], hints[name]) for name in first}
     for title, items in groups.items():
         rest = [item for item in items if item.name not in (*first, *without) and not item.metadata.get("file_only")]
         if rest:
             with gr.Accordion(title, open=False):
-                components |= {item.name: _component(item, kind) for item in rest}
+                components |= {item.name: _component(item, hints[item.name]) for item in rest}
     return Form(kind, components)
 
 
-def _component(item: object, kind: type) -> Component:
-    of, several = value_type(get_type_hints(kind)[item.name])
+def _component(item: object, hint: object) -> Component:
+    of, several = value_type(hint)
     told = {"label": item.name, "info": item.metadata["help"], "interactive": True}
     default = None if several else item.default
     if of is bool:

@@ -16,9 +16,9 @@ from comcat_diffusion.training.loop import NotFinite, Step
 from comcat_diffusion.ui.config import UiConfig
 from comcat_diffusion.ui.forms import Form, form
 
-# What the page decides itself: every run has a new folder.
+# What the page asks for in its own way or decides itself: every run has a new folder.
 _OWN_OF_TRAIN = ("instance_data_dir", "output_dir", "name", "overwrite", "resume_from_checkpoint")
-_OWN_OF_GENERATE = ("output_dir",)
+_OWN_OF_GENERATE = ("output_dir", "adapter")
 _ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # two models may not fit
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the network
 
@@ -94,9 +94,7 @@ def _drawing(folder: Path) -> gr.Dropdown:
                 label="adapter",
                 info="One or several, also other files; a scale may stand behind a colon: dog.safetensors:0.8.",
             )
-            asked = form(
-                GenerateConfig, ("prompt", "num_images", "seed", "scale", "compare"), (*_OWN_OF_GENERATE, "adapter")
-            )
+            asked = form(GenerateConfig, ("prompt", "num_images", "seed", "scale", "compare"), _OWN_OF_GENERATE)
         with gr.Column():
             start = gr.Button("Draw", variant="primary")
             gallery = gr.Gallery(label="Pictures", format="png", columns=4)
