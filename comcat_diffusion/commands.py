@@ -262,7 +262,7 @@ def shrink(parsed: argparse.Namespace) -> int:
 
     from comcat_diffusion.adapters.shrink import shrink
 
-    dtype = {None: None, "fp16": torch.float16, "int8": torch.int8}[config.save_precision]
+    dtype = {None: None, "fp16": torch.float16, "int8": torch.int8, "int4": torch.int4}[config.save_precision]
     pipe = None
     if config.pretrained_model_name_or_path:  # a base that the adapter is not for is refused before a file is written
         from comcat_diffusion import bases

@@ -59,13 +59,13 @@ def test_a_tied_adapter_shrinks_side_by_side(tiny_unet, randomize, tmp_path):
     whole, errors = (tmp_path / "dog.safetensors").stat().st_size, []
     least = least_bytes(read_contents(tmp_path / "dog.safetensors"))
     for size in (whole, (whole + least) // 2, least):
-        made = shrink(tmp_path / "dog.safetensors", tmp_path / "small.safetensors", size, torch.int8)
+        made = shrink(tmp_path / "dog.safetensors", tmp_path / "small.safetensors", size)
         assert made.bytes <= size and (tmp_path / "small.safetensors").stat().st_size == made.bytes
         fresh = tiny_unet()
         load_adapter(fresh, tmp_path / "small.safetensors")
         effect = (tiny_unet.run(unet) - base).norm()
         errors.append(float((tiny_unet.run(fresh) - tiny_unet.run(unet)).norm() / effect))
-        again = shrink(tmp_path / "small.safetensors", tmp_path / "again.safetensors", size, torch.int8)
+        again = shrink(tmp_path / "small.safetensors", tmp_path / "again.safetensors", size)
         assert again.head_ranks == made.head_ranks
     assert errors[0] < 0.03 and errors == sorted(errors) and 0.1 < errors[2] < 1.5
 

@@ -11,6 +11,7 @@ Letters: H heads, R rank, C channels, E the rows of a left factor.
 """
 
 import heapq
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +21,10 @@ import torch
 from comcat_diffusion import atomic
 from comcat_diffusion import heads as maths
 from comcat_diffusion.adapters.header import Header
-from comcat_diffusion.adapters.packing import HeadRanks
+from comcat_diffusion.adapters.packing import HeadRanks, row_bytes
 from comcat_diffusion.adapters.terms import Contents, Term, assembled, read_contents
 
+PRECISIONS = (torch.float16, torch.int8, torch.int4)  # of which the budget decides, where nobody does
 ROUNDING = 1e-12  # relative; products are computed in float64
 _ATTEMPTS = 14  # attempts to fill the budget; each is a whole file made in memory
 
@@ -33,7 +35,7 @@ class Shrunk:
 
     header: Header
     bytes: int
-    energy_kept: float  # share of the energy of all directions
+    energy_kept: float  # share of all products' energy that is not lost, by cutting or by rounding
     head_ranks: HeadRanks
 
 
@@ -54,11 +56,10 @@ class _Layer:
         """What each direction of each head counts: (H, R)."""
         return self.svds[product][1].square() / (self.term.width if product == 0 else 1)
 
-    def row_bytes(self, product: int, dtype: torch.dtype) -> int:
-        """Bytes of one singular direction of one head."""
+    def direction_bytes(self, product: int, dtype: torch.dtype) -> int:
+        """Bytes of one singular direction of one head: a row of each of the two factors."""
         u, _, vh = self.svds[product]
-        scales = 8 if dtype == torch.int8 else 0  # a float32 for each of the two rows
-        return dtype.itemsize * (u.shape[1] + vh.shape[2]) + scales
+        return row_bytes(u.shape[1], dtype) + row_bytes(vh.shape[2], dtype)
 
 
 Chosen = list[tuple[list[int], list[int]]]  # by layer: the ranks of its heads, for QK and for VO
@@ -67,9 +68,9 @@ Chosen = list[tuple[list[int], list[int]]]  # by layer: the ranks of its heads, 
 def shrink(adapter: str | Path, output: str | Path, max_bytes: int, dtype: torch.dtype | None = None) -> Shrunk:
     """Write an adapter file of at most `max_bytes`, header and new words included; it loads as any other.
 
-    `dtype` is the precision of the factors: float16, bfloat16, float32 or int8 (one scale per row). Without one it is
-    float16 if all of the adapter fits that way, else int8, which keeps twice the directions. Raises ValueError if not
-    even one direction of one head fits, naming the least.
+    `dtype` is the precision of the factors: float16, bfloat16, float32, int8 or int4 (one scale per row). Without
+    one it is that of float16, int8 and int4 which keeps most of the energy, as a rule the first in which all of it
+    fits. Raises ValueError if not even one direction of one head fits, naming the least.
     """
     whole_file = read_contents(adapter)
     made, content = shrunk(whole_file, max_bytes, dtype)
@@ -83,18 +84,21 @@ def shrunk(whole_file: Contents, max_bytes: int, dtype: torch.dtype | None = Non
     whole = sum(float(layer.energies(product).sum()) for layer in layers for product in (0, 1))
     if whole == 0:
         raise ValueError("The adapter adds nothing to its base, since all its products are zero; train it first.")
-    if dtype is None:
-        everything = [tuple([s.shape[1]] * s.shape[0] for _, s, _ in layer.svds) for layer in layers]
-        fits = len(_made(whole_file, layers, everything, torch.float16).content) <= max_bytes
-        dtype = torch.float16 if fits else torch.int8
-    made = _richest(whole_file, layers, max_bytes, dtype)
-    return Shrunk(made.header, len(made.content), made.energy / whole, made.header.head_ranks), made.content
+    tried = PRECISIONS if dtype is None else (dtype,)
+    found = [made for one in tried if (made := _richest(whole_file, layers, max_bytes, one))]
+    if not found:
+        least = min(len(_least(whole_file, layers, one).content) for one in tried)
+        raise ValueError(
+            f"{max_bytes:,} bytes are too few: the least this adapter can be shrunk to is {least:,} bytes."
+        )
+    lost, best = min(((_lost(layers, made.content), made) for made in found), key=lambda pair: pair[0])
+    return Shrunk(best.header, len(best.content), 1 - lost / whole, best.header.head_ranks), best.content
 
 
 def least_bytes(whole_file: Contents) -> int:
     """The fewest bytes that an adapter of these shapes can be shrunk to, whatever it has learned or will learn."""
     ones = [_Layer(t, tuple((u, torch.ones_like(s), v) for u, s, v in _Layer.of(t).svds)) for t in whole_file.terms]
-    return len(_made(whole_file, ones, _cheapest(ones, torch.int8), torch.int8).content)
+    return min(len(_least(whole_file, ones, dtype).content) for dtype in PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -104,16 +108,14 @@ class _Made:
     energy: float  # of what was kept
 
 
-def _richest(whole_file: Contents, layers: list[_Layer], max_bytes: int, dtype: torch.dtype) -> _Made:
+def _richest(whole_file: Contents, layers: list[_Layer], max_bytes: int, dtype: torch.dtype) -> _Made | None:
     """The richest file within the budget. How long the header is depends on what is in the file, so it is tried out."""
     everything = sum(
-        layer.row_bytes(i, dtype) * s.numel() for layer in layers for i, (_, s, _) in enumerate(layer.svds)
+        layer.direction_bytes(i, dtype) * s.numel() for layer in layers for i, (_, s, _) in enumerate(layer.svds)
     )
-    best = _made(whole_file, layers, _cheapest(layers, dtype), dtype)
+    best = _least(whole_file, layers, dtype)
     if len(best.content) > max_bytes:
-        raise ValueError(
-            f"{max_bytes:,} bytes are too few: the least this adapter can be shrunk to is {len(best.content):,} bytes."
-        )
+        return None
     low, high = (
         0,
         2 * min(everything, max_bytes),
@@ -151,10 +153,32 @@ def _first_steps(layers: list[_Layer], dtype: torch.dtype) -> Iterator[tuple[flo
     """(minus energy per byte, bytes, layer, product, head) of the first direction of every head."""
     for index, layer in enumerate(layers):
         for product in (0, 1):
-            cost = layer.row_bytes(product, dtype)
+            cost = layer.direction_bytes(product, dtype)
             for head, energy in enumerate(layer.energies(product)[:, 0].tolist()):
                 if energy > 0:
                     yield -energy / cost, cost, index, product, head
+
+
+def _lost(layers: list[_Layer], content: bytes) -> float:
+    """The energy of what a file's products differ by from these."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "made.safetensors"
+        file.write_bytes(content)
+        kept = {term.key: term for term in read_contents(file).terms}
+    lost = 0.0
+    for layer in layers:
+        now = kept[layer.term.key].products() if layer.term.key in kept else ()
+        for product, (left, right) in enumerate(layer.term.products()):
+            if now:
+                left = torch.cat([left, -now[product][0]], dim=2)
+                right = torch.cat([right, now[product][1]], dim=1)
+            energy = maths.product_svd(left, right)[1].square().sum()
+            lost += float(energy / (layer.term.width if product == 0 else 1))
+    return lost
+
+
+def _least(whole_file: Contents, layers: list[_Layer], dtype: torch.dtype) -> _Made:
+    return _made(whole_file, layers, _cheapest(layers, dtype), dtype)
 
 
 def _cheapest(layers: list[_Layer], dtype: torch.dtype) -> Chosen:

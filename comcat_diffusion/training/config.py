@@ -227,7 +227,7 @@ class RunSettings(Group):
     checkpoints_total_limit: int | None = option(None, "Checkpoints to keep; the oldest go. Default: all.")
     resume_from_checkpoint: str | None = option(None, "Go on from this checkpoint folder, or from the latest.")
     max_bytes: int | None = option(
-        None, "The most bytes of the file, fp16 or int8. Late in the run ranks are cut; the last steps make up for it."
+        None, "The most bytes of the file. Late in the run ranks are cut; the last steps make up for it. Down to int4."
     )
     thumbnail: bool = option(False, "Put a small sample into the file's header, where galleries look for one.")
     report_to: list[str] = option([], "Trackers that Accelerate knows, for instance tensorboard.")
