@@ -52,7 +52,7 @@ def test_the_file_keeps_to_its_budget_and_loses_more_the_smaller_it_is(file, out
     whole, base = output_of(file), output_of()
     effect = (whole - base).norm()
     kept, errors = [], []
-    for budget in (60_000, 16_000, 13_000, 11_000, 9_000):
+    for budget in (60_000, 12_000, 9_000, 7_000, 5_000):
         made = shrink(file, tmp_path / "small.safetensors", budget, torch.float16)
         size = (tmp_path / "small.safetensors").stat().st_size
         assert size == made.bytes <= budget
@@ -64,8 +64,8 @@ def test_the_file_keeps_to_its_budget_and_loses_more_the_smaller_it_is(file, out
 
 
 def test_the_budget_is_used(file, tmp_path):
-    made = shrink(file, tmp_path / "small.safetensors", 14_000, torch.float16)
-    assert 0.97 * 14_000 < made.bytes <= 14_000 and made.energy_kept < 1
+    made = shrink(file, tmp_path / "small.safetensors", 9_000, torch.float16)
+    assert 0.97 * 9_000 < made.bytes <= 9_000 and made.energy_kept < 1
 
 
 def test_without_pressure_the_products_are_the_same(file, output_of, tmp_path):
@@ -82,7 +82,7 @@ def test_without_pressure_the_products_are_the_same(file, output_of, tmp_path):
 
 def test_what_is_kept_is_the_best_per_byte(file, tmp_path):
     """A direction that was kept has more energy per byte than any dropped one that would fit in its place."""
-    made = shrink(file, tmp_path / "small.safetensors", 14_000, torch.float16)
+    made = shrink(file, tmp_path / "small.safetensors", 9_000, torch.float16)
     kept, dropped = [], []
     for term in read_contents(file).terms:
         ranks = made.head_ranks.get(term.part, {}).get(term.attention, [[0] * term.heads] * 2)
@@ -99,7 +99,7 @@ def test_what_is_kept_is_the_best_per_byte(file, tmp_path):
 
 
 def test_heads_and_whole_attentions_may_fall_to_rank_0(file, tmp_path):
-    made = shrink(file, tmp_path / "small.safetensors", 7_000, torch.float16)
+    made = shrink(file, tmp_path / "small.safetensors", 4_500, torch.float16)
     header = read_adapter(tmp_path / "small.safetensors")
     assert header.head_ranks == made.head_ranks and header.format_version == 2
     ranks = [tuple(map(tuple, products)) for part in made.head_ranks.values() for products in part.values()]
@@ -109,9 +109,9 @@ def test_heads_and_whole_attentions_may_fall_to_rank_0(file, tmp_path):
     assert header.notes.trigger == "sks" and header.base_model == "somebody/base"
     stored = safetensors.torch.load_file(tmp_path / "small.safetensors")
     for part, attentions in made.head_ranks.items():
-        for attention, (qk, vo) in attentions.items():
-            assert len(stored[f"{part}.{attention}.k_down"]) == sum(qk)
-            assert len(stored[f"{part}.{attention}.v_down"]) == sum(vo)
+        for factor, product in (("k_down", 0), ("v_down", 1)):
+            rows = sum(len(tensor) for name, tensor in stored.items() if name.startswith(f"{part}.{factor}."))
+            assert rows == sum(sum(products[product]) for products in attentions.values())
 
 
 STORED = {
@@ -129,8 +129,8 @@ def test_whole_numbers_hold_more_of_it_in_the_same_bytes(file, output_of, tmp_pa
     whole, effect = output_of(file), (output_of(file) - output_of()).norm()
     kept, errors = [], []
     for dtype, types in STORED.items():
-        made = shrink(file, tmp_path / "small.safetensors", 11_000, dtype)
-        assert (tmp_path / "small.safetensors").stat().st_size == made.bytes <= 11_000
+        made = shrink(file, tmp_path / "small.safetensors", 7_000, dtype)
+        assert (tmp_path / "small.safetensors").stat().st_size == made.bytes <= 7_000
         assert stored(tmp_path / "small.safetensors") == types
         kept.append(made.energy_kept)
         shrink(file, tmp_path / "all.safetensors", 1 << 20, dtype)
@@ -154,7 +154,7 @@ def test_the_precision_is_the_one_that_keeps_most_within_the_budget(file, tmp_pa
     sizes = [shrink(file, tmp_path / "whole.safetensors", 1 << 20, dtype).bytes for dtype in STORED]
     assert sizes == sorted(sizes, reverse=True)
     chosen = []
-    for budget in (sizes[0], sizes[1], 9_000, 7_000):
+    for budget in (sizes[0], sizes[1], 6_000, 4_500):
         kept = {dtype: shrink(file, tmp_path / "one.safetensors", budget, dtype).energy_kept for dtype in STORED}
         chosen.append(max(kept, key=kept.get))
         assert shrink(file, tmp_path / "small.safetensors", budget).energy_kept == kept[chosen[-1]]
@@ -165,8 +165,8 @@ def test_the_precision_is_the_one_that_keeps_most_within_the_budget(file, tmp_pa
 def test_a_shrunk_file_shrinks_and_combines_again(file, output_of, tmp_path):
     from comcat_diffusion.adapters.combine import combine
 
-    first = shrink(file, tmp_path / "first.safetensors", 20_000, torch.float32)
-    second = shrink(tmp_path / "first.safetensors", tmp_path / "second.safetensors", 20_000, torch.float32)
+    first = shrink(file, tmp_path / "first.safetensors", 12_000, torch.float32)
+    second = shrink(tmp_path / "first.safetensors", tmp_path / "second.safetensors", 12_000, torch.float32)
     assert second.head_ranks == first.head_ranks
     combine([(tmp_path / "first.safetensors", 1.0)], tmp_path / "dense.safetensors")
     assert read_adapter(tmp_path / "dense.safetensors").format_version == 1
@@ -196,25 +196,31 @@ def test_an_adapter_that_does_nothing_is_refused(tiny_unet, tmp_path):
 
 def test_packing_and_unpacking_undo_each_other():
     generator = torch.Generator().manual_seed(0)
-    ranks = {"unet": {"a.attn2": [[2, 0, 1], [0, 3, 1]]}}
-    shapes = {"q_down": (9, 5), "k_down": (9, 4), "v_down": (9, 4), "out_up": (6, 9)}  # three heads of rank 3
-    dense = {f"unet.a.attn2.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    own = [[2, 0, 1], [0, 3, 1]]
+    ranks = {"unet": {"b.attn2": own, "a.attn2": own}}
+    shapes = {"k_down": (9, 4), "v_down": (9, 4), "out_up": (6, 9)}  # three heads of rank 3
+    shapes = {f"unet.{a}.attn2.{name}": shape for a in "ab" for name, shape in shapes.items()}
+    shapes |= {"unet.a.attn2.q_down": (9, 5), "unet.b.attn2.q_down": (9, 7)}
+    dense = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     for name, tensor in dense.items():
         rows = tensor.T if name.endswith("out_up") else tensor
-        for head, rank in enumerate(ranks["unet"]["a.attn2"][name.endswith(("v_down", "out_up"))]):
+        for head, rank in enumerate(own[name.endswith(("v_down", "out_up"))]):
             rows[3 * head + rank : 3 * head + 3] = 0
-    packed = pack(dense, ranks, torch.float32)
-    assert {name.rpartition(".")[2]: len(rows) for name, rows in packed.items()} == {
-        "q_down": 3,
-        "k_down": 3,
-        "v_down": 4,
-        "out_up": 4,
+    packed, lengths = pack(dense, ranks, torch.float32)
+    assert {name: tuple(rows.shape) for name, rows in packed.items()} == {
+        "unet.k_down.4": (6, 4),
+        "unet.out_up.6": (8, 6),
+        "unet.q_down.5": (3, 5),
+        "unet.q_down.7": (3, 7),
+        "unet.v_down.4": (8, 4),
     }
-    assert_close(unpack(packed, ranks), dense, rtol=0, atol=0)
+    assert lengths == {"unet": [[4, 6, 5, 4], [4, 6, 7, 4]]}  # k_down, out_up, q_down, v_down
+    assert_close(unpack(packed, ranks, lengths), dense, rtol=0, atol=0)
     for dtype, steps in ((torch.int8, 127), (torch.int4, 7)):
-        packed, rows = pack(dense, ranks, dtype), (5, 5, 5, 4, 4, 4, 4, 4, 4, 4, 6, 6, 6, 6)
-        assert sum(tensor.nbytes for tensor in packed.values()) == sum(row_bytes(row, dtype) for row in rows)
-        for name, coarse in unpack(packed, ranks).items():
+        (packed, lengths), rows = pack(dense, ranks, dtype), {4: 14, 5: 3, 6: 8, 7: 3}
+        size = sum(count * row_bytes(length, dtype) for length, count in rows.items())
+        assert sum(tensor.nbytes for tensor in packed.values()) == size
+        for name, coarse in unpack(packed, ranks, lengths).items():
             assert coarse.shape == dense[name].shape
             assert 0 < (coarse - dense[name]).norm() < dense[name].norm() / steps
 
@@ -230,13 +236,16 @@ def first_rank(change):
 @pytest.mark.parametrize(
     "message, change",
     [
-        ("does not have the [0-9]+ rows of its heads", first_rank(lambda rank: rank + 1)),
+        ("does not have the [0-9]+ rows of |of no head", first_rank(lambda rank: rank + 1)),
+        ("of a rank that nothing has|does not have the", first_rank(lambda rank: 10**12)),
+        ("does not make sense", lambda tensors, metadata: edit(metadata, lambda h: h["row_lengths"]["unet"].pop())),
+        ("lacks", lambda tensors, metadata: edit(metadata, lambda h: h["row_lengths"]["unet"][0].__setitem__(0, 1))),
         ("does not make sense", first_rank(lambda rank: -1)),
         ("does not make sense", first_rank(lambda rank: "2")),
         ("does not make sense", lambda tensors, metadata: edit(metadata, lambda h: h.update(format_version=1))),
         ("does not make sense", lambda tensors, metadata: edit(metadata, lambda h: h.update(head_ranks=[1]))),
         ("no head that the header", lambda tensors, metadata: edit(metadata, lambda h: h["head_ranks"].pop("unet"))),
-        ("no head that the header speaks of", lambda tensors, metadata: tensors.update(stray=torch.zeros(2))),
+        ("holds rows of no factor", lambda tensors, metadata: tensors.update(stray=torch.zeros(2))),
         ("lacks", lambda tensors, metadata: tensors.pop(sorted(tensors)[0])),
     ],
 )
@@ -266,7 +275,7 @@ def test_the_change_of_the_output_is_measured_where_a_base_is_given(randomize, t
     save_adapter(pipe, adapter, "dog", "embedded", Notes("sks", "a photo of sks dog", "dog"))
     with pytest.raises(ValueError, match="carries adapters already"):
         change(pipe, adapter, [adapter], ["a dog"])
-    files = [tmp_path / f"{share}.safetensors" for share in (90, 30, 20)]
+    files = [tmp_path / f"{share}.safetensors" for share in (60, 20, 15)]
     for file in files:
         shrink(adapter, file, adapter.stat().st_size * int(file.stem) // 100, torch.int8)
     pipe = bases.load_base("embedded")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 FORMAT_VERSION = 1
 PACKED_VERSION = 2  # keeps only the rows that each head has, see adapters/packing.py
 KEY = "comcat"
+_FACTORS = 4  # of an attention, of whichever kind
 _DERIVED = ("target_modules", "rank_pattern")  # what a packed file's config leaves out, see settings_of_layers
 THUMBNAIL = "modelspec.thumbnail"
 LONGEST_HEADER = 4 << 20  # bytes; an honest header is a few tens of kilobytes
@@ -50,6 +51,7 @@ class Header:
     format_version: int = FORMAT_VERSION
     # Packed files only. By component and attention: the rank of every head, of its QK and of its VO product.
     head_ranks: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
+    row_lengths: dict[str, list[list[int]]] = field(default_factory=dict)  # see adapters/packing.py
     tokens: list[str] = field(default_factory=list)  # new words whose embeddings the file brings
     thumbnail: str = ""  # a small picture as a data URI, where one was asked for
 
@@ -57,9 +59,11 @@ class Header:
         """As the string pairs of a safetensors header; the `modelspec.*` keys are what other tools read."""
         notes, content = self.notes, asdict(self)
         del content["thumbnail"]  # it stands where other tools look for it
-        for table, name in ((content, "head_ranks"), (content, "tokens"), (content["notes"], "others")):
-            if not table[name]:  # a file that does without is one that older versions read
-                del table[name]
+        for name in ("head_ranks", "row_lengths", "tokens"):
+            if not content[name]:  # a file that does without is one that older versions read
+                del content[name]
+        if not notes.others:
+            del content["notes"]["others"]
         for part in self.head_ranks:  # the ranks of the heads say which layers there are, and of which rank
             if not self.config[part].get("tied"):
                 content["config"][part] = {n: v for n, v in content["config"][part].items() if n not in _DERIVED}
@@ -172,3 +176,5 @@ def _refuse_other_ranks(header: Header) -> None:
             proper = proper and (any(numbers) or header.config.get(part, {}).get("tied"))
             if part not in header.config or len(products) != 2 or len({len(r) for r in products}) != 1 or not proper:
                 raise TypeError(f"head_ranks of {part}.{name} are not two lists of whole numbers")
+        if [len(lengths) for lengths in header.row_lengths[part]] != [_FACTORS] * len(attentions):
+            raise TypeError(f"row_lengths of {part} are not {_FACTORS} for each attention")

@@ -1,12 +1,15 @@
 """Packed factors: only the rows that a head really has, where the dense form gives every head of a layer one rank.
 
-In a dense file an attention of H heads and rank R has H*R rows in each factor. In a packed one (format version 2) the
-header's `head_ranks` says the rank of every head, once for its QK and once for its VO product, and each factor holds
-that many rows, head after head; `out_up`, whose ranks are columns, is stored transposed. `unpack` fills the missing
-rows with zeros, which is exact.
+In a dense file an attention of H heads and rank R has H*R rows in each factor, and every factor is a tensor of its own,
+whose entry in the file's table costs more than a hundred bytes. In a packed file (format version 2) the header's
+`head_ranks` says the rank of every head, once for its QK and once for its VO product, and the rows of all attentions
+that are of one length C stand in one tensor, PART.FACTOR.C: head after head, and attention after attention in the order
+of their names. The header's `row_lengths` has the lengths C of every attention's factors, both in the order of their
+names. `out_up`, whose ranks are columns, is stored transposed. `unpack` fills the missing rows with zeros, which is
+exact.
 
-Factors may be whole numbers, int8 or int4; then `row_scales` holds one float32 for each of their rows, factor after
-factor in the order of their names. Two int4 numbers share a byte (uint8), the first in its low half, each plus 8; a
+Factors may be whole numbers, int8 or int4; then `row_scales` holds one float32 for each of their rows, tensor after
+tensor in the order of their names. Two int4 numbers share a byte (uint8), the first in its low half, each plus 8; a
 half of 0 is no number, which is where a row of odd length ends.
 
 Letters: H heads, R rank, C channels, K rows kept.
@@ -20,10 +23,12 @@ COLUMNS = "out_up"  # the one factor whose ranks are columns
 ROW_SCALES, SCALE_BYTES = "row_scales", 4
 NO_FACTOR = "token."  # the embeddings of new words stand beside the factors, as they are
 LARGEST = {torch.int8: 127, torch.int4: 7}  # number of a precision; the smallest is its negative
+MOST = 1 << 28  # numbers in a dense factor; SDXL's of rank 128 have 5 million
 _ZERO = 8  # what stands for 0 in half a byte
 _TRIED = torch.linspace(0.5, 1, 11)  # scales of a row, over the one that its largest number asks for
 
-HeadRanks = dict[str, dict[str, list[list[int]]]]
+HeadRanks = dict[str, dict[str, list[list[int]]]]  # by part and attention: of every head its rank in QK, and in VO
+RowLengths = dict[str, list[list[int]]]  # by part: of every attention the lengths C of its factors' rows
 
 
 def kept_rows(ranks: list[int], rank: int) -> torch.Tensor:
@@ -38,20 +43,31 @@ def row_bytes(numbers: int, dtype: torch.dtype) -> int:
     return SCALE_BYTES + (numbers if dtype == torch.int8 else (numbers + 1) // 2)
 
 
-def pack(tensors: dict[str, torch.Tensor], head_ranks: HeadRanks, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def pack(
+    tensors: dict[str, torch.Tensor], head_ranks: HeadRanks, dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], RowLengths]:
     """Dense factors by name, PART.ATTENTION.FACTOR, to packed ones in `dtype` (float16, ..., int8 or int4)."""
-    packed, scales = {}, []
-    for name, dense in sorted(tensors.items()):
-        ranks, product = _ranks_of(name, head_ranks)
-        rows = dense.T if name.endswith("." + COLUMNS) else dense  # H*R, C
-        kept = rows[kept_rows(ranks[product], _rank(ranks))].contiguous()  # K, C
-        if dtype in LARGEST:
-            kept, scale = _rounded(kept, LARGEST[dtype])
-            scales.append(scale)
-            packed[name] = _halves(kept) if dtype == torch.int4 and len(kept) else kept  # no rows: int8 tells C
-        else:
-            packed[name] = kept.to(dtype)
-    return packed | {ROW_SCALES: torch.cat(scales)} if scales else packed
+    grouped: dict[str, list[torch.Tensor]] = {}
+    lengths: RowLengths = {}
+    for part, attentions in head_ranks.items():
+        for attention, ranks in sorted(attentions.items()):
+            lengths.setdefault(part, []).append([])
+            for factor in sorted(PRODUCT):
+                if (dense := tensors.get(f"{part}.{attention}.{factor}")) is None:
+                    continue  # it is of the other kind
+                rows = dense.T if factor == COLUMNS else dense  # H*R, C
+                kept = rows[kept_rows(ranks[PRODUCT[factor]], _rank(ranks))]  # K, C
+                grouped.setdefault(f"{part}.{factor}.{kept.shape[1]}", []).append(kept)
+                lengths[part][-1].append(kept.shape[1])
+    rows = {name: torch.cat(found) for name, found in sorted(grouped.items())}
+    if dtype not in LARGEST:
+        return {name: found.to(dtype) for name, found in rows.items()}, lengths
+    rounded = {name: _rounded(found, LARGEST[dtype]) for name, found in rows.items()}
+    packed = {
+        name: _halves(numbers) if dtype == torch.int4 and len(numbers) else numbers  # without rows int8 tells C
+        for name, (numbers, _) in rounded.items()
+    }
+    return packed | {ROW_SCALES: torch.cat([scale for _, scale in rounded.values()])}, lengths
 
 
 def _rounded(rows: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,40 +93,52 @@ def _from_halves(bytes_: torch.Tensor) -> torch.Tensor:
     return shifted[:, : shifted.shape[1] - odd].to(torch.int8) - _ZERO
 
 
-def unpack(tensors: dict[str, torch.Tensor], head_ranks: HeadRanks) -> dict[str, torch.Tensor]:
-    """The inverse of `pack`. Raises ValueError, naming the tensor, if the rows are not those that the ranks ask for."""
-    dense, scales, used = {}, tensors.get(ROW_SCALES, torch.zeros(0)), 0
-    for name, kept in sorted(tensors.items()):
+def unpack(tensors: dict[str, torch.Tensor], head_ranks: HeadRanks, row_lengths: RowLengths) -> dict[str, torch.Tensor]:
+    """The inverse of `pack`. Raises ValueError if the rows are not those that ranks and lengths ask for."""
+    dense = {name: tensor for name, tensor in tensors.items() if name.startswith(NO_FACTOR)}
+    rows = _unscaled({name: tensor for name, tensor in tensors.items() if name not in dense})
+    used = dict.fromkeys(rows, 0)
+    for part, attentions in sorted(head_ranks.items()):
+        factors = sorted({name.split(".")[1] for name in rows if name.startswith(f"{part}.")})
+        if any(len(lengths) != len(factors) for lengths in row_lengths[part]):
+            raise ValueError(f"{part} lacks a factor, or has some of two kinds")
+        for (attention, ranks), lengths in zip(sorted(attentions.items()), row_lengths[part], strict=True):
+            for factor, length in zip(factors, lengths, strict=True):
+                own, name = ranks[PRODUCT[factor]], f"{part}.{factor}.{length}"
+                kept = rows[name][used[name] : used[name] + sum(own)]
+                if kept.shape != (sum(own), length):
+                    raise ValueError(f"{name} does not have the {sum(own)} rows of {attention}")
+                used[name] += sum(own)
+                if len(own) * _rank(ranks) * length > MOST:
+                    raise ValueError(f"{attention} has heads of a rank that nothing has")
+                whole = kept.new_zeros(len(own) * _rank(ranks), length)  # H*R, C
+                whole[kept_rows(own, _rank(ranks))] = kept
+                dense[f"{part}.{attention}.{factor}"] = whole.T.contiguous() if factor == COLUMNS else whole
+    for name, count in used.items():
+        if count != len(rows[name]):
+            raise ValueError(f"{name} has rows of no head that the header speaks of")
+    return dense
+
+
+def _unscaled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The rows of a packed file's tensors by name, as numbers that their scales went into."""
+    found, scales, used = {}, tensors.get(ROW_SCALES, torch.zeros(0)), 0
+    for name, rows in sorted(tensors.items()):
         if name == ROW_SCALES:
             continue
-        if name.startswith(NO_FACTOR):
-            dense[name] = kept
-            continue
-        ranks, product = _ranks_of(name, head_ranks)
-        rank, heads, count = _rank(ranks), len(ranks[product]), sum(ranks[product])
-        if kept.dim() != 2 or len(kept) != count:
-            raise ValueError(f"{name} {tuple(kept.shape)} does not have the {count} rows of its heads")
-        if kept.dtype == torch.uint8:
-            kept = _from_halves(kept)
-        if kept.dtype == torch.int8:
-            scale, used = scales[used : used + count], used + count
-            if tuple(scale.shape) != (count,):
-                raise ValueError(f"{name} is of whole numbers and lacks its {count} {ROW_SCALES}")
-            kept = kept.float() * scale.float().unsqueeze(1)
-        rows = kept.new_zeros(heads * rank, kept.shape[1])  # H*R, C
-        rows[kept_rows(ranks[product], rank)] = kept
-        dense[name] = rows.T.contiguous() if name.endswith("." + COLUMNS) else rows
-    return dense
+        if rows.dim() != 2 or len(name.split(".")) != 3 or name.split(".")[1] not in PRODUCT:
+            raise ValueError(f"{name} holds rows of no factor")
+        if rows.dtype == torch.uint8:
+            rows = _from_halves(rows)
+        if rows.dtype == torch.int8:
+            scale, used = scales[used : used + len(rows)], used + len(rows)
+            if tuple(scale.shape) != (len(rows),):
+                raise ValueError(f"{name} is of whole numbers and lacks its {len(rows)} {ROW_SCALES}")
+            rows = rows.float() * scale.float().unsqueeze(1)
+        found[name] = rows
+    return found
 
 
 def _rank(ranks: list[list[int]]) -> int:
     """The rank of the dense form; a side of a tied adapter that has lost all of its own is still there."""
     return max(1, *map(max, ranks))
-
-
-def _ranks_of(name: str, head_ranks: HeadRanks) -> tuple[list[list[int]], int]:
-    part, _, rest = name.partition(".")
-    attention, _, factor = rest.rpartition(".")
-    if factor not in PRODUCT or attention not in head_ranks.get(part, {}):
-        raise ValueError(f"{name} is of no head that the header speaks of")
-    return head_ranks[part][attention], PRODUCT[factor]

@@ -198,9 +198,11 @@ def read_tensors(path: str | Path, header: Header) -> dict[str, torch.Tensor]:
     if bad:
         raise AdapterFileError(f"{path} holds NaN or infinity in {_first_three(bad)}; train again or get another copy.")
     try:
-        return unpack(tensors, header.head_ranks) if header.head_ranks else tensors
+        return unpack(tensors, header.head_ranks, header.row_lengths) if header.head_ranks else tensors
     except ValueError as error:
         raise AdapterFileError(f"{path} is damaged or was edited: {error}.") from error
+    except KeyError as missing:
+        raise AdapterFileError(f"{path} lacks {missing}; the file is damaged or was edited.") from missing
 
 
 def config_of(fields: dict, path: str | Path) -> ComcatConfig:

@@ -156,16 +156,23 @@ def assembled(contents: Contents, dtype: torch.dtype, head_ranks: HeadRanks | No
             gain = term.scale * term.rank / common
             for name, factor in term.factors.items():
                 tensors[f"{term.key}.{name}"] = factor * gain if name in CONTEXT else factor
+    row_lengths = {}
     if head_ranks:
-        tensors = pack(tensors, head_ranks, dtype)
+        tensors, row_lengths = pack(tensors, head_ranks, dtype)
     else:
         tensors = {name: factor.to(dtype) for name, factor in tensors.items()}
     embeddings = dtype if dtype.is_floating_point else torch.float16
     tensors |= {name: vectors.to(embeddings) for name, vectors in contents.tokens.items()}
     version = PACKED_VERSION if head_ranks else FORMAT_VERSION
-    new = {"config": config, "versions": library_versions(), "format_version": version, "head_ranks": head_ranks or {}}
-    new["thumbnail"] = ""  # it shows what the file did before, and would cost more bytes than the ranks
-    header = replace(contents.header, **new)
+    header = replace(
+        contents.header,
+        config=config,
+        versions=library_versions(),
+        format_version=version,
+        head_ranks=head_ranks or {},
+        row_lengths=row_lengths,
+        thumbnail="",  # it shows what the file did before, and would cost more bytes than the ranks
+    )
     return header, serialized(tensors, header)
 
 
