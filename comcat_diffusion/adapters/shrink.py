@@ -24,7 +24,7 @@ from comcat_diffusion.adapters.header import Header
 from comcat_diffusion.adapters.packing import HeadRanks, row_bytes
 from comcat_diffusion.adapters.terms import Contents, Term, assembled, read_contents
 
-PRECISIONS = (torch.float16, torch.int8, torch.int4)  # of which the budget decides, where nobody does
+PRECISIONS = (torch.float16, torch.int8, torch.int4)  # tried in this order, where nobody asks for one
 ROUNDING = 1e-12  # relative; products are computed in float64
 _ATTEMPTS = 14  # attempts to fill the budget; each is a whole file made in memory
 
@@ -69,8 +69,9 @@ def shrink(adapter: str | Path, output: str | Path, max_bytes: int, dtype: torch
     """Write an adapter file of at most `max_bytes`, header and new words included; it loads as any other.
 
     `dtype` is the precision of the factors: float16, bfloat16, float32, int8 or int4 (one scale per row). Without
-    one it is that of float16, int8 and int4 which keeps most of the energy, as a rule the first in which all of it
-    fits. Raises ValueError if not even one direction of one head fits, naming the least.
+    one it is the first of float16, int8 and int4 in which all directions fit, else int4: rounding a little changes less
+    than leaving directions out (docs/log.md). Raises ValueError if not even one direction of one head fits, naming the
+    least.
     """
     whole_file = read_contents(adapter)
     made, content = shrunk(whole_file, max_bytes, dtype)
@@ -84,21 +85,19 @@ def shrunk(whole_file: Contents, max_bytes: int, dtype: torch.dtype | None = Non
     whole = sum(float(layer.energies(product).sum()) for layer in layers for product in (0, 1))
     if whole == 0:
         raise ValueError("The adapter adds nothing to its base, since all its products are zero; train it first.")
-    tried = PRECISIONS if dtype is None else (dtype,)
-    found = [made for one in tried if (made := _richest(whole_file, layers, max_bytes, one))]
-    if not found:
-        least = min(len(_least(whole_file, layers, one).content) for one in tried)
-        raise ValueError(
-            f"{max_bytes:,} bytes are too few: the least this adapter can be shrunk to is {least:,} bytes."
-        )
-    lost, best = min(((_lost(layers, made.content), made) for made in found), key=lambda pair: pair[0])
-    return Shrunk(best.header, len(best.content), 1 - lost / whole, best.header.head_ranks), best.content
+    if dtype is None:
+        everything = [tuple([s.shape[1]] * s.shape[0] for _, s, _ in layer.svds) for layer in layers]
+        sizes = {one: len(_made(whole_file, layers, everything, one).content) for one in PRECISIONS}
+        dtype = next((one for one, size in sizes.items() if size <= max_bytes), PRECISIONS[-1])
+    made = _richest(whole_file, layers, max_bytes, dtype)
+    kept = 1 - _lost(layers, made.content) / whole
+    return Shrunk(made.header, len(made.content), kept, made.header.head_ranks), made.content
 
 
 def least_bytes(whole_file: Contents) -> int:
     """The fewest bytes that an adapter of these shapes can be shrunk to, whatever it has learned or will learn."""
     ones = [_Layer(t, tuple((u, torch.ones_like(s), v) for u, s, v in _Layer.of(t).svds)) for t in whole_file.terms]
-    return min(len(_least(whole_file, ones, dtype).content) for dtype in PRECISIONS)
+    return len(_least(whole_file, ones, PRECISIONS[-1]).content)
 
 
 @dataclass(frozen=True)
@@ -108,14 +107,16 @@ class _Made:
     energy: float  # of what was kept
 
 
-def _richest(whole_file: Contents, layers: list[_Layer], max_bytes: int, dtype: torch.dtype) -> _Made | None:
+def _richest(whole_file: Contents, layers: list[_Layer], max_bytes: int, dtype: torch.dtype) -> _Made:
     """The richest file within the budget. How long the header is depends on what is in the file, so it is tried out."""
     everything = sum(
         layer.direction_bytes(i, dtype) * s.numel() for layer in layers for i, (_, s, _) in enumerate(layer.svds)
     )
     best = _least(whole_file, layers, dtype)
     if len(best.content) > max_bytes:
-        return None
+        raise ValueError(
+            f"{max_bytes:,} bytes are too few: the least this adapter can be shrunk to is {len(best.content):,} bytes."
+        )
     low, high = (
         0,
         2 * min(everything, max_bytes),
