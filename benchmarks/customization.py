@@ -60,10 +60,11 @@ from recipe.subject import HELD_OUT, TRAIN, TRIGGER, caption, picture
 
 TUNING, REPORTED = ("teddy", "cat"), ("robot", "fish", "house")
 SHRUNK = {  # adapters that are shrunk to these bytes and measured again
-    "COMCAT tied, rank 4, from the trigger on": (8_000,),
+    "COMCAT tied, rank 4, from the trigger on": (6_000,),
     "COMCAT tied, rank 8, from the trigger on": (16_000, 10_000),
-    "COMCAT tied, rank 8, way up, from the trigger on": (8_000,),
-    "COMCAT tied, rank 8, way up, rank 4 of self-attention, from the trigger on": (16_000, 10_000),
+    "COMCAT tied, rank 8, way up, from the trigger on": (8_000, 6_000),
+    "COMCAT tied, rank 4, rank 2 of self-attention, from the trigger on": (10_000, 8_000),
+    "COMCAT tied, rank 8, rank 4 of self-attention, from the trigger on": (20_000, 10_000),
 }
 SHORTER, LONGER = (150,), (600,)
 OTHER_STEPS = dict.fromkeys(
@@ -176,7 +177,7 @@ def keep_pictures(bench: Bench, run: Run, pipe: DiffusionPipeline, facts: dict) 
     """Draw what is judged, the prompts of the subject above those without it, and keep it with the run's facts."""
     about, without = prompts_of(run.subject, METHODS[run.method])
     _strip([bench.drawn(pipe, about), bench.drawn(pipe, without)]).save(bench.folder / f"{run.name}.png")
-    shared.write_json(bench.folder / f"{run.name}.json", {**asdict(run), **facts})
+    shared.write_json(bench.folder / f"{run.name}.json", facts | asdict(run))
 
 
 def measured(features: Features, run: Run, folder: Path) -> dict:
@@ -251,14 +252,15 @@ def do(run: Run, folder: Path, drawing_steps: int) -> None:
     torch.set_num_threads(1)
     bench = Bench(folder, drawing_steps)
     prepare_base(bench, run.subject)
-    pipe, cost = learn(bench, run)
-    file = folder / f"{run.name}.safetensors"
-    METHODS[run.method].write(pipe, file)
-    keep_pictures(bench, run, pipe, cost | {"file_bytes": file.stat().st_size})
+    file, facts = folder / f"{run.name}.safetensors", folder / f"{run.name}.json"
+    if not facts.exists():
+        pipe, cost = learn(bench, run)
+        METHODS[run.method].write(pipe, file)
+        keep_pictures(bench, run, pipe, cost | {"file_bytes": file.stat().st_size})
+    cost = json.loads(facts.read_text())
     for one in wanted[1:]:
-        small = file.with_name(f"{one.name}.safetensors")
+        small, pipe = file.with_name(f"{one.name}.safetensors"), bench.base()
         shrink(file, small, one.bytes)
-        pipe = bench.base()
         load_adapter(pipe, small)
         keep_pictures(bench, one, pipe, cost | {"file_bytes": small.stat().st_size})
 

@@ -109,7 +109,7 @@ def _ours(rates: tuple[float, ...], teacher: bool = False, **config: object) -> 
 CROSS, WAITING = {"target_modules": ["attn2"]}, {"trigger": [TRIGGER]}
 TIED = {**CROSS, "foldable": True, "tied": True}
 LATE = {**TIED, "target_modules": ATTENTIONS["up"]}
-BOTH = {**LATE, "target_modules": r"up_blocks\..*\.attn[12]", "rank_pattern": {"attn1": 4}}
+BOTH = {**TIED, "target_modules": SELF_AND_CROSS}
 OWN = {kind: (rate,) for kind, rate in KINDS.items()}  # what `comcat train` takes, so that no choice favours ours
 MIDDLE, HIGH, LOW = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (5e-5, 2e-4, 8e-4)
 METHODS = {
@@ -117,8 +117,11 @@ METHODS = {
     "COMCAT tied, rank 4, from the trigger on": _ours(OWN["tied"], r=4, **TIED, **WAITING),
     "COMCAT tied, rank 8, from the trigger on": _ours(OWN["tied"], r=8, **TIED, **WAITING),
     "COMCAT tied, rank 8, way up, from the trigger on": _ours(OWN["tied"], r=8, **LATE, **WAITING),
-    "COMCAT tied, rank 8, way up, rank 4 of self-attention, from the trigger on": _ours(
-        OWN["tied"], r=8, **BOTH, **WAITING
+    "COMCAT tied, rank 4, rank 2 of self-attention, from the trigger on": _ours(
+        OWN["tied"], r=4, rank_pattern={"attn1": 2}, **BOTH, **WAITING
+    ),
+    "COMCAT tied, rank 8, rank 4 of self-attention, from the trigger on": _ours(
+        OWN["tied"], r=8, rank_pattern={"attn1": 4}, **BOTH, **WAITING
     ),
     "COMCAT foldable, rank 4, cross, from the trigger on": _ours(
         OWN["foldable"], r=4, **CROSS, **WAITING, foldable=True
