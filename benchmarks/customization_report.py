@@ -9,13 +9,17 @@ from benchmarks import circumstances as shared
 from comcat_diffusion.evaluation.metrics import interval
 
 MEASURES = ("fidelity", "clip", "obedience", "drift", "diversity", "copying")
+RIVAL, AGAINST = "LoRA, rank 4", "to LoRA's, r=4"  # fidelity less the rival's: the same run, prompt and seed
 
 
 def write_report(results: list[dict], circumstances: dict, target: Path, plots: Path) -> dict:
     """Gather the results, by method, into one JSON, draw the plots, and return what the JSON holds."""
     rows: dict[str, list[dict]] = {}
     usual = _usual_steps(results)
+    rivals = {_learned(result): torch.tensor(result["fidelity"]) for result in results if result["method"] == RIVAL}
     for result in results:
+        if (rival := rivals.get(_learned(result))) is not None:
+            result[AGAINST] = (torch.tensor(result["fidelity"]) - rival).tolist()
         size = f", in {result['bytes']:,} bytes" if result["bytes"] else ""
         steps = f", {result['steps']} steps" if result["steps"] != usual else ""
         rows.setdefault(result["method"] + size + steps, []).append(result)
@@ -24,6 +28,11 @@ def write_report(results: list[dict], circumstances: dict, target: Path, plots: 
     plot(report, "file_bytes", "bytes of the file", plots / "fidelity-bytes.png")
     plot(report, "seconds", "seconds of training", plots / "fidelity-seconds.png")
     return report
+
+
+def _learned(result: dict) -> tuple[str, int, int]:
+    """What two methods must have in common to be compared run by run."""
+    return result["subject"], result["seed"], result["steps"]
 
 
 def _usual_steps(results: list[dict]) -> int:
@@ -35,7 +44,7 @@ def _row(name: str, results: list[dict]) -> dict:
     """One method over subjects and seeds. Intervals: prompts of all subjects are drawn again, and runs within them."""
     first = results[0]
     measures = {}
-    for measure in MEASURES:
+    for measure in (*MEASURES, *[AGAINST] * all(AGAINST in result for result in results)):
         by_run = torch.tensor([result[measure] for result in results])  # runs, prompts, seeds
         subjects = sorted({result["subject"] for result in results})
         prompts = [by_run[[r["subject"] == subject for r in results]].movedim(0, 1).flatten(1) for subject in subjects]
@@ -54,16 +63,19 @@ def _row(name: str, results: list[dict]) -> dict:
     }
 
 
-def _told(found: dict) -> str:
+def _told(found: dict | None) -> str:
+    if found is None:
+        return "-"
     return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
 def table(report: dict) -> str:
     """A line a method, with the 95 % interval of every measure."""
-    columns = ["method", "rate", "parameters", "bytes", "seconds", *MEASURES]
+    measures = [MEASURES[0], AGAINST, *MEASURES[1:]]
+    columns = ["method", "rate", "parameters", "bytes", "seconds", *measures]
     cells = [
         (row["method"], f"{row['rate']:g}", f"{row['parameters']:,}", f"{row['file_bytes']:,}", f"{row['seconds']:.0f}",
-         *(_told(row[measure]) for measure in MEASURES))
+         *(_told(row.get(measure)) for measure in measures))
         for row in report["rows"]
     ]  # fmt: skip
     return shared.markdown_table(columns, cells) + "\n\n" + shared.circumstances_text(report["circumstances"])

@@ -70,6 +70,20 @@ def test_the_table_has_a_row_for_each_method_with_means_over_its_runs(tmp_path):
     assert row["fidelity"]["low"] < 0.6 < row["fidelity"]["high"]
 
 
+def test_a_method_is_compared_with_lora_run_by_run(tmp_path):
+    """Subjects differ by far more than methods do, and the interval of the difference knows nothing of that."""
+    results = []
+    for subject, fidelity in (("fish", 0.2), ("house", 0.8)):
+        results.append(_result(Run("LoRA, rank 4", subject, 1e-2, 0, 3), fidelity))
+        results.append(_result(Run("LoKr, rank 4", subject, 1e-2, 0, 3), fidelity - 0.1))
+        results.append(_result(Run("IA3", subject, 1e-2, 0, 5), fidelity))  # of which no LoRA has as many steps
+    lora, lokr, ia3 = customization_report.write_report(results, {}, tmp_path / "result.json", tmp_path)["rows"]
+    against = customization_report.AGAINST
+    assert lora[against]["mean"] == 0 and against not in ia3
+    assert all(lokr[against][name] == pytest.approx(-0.1) for name in ("mean", "low", "high"))
+    assert lokr["fidelity"]["high"] > lora["fidelity"]["low"]
+
+
 def test_measures_are_read_from_the_pictures_that_were_kept(tmp_path):
     run = Run("LoRA, rank 4", "cat", 1e-2, 0, 3)
     own = [picture("cat", pose).resize((64, 64)) for pose in (*HELD_OUT, *TRAIN)] * 2
