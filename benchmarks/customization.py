@@ -62,9 +62,9 @@ TUNING, REPORTED = ("teddy", "cat"), ("robot", "fish", "house")
 SHRUNK = {  # adapters that are shrunk to these bytes and measured again
     "COMCAT tied, rank 4, from the trigger on": (6_000,),
     "COMCAT tied, rank 8, from the trigger on": (16_000, 10_000),
-    "COMCAT tied, rank 8, way up, from the trigger on": (8_000, 6_000),
-    "COMCAT tied, rank 4, rank 2 of self-attention, from the trigger on": (10_000, 8_000),
-    "COMCAT tied, rank 8, rank 4 of self-attention, from the trigger on": (20_000, 10_000),
+    "COMCAT tied, rank 8, way up, from the trigger on": (6_000,),
+    "COMCAT tied, rank 4, rank 2 of self-attention, from the trigger on": (10_000,),
+    "COMCAT tied, rank 8, rank 4 of self-attention, from the trigger on": (20_000,),
 }
 SHORTER, LONGER = (150,), (600,)
 OTHER_STEPS = dict.fromkeys(
@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--drawing_steps", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=2, help="of the training; the pictures have two of their own")
+    parser.add_argument("--seeds", type=int, default=3, help="of the training; the pictures have two of their own")
     parser.add_argument("--tuning", nargs="+", default=TUNING, choices=TUNING, help="subjects that choose the rates")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
