@@ -15,7 +15,7 @@ import torch
 from benchmarks import circumstances as shared
 from comcat_diffusion import bases, read_adapter
 from comcat_diffusion.adapters.effect import change
-from comcat_diffusion.adapters.shrink import shrink
+from comcat_diffusion.adapters.shrink import PRECISIONS, shrink
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
 
@@ -27,7 +27,7 @@ ADAPTERS = {
 }
 COLOURS = {"tied": "tab:green", "free": "tab:purple", "foldable": "tab:orange"}
 SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
-PRECISIONS = {"fp16": torch.float16, "int8": torch.int8}
+LINES = {"fp16": "--", "int8": "-", "int4": ":"}
 PROMPTS = ("a photo of sks teddy", "a photo of sks teddy on the left, red background")
 
 
@@ -84,9 +84,8 @@ def plot(report: dict, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for kind in dict.fromkeys((row["adapter"], row["precision"]) for row in report["rows"]):
         rows = [row for row in report["rows"] if (row["adapter"], row["precision"]) == kind]
-        style = "-" if kind[1] == "int8" else "--"
         points = [row["bytes"] / 1000 for row in rows], [row["change"] for row in rows]
-        axes.plot(*points, style, color=COLOURS[kind[0]], marker="o", markersize=3, label=" ".join(kind))
+        axes.plot(*points, LINES[kind[1]], color=COLOURS[kind[0]], marker="o", markersize=3, label=" ".join(kind))
     axes.set(xscale="log", yscale="log", xlabel="kilobytes of the file", ylabel="change of the output over the effect")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -258,11 +258,9 @@ def shrink(parsed: argparse.Namespace) -> int:
     """Write an adapter in fewer bytes."""
     config = from_arguments(ShrinkConfig, parsed)
     _quiet()
-    import torch
+    from comcat_diffusion.adapters.shrink import PRECISIONS, shrink
 
-    from comcat_diffusion.adapters.shrink import shrink
-
-    dtype = {None: None, "fp16": torch.float16, "int8": torch.int8, "int4": torch.int4}[config.save_precision]
+    dtype = config.save_precision and PRECISIONS[config.save_precision]
     pipe = None
     if config.pretrained_model_name_or_path:  # a base that the adapter is not for is refused before a file is written
         from comcat_diffusion import bases

@@ -24,7 +24,8 @@ from comcat_diffusion.adapters.header import Header
 from comcat_diffusion.adapters.packing import HeadRanks, row_bytes
 from comcat_diffusion.adapters.terms import Contents, Term, assembled, read_contents
 
-PRECISIONS = (torch.float16, torch.int8, torch.int4)  # tried in this order, where nobody asks for one
+PRECISIONS = {"fp16": torch.float16, "int8": torch.int8, "int4": torch.int4}  # tried in this order
+LEAST = torch.int4
 ROUNDING = 1e-12  # relative; products are computed in float64
 _ATTEMPTS = 14  # attempts to fill the budget; each is a whole file made in memory
 
@@ -87,8 +88,8 @@ def shrunk(whole_file: Contents, max_bytes: int, dtype: torch.dtype | None = Non
         raise ValueError("The adapter adds nothing to its base, since all its products are zero; train it first.")
     if dtype is None:
         everything = [tuple([s.shape[1]] * s.shape[0] for _, s, _ in layer.svds) for layer in layers]
-        sizes = {one: len(_made(whole_file, layers, everything, one).content) for one in PRECISIONS}
-        dtype = next((one for one, size in sizes.items() if size <= max_bytes), PRECISIONS[-1])
+        fitting = (p for p in PRECISIONS.values() if len(_made(whole_file, layers, everything, p).content) <= max_bytes)
+        dtype = next(fitting, LEAST)
     made = _richest(whole_file, layers, max_bytes, dtype)
     kept = 1 - _lost(layers, made.content) / whole
     return Shrunk(made.header, len(made.content), kept, made.header.head_ranks), made.content
@@ -97,7 +98,7 @@ def shrunk(whole_file: Contents, max_bytes: int, dtype: torch.dtype | None = Non
 def least_bytes(whole_file: Contents) -> int:
     """The fewest bytes that an adapter of these shapes can be shrunk to, whatever it has learned or will learn."""
     ones = [_Layer(t, tuple((u, torch.ones_like(s), v) for u, s, v in _Layer.of(t).svds)) for t in whole_file.terms]
-    return len(_least(whole_file, ones, PRECISIONS[-1]).content)
+    return len(_least(whole_file, ones, LEAST).content)
 
 
 @dataclass(frozen=True)
