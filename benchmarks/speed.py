@@ -1,15 +1,16 @@
-"""What COMCAT costs in time, memory and bytes: one command, one table.
+"""What COMCAT costs in time, memory and bytes: one command.
 
-    python -m benchmarks.speed            # 512 px; half an hour and 12 GB on two CPU cores, minutes on a GPU
+    python -m benchmarks.speed            # 512 px; half an hour and 16 GB on two CPU cores, minutes on a GPU
     python -m benchmarks.speed --quick    # a narrow architecture, one round: shows that it runs, not what it costs
     python -m benchmarks.speed --parts step generation --targets self+cross --rounds 3
     python -m benchmarks.speed --base sdxl --dtype bfloat16 --resolution 512 --rounds 2 --parts step generation
     python -m benchmarks.speed --show F G # the table of earlier runs
 
-The architecture is a base's, the weights are random. Each part leaves a JSON of its own in benchmarks/results:
-memory, layer, step and generation are explained in benchmarks.attention; use, bytes, growth and processes in
-benchmarks.usage. Whole runs, from a folder of pictures to a file, are measured by benchmarks.training, compressed
-classifiers by benchmarks.compression.
+The architecture is a base's, the weights are random. Each part leaves a JSON of its own in benchmarks/results, and all
+make one table: memory, layer, step and generation are explained in benchmarks.attention; use, bytes, growth and
+processes in benchmarks.usage. Two more parts are benchmarks with tables of their own: recipe is a whole run, from a
+folder of pictures to a file (benchmarks.training), compressed the throughput of a compressed DeiT and a step of the rank
+search (benchmarks.compression).
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import attention, usage, variants
+from benchmarks import attention, compression, training, usage, variants
 from benchmarks import circumstances as shared
 from benchmarks.attention import Settings
 
@@ -49,6 +50,11 @@ PARTS = {
     "bytes": Part("speed-bytes", usage.byte_rows, of_base=False),
     "processes": Part("speed-processes", usage.process_rows, of_base=False),
 }
+# Benchmarks of their own: the name of the JSON, how to run them, and the flags that ask for no more than is told here.
+WHOLES = {
+    "recipe": ("training", training.main, ["--parts", "recipe"]),
+    "compressed": ("compression-cost", compression.main, ["--parts", "speed", "search", "--shapes", "DeiT-small"]),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,6 +74,11 @@ def main(arguments: list[str] | None = None) -> None:
             usage.plot(reports[-1], path.with_suffix(".png"))
     print(table(reports))
     print(f"\nWritten to {folder}")
+    for name in (name for name in WHOLES if name in flags.parts):
+        file, run, asked = WHOLES[name]
+        asked = [*asked, "--device", flags.device, *["--quick"] * flags.quick]
+        asked += ["--threads", str(flags.threads)] if flags.threads else []
+        run([*asked, "--output", str(folder / shared.results_path(file, settings.device).name)])
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -75,7 +86,8 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    parts = [*PARTS, *WHOLES]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure (default: all)")
     parser.add_argument("--base", choices=variants.BASES, default="sd15", help="architecture (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--dtype", choices=shared.DTYPES, default="float32", help="precision (default: %(default)s)")
@@ -83,9 +95,12 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--resolution", type=int, help="pixels, a multiple of 64 (default: 512, with --quick 128)")
     parser.add_argument("--batch", type=int, default=1, help="images at once (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=2, help="COMCAT's rank per head (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, help="times each variant is timed (default: 7, with --quick 1)")
+    parser.add_argument("--rounds", type=int, help="times each variant is timed (default: 3, with --quick 1)")
     parser.add_argument(
-        "--targets", nargs="+", choices=variants.ATTENTIONS, help="adapted (default: both, with --quick self+cross)"
+        "--targets",
+        nargs="+",
+        choices=variants.ATTENTIONS,
+        help="adapted (default: self+cross cross; quick: the first)",
     )
     parser.add_argument("--quick", action="store_true", help="narrow and short: shows that it runs, not what it costs")
     parser.add_argument("--output_dir", type=Path, help="for the JSON (default: benchmarks/results; quick: runs/speed)")
@@ -104,9 +119,9 @@ def settings_of(flags: argparse.Namespace) -> Settings:
         resolution=flags.resolution or (128 if flags.quick else 512),
         batch=flags.batch,
         rank=flags.rank,
-        rounds=flags.rounds or (1 if flags.quick else 7),
+        rounds=flags.rounds or (1 if flags.quick else 3),
         least_seconds=0.01 if flags.quick else 0.2,
-        targets=tuple(flags.targets or (("self+cross",) if flags.quick else variants.ATTENTIONS)),
+        targets=tuple(flags.targets or (("self+cross",) if flags.quick else ("self+cross", "cross"))),
         steps=3 if flags.quick else 40,
     )
 
