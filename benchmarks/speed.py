@@ -9,8 +9,8 @@
 The architecture is a base's, the weights are random. Each part leaves a JSON of its own in benchmarks/results, and all
 make one table: memory, layer, step and generation are explained in benchmarks.attention; use, bytes, growth and
 processes in benchmarks.usage. Two more parts are benchmarks with tables of their own: recipe is a whole run, from a
-folder of pictures to a file (benchmarks.training), compressed the throughput of a compressed DeiT and a step of the rank
-search (benchmarks.compression).
+folder of pictures to a file (benchmarks.training), compressed is the throughput of a compressed DeiT and a step of the
+rank search (benchmarks.compression).
 """
 
 import argparse
@@ -72,8 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
         shared.write_json(path, reports[-1])
         if name == "growth":
             usage.plot(reports[-1], path.with_suffix(".png"))
-    print(table(reports))
-    print(f"\nWritten to {folder}")
+    if reports:
+        print(f"{table(reports)}\n\nWritten to {folder}\n")
     for name in (name for name in WHOLES if name in flags.parts):
         file, run, asked = WHOLES[name]
         asked = [*asked, "--device", flags.device, *["--quick"] * flags.quick]
@@ -100,7 +100,7 @@ def command_line() -> argparse.ArgumentParser:
         "--targets",
         nargs="+",
         choices=variants.ATTENTIONS,
-        help="adapted (default: self+cross cross; quick: the first)",
+        help="adapted (default: self+cross cross; quick: one)",
     )
     parser.add_argument("--quick", action="store_true", help="narrow and short: shows that it runs, not what it costs")
     parser.add_argument("--output_dir", type=Path, help="for the JSON (default: benchmarks/results; quick: runs/speed)")

@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from benchmarks import speed, usage, variants
+from benchmarks import compression, speed, training, usage, variants
 from benchmarks.attention import denoise
 from comcat_diffusion import ComcatConfig, save_adapter
 from comcat_diffusion.adapters.model import factors
@@ -42,6 +42,17 @@ def test_each_part_leaves_a_json_of_its_own(folder):
         assert {"commit", "dtype", "threads", "versions", "command"} <= set(report["circumstances"])
         assert report["settings"] == {"base": "SD 1.5", "resolution": 128, "batch": 1, "rank": 2, "rounds": 1}
         assert report["rows"]
+
+
+def test_benchmarks_of_their_own_are_run_too(tmp_path, monkeypatch):
+    asked = []
+    wholes = {name: (file, asked.append, flags) for name, (file, _, flags) in speed.WHOLES.items()}
+    monkeypatch.setattr(speed, "WHOLES", wholes)
+    speed.main(["--quick", "--parts", "recipe", "compressed", "--threads", "1", "--output_dir", str(tmp_path)])
+    for flags, module, file in zip(asked, (training, compression), ("training", "compression-cost"), strict=True):
+        understood = module.command_line().parse_args(flags)
+        assert understood.quick and understood.threads == 1 and understood.output == tmp_path / f"{file}-cpu.json"
+    assert training.command_line().parse_args(asked[0]).parts == ["recipe"]
 
 
 def test_earlier_results_make_one_table(folder, capsys):
