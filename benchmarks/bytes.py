@@ -27,7 +27,7 @@ ADAPTERS = {
 }
 COLOURS = {"tied": "tab:green", "free": "tab:purple", "foldable": "tab:orange"}
 SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
-LINES = {"fp16": "--", "int8": "-", "int4": ":"}
+LINES = {"fp16": "--", "int8": "-", "int4": ":"}  # the precisions that are measured
 PROMPTS = ("a photo of sks teddy", "a photo of sks teddy on the left, red background")
 
 
@@ -43,11 +43,11 @@ def measured(pipe: object, kind: str, adapter: Path) -> list[dict]:
     """One row for every budget and precision that is possible."""
     whole, rows = adapter.stat().st_size, []
     with tempfile.TemporaryDirectory() as folder:
-        for name, dtype in PRECISIONS.items():
+        for name in LINES:
             for share in SHARES:
                 file = Path(folder) / f"{name}-{share}.safetensors"
                 try:
-                    made = shrink(adapter, file, int(share * whole), dtype)
+                    made = shrink(adapter, file, int(share * whole), PRECISIONS[name])
                 except ValueError:  # below the least
                     break
                 row = {"adapter": kind, "precision": name, "share": share, "bytes": made.bytes, "whole_bytes": whole}

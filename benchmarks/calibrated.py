@@ -138,7 +138,7 @@ def measured(pipe: object, adapter: Path) -> list[dict]:
                     pairs = zip(terms, places, strict=True)
                     terms = [weighed(term, moments[term.key], place, number == 2) for term, place in pairs]
                 size = int(share * adapter.stat().st_size)
-                made, content = shrunk(replace(contents, terms=terms), size, torch.int8)
+                made, content = shrunk(replace(contents, terms=terms), size, 8)
                 file = Path(folder) / "small.safetensors"
                 file.write_bytes(content)
                 row = {"adapter": adapter.parent.name, "share": share, "variant": variant, "bytes": made.bytes}

@@ -21,11 +21,11 @@ import torch
 from comcat_diffusion import atomic
 from comcat_diffusion import heads as maths
 from comcat_diffusion.adapters.header import Header
-from comcat_diffusion.adapters.packing import HeadRanks, row_bytes
+from comcat_diffusion.adapters.packing import HeadRanks, Precision, row_bytes
 from comcat_diffusion.adapters.terms import Contents, Term, assembled, read_contents
 
-PRECISIONS = {"fp16": torch.float16, "int8": torch.int8, "int4": torch.int4}  # tried in this order
-LEAST = torch.int4
+PRECISIONS = {"fp16": torch.float16, "int8": 8, "int6": 6, "int5": 5, "int4": 4}  # tried in this order
+LEAST = 4
 ROUNDING = 1e-12  # relative; products are computed in float64
 _ATTEMPTS = 14  # attempts to fill the budget; each is a whole file made in memory
 
@@ -57,40 +57,40 @@ class _Layer:
         """What each direction of each head counts: (H, R)."""
         return self.svds[product][1].square() / (self.term.width if product == 0 else 1)
 
-    def direction_bytes(self, product: int, dtype: torch.dtype) -> int:
+    def direction_bytes(self, product: int, precision: Precision) -> int:
         """Bytes of one singular direction of one head: a row of each of the two factors."""
         u, _, vh = self.svds[product]
-        return row_bytes(u.shape[1], dtype) + row_bytes(vh.shape[2], dtype)
+        return row_bytes(u.shape[1], precision) + row_bytes(vh.shape[2], precision)
 
 
 Chosen = list[tuple[list[int], list[int]]]  # by layer: the ranks of its heads, for QK and for VO
 
 
-def shrink(adapter: str | Path, output: str | Path, max_bytes: int, dtype: torch.dtype | None = None) -> Shrunk:
+def shrink(adapter: str | Path, output: str | Path, max_bytes: int, precision: Precision | None = None) -> Shrunk:
     """Write an adapter file of at most `max_bytes`, header and new words included; it loads as any other.
 
-    `dtype` is the precision of the factors: float16, bfloat16, float32, int8 or int4 (one scale per row). Without
-    one it is the first of float16, int8 and int4 in which all directions fit, else int4: rounding a little changes less
-    than leaving directions out (docs/log.md). Raises ValueError if not even one direction of one head fits, naming the
-    least.
+    `precision` is that of the factors: float16, bfloat16, float32, or the bits of whole numbers, 2 to 8, which have one
+    scale a row. Without one it is the first of float16, 8, 6, 5 and 4 bits in which all directions fit, else 4: to
+    round changes less than to leave directions out (docs/log.md). Raises ValueError if not even one direction of one
+    head fits, naming the least.
     """
     whole_file = read_contents(adapter)
-    made, content = shrunk(whole_file, max_bytes, dtype)
+    made, content = shrunk(whole_file, max_bytes, precision)
     atomic.write_bytes(output, content)
     return made
 
 
-def shrunk(whole_file: Contents, max_bytes: int, dtype: torch.dtype | None = None) -> tuple[Shrunk, bytes]:
+def shrunk(whole_file: Contents, max_bytes: int, precision: Precision | None = None) -> tuple[Shrunk, bytes]:
     """As `shrink`, in memory: what was made, and the file's bytes."""
     layers = [_Layer.of(term) for term in whole_file.terms]
     whole = sum(float(layer.energies(product).sum()) for layer in layers for product in (0, 1))
     if whole == 0:
         raise ValueError("The adapter adds nothing to its base, since all its products are zero; train it first.")
-    if dtype is None:
+    if precision is None:
         everything = [tuple([s.shape[1]] * s.shape[0] for _, s, _ in layer.svds) for layer in layers]
         fitting = (p for p in PRECISIONS.values() if len(_made(whole_file, layers, everything, p).content) <= max_bytes)
-        dtype = next(fitting, LEAST)
-    made = _richest(whole_file, layers, max_bytes, dtype)
+        precision = next(fitting, LEAST)
+    made = _richest(whole_file, layers, max_bytes, precision)
     kept = 1 - _lost(layers, made.content) / whole
     return Shrunk(made.header, len(made.content), kept, made.header.head_ranks), made.content
 
@@ -108,12 +108,12 @@ class _Made:
     energy: float  # of what was kept
 
 
-def _richest(whole_file: Contents, layers: list[_Layer], max_bytes: int, dtype: torch.dtype) -> _Made:
+def _richest(whole_file: Contents, layers: list[_Layer], max_bytes: int, precision: Precision) -> _Made:
     """The richest file within the budget. How long the header is depends on what is in the file, so it is tried out."""
     everything = sum(
-        layer.direction_bytes(i, dtype) * s.numel() for layer in layers for i, (_, s, _) in enumerate(layer.svds)
+        layer.direction_bytes(i, precision) * s.numel() for layer in layers for i, (_, s, _) in enumerate(layer.svds)
     )
-    best = _least(whole_file, layers, dtype)
+    best = _least(whole_file, layers, precision)
     if len(best.content) > max_bytes:
         raise ValueError(
             f"{max_bytes:,} bytes are too few: the least this adapter can be shrunk to is {len(best.content):,} bytes."
@@ -124,8 +124,8 @@ def _richest(whole_file: Contents, layers: list[_Layer], max_bytes: int, dtype: 
     )  # bytes of factors: `low` fit, `high` might not; everything comes first
     for _ in range(_ATTEMPTS):
         budget = (low + high) // 2
-        chosen = _allocated(layers, budget, dtype)
-        made = _made(whole_file, layers, chosen, dtype) if any(any(map(any, ranks)) for ranks in chosen) else best
+        chosen = _allocated(layers, budget, precision)
+        made = _made(whole_file, layers, chosen, precision) if any(any(map(any, ranks)) for ranks in chosen) else best
         if len(made.content) > max_bytes:
             high = budget
             continue
@@ -135,9 +135,9 @@ def _richest(whole_file: Contents, layers: list[_Layer], max_bytes: int, dtype: 
     return best
 
 
-def _allocated(layers: list[_Layer], budget: int, dtype: torch.dtype) -> Chosen:
+def _allocated(layers: list[_Layer], budget: int, precision: Precision) -> Chosen:
     """Ranks for `budget` bytes of factors: always the next direction with the most energy per byte that still fits."""
-    chosen, queue = _nothing(layers), list(_first_steps(layers, dtype))
+    chosen, queue = _nothing(layers), list(_first_steps(layers, precision))
     heapq.heapify(queue)
     while queue:
         _, cost, index, product, head = heapq.heappop(queue)
@@ -151,11 +151,11 @@ def _allocated(layers: list[_Layer], budget: int, dtype: torch.dtype) -> Chosen:
     return chosen
 
 
-def _first_steps(layers: list[_Layer], dtype: torch.dtype) -> Iterator[tuple[float, int, int, int, int]]:
+def _first_steps(layers: list[_Layer], precision: Precision) -> Iterator[tuple[float, int, int, int, int]]:
     """(minus energy per byte, bytes, layer, product, head) of the first direction of every head."""
     for index, layer in enumerate(layers):
         for product in (0, 1):
-            cost = layer.direction_bytes(product, dtype)
+            cost = layer.direction_bytes(product, precision)
             for head, energy in enumerate(layer.energies(product)[:, 0].tolist()):
                 if energy > 0:
                     yield -energy / cost, cost, index, product, head
@@ -179,13 +179,13 @@ def _lost(layers: list[_Layer], content: bytes) -> float:
     return lost
 
 
-def _least(whole_file: Contents, layers: list[_Layer], dtype: torch.dtype) -> _Made:
-    return _made(whole_file, layers, _cheapest(layers, dtype), dtype)
+def _least(whole_file: Contents, layers: list[_Layer], precision: Precision) -> _Made:
+    return _made(whole_file, layers, _cheapest(layers, precision), precision)
 
 
-def _cheapest(layers: list[_Layer], dtype: torch.dtype) -> Chosen:
+def _cheapest(layers: list[_Layer], precision: Precision) -> Chosen:
     """The one direction that costs least."""
-    _, index, product, head = min((cost, *place) for _, cost, *place in _first_steps(layers, dtype))
+    _, index, product, head = min((cost, *place) for _, cost, *place in _first_steps(layers, precision))
     chosen = _nothing(layers)
     chosen[index][product][head] = 1
     return chosen
@@ -195,7 +195,7 @@ def _nothing(layers: list[_Layer]) -> Chosen:
     return [tuple([0] * len(s) for _, s, _ in layer.svds) for layer in layers]
 
 
-def _made(whole_file: Contents, layers: list[_Layer], chosen: Chosen, dtype: torch.dtype) -> _Made:
+def _made(whole_file: Contents, layers: list[_Layer], chosen: Chosen, precision: Precision) -> _Made:
     """The file with these ranks; an attention whose heads all have rank 0 is left out, unless it is tied."""
     terms, head_ranks, energy = [], {}, 0.0
     for layer, ranks in zip(layers, chosen, strict=True):
@@ -209,4 +209,4 @@ def _made(whole_file: Contents, layers: list[_Layer], chosen: Chosen, dtype: tor
             products.append(maths.truncate(u, s * keeps, vh, rank))
         terms.append(layer.term.rebuilt(*products))
         head_ranks.setdefault(layer.term.part, {})[layer.term.attention] = [list(own) for own in ranks]
-    return _Made(*assembled(replace(whole_file, terms=terms), dtype, head_ranks), energy)
+    return _Made(*assembled(replace(whole_file, terms=terms), precision, head_ranks), energy)

@@ -198,7 +198,10 @@ def read_tensors(path: str | Path, header: Header) -> dict[str, torch.Tensor]:
     if bad:
         raise AdapterFileError(f"{path} holds NaN or infinity in {_first_three(bad)}; train again or get another copy.")
     try:
-        return unpack(tensors, header.head_ranks, header.row_lengths) if header.head_ranks else tensors
+        if not header.head_ranks:
+            return tensors
+        foldable = [part for part, config in header.config.items() if config.get("foldable")]
+        return unpack(tensors, header.head_ranks, header.row_lengths, header.bits, foldable)
     except ValueError as error:
         raise AdapterFileError(f"{path} is damaged or was edited: {error}.") from error
     except KeyError as missing:
