@@ -103,7 +103,10 @@ class AdapterShape(Group):
         False, "Act on the whole of every prompt. Default: from the trigger on; without it, the base is as it was."
     )
     target_modules: list[str] | None = option(
-        None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention in the U-Net's way up."
+        None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention."
+    )
+    way_up: bool = option(
+        False, "Adapt the U-Net's way up alone: a quicker step and half the file, for a little less likeness."
     )
 
     def check(self) -> None:

@@ -104,18 +104,19 @@ def adapter_config(shape: AdapterShape, model: nn.Module, words: Sequence[str]) 
         foldable=shape.kind != "free",
         tied=shape.kind == "tied",
         trigger=None if shape.everywhere else list(words),
-        target_modules=shape.target_modules or late_targets(model),
+        target_modules=targets(shape, model),
     )
 
 
-def late_targets(model: nn.Module) -> str | None:
-    """The default targets that are in a U-Net's way up, as a pattern; None for a model without one.
+def targets(shape: AdapterShape, model: nn.Module) -> list[str] | str | None:
+    """Names of the attentions to adapt, or a pattern of those in the way up; None for a model's default.
 
-    Those in the way down and in the middle added nothing that could be measured (docs/log.md), and without them no
-    step has to go back through these.
+    Adapters in the way up alone spare a step the way back through the rest of the U-Net.
     """
-    pattern = rf"up_blocks\..*\.({'|'.join(default_targets(model))})"
-    return pattern if any(re.fullmatch(pattern, name) for name, _ in model.named_modules()) else None
+    if not shape.way_up:
+        return shape.target_modules
+    names = map(re.escape, shape.target_modules or default_targets(model))
+    return rf"up_blocks\..*\.({'|'.join(names)})"
 
 
 def add_tokens(pipe: DiffusionPipeline, learner: Learner) -> None:
