@@ -15,7 +15,7 @@ import torch
 from benchmarks import circumstances as shared
 from comcat_diffusion import bases, read_adapter
 from comcat_diffusion.adapters.effect import change
-from comcat_diffusion.adapters.shrink import PRECISIONS, shrink
+from comcat_diffusion.adapters.shrink import shrink
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
 
@@ -27,7 +27,6 @@ ADAPTERS = {
 }
 COLOURS = {"tied": "tab:green", "free": "tab:purple", "foldable": "tab:orange"}
 SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
-LINES = {"fp16": "--", "int8": "-", "int4": ":"}  # the precisions that are measured
 PROMPTS = ("a photo of sks teddy", "a photo of sks teddy on the left, red background")
 
 
@@ -40,20 +39,19 @@ def trained(kind: str) -> Path:
 
 
 def measured(pipe: object, kind: str, adapter: Path) -> list[dict]:
-    """One row for every budget and precision that is possible."""
+    """One row for every budget that is possible."""
     whole, rows = adapter.stat().st_size, []
     with tempfile.TemporaryDirectory() as folder:
-        for name in LINES:
-            for share in SHARES:
-                file = Path(folder) / f"{name}-{share}.safetensors"
-                try:
-                    made = shrink(adapter, file, int(share * whole), PRECISIONS[name])
-                except ValueError:  # below the least
-                    break
-                row = {"adapter": kind, "precision": name, "share": share, "bytes": made.bytes, "whole_bytes": whole}
-                ranks = [r for part in made.head_ranks.values() for two in part.values() for own in two for r in own]
-                row |= {"energy": made.energy_kept, "directions": sum(ranks), "header_bytes": _header_bytes(file)}
-                rows.append(row | {"change": change(pipe, adapter, [file], PROMPTS)[0]})
+        for share in SHARES:
+            file = Path(folder) / f"{share}.safetensors"
+            try:
+                made = shrink(adapter, file, int(share * whole))
+            except ValueError:  # below the least
+                break
+            row = {"adapter": kind, "share": share, "bytes": made.bytes, "whole_bytes": whole}
+            ranks = [r for part in made.head_ranks.values() for two in part.values() for own in two for r in own]
+            row |= {"energy": made.energy_kept, "directions": sum(ranks), "header_bytes": _header_bytes(file)}
+            rows.append(row | {"change": change(pipe, adapter, [file], PROMPTS)[0]})
     return rows
 
 
@@ -63,29 +61,29 @@ def _header_bytes(file: Path) -> int:
 
 
 def table(report: dict) -> str:
-    """A line for every budget, a column for every adapter and precision."""
-    kinds = list(dict.fromkeys((row["adapter"], row["precision"]) for row in report["rows"]))
-    found = {(row["share"], row["adapter"], row["precision"]): row for row in report["rows"]}
+    """A line for every budget, a column for every adapter."""
+    kinds = list(dict.fromkeys(row["adapter"] for row in report["rows"]))
+    found = {(row["share"], row["adapter"]): row for row in report["rows"]}
     lines = []
     for share in SHARES:
-        told = [found.get((share, *kind)) for kind in kinds]
+        told = [found.get((share, kind)) for kind in kinds]
         lines.append([f"{share:.0%}", *(f"{r['bytes']:,} B: {r['change']:.1%}" if r else "-" for r in told)])
-    text = shared.markdown_table(["bytes allowed", *(" ".join(kind) for kind in kinds)], lines)
+    text = shared.markdown_table(["bytes allowed", *kinds], lines)
     return text + "\n\n" + shared.circumstances_text(report["circumstances"])
 
 
 def plot(report: dict, path: Path) -> None:
-    """The change of the output over the bytes of the file, a line for every adapter and precision."""
+    """The change of the output over the bytes of the file, a line for every adapter."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for kind in dict.fromkeys((row["adapter"], row["precision"]) for row in report["rows"]):
-        rows = [row for row in report["rows"] if (row["adapter"], row["precision"]) == kind]
+    for kind in dict.fromkeys(row["adapter"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["adapter"] == kind]
         points = [row["bytes"] / 1000 for row in rows], [row["change"] for row in rows]
-        axes.plot(*points, LINES[kind[1]], color=COLOURS[kind[0]], marker="o", markersize=3, label=" ".join(kind))
+        axes.plot(*points, color=COLOURS[kind], marker="o", markersize=3, label=kind)
     axes.set(xscale="log", yscale="log", xlabel="kilobytes of the file", ylabel="change of the output over the effect")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -60,11 +60,11 @@ from recipe.subject import HELD_OUT, TRAIN, TRIGGER, caption, picture
 
 TUNING, REPORTED = ("teddy", "cat"), ("robot", "fish", "house")
 SHRUNK = {  # adapters that are shrunk to these bytes and measured again
-    "COMCAT tied, rank 4, from the trigger on": (6_000,),
-    "COMCAT tied, rank 8, from the trigger on": (16_000, 10_000),
-    "COMCAT tied, rank 8, way up, from the trigger on": (6_000,),
+    "COMCAT tied, rank 4, from the trigger on": (5_000,),
+    "COMCAT tied, rank 8, from the trigger on": (10_000, 6_000),
+    "COMCAT tied, rank 8, way up, from the trigger on": (5_000,),
     "COMCAT tied, rank 4, rank 2 of self-attention, from the trigger on": (10_000,),
-    "COMCAT tied, rank 8, rank 4 of self-attention, from the trigger on": (20_000,),
+    "COMCAT tied, rank 8, rank 4 of self-attention, from the trigger on": (16_000,),
 }
 SHORTER, LONGER = (150,), (600,)
 OTHER_STEPS = dict.fromkeys(

@@ -17,7 +17,6 @@ PAGES = [shared.ROOT / "README.md", *sorted((shared.ROOT / "docs").glob("*.md"))
 MAKERS = {
     "attention": "attention:tables",
     "bytes": "bytes:table",
-    "calibrated": "calibrated:table",
     "compression": "compression_report:tables",
     "customization": "customization_report:table",
     "speed": "usage:tables",

@@ -258,9 +258,8 @@ def shrink(parsed: argparse.Namespace) -> int:
     """Write an adapter in fewer bytes."""
     config = from_arguments(ShrinkConfig, parsed)
     _quiet()
-    from comcat_diffusion.adapters.shrink import PRECISIONS, shrink
+    from comcat_diffusion.adapters.shrink import shrink
 
-    precision = config.save_precision and PRECISIONS[config.save_precision]
     pipe = None
     if config.pretrained_model_name_or_path:  # a base that the adapter is not for is refused before a file is written
         from comcat_diffusion import bases
@@ -270,7 +269,7 @@ def shrink(parsed: argparse.Namespace) -> int:
         pipe = bases.asked_base(config, "fp32")
         load_adapter(pipe, config.adapter)
         unload_adapters(pipe)
-    made = shrink(config.adapter, config.output, config.max_bytes, precision)
+    made = shrink(config.adapter, config.output, config.max_bytes)
     before = _size(config.adapter)
     print(f"Wrote {config.output} ({made.bytes:,} bytes of {before}, {made.energy_kept:.2%} of the energy).")
     if pipe is not None:

@@ -24,10 +24,9 @@ def test_fewer_bytes_change_more(tmp_path, monkeypatch):
     benchmark.main()
     rows = json.loads((tmp_path / "bytes.json").read_text())["rows"]
     whole = (tmp_path / "runs" / "tied" / "sks-teddy.safetensors").stat().st_size
-    found = {(row["precision"], row["share"]): row for row in rows}
-    assert set(found) == {(precision, share) for precision in benchmark.LINES for share in (1.0, 0.5)}
-    for (_, share), row in found.items():
+    found = {row["share"]: row for row in rows}
+    assert set(found) == {1.0, 0.5}  # a hundredth is below the header
+    for share, row in found.items():
         assert row["bytes"] <= share * whole and row["whole_bytes"] == whole and row["header_bytes"] < row["bytes"]
-    assert found["fp16", 0.5]["change"] > found["fp16", 1.0]["change"] and found["int8", 1.0]["change"] < 0.05
-    assert found["int8", 1.0]["change"] < found["int4", 1.0]["change"] < found["int4", 0.5]["change"] + 0.05
+    assert found[1.0]["change"] < found[0.5]["change"] < 0.1
     assert (tmp_path / "bytes.png").stat().st_size > 1000 and torch.get_num_threads() == 1

@@ -66,7 +66,7 @@ def test_a_tied_adapter_shrinks_side_by_side(tiny_unet, randomize, tmp_path):
         effect = (tiny_unet.run(unet) - base).norm()
         errors.append(float((tiny_unet.run(fresh) - tiny_unet.run(unet)).norm() / effect))
         again = shrink(tmp_path / "small.safetensors", tmp_path / "again.safetensors", size)
-        assert again.head_ranks == made.head_ranks
+        assert again.bytes <= size and 1 - again.energy_kept < 1.5 * (1 - made.energy_kept) + 1e-5
     assert errors[0] < 0.03 and errors == sorted(errors) and 0.1 < errors[2] < 1.5
 
 

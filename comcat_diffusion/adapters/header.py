@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 FORMAT_VERSION = 1
 PACKED_VERSION = 2  # keeps only the rows that each head has, see adapters/packing.py
 KEY = "comcat"
-MOST_BITS = 8  # of a whole number
 _FACTORS = 4  # of an attention, of whichever kind
 _DERIVED = ("target_modules", "rank_pattern")  # what a packed file's config leaves out, see settings_of_layers
 THUMBNAIL = "modelspec.thumbnail"
@@ -53,7 +52,6 @@ class Header:
     # Packed files only. By component and attention: the rank of every head, of its QK and of its VO product.
     head_ranks: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
     row_lengths: dict[str, list[list[int]]] = field(default_factory=dict)  # see adapters/packing.py
-    bits: int = 0  # of whole numbers; 0: the factors are floating numbers
     tokens: list[str] = field(default_factory=list)  # new words whose embeddings the file brings
     thumbnail: str = ""  # a small picture as a data URI, where one was asked for
 
@@ -61,7 +59,7 @@ class Header:
         """As the string pairs of a safetensors header; the `modelspec.*` keys are what other tools read."""
         notes, content = self.notes, asdict(self)
         del content["thumbnail"]  # it stands where other tools look for it
-        for name in ("head_ranks", "row_lengths", "bits", "tokens"):
+        for name in ("head_ranks", "row_lengths", "tokens"):
             if not content[name]:  # a file that does without is one that older versions read
                 del content[name]
         if not notes.others:
@@ -171,8 +169,6 @@ def settings_of_layers(ranks: dict[str, int], common: int) -> dict:
 def _refuse_other_ranks(header: Header) -> None:
     if bool(header.head_ranks) != (header.format_version == PACKED_VERSION):
         raise TypeError("head_ranks belong to packed files and to no others")
-    if type(header.bits) is not int or not 0 <= header.bits <= MOST_BITS:
-        raise TypeError(f"bits are {header.bits!r}")
     for part, attentions in header.head_ranks.items():
         for name, products in attentions.items():
             numbers = [rank for ranks in products for rank in ranks]

@@ -1,15 +1,16 @@
 """Packed factors: only the rows that a head really has, where the dense form gives every head of a layer one rank.
 
-In a dense file an attention of H heads and rank R has H*R rows in each factor, and every factor is a tensor of its own,
-whose entry in the file's table costs more than a hundred bytes. In a packed file (format version 2) the header's
-`head_ranks` says the rank of every head, once for its QK and once for its VO product, and all rows of one length C
-stand in one tensor, PART.C: head after head, factor after factor, and attention after attention, in the order of their
-names. The header's `row_lengths` has the lengths C of every attention's factors. `out_up`, whose ranks are columns, is
-stored transposed. `unpack` fills the missing rows with zeros, which is exact.
+In a dense file an attention of H heads and rank R has H*R rows in each factor, and every factor is a tensor of its
+own, whose entry in the file's table costs more than a hundred bytes. In a packed file (format version 2) the header's
+`head_ranks` says the rank of every head, once for its QK and once for its VO product, and `row_lengths` the lengths C
+of every attention's factors. Rows follow each other head by head, factor by factor and attention by attention, in the
+order of their names; `out_up`, whose ranks are columns, is transposed. `unpack` fills the missing rows with zeros,
+which is exact.
 
-Factors may be whole numbers of a few bits, which the header's `bits` says. A row is then a string of bits, the lowest
-of every number first, in bytes (uint8), and `row_scales` holds one float32 for each row, tensor after tensor in the
-order of their names.
+Float16 rows of one length C are one tensor, PART.C. Or rows are whole numbers of 2 to 8 bits: `row_bits` says of how
+many, for each row, and `row_scales` (float32) what they are to be multiplied with. Then PART.rows has all bytes of a
+part, row after row; a row is a string of bits that begins with the lowest of its first number, and ends in a byte of
+its own.
 
 Letters: H heads, R rank, C channels, K rows kept.
 """
@@ -23,14 +24,24 @@ PRODUCT = {"q_down": 0, "k_down": 0, "q_core": 0, "v_down": 1, "out_up": 1, "out
 FREE = ("k_down", "out_up", "q_down", "v_down")
 FOLDABLE = ("k_down", "out_core", "q_core", "v_down")
 COLUMNS = "out_up"  # the one factor whose ranks are columns
-ROW_SCALES, SCALE_BYTES = "row_scales", 4
+ROWS, ROW_BITS, ROW_SCALES = "rows", "row_bits", "row_scales"
 NO_FACTOR = "token."  # the embeddings of new words stand beside the factors, as they are
+LEAST, MOST_BITS, FLOAT = 2, 8, 16  # bits of a number; those of 16 are not whole
 MOST = 1 << 28  # numbers in a dense factor; SDXL's of rank 128 have 5 million
+_BESIDE = 5  # bytes that a row has in `row_bits` and `row_scales`
 _TRIED = torch.linspace(0.5, 1, 11)  # scales of a row, over the one that its largest number asks for
 
 HeadRanks = dict[str, dict[str, list[list[int]]]]  # by part and attention: of every head its rank in QK, and in VO
+HeadBits = dict[str, dict[str, list[list[list[int]]]]]  # the same with, for a rank, the bits of its directions
 RowLengths = dict[str, list[list[int]]]  # by part: of every attention the lengths C of its factors' rows
-Precision = torch.dtype | int  # a floating one, or the bits of whole numbers
+
+
+def ranks_of(head_bits: HeadBits) -> HeadRanks:
+    """How many directions each head has."""
+    return {
+        part: {name: [list(map(len, heads)) for heads in products] for name, products in attentions.items()}
+        for part, attentions in head_bits.items()
+    }
 
 
 def kept_rows(ranks: list[int], rank: int) -> torch.Tensor:
@@ -38,69 +49,70 @@ def kept_rows(ranks: list[int], rank: int) -> torch.Tensor:
     return torch.cat([torch.arange(count) + head * rank for head, count in enumerate(ranks)])
 
 
-def row_bytes(length: int, precision: Precision) -> int:
-    """Bytes that a row of so many numbers takes, its scale included."""
-    if isinstance(precision, torch.dtype):
-        return precision.itemsize * length
-    return SCALE_BYTES + -(-length * precision // 8)
+def row_bytes(length: int, bits: int) -> int:
+    """Bytes that a row of whole numbers takes, with its bits and its scale."""
+    return _BESIDE + _bytes(length, bits)
 
 
-def pack(
-    tensors: dict[str, torch.Tensor], head_ranks: HeadRanks, precision: Precision
-) -> tuple[dict[str, torch.Tensor], RowLengths]:
-    """Dense factors by name, PART.ATTENTION.FACTOR, to packed ones, and the lengths of their rows."""
+def _bytes(length: int, bits: int) -> int:
+    return -(-length * bits // 8)
+
+
+def pack(tensors: dict[str, torch.Tensor], head_bits: HeadBits) -> tuple[dict[str, torch.Tensor], RowLengths]:
+    """Dense factors by name, PART.ATTENTION.FACTOR, to packed ones, and the lengths of their rows.
+
+    All directions are of float16 (16 bits), or all of whole numbers.
+    """
     grouped: dict[str, list[torch.Tensor]] = {}
     lengths: RowLengths = {}
-    for part, attention, ranks in _attentions(head_ranks):
-        own = {factor: tensors.get(f"{part}.{attention}.{factor}") for factor in sorted(PRODUCT)}
-        own = {factor: dense for factor, dense in own.items() if dense is not None}
+    bits, scales = [], []
+    for part, attention, ranks in _attentions(ranks_of(head_bits)):
         lengths.setdefault(part, []).append([])
-        for factor, dense in own.items():
+        for factor in sorted(PRODUCT):
+            if (dense := tensors.get(f"{part}.{attention}.{factor}")) is None:
+                continue  # it is of the other kind
             rows = dense.T if factor == COLUMNS else dense  # H*R, C
-            kept = rows[kept_rows(ranks[PRODUCT[factor]], _rank(ranks))]  # K, C
-            grouped.setdefault(f"{part}.{kept.shape[1]}", []).append(kept)
-            lengths[part][-1].append(kept.shape[1])
-    rows = {name: torch.cat(found) for name, found in sorted(grouped.items())}
-    if isinstance(precision, torch.dtype):
-        return {name: found.to(precision) for name, found in rows.items()}, lengths
-    rounded = {name: _rounded(found, 2 ** (precision - 1) - 1) for name, found in rows.items()}
-    packed = {name: _to_bits(numbers, precision) for name, (numbers, _) in rounded.items()}
-    return packed | {ROW_SCALES: torch.cat([scale for _, scale in rounded.values()])}, lengths
+            rows = rows[kept_rows(ranks[PRODUCT[factor]], _rank(ranks))]  # K, C
+            own = [count for head in head_bits[part][attention][PRODUCT[factor]] for count in head]
+            lengths[part][-1].append(rows.shape[1])
+            if FLOAT in own or not own:
+                grouped.setdefault(f"{part}.{rows.shape[1]}", []).append(rows.half())
+            else:
+                stream, scale = _written(rows, own)
+                grouped.setdefault(f"{part}.{ROWS}", []).append(stream)
+                scales.append(scale)
+                bits += own
+    packed = {name: torch.cat(found) for name, found in grouped.items()}
+    if bits:
+        packed = {name: found for name, found in packed.items() if name.endswith(ROWS)}  # the others have no rows
+        packed |= {ROW_BITS: torch.tensor(bits, dtype=torch.uint8), ROW_SCALES: torch.cat(scales)}
+    return packed, lengths
 
 
 def unpack(
-    tensors: dict[str, torch.Tensor],
-    head_ranks: HeadRanks,
-    row_lengths: RowLengths,
-    bits: int,
-    foldable: Iterable[str],
+    tensors: dict[str, torch.Tensor], head_ranks: HeadRanks, row_lengths: RowLengths, foldable: Iterable[str]
 ) -> dict[str, torch.Tensor]:
-    """The inverse of `pack`; `foldable` are the parts of that kind, `bits` is 0 for floating numbers.
+    """The inverse of `pack`; `foldable` are the parts of that kind.
 
     Raises ValueError if the rows are not those that ranks and lengths ask for, KeyError for a tensor that is missing.
     """
     dense = {name: tensor for name, tensor in tensors.items() if name.startswith(NO_FACTOR)}
-    rows = {name: tensor for name, tensor in tensors.items() if name not in dense}
-    for name, tensor in rows.items():
-        if not (tensor.dim() == 2 and name.rpartition(".")[2].isdigit()) and name != ROW_SCALES:
+    left = {name: tensor for name, tensor in tensors.items() if name not in dense}
+    for name, tensor in left.items():
+        if not tensor.dim():
             raise ValueError(f"{name} holds no rows")
-    rows = _from_scales(rows, bits) if bits else rows
-    used, left = dict.fromkeys(rows, 0), {part: iter(lengths) for part, lengths in row_lengths.items()}
+    lengths = {part: iter(own) for part, own in row_lengths.items()}
     for part, attention, ranks in _attentions(head_ranks):
-        factors = FOLDABLE if part in foldable else FREE
-        for factor, length in zip(factors, next(left[part]), strict=True):
-            own, name = ranks[PRODUCT[factor]], f"{part}.{length}"
-            kept = rows[name][used[name] : used[name] + sum(own)]
-            if kept.shape != (sum(own), length):
-                raise ValueError(f"{name} does not have the {sum(own)} rows of {attention}")
+        for factor, length in zip(FOLDABLE if part in foldable else FREE, next(lengths[part]), strict=True):
+            own = ranks[PRODUCT[factor]]
             if len(own) * _rank(ranks) * length > MOST:
                 raise ValueError(f"{attention} has heads of a rank that nothing has")
-            used[name] += sum(own)
-            whole = kept.new_zeros(len(own) * _rank(ranks), length)  # H*R, C
-            whole[kept_rows(own, _rank(ranks))] = kept
+            rows = _taken(left, part, length, sum(own))
+            whole = rows.new_zeros(len(own) * _rank(ranks), length)  # H*R, C
+            whole[kept_rows(own, _rank(ranks))] = rows
             dense[f"{part}.{attention}.{factor}"] = whole.T.contiguous() if factor == COLUMNS else whole
-    for name, count in used.items():
-        if count != len(rows[name]):
+    for name, tensor in left.items():
+        if tensor.numel():
             raise ValueError(f"{name} has rows of no head that the header speaks of")
     return dense
 
@@ -115,6 +127,55 @@ def _rank(ranks: list[list[int]]) -> int:
     return max(1, *map(max, ranks))
 
 
+def _taken(left: dict[str, torch.Tensor], part: str, length: int, count: int) -> torch.Tensor:
+    """Take the next `count` rows of a part, (count, length), out of what is left of the packed tensors."""
+    if not count:
+        return torch.zeros(0, length)
+    if ROW_BITS not in left:
+        name = f"{part}.{length}"
+        rows, left[name] = left[name][:count], left[name][count:]
+    else:
+        name = f"{part}.{ROWS}"
+        bits, left[ROW_BITS] = left[ROW_BITS][:count].flatten().long(), left[ROW_BITS][count:]
+        scales, left[ROW_SCALES] = left[ROW_SCALES][:count].flatten(), left[ROW_SCALES][count:]
+        size = int(_bytes(length, bits).sum())
+        stream, left[name] = left[name][:size].to(torch.uint8), left[name][size:]
+        bounded = bool(((bits >= LEAST) & (bits <= MOST_BITS)).all())
+        if not (bounded and len(bits) == len(scales) == count and stream.shape == (size,)):
+            raise ValueError(f"{name} does not have the {count} rows of the next factor")
+        rows = _read(stream, length, bits) * scales.float().unsqueeze(1)
+    if rows.shape != (count, length):
+        raise ValueError(f"{name} does not have the {count} rows of the next factor")
+    return rows
+
+
+def _written(rows: torch.Tensor, own: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (K, C) rounded to their `own` bits, as bytes one after the other, and their scales (K)."""
+    bits = torch.tensor(own)
+    sizes, scales = _bytes(rows.shape[1], bits), torch.empty(len(rows))
+    stream = torch.empty(int(sizes.sum()), dtype=torch.uint8)
+    for count in bits.unique().tolist():
+        chosen = bits == count
+        numbers, scales[chosen] = _rounded(rows[chosen], 2 ** (count - 1) - 1)
+        stream[_places(sizes, chosen)] = _to_bits(numbers, count)
+    return stream, scales
+
+
+def _read(stream: torch.Tensor, length: int, bits: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_written`, but for the scales: (K, C) of `length` C."""
+    sizes, rows = _bytes(length, bits), torch.empty(len(bits), length)
+    for count in bits.unique().tolist():
+        chosen = bits == count
+        rows[chosen] = _from_bits(stream[_places(sizes, chosen)], length, count)
+    return rows
+
+
+def _places(sizes: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Where the bytes of the chosen rows, which are equally many, stand in the stream of all: (chosen rows, bytes)."""
+    starts = sizes.cumsum(0) - sizes
+    return starts[chosen].unsqueeze(1) + torch.arange(int(sizes[chosen][0]))
+
+
 def _rounded(rows: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Whole numbers (K, C) up to `largest` and scales (K), of some the ones that come closest to the rows (K, C)."""
     rows = rows.float()
@@ -123,21 +184,6 @@ def _rounded(rows: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tens
     best = (numbers * tried.unsqueeze(2) - rows).square().sum(2).argmin(0)  # K
     each = torch.arange(len(rows))
     return numbers[best, each], tried[best, each]
-
-
-def _from_scales(tensors: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
-    """Whole numbers times the scales of their rows."""
-    found, scales = {}, tensors[ROW_SCALES].float()
-    for name, rows in sorted(tensors.items()):
-        if name == ROW_SCALES:
-            continue
-        length, scale, scales = int(name.rpartition(".")[2]), scales[: len(rows)], scales[len(rows) :]
-        if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != row_bytes(length, bits) - SCALE_BYTES:
-            raise ValueError(f"{name} does not hold whole numbers of {bits} bits")
-        if len(scale) != len(rows):
-            raise ValueError(f"{ROW_SCALES} has no scale for each row")
-        found[name] = _from_bits(rows, length, bits) * scale.unsqueeze(1)
-    return found
 
 
 def _to_bits(numbers: torch.Tensor, bits: int) -> torch.Tensor:

@@ -201,7 +201,7 @@ def read_tensors(path: str | Path, header: Header) -> dict[str, torch.Tensor]:
         if not header.head_ranks:
             return tensors
         foldable = [part for part, config in header.config.items() if config.get("foldable")]
-        return unpack(tensors, header.head_ranks, header.row_lengths, header.bits, foldable)
+        return unpack(tensors, header.head_ranks, header.row_lengths, foldable)
     except ValueError as error:
         raise AdapterFileError(f"{path} is damaged or was edited: {error}.") from error
     except KeyError as missing:

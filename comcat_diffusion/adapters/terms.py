@@ -24,7 +24,7 @@ from comcat_diffusion.adapters.header import (
     settings_of_layers,
 )
 from comcat_diffusion.adapters.model import of_pattern
-from comcat_diffusion.adapters.packing import FOLDABLE, FREE, HeadRanks, Precision, pack
+from comcat_diffusion.adapters.packing import FOLDABLE, FREE, HeadBits, pack, ranks_of
 from comcat_diffusion.adapters.store import TOKEN, config_of, library_versions, read_tensors, serialized
 from comcat_diffusion.adapters.tied import TEXT, WIDTH
 
@@ -139,11 +139,13 @@ def _fits(term: Term) -> bool:
     return len(rows) == 1 and rows.pop() % term.rank == 0 and same_context and same_width and whole
 
 
-def assembled(contents: Contents, precision: Precision, head_ranks: HeadRanks | None = None) -> tuple[Header, bytes]:
-    """A file of these terms that keeps the header's base and notes: dense, or packed where `head_ranks` are given.
+def assembled(
+    contents: Contents, dtype: torch.dtype = torch.float16, head_bits: HeadBits | None = None
+) -> tuple[Header, bytes]:
+    """A file of these terms that keeps the header's base and notes: dense, or packed where `head_bits` are given.
 
     A layer whose rank is not the common one would be scaled by alpha / rank, so its factors on the context's side
-    carry the inverse: no module needs an alpha of its own. Raises ValueError for a factor too large for it.
+    carry the inverse: no module needs an alpha of its own. Raises ValueError if a factor leaves the range of `dtype`.
     """
     config, tensors = {}, {}
     for part, own in _by_part(contents.terms).items():
@@ -155,21 +157,19 @@ def assembled(contents: Contents, precision: Precision, head_ranks: HeadRanks | 
             for name, factor in term.factors.items():
                 tensors[f"{term.key}.{name}"] = factor * gain if name in CONTEXT else factor
     row_lengths = {}
-    if head_ranks:
-        tensors, row_lengths = pack(tensors, head_ranks, precision)
+    if head_bits:
+        tensors, row_lengths = pack(tensors, head_bits)
     else:
-        tensors = {name: factor.to(precision) for name, factor in tensors.items()}
-    embeddings, bits = (precision, 0) if isinstance(precision, torch.dtype) else (torch.float16, precision)
-    tensors |= {name: vectors.to(embeddings) for name, vectors in contents.tokens.items()}
-    version = PACKED_VERSION if head_ranks else FORMAT_VERSION
+        tensors = {name: factor.to(dtype) for name, factor in tensors.items()}
+    tensors |= {name: vectors.to(dtype) for name, vectors in contents.tokens.items()}
+    version = PACKED_VERSION if head_bits else FORMAT_VERSION
     header = replace(
         contents.header,
         config=config,
         versions=library_versions(),
         format_version=version,
-        head_ranks=head_ranks or {},
+        head_ranks=ranks_of(head_bits or {}),
         row_lengths=row_lengths,
-        bits=bits,
         thumbnail="",  # it shows what the file did before, and would cost more bytes than the ranks
     )
     return header, serialized(tensors, header)

@@ -71,11 +71,6 @@ class ShrinkConfig(BaseSettings, OneAdapter):
     """The size"""
 
     max_bytes: int | None = option(None, "The most bytes that the file may have, header included.")
-    save_precision: str | None = option(
-        None,
-        "Precision of the factors. Default: the first in which all ranks fit.",
-        choices=("fp16", "int8", "int6", "int5", "int4"),
-    )
     prompt: list[str] = option(
         [], "Prompts that the change is measured on, where a base is given. Default: the adapter's own."
     )
