@@ -230,7 +230,7 @@ class RunSettings(Group):
     checkpoints_total_limit: int | None = option(None, "Checkpoints to keep; the oldest go. Default: all.")
     resume_from_checkpoint: str | None = option(None, "Go on from this checkpoint folder, or from the latest.")
     max_bytes: int | None = option(
-        None, "The most bytes of the file. Late in the run ranks are cut; the last steps make up for it. Down to int4."
+        None, "The most bytes of the file. Late in the run it is shrunk to them; the last steps make up for it."
     )
     thumbnail: bool = option(False, "Put a small sample into the file's header, where galleries look for one.")
     report_to: list[str] = option([], "Trackers that Accelerate knows, for instance tensorboard.")
@@ -303,7 +303,7 @@ class TrainConfig(
 
     @property
     def cut_step(self) -> int | None:
-        """The step after which the ranks are cut to a budget of bytes, where there is one."""
+        """The step after which what is learned is shrunk to a budget of bytes, where there is one."""
         return None if self.max_bytes is None else max(1, round(CUT_AT * self.max_train_steps))
 
     @property
