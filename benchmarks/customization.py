@@ -315,6 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.quick:
         asked.folder, asked.steps, asked.drawing_steps, asked.seeds = asked.folder / "quick", 5, 4, 1
     asked.folder.mkdir(parents=True, exist_ok=True)
+    shared.use_threads(1)  # as every run does
     taken = shared.circumstances(torch.device("cpu"), torch.float32)
     taken["drawn"] = "embedded base {} at guidance {}".format(*drawn.split("-"))
     tuning = tuple(asked.tuning)
