@@ -270,7 +270,7 @@ def test_a_file_keeps_its_trigger_through_load_shrink_and_combine(embedded, wait
     pipe = waiting(**kind)
     picture = drawn(pipe, WITH)
     save_adapter(pipe, tmp_path / "dog.safetensors", "dog", "embedded", dtype=torch.float32)
-    shrink(tmp_path / "dog.safetensors", tmp_path / "small.safetensors", 1_000_000, torch.float32)
+    shrink(tmp_path / "dog.safetensors", tmp_path / "small.safetensors", 1_000_000)
     combine([(tmp_path / "dog.safetensors", 1.0)], tmp_path / "one.safetensors")
     for name in ("dog", "small", "one"):
         fresh = embedded()

@@ -29,7 +29,7 @@ ROUNDING = 1e-12  # relative; products are computed in float64
 # numbers, are rounded to them (a test measures it).
 LOST = {0: 1.0, 2: 0.44, 3: 0.09, 4: 0.024, 5: 0.0064, 6: 0.0017, 7: 0.0004, 8: 0.0001}
 _NEXT = {0: LEAST} | {bits: bits + 1 for bits in range(LEAST, MOST_BITS)}
-_ATTEMPTS = 14  # attempts to fill the budget; each is a whole file made in memory
+_ATTEMPTS, _NEAR = 14, 8  # attempts to fill the budget, each a whole file made in memory; bytes that may be left
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,18 @@ def _richest(
         raise ValueError(
             f"{max_bytes:,} bytes are too few: the least this adapter can be shrunk to is {len(best[1]):,} bytes."
         )
-    low, high = 0, max_bytes + 1  # bytes of factors: `low` fit, `high` do not
+    low, high, budget = 0, max_bytes + 1, max_bytes // 2  # bytes of factors: `low` fit, `high` do not
     for _ in range(_ATTEMPTS):
-        budget = (low + high) // 2
         bits = _allocated(directions, budget)
         made = _made(whole_file, layers, bits) if any(bits) else best
-        if len(made[1]) > max_bytes:
+        room = max_bytes - len(made[1])
+        if room < 0:
             high = budget
         else:
             low, best = budget, made
+        if high - low <= 1 or 0 <= room < _NEAR:
+            break
+        budget = min(max(budget + room, low + 1), high - 1)  # what is not factors hardly depends on them
     return best
 
 
