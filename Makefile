@@ -2,8 +2,11 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 DEMO := out/demo
+
+# Of the packages' modules a small part is ever imported: each is compiled and kept when it is, and not at the install.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint base subject benchmarks clean
 
