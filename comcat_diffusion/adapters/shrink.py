@@ -153,7 +153,7 @@ def _allocated(directions: list[_Direction], budget: int) -> list[int]:
         offer(number)
     while queue:
         _, number, cost = heapq.heappop(queue)
-        if cost <= budget:  # else no later step of this direction is worth more per byte than what others ask for
+        if cost <= budget:  # else none of this direction's later steps can be taken either
             budget -= cost
             chosen[number] = _NEXT[chosen[number]]
             offer(number)
