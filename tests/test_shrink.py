@@ -227,16 +227,20 @@ def first_rank(change):
     return lambda tensors, metadata: edit(metadata, changed)
 
 
+def first_lengths(change):
+    """Change the lengths of the first attention's rows."""
+    return lambda tensors, metadata: edit(metadata, lambda header: change(header["row_lengths"]["unet"][0]))
+
+
 @pytest.mark.parametrize(
     "message, change",
     [
         ("does not have the [0-9]+ rows of |of no head", first_rank(lambda rank: rank + 1)),
         ("of a rank that nothing has|does not have the", first_rank(lambda rank: 10**12)),
         ("does not make sense", lambda tensors, metadata: edit(metadata, lambda h: h["row_lengths"]["unet"].pop())),
-        (
-            "is damaged or was edited|lacks",
-            lambda tensors, metadata: edit(metadata, lambda h: h["row_lengths"]["unet"][0].__setitem__(0, 1)),
-        ),
+        ("is damaged or was edited|lacks", first_lengths(lambda lengths: lengths.__setitem__(0, 1))),
+        ("does not make sense", first_lengths(lambda lengths: lengths.__setitem__(0, "8"))),
+        ("does not make sense", first_lengths(lambda lengths: lengths.append(8))),
         ("does not make sense", first_rank(lambda rank: -1)),
         ("does not make sense", first_rank(lambda rank: "2")),
         ("does not make sense", lambda tensors, metadata: edit(metadata, lambda h: h.update(format_version=1))),

@@ -176,5 +176,7 @@ def _refuse_other_ranks(header: Header) -> None:
             proper = proper and (any(numbers) or header.config.get(part, {}).get("tied"))
             if part not in header.config or len(products) != 2 or len({len(r) for r in products}) != 1 or not proper:
                 raise TypeError(f"head_ranks of {part}.{name} are not two lists of whole numbers")
-        if [len(lengths) for lengths in header.row_lengths[part]] != [_FACTORS] * len(attentions):
-            raise TypeError(f"row_lengths of {part} are not {_FACTORS} for each attention")
+        lengths = [length for own in header.row_lengths[part] for length in own]
+        proper = [len(own) for own in header.row_lengths[part]] == [_FACTORS] * len(attentions)
+        if not proper or not all(type(length) is int and length > 0 for length in lengths):
+            raise TypeError(f"row_lengths of {part} are not {_FACTORS} whole numbers for each attention")
