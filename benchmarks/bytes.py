@@ -25,7 +25,6 @@ ADAPTERS = {
     "free": {"kind": "free", "rank": 4, "target_modules": ["attn2"]},
     "foldable": {"kind": "foldable", "rank": 8, "target_modules": ["attn1", "attn2"]},
 }
-COLOURS = {"tied": "tab:green", "free": "tab:purple", "foldable": "tab:orange"}
 SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
 PROMPTS = ("a photo of sks teddy", "a photo of sks teddy on the left, red background")
 
@@ -74,20 +73,13 @@ def table(report: dict) -> str:
 
 def plot(report: dict, path: Path) -> None:
     """The change of the output over the bytes of the file, a line for every adapter."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for kind in dict.fromkeys(row["adapter"] for row in report["rows"]):
-        rows = [row for row in report["rows"] if row["adapter"] == kind]
-        points = [row["bytes"] / 1000 for row in rows], [row["change"] for row in rows]
-        axes.plot(*points, color=COLOURS[kind], marker="o", markersize=3, label=kind)
-    axes.set(xscale="log", yscale="log", xlabel="kilobytes of the file", ylabel="change of the output over the effect")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
+    lines = {}
+    for row in report["rows"]:
+        across, up = lines.setdefault(row["adapter"], ([], []))
+        across.append(row["bytes"] / 1000)
+        up.append(row["change"])
+    labels = {"xlabel": "kilobytes of the file", "ylabel": "change of the output over the effect"}
+    shared.line_plot(path, lines, **labels, xscale="log", yscale="log")
 
 
 def main() -> None:

@@ -217,6 +217,23 @@ def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> 
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
+def line_plot(path: Path, lines: dict[str, tuple[list, list]], **axes_settings: str) -> None:
+    """A plot of lines, each its places across and up; the settings are matplotlib's: xlabel, ylabel, xscale, yscale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for label, (across, up) in lines.items():
+        axes.plot(across, up, marker="o", markersize=3, label=label)
+    axes.set(**axes_settings)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def circumstances_text(taken: dict[str, object]) -> str:
     """The circumstances as one line of markdown, to stand beside a table."""
     dirty = " with uncommitted changes" if taken["dirty"] else ""

@@ -37,6 +37,7 @@ class Part:
     name: str  # of the JSON
     rows: Callable[[Settings], Iterable[dict]]
     of_base: bool = True  # and not of all bases, or of the embedded one
+    plot: Callable[[dict, Path], None] | None = None
 
 
 # Memory first: its processes need the room that the variants of the other parts take in this one.
@@ -46,9 +47,9 @@ PARTS = {
     "step": Part("attention-step", attention.step_rows),
     "generation": Part("attention-generation", attention.generation_rows),
     "use": Part("speed-use", usage.use_rows),
-    "growth": Part("speed-growth", usage.growth_rows),
+    "growth": Part("speed-growth", usage.growth_rows, plot=usage.plot_growth),
     "bytes": Part("speed-bytes", usage.byte_rows, of_base=False),
-    "processes": Part("speed-processes", usage.process_rows, of_base=False),
+    "processes": Part("speed-processes", usage.process_rows, of_base=False, plot=usage.plot_processes),
 }
 # Benchmarks of their own: the name of the JSON, how to run them, and the flags that ask for no more than is told here.
 WHOLES = {
@@ -70,8 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
         path = folder / shared.results_path(file_name(name, flags.base), settings.device).name
         reports.append(measure(name, settings))
         shared.write_json(path, reports[-1])
-        if name == "growth":
-            usage.plot(reports[-1], path.with_suffix(".png"))
+        if plot := PARTS[name].plot:
+            plot(reports[-1], path.with_suffix(".png"))
     if reports:
         print(f"{table(reports)}\n\nWritten to {folder}\n")
     for name in (name for name in WHOLES if name in flags.parts):

@@ -138,6 +138,8 @@ def main(arguments: list[str] | None = None) -> None:
     for part in settings.parts:
         report["rows"] += measures[part](settings)
         shared.write_json(path, report)  # a later part that fails takes nothing away
+    if "pictures" in settings.parts:
+        plot(report, path.with_suffix(".png"))
     print(tables(json.loads(path.read_text())))
     print(f"\nWritten to {path}")
 
@@ -627,7 +629,19 @@ def pictures_seconds(told: dict) -> float:
     return told["phases"][LOOK] + told["phases"][ENCODE]
 
 
-# Tables
+# Tables and a plot
+
+
+def plot(report: dict, path: Path) -> None:
+    """Seconds of a start, over the number of pictures."""
+    rows = [row for row in report["rows"] if row["part"] == "pictures"]
+    lines = {
+        f"{start} start": tuple(
+            [row[name] for row in rows if row["start"] == start] for name in ("pictures", "start_seconds")
+        )
+        for start in ("first", "second")
+    }
+    shared.line_plot(path, lines, xlabel="pictures", ylabel="seconds until the first step")
 
 
 def tables(report: dict) -> str:

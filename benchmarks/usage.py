@@ -209,7 +209,14 @@ def _process_table(rows: list[dict]) -> str:
     return shared.markdown_table(("processes", "seconds a step", "pictures a second"), cells)
 
 
-def plot(report: dict, path: Path) -> None:
+def plot_processes(report: dict, path: Path) -> None:
+    """How many pictures a second are learned, over the number of processes."""
+    counts = [row["value"] for row in report["rows"]]
+    pace = [4 * row["value"] / row["seconds"] for row in report["rows"]]
+    shared.line_plot(path, {"embedded base": (counts, pace)}, xlabel="processes", ylabel="pictures a second")
+
+
+def plot_growth(report: dict, path: Path) -> None:
     """How the cost of a layer's step grows, a panel each."""
     import matplotlib
 

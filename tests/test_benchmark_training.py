@@ -138,6 +138,13 @@ def test_starts_are_compared_with_the_first_and_steps_with_the_fewest_pictures_o
     assert "| 80, first | 10.00 | 1.000 | 8.000 | 1.000 | 100.0 | 2.500 | 2.000 | 500 |" in table
 
 
+def test_starts_are_drawn_over_the_number_of_pictures(tmp_path):
+    told = {"part": "pictures", "start_seconds": 0.5}
+    rows = [told | {"start": start, "pictures": count} for start in ("first", "second") for count in (4, 32)]
+    training.plot({"rows": rows}, tmp_path / "starts.png")
+    assert (tmp_path / "starts.png").stat().st_size > 1000
+
+
 def test_a_cache_that_changes_what_is_learned_is_no_result(tmp_path):
     for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         (tmp_path / name).write_bytes(content)
