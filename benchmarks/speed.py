@@ -97,8 +97,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, help="images at once (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=2, help="COMCAT's rank per head (default: %(default)s)")
     parser.add_argument("--rounds", type=int, help="times each variant is timed (default: 3, with --quick 1)")
-    targets = {"nargs": "+", "choices": variants.ATTENTIONS, "default": ["self+cross"]}
-    parser.add_argument("--targets", **targets, help="adapted attentions (default: self+cross)")
+    targets = {"nargs": "+", "choices": variants.ATTENTIONS, "help": "adapted (default: self+cross cross; quick: one)"}
+    parser.add_argument("--targets", **targets)
     parser.add_argument("--quick", action="store_true", help="narrow and short: shows that it runs, not what it costs")
     parser.add_argument("--output_dir", type=Path, help="for the JSON (default: benchmarks/results; quick: runs/speed)")
     parser.add_argument("--show", type=Path, nargs="+", metavar="JSON", help="print the table of earlier runs and stop")
@@ -118,7 +118,7 @@ def settings_of(flags: argparse.Namespace) -> Settings:
         rank=flags.rank,
         rounds=flags.rounds or (1 if flags.quick else 3),
         least_seconds=0.01 if flags.quick else 0.2,
-        targets=tuple(flags.targets),
+        targets=tuple(flags.targets or (("self+cross",) if flags.quick else ("self+cross", "cross"))),
         steps=3 if flags.quick else 40,
     )
 
