@@ -204,15 +204,20 @@ def _growth_tables(rows: list[dict]) -> str:
     return "\n\n".join(made)
 
 
+def _pace(row: dict) -> float:
+    """Pictures a second: four for every process and step."""
+    return 4 * row["value"] / row["seconds"]
+
+
 def _process_table(rows: list[dict]) -> str:
-    cells = [(row["value"], f"{row['seconds']:.3f}", f"{4 * row['value'] / row['seconds']:.1f}") for row in rows]
+    cells = [(row["value"], f"{row['seconds']:.3f}", f"{_pace(row):.1f}") for row in rows]
     return shared.markdown_table(("processes", "seconds a step", "pictures a second"), cells)
 
 
 def plot_processes(report: dict, path: Path) -> None:
     """How many pictures a second are learned, over the number of processes."""
     counts = [row["value"] for row in report["rows"]]
-    pace = [4 * row["value"] / row["seconds"] for row in report["rows"]]
+    pace = [_pace(row) for row in report["rows"]]
     shared.line_plot(path, {"embedded base": (counts, pace)}, xlabel="processes", ylabel="pictures a second")
 
 

@@ -75,7 +75,9 @@ def pack(tensors: dict[str, torch.Tensor], head_bits: HeadBits) -> tuple[dict[st
             rows = rows[kept_rows(ranks[PRODUCT[factor]], _rank(ranks))]  # K, C
             own = [count for head in head_bits[part][attention][PRODUCT[factor]] for count in head]
             lengths[part][-1].append(rows.shape[1])
-            if FLOAT in own or not own:
+            if not own:
+                continue
+            if FLOAT in own:
                 grouped.setdefault(f"{part}.{rows.shape[1]}", []).append(rows.half())
             else:
                 stream, scale = _written(rows, own)
@@ -84,7 +86,6 @@ def pack(tensors: dict[str, torch.Tensor], head_bits: HeadBits) -> tuple[dict[st
                 bits += own
     packed = {name: torch.cat(found) for name, found in grouped.items()}
     if bits:
-        packed = {name: found for name, found in packed.items() if name.endswith(ROWS)}  # the others have no rows
         packed |= {ROW_BITS: torch.tensor(bits, dtype=torch.uint8), ROW_SCALES: torch.cat(scales)}
     return packed, lengths
 

@@ -176,7 +176,7 @@ def _kept(layers: list[_Layer], content: bytes) -> float:
     shares = []
     for layer in layers:
         for number, (left, right) in enumerate(layer.term.products()):
-            whole = maths.product_svd(left, right)[1].square().sum()
+            whole = layer.svds[number][1].square().sum()
             if layer.term.key in after:
                 now, then = after[layer.term.key][number]
                 left, right = torch.cat([left, -now], dim=2), torch.cat([right, then], dim=1)
