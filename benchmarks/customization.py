@@ -6,9 +6,10 @@
 
 Every method (benchmarks/methods.py) learns the same four captioned pictures of a made-up subject
 (recipe/characters.py) in the same number of steps from the same noise. COMCAT learns at the rate that `comcat train`
-takes by default; the rate of the others is the best of a small grid on the subjects in `TUNING`. Reported are other
-subjects, which no choice has seen. The best is the rate with the highest score: fidelity times obedience, less a
-quarter of the drift (with all of it, learning nothing would be best).
+takes by default; the rate of the others is the best of a small grid on the subjects in `TUNING`: that with the highest
+score, fidelity times obedience less a quarter of the drift (with all of it, learning nothing would be best). One LoRA
+keeps the rate, schedule and start of diffusers' DreamBooth-LoRA script. Reported are other subjects, which no choice
+has seen.
 
 The measures are those of `comcat evaluate`:
 
@@ -72,6 +73,7 @@ OTHER_STEPS = dict.fromkeys(
     (*SHORTER, *LONGER),
 )
 BATCH = 4
+MEMORY_STEPS = 3  # after which no step of a run holds more
 PROMPTS = (
     "a photo of a big {subject} on the left, red background",
     "a photo of a big {subject} on the right, black background",
@@ -167,10 +169,25 @@ def crop_of(pipe: DiffusionPipeline, photo: Image.Image, prompt: str) -> Crop:
 
 def _loop(learner: Learner, crops: list[Crop], run: Run) -> Loop:
     optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=run.rate)
-    schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=run.steps)
+    kind = METHODS[run.method].schedule
+    schedule = get_scheduler(kind, optimizer, num_warmup_steps=0, num_training_steps=run.steps)
     objective = Objective(DDPMScheduler.from_config(learner._pipe.scheduler.config))
     batching = Batching.of(crops, run.seed, BATCH)
     return Loop(learner, crops, objective, batching, optimizer, schedule, Accelerator(cpu=True))
+
+
+def peak_mib(method: str, folder: Path) -> float:
+    """Most memory of a process that does nothing but learn by a method; measured once and kept."""
+    kept = folder / f"{slug(method)}.memory.json"
+    if not kept.exists():
+        shared.write_json(kept, {"peak_mib": shared.in_fresh_process(_peak_mib, method)})
+    return json.loads(kept.read_text())["peak_mib"]
+
+
+def _peak_mib(method: str) -> float:
+    torch.set_num_threads(1)
+    learn(Bench(Path(), 0), Run(method, TUNING[0], METHODS[method].rates[0], 0, MEMORY_STEPS))
+    return shared.peak_memory_mib(torch.device("cpu"))
 
 
 def keep_pictures(bench: Bench, run: Run, pipe: DiffusionPipeline, facts: dict) -> None:
@@ -346,7 +363,7 @@ def main(arguments: list[str] | None = None) -> None:
         target, plots = asked.folder / "report.json", asked.folder
     subjects_kept = {run.name: (asked.folder / f"{run.name}.json").exists() for run in runs}
     results = [
-        measured(features, run, asked.folder)
+        measured(features, run, asked.folder) | {"peak_mib": peak_mib(run.method, asked.folder)}
         for run in runs
         if all(subjects_kept[replace(run, subject=subject).name] for subject in subjects)  # a seed counts when whole
     ]

@@ -58,6 +58,7 @@ def _row(name: str, results: list[dict]) -> dict:
         "parameters": first["parameters"],
         "file_bytes": max(result["file_bytes"] for result in results),
         "seconds": min(result["seconds"] for result in results),  # another process may have slowed the others
+        "peak_mib": first["peak_mib"],
         "shrunk": first["bytes"] is not None,
         **measures,
     }

@@ -35,6 +35,7 @@ class Method:
     rates: tuple[float, ...]  # tried on other subjects than those reported; a single one is the method's own
     start: Callable[[DiffusionPipeline], None]
     write: Callable[[DiffusionPipeline, Path], None]
+    schedule: str = "linear"  # of the rate, as diffusers calls it
     token: bool = False  # whether it learns a word (Textual Inversion)
     teacher: bool = False  # whether the frozen base teaches it to keep the class (`comcat train --prior teacher`)
 
@@ -97,9 +98,12 @@ def _write_token(pipe: DiffusionPipeline, path: Path) -> None:
     save_file({TOKEN: pipe.comcat_learned.vectors.detach().half()}, path)
 
 
+def _sized(rank: int) -> dict[str, object]:
+    return {"r": rank, "lora_alpha": rank, "target_modules": DIFFUSERS.names}
+
+
 def _lora(rank: int, rates: tuple[float, ...]) -> Method:
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=DIFFUSERS.names)
-    return Method(rates, _adapter(config), _write_peft)
+    return Method(rates, _adapter(LoraConfig(**_sized(rank))), _write_peft)
 
 
 def _ours(rates: tuple[float, ...], teacher: bool = False, **config: object) -> Method:
@@ -135,6 +139,9 @@ METHODS = {
     "LoRA, rank 1": _lora(1, MIDDLE),
     "LoRA, rank 4": _lora(4, MIDDLE),
     "LoRA, rank 16": _lora(16, MIDDLE),
+    "LoRA, rank 4, by diffusers' recipe": Method(
+        (5e-4,), _adapter(LoraConfig(init_lora_weights="gaussian", **_sized(4))), _write_peft, schedule="constant"
+    ),
     "LoKr, rank 4": Method(MIDDLE, _adapter(LoKrConfig(r=4, alpha=4, target_modules=DIFFUSERS.names)), _write_peft),
     "IA3": Method(
         HIGH, _adapter(IA3Config(target_modules=DIFFUSERS.names, feedforward_modules=[DIFFUSERS.out])), _write_peft

@@ -108,5 +108,6 @@ def _keep(folder, run, fidelity):
 
 def _result(run, fidelity):
     facts = {**vars(run), "parameters": 10, "seconds": 1.0, "file_bytes": 1000, "fidelity": [[fidelity] * 2] * 2}
+    facts["peak_mib"] = 900.0
     others = dict.fromkeys(("clip", "obedience", "drift", "copying"), [[0.5, 0.5]] * 2) | {"diversity": [[0.1]] * 2}
     return facts | others

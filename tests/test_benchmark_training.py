@@ -9,7 +9,7 @@ from multiprocessing import Pipe
 import pytest
 import torch
 
-from benchmarks import circumstances, training
+from benchmarks import circumstances, training, training_clock, training_report
 
 CPU, STEPS = torch.device("cpu"), 3
 
@@ -59,10 +59,15 @@ def test_the_recipe_encodes_at_every_step_and_ours_only_before(pair):
         name: {part for step in row["steps"] for part in step["parts"]}
         for name, row in zip("or", pair[:2], strict=True)
     }
-    assert parts["r"] == set(training.STEP_PARTS)
-    assert parts["o"] == {training.BATCH, training.FORWARD, training.BACKWARD}
-    assert set(training.PHASES) <= set(ours["phases"])
-    assert set(recipe["phases"]) == {training.LOOK, training.LOAD, training.ATTACH, training.SAVE}
+    assert parts["r"] == set(training_clock.STEP_PARTS)
+    assert parts["o"] == {training_clock.BATCH, training_clock.FORWARD, training_clock.BACKWARD}
+    assert set(training_clock.PHASES) <= set(ours["phases"])
+    assert set(recipe["phases"]) == {
+        training_clock.LOOK,
+        training_clock.LOAD,
+        training_clock.ATTACH,
+        training_clock.SAVE,
+    }
     for step in (*ours["steps"], *recipe["steps"]):
         assert 0 < sum(step["parts"].values()) <= step["seconds"]
 
@@ -103,11 +108,11 @@ def test_the_tables_tell_measured_from_extrapolated(report, tmp_path, capsys):
     training.main(["--show", str(tmp_path / "earlier.json")])
     text = capsys.readouterr().out
     assert f"**measured: run of {STEPS} steps**" in text and "**extrapolated: run of 400 steps**" in text
-    assert all(name in text for name in (*training.PHASES, *training.STEP_PARTS))
+    assert all(name in text for name in (*training_clock.PHASES, *training_clock.STEP_PARTS))
 
 
 def test_a_clock_counts_outer_blocks_once_and_no_waiting():
-    clock = training.Clock(lambda: time.sleep(0.3), CPU)
+    clock = training_clock.Clock(lambda: time.sleep(0.3), CPU)
     with clock.run():
         with clock.measure("outer"), clock.measure("inner"):
             time.sleep(0.02)
@@ -119,7 +124,7 @@ def test_a_clock_counts_outer_blocks_once_and_no_waiting():
 
 
 def told_of(seconds, start, share):
-    phases = {training.LOOK: share / 2, training.ENCODE: share / 2, training.LOAD: start - share}
+    phases = {training_clock.LOOK: share / 2, training_clock.ENCODE: share / 2, training_clock.LOAD: start - share}
     steps = [{"seconds": one, "parts": {}} for one in seconds]
     return {"steps": steps, "start_seconds": start, "phases": phases, "peak_mib_of_steps": 500.0}
 
@@ -134,14 +139,14 @@ def test_starts_are_compared_with_the_first_and_steps_with_the_fewest_pictures_o
     assert [row["start_ratio"] for row in rows] == pytest.approx([1, 1, 0.3])
     assert [row["pictures_ratio"] for row in rows] == pytest.approx([1, 1, 1 / 8])
     assert [row["step_ratio"] for row in rows] == pytest.approx([1, 2, 1])  # the first round warms up
-    table = training.picture_table(rows)
+    table = training_report.picture_table(rows)
     assert "| 80, first | 10.00 | 1.000 | 8.000 | 1.000 | 100.0 | 2.500 | 2.000 | 500 |" in table
 
 
 def test_starts_are_drawn_over_the_number_of_pictures(tmp_path):
     told = {"part": "pictures", "start_seconds": 0.5}
     rows = [told | {"start": start, "pictures": count} for start in ("first", "second") for count in (4, 32)]
-    training.plot({"rows": rows}, tmp_path / "starts.png")
+    training_report.plot({"rows": rows}, tmp_path / "starts.png")
     assert (tmp_path / "starts.png").stat().st_size > 1000
 
 
@@ -171,7 +176,7 @@ def test_what_a_generator_makes_counts_where_it_is_asked_for():
         time.sleep(0.02)
         yield 1
 
-    clock = training.Clock(lambda: None, CPU)
+    clock = training_clock.Clock(lambda: None, CPU)
     assert list(clock.timed("slow", slow)()) == [1] and clock.spent["slow"] >= 0.02
 
 

@@ -29,7 +29,7 @@ ROUNDING = 1e-12  # relative; products are computed in float64
 # numbers, are rounded to them (a test measures it).
 LOST = {0: 1.0, 2: 0.44, 3: 0.09, 4: 0.024, 5: 0.0064, 6: 0.0017, 7: 0.0004, 8: 0.0001}
 _NEXT = {0: LEAST} | {bits: bits + 1 for bits in range(LEAST, MOST_BITS)}
-_ATTEMPTS, _NEAR = 14, 8  # attempts to fill the budget, each a whole file made in memory; bytes that may be left
+_ATTEMPTS, _NEAR = 8, 8  # attempts to fill the budget, each a whole file made in memory; bytes that may be left
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _richest(
         made = _made(whole_file, layers, bits) if any(bits) else best
         room = max_bytes - len(made[1])
         if room < 0:
-            high = budget
+            high = budget = sum(direction.bytes(count) for direction, count in zip(directions, bits, strict=True))
         else:
             low, best = budget, made
         if high - low <= 1 or 0 <= room < _NEAR:
