@@ -7,6 +7,7 @@ from pathlib import Path
 from benchmarks import circumstances as shared
 from benchmarks.training_clock import PHASES, STEP_PARTS
 
+AS_GOOD = (180, 300)  # steps of ours and of the recipe's after which the embedded base draws a subject equally well
 LEAST_FOR_RATIO = 0.05  # seconds; what is shorter gets no ratio in a table
 
 
@@ -36,49 +37,72 @@ def tables(report: dict) -> str:
 def recipe_tables(rows: list[dict]) -> str:
     """Phases, parts of a step, memory and size, side by side."""
     mine, other, ratio = rows
-    steps = len(mine["steps"])
+    low, high = min(ratio["step_ratios"]), max(ratio["step_ratios"])
+    titled = {
+        "seconds of a run": _run_cells(mine, other, ratio["step_seconds"]),
+        "seconds of a step": _step_cells(mine, other),
+        "memory and size": [
+            _cells("peak MiB until the last step", mine["peak_mib_of_steps"], other["peak_mib_of_steps"], ",.0f"),
+            _cells("peak MiB of the run", mine["peak_mib"], other["peak_mib"], ",.0f"),
+            _cells("parameters", mine["parameters"], other["parameters"], ",d"),
+            _cells("bytes of the file, float32", mine["file_bytes"], other["file_bytes"], ",d"),
+        ],
+    }
+    adapts = f"Ours adapts {mine['adapts']}-attention, the recipe {other['adapts']}-attention"
+    return "\n\n".join(
+        [
+            "**recipe: from pictures to an adapter**",
+            f"{adapts}; latents {mine['latents']}.",
+            *(shared.markdown_table((title, "ours", "recipe", "ratio"), cells) for title, cells in titled.items()),
+            f"Ratio of a later step: median of the rounds', which are {low:.3f} to {high:.3f}. "
+            "Parts: of the later steps.",
+        ]
+    )
 
-    def cells(name: str, of: Callable[[dict], float], form: str = ".3f") -> tuple[str, ...]:
-        values = [of(row) for row in (mine, other)]
-        shown = f"{values[0] / values[1]:.3f}" if min(values) >= LEAST_FOR_RATIO else "-"
-        return name, *(format(value, form) if value else "-" for value in values), shown
+
+def _run_cells(mine: dict, other: dict, step_ratio: float) -> list[tuple[str, ...]]:
+    """The phases of a run, what it took in all, and what longer ones would take."""
+
+    def both(name: str, of: Callable[[dict], float]) -> tuple[str, ...]:
+        return _cells(name, of(mine), of(other))
 
     def rest(row: dict) -> float:
         known = [row["phases"].get(name, 0) for name in PHASES] + [step["seconds"] for step in row["steps"]]
         return row["total_seconds"] - sum(known)
 
-    phases = [cells(name, lambda row, name=name: row["phases"].get(name, 0)) for name in PHASES]
-    low, high = min(ratio["step_ratios"]), max(ratio["step_ratios"])
+    phases = [both(name, lambda row, name=name: row["phases"].get(name, 0)) for name in PHASES]
     phases[4:4] = [
-        cells("first step", lambda row: row["first_step_seconds"]),
-        (*cells("a later step (median)", lambda row: row["step_seconds"])[:3], f"{ratio['step_seconds']:.3f}"),
+        both("first step", lambda row: row["first_step_seconds"]),
+        (*both("a later step (median)", lambda row: row["step_seconds"])[:3], f"{step_ratio:.3f}"),
     ]
-    phases += [
-        cells("all else", rest),
-        cells(f"**measured: run of {steps} steps**", lambda row: row["total_seconds"]),
-        cells(f"**extrapolated: run of {mine['extrapolated_steps']} steps**", lambda row: row["extrapolated_seconds"]),
+    equal = [extrapolated(row, steps) for row, steps in zip((mine, other), AS_GOOD, strict=True)]
+    return [
+        *phases,
+        both("all else", rest),
+        both(f"**measured: run of {len(mine['steps'])} steps**", lambda row: row["total_seconds"]),
+        both(f"**extrapolated: run of {mine['extrapolated_steps']} steps**", lambda row: row["extrapolated_seconds"]),
+        _cells("**extrapolated, to equal fidelity: {} steps of ours, {} of the recipe**".format(*AS_GOOD), *equal),
     ]
-    parts = [cells(name, lambda row, name=name: part_of_step(row, name)) for name in STEP_PARTS]
-    parts.append(cells("all else", lambda row: row["step_seconds"] - sum(part_of_step(row, n) for n in STEP_PARTS)))
-    sizes = [
-        cells("peak MiB until the last step", lambda row: row["peak_mib_of_steps"], ",.0f"),
-        cells("peak MiB of the run", lambda row: row["peak_mib"], ",.0f"),
-        cells("parameters", lambda row: row["parameters"], ",d"),
-        cells("bytes of the file, float32", lambda row: row["file_bytes"], ",d"),
-    ]
-    columns = ("ours", "recipe", "ratio")
-    adapts = (
-        f"Ours adapts {mine['adapts']}-attention, the recipe {other['adapts']}-attention; latents {mine['latents']}."
-    )
-    note = (
-        f"Ratio of a later step: median of the rounds', which are {low:.3f} to {high:.3f}. Parts: of the later steps."
-    )
-    titled = {"seconds of a run": phases, "seconds of a step": parts, "memory and size": sizes}
-    return "\n\n".join(
-        ["**recipe: from pictures to an adapter**", adapts]
-        + [shared.markdown_table((title, *columns), table) for title, table in titled.items()]
-        + [note]
-    )
+
+
+def _step_cells(mine: dict, other: dict) -> list[tuple[str, ...]]:
+    """The parts of a later step, and what is in none of them."""
+    both = (mine, other)
+    rest = (row["step_seconds"] - sum(part_of_step(row, name) for name in STEP_PARTS) for row in both)
+    parts = [_cells(name, *(part_of_step(row, name) for row in both)) for name in STEP_PARTS]
+    return [*parts, _cells("all else", *rest)]
+
+
+def _cells(name: str, mine: float, other: float, form: str = ".3f") -> tuple[str, ...]:
+    """A line: ours, the recipe's and their ratio, where both are long enough for one."""
+    shown = f"{mine / other:.3f}" if min(mine, other) >= LEAST_FOR_RATIO else "-"
+    return name, *(format(value, form) if value else "-" for value in (mine, other)), shown
+
+
+def extrapolated(told: dict, steps: int) -> float:
+    """Seconds of a run of this many steps: start, first step and end as measured, all other steps as their median."""
+    start, end = told["start_seconds"], told["end_seconds"]
+    return start + told["first_step_seconds"] + (steps - 1) * told["step_seconds"] + end
 
 
 def part_of_step(row: dict, name: str) -> float:
