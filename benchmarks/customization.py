@@ -28,36 +28,21 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from diffusers import DDPMScheduler, DiffusionPipeline
-from diffusers.optimization import get_scheduler
-from PIL import Image
 
 from benchmarks import circumstances as shared
 from benchmarks.customization_report import table, write_report
-from benchmarks.methods import METHODS, TOKEN, Method
+from benchmarks.customization_runs import Bench, Run, keep_pictures, learn, measured, peak_mib, prepare_base
+from benchmarks.methods import METHODS
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.shrink import shrink
 from comcat_diffusion.adapters.store import load_adapter
-from comcat_diffusion.evaluation import metrics, world
 from comcat_diffusion.evaluation.features import Features, load_features
-from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, slug
-from comcat_diffusion.training import images
-from comcat_diffusion.training.batching import Batching
-from comcat_diffusion.training.encode import Crop, posterior
-from comcat_diffusion.training.learner import Learner
-from comcat_diffusion.training.loop import Loop
-from comcat_diffusion.training.objective import Objective
-from comcat_diffusion.training.prior import Teacher
-from recipe.subject import HELD_OUT, TRAIN, TRIGGER, caption, picture
 
 TUNING, REPORTED = ("teddy", "cat"), ("robot", "fish", "house")
 SHRUNK = {  # adapters that are shrunk to these bytes and measured again
@@ -73,191 +58,12 @@ OTHER_STEPS = {
     "COMCAT tied, rank 8, way up, from the trigger on": (150, 600),
     "LoRA, rank 4": (150, 600),
 }
-BATCH = 4
-MEMORY_STEPS = 3  # after which no step of a run holds more
-PROMPTS = (
-    "a photo of a big {subject} on the left, red background",
-    "a photo of a big {subject} on the right, black background",
-    "a photo of a big {subject} at the top, blue background",
-    "a photo of a big {subject} in the middle, pink background",
-    "a photo of a small {subject} at the bottom, red background",
-    "a photo of a small {subject} on the left, black background",
-)
-DRIFT_PROMPTS = (
-    "a photo of a big {class} on the right, red background",
-    "a photo of a {class} on the left, black background",
-    "a photo of a big dog in the middle, pink background",
-    "a photo of a big yellow car on the left, green background",
-    "a photo of a small apple at the top, gray background",
-    "a photo of a big owl at the bottom, white background",
-)
-SEEDS = (0, 1)  # of the pictures that are drawn
-
-
-@dataclass(frozen=True)
-class Run:
-    """One method learning one subject once; `bytes` is what its adapter is shrunk to afterwards."""
-
-    method: str
-    subject: str
-    rate: float
-    seed: int
-    steps: int
-    bytes: int | None = None
-
-    @property
-    def name(self) -> str:
-        """The name of its files."""
-        shrunk = f"-{self.bytes}" if self.bytes else ""
-        return f"{slug(self.method)}{shrunk}-{self.subject}-{self.rate:g}-{self.seed}-{self.steps}"
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every run needs."""
-
-    folder: Path
-    drawing_steps: int
-
-    def base(self) -> DiffusionPipeline:
-        """A fresh embedded base."""
-        pipe = bases.load_base(bases.EMBEDDED)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    def drawn(self, pipe: DiffusionPipeline, prompts: Iterable[str]) -> list[Image.Image]:
-        """Every prompt from every seed."""
-        drawings = [Drawing(prompt, seed) for prompt in prompts for seed in SEEDS]
-        sampling = Sampling(self.drawing_steps, bases.EMBEDDED_GUIDANCE, batch_size=len(drawings))
-        return list(draw(pipe, drawings, sampling))
 
 
 def drawn_by() -> str:
     """The embedded base as it is and its guidance: runs with others are not taken for theirs."""
     weights = bases.assets() / "tiny-sd" / "unet" / "diffusion_pytorch_model.safetensors"
     return f"{hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}-{bases.EMBEDDED_GUIDANCE:g}"
-
-
-def prompts_of(subject: str, method: Method | None = None) -> tuple[list[str], list[str]]:
-    """The prompts that name the subject, as a method knows it, and those without it."""
-    phrase = TOKEN if method and method.token else f"{TRIGGER} {subject}"
-    return [p.format(subject=phrase) for p in PROMPTS], [p.format_map({"class": subject}) for p in DRIFT_PROMPTS]
-
-
-def learn(bench: Bench, run: Run) -> tuple[DiffusionPipeline, dict]:
-    """Train one method; returns the pipeline with what it learned, and what that cost."""
-    method, pipe = METHODS[run.method], bench.base()
-    named = f"{TRIGGER} {run.subject}"
-    captions = [caption(run.subject, pose).replace(named, TOKEN if method.token else named) for pose in TRAIN]
-    crops = [crop_of(pipe, picture(run.subject, p), text) for p, text in zip(TRAIN, captions, strict=True)]
-    torch.manual_seed(run.seed)
-    of_class = {text: text.replace(named, run.subject) for text in captions}
-    learner = method.learner(pipe, [*captions, *of_class.values()], run.subject).train()
-    trained = [p for p in learner.parameters() if p.requires_grad]
-    loop = _loop(learner, crops, run)
-    loop.prior = Teacher(pipe, of_class) if method.teacher else None
-    seconds = [step.seconds for step in loop.steps(run.steps)]
-    learner.eval()
-    return pipe, {"parameters": sum(p.numel() for p in trained), "seconds": sum(seconds)}
-
-
-def crop_of(pipe: DiffusionPipeline, photo: Image.Image, prompt: str) -> Crop:
-    """A picture as the U-Net sees it."""
-    side = bases.native_resolution(pipe)
-    found = posterior(pipe.vae, images.to_tensor([photo.resize((side, side), Image.Resampling.LANCZOS)]))
-    return Crop(**found, prompt=prompt, name="", frame=(side, side, 0, 0, side, side))
-
-
-def _loop(learner: Learner, crops: list[Crop], run: Run) -> Loop:
-    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=run.rate)
-    kind = METHODS[run.method].schedule
-    schedule = get_scheduler(kind, optimizer, num_warmup_steps=0, num_training_steps=run.steps)
-    objective = Objective(DDPMScheduler.from_config(learner._pipe.scheduler.config))
-    batching = Batching.of(crops, run.seed, BATCH)
-    return Loop(learner, crops, objective, batching, optimizer, schedule, Accelerator(cpu=True))
-
-
-def peak_mib(method: str, folder: Path) -> float:
-    """Most memory of a process that does nothing but learn by a method; measured once and kept."""
-    kept = folder / f"{slug(method)}.memory.json"
-    if not kept.exists():
-        shared.write_json(kept, {"peak_mib": shared.in_fresh_process(_peak_mib, method)})
-    return json.loads(kept.read_text())["peak_mib"]
-
-
-def _peak_mib(method: str) -> float:
-    torch.set_num_threads(1)
-    learn(Bench(Path(), 0), Run(method, TUNING[0], METHODS[method].rates[0], 0, MEMORY_STEPS))
-    return shared.peak_memory_mib(torch.device("cpu"))
-
-
-def keep_pictures(bench: Bench, run: Run, pipe: DiffusionPipeline, facts: dict) -> None:
-    """Draw what is judged, the prompts of the subject above those without it, and keep it with the run's facts."""
-    about, without = prompts_of(run.subject, METHODS[run.method])
-    _strip([bench.drawn(pipe, about), bench.drawn(pipe, without)]).save(bench.folder / f"{run.name}.png")
-    shared.write_json(bench.folder / f"{run.name}.json", facts | asdict(run))
-
-
-def measured(features: Features, run: Run, folder: Path) -> dict:
-    """Facts and measures of a run, read from the pictures that it kept; the measures are (prompts, seeds) each."""
-    kept = folder / f"{run.name}.measures.json"
-    if not kept.exists():
-        shared.write_json(kept, _measures(features, run, folder))
-    return json.loads((folder / f"{run.name}.json").read_text()) | json.loads(kept.read_text())
-
-
-def _measures(features: Features, run: Run, folder: Path) -> dict:
-    (made, others), (_, before) = (_rows(folder / f"{name}.png") for name in (run.name, f"base-{run.subject}"))
-    train, held_out = ([picture(run.subject, pose) for pose in poses] for poses in (TRAIN, HELD_OUT))
-    details, shape = world.details(made), (len(PROMPTS), len(SEEDS))
-    alone, held_alone = (features.images([world.alone(one) for one in some]) for some in (made, held_out))
-    obeyed = [_obeyed(prompt, one) for prompt, one in zip(_each(prompts_of(run.subject)[0]), made, strict=True)]
-    found = {
-        "fidelity": metrics.subject_fidelity(details, world.details(held_out)),
-        "clip": metrics.subject_fidelity(alone, held_alone),
-        "copying": metrics.copying(details, world.details(train)),
-        "obedience": torch.tensor(obeyed),
-        "drift": metrics.drift(features.images(others), features.images(before)),
-    }
-    diversity = metrics.diversity(features.images(made).view(*shape, -1)).unsqueeze(1)
-    return {name: values.view(shape).tolist() for name, values in found.items()} | {"diversity": diversity.tolist()}
-
-
-def _each(prompts: list[str]) -> Iterator[str]:
-    return (prompt for prompt in prompts for _ in SEEDS)
-
-
-def _obeyed(prompt: str, made: Image.Image) -> float:
-    """Share of what the prompt says of background, place and size that the picture shows."""
-    asked, seen = asdict(world.asked(prompt)), asdict(world.see(np.asarray(made)))
-    said = [name for name, value in asked.items() if value is not None]
-    return sum(seen[name] == asked[name] for name in said) / len(said)
-
-
-def _strip(rows: list[list[Image.Image]]) -> Image.Image:
-    side = rows[0][0].width
-    strip = Image.new("RGB", (side * max(map(len, rows)), side * len(rows)))
-    for down, row in enumerate(rows):
-        for across, one in enumerate(row):
-            strip.paste(one, (across * side, down * side))
-    return strip
-
-
-def _rows(path: Path) -> list[list[Image.Image]]:
-    """The inverse of `_strip` for rows of equal length."""
-    strip = Image.open(path).convert("RGB")
-    side = strip.height // 2
-    return [
-        [strip.crop((left, top, left + side, top + side)) for left in range(0, strip.width, side)]
-        for top in range(0, strip.height, side)
-    ]
-
-
-def prepare_base(bench: Bench, subject: str) -> None:
-    """The bare base's pictures of a subject's prompts, which drift is measured from."""
-    path = bench.folder / f"base-{subject}.png"
-    if not path.exists():
-        _strip([bench.drawn(bench.base(), prompts) for prompts in prompts_of(subject)]).save(path)
 
 
 def smaller(run: Run) -> list[Run]:
@@ -367,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
         target, plots = asked.folder / "report.json", asked.folder
     subjects_kept = {run.name: (asked.folder / f"{run.name}.json").exists() for run in runs}
     results = [
-        measured(features, run, asked.folder) | {"peak_mib": peak_mib(run.method, asked.folder)}
+        measured(features, run, asked.folder) | {"peak_mib": peak_mib(run, asked.folder)}
         for run in runs
         if all(subjects_kept[replace(run, subject=subject).name] for subject in subjects)  # a seed counts when whole
     ]

@@ -73,10 +73,10 @@ def _told(found: dict | None) -> str:
 def table(report: dict) -> str:
     """A line a method, with the 95 % interval of every measure."""
     measures = [MEASURES[0], AGAINST, *MEASURES[1:]]
-    columns = ["method", "rate", "parameters", "bytes", "seconds", *measures]
+    columns = ["method", "rate", "parameters", "bytes", "seconds", "peak MiB", *measures]
     cells = [
         (row["method"], f"{row['rate']:g}", f"{row['parameters']:,}", f"{row['file_bytes']:,}", f"{row['seconds']:.0f}",
-         *(_told(row.get(measure)) for measure in measures))
+         f"{row['peak_mib']:,.0f}", *(_told(row.get(measure)) for measure in measures))
         for row in report["rows"]
     ]  # fmt: skip
     return shared.markdown_table(columns, cells) + "\n\n" + shared.circumstances_text(report["circumstances"])

@@ -56,23 +56,28 @@ def growth_of(settings: Settings) -> dict[str, list[Layer]]:
 
 
 def use_rows(settings: Settings) -> Iterator[dict]:
-    """Seconds to load an adapter into a ready U-Net and to switch between many, self- and cross-attention."""
+    """Seconds to load an adapter into a ready U-Net and to switch between many, for every target and kind."""
     unet = variants.bare_unet(settings.device, settings.dtype, settings.base)
-    for kind, options in variants.COMCAT.items():
-        targets = ["attn2"] if "tied" in options else ["attn1", "attn2"]
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "adapter.safetensors"
-            unet.add_adapter(ComcatConfig(r=settings.rank, target_modules=targets, **options), "first")
-            save_adapter(unet, file, "first", dtype=torch.float16)
-            unload_adapters(unet)
-            loads = [_seconds(load_adapter, unet, file) for _ in _unloading(unet, settings.rounds)]
-            yield {"part": "use", "what": "load", "variant": kind, "seconds": loads, "bytes": file.stat().st_size}
-            for number in range(LOADED):
-                load_adapter(unet, file, f"adapter_{number}")
-        names = [f"adapter_{number % LOADED}" for number in range(LOADED * settings.rounds)]
-        switches = [_seconds(unet.set_adapters, [name]) for name in names]
-        yield {"part": "use", "what": "switch", "variant": kind, "seconds": switches}
+    for targets in settings.targets:
+        for kind in kinds(("comcat", "comcat_foldable"), targets):
+            config = ComcatConfig(r=settings.rank, target_modules=variants.ATTENTIONS[targets], **variants.COMCAT[kind])
+            for what, seconds in _seconds_in_use(unet, config, settings.rounds).items():
+                yield {"part": "use", "what": what, "targets": targets, "variant": kind, "seconds": seconds}
+
+
+def _seconds_in_use(unet: torch.nn.Module, config: ComcatConfig, rounds: int) -> dict[str, list[float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "adapter.safetensors"
+        unet.add_adapter(config, "first")
+        save_adapter(unet, file, "first", dtype=torch.float16)
         unload_adapters(unet)
+        loads = [_seconds(load_adapter, unet, file) for _ in _unloading(unet, rounds)]
+        for number in range(LOADED):
+            load_adapter(unet, file, f"adapter_{number}")
+    names = [f"adapter_{number % LOADED}" for number in range(LOADED * rounds)]
+    switches = [_seconds(unet.set_adapters, [name]) for name in names]
+    unload_adapters(unet)
+    return {"load": loads, "switch": switches}
 
 
 def _unloading(unet: torch.nn.Module, rounds: int) -> Iterator[int]:
@@ -165,7 +170,7 @@ def tables(report: dict) -> str:
     """The report as markdown."""
     about = {"base": "SD 1.5", "rank": 2} | report["settings"]  # results older than other bases do not name them
     makers = {"bytes": _byte_table, "growth": _growth_tables, "processes": _process_table}
-    makers["use"] = lambda rows: _use_table(rows, f"{about['base']}, self- and cross-attention, rank {about['rank']}")
+    makers["use"] = lambda rows: _use_table(rows, f"{about['base']}, rank {about['rank']}")
     parts = {part: [row for row in report["rows"] if row["part"] == part] for part in makers}
     made = [makers[part](rows) for part, rows in parts.items() if rows]
     return "\n\n".join([*made, shared.circumstances_text(report["circumstances"])])
@@ -173,7 +178,12 @@ def tables(report: dict) -> str:
 
 def _use_table(rows: list[dict], title: str) -> str:
     cells = [
-        (row["what"], row["variant"], f"{1000 * statistics.median(row['seconds']):.1f}", len(row["seconds"]))
+        (
+            f"{row['what']}, {row['targets']}",
+            row["variant"],
+            f"{1000 * statistics.median(row['seconds']):.1f}",
+            len(row["seconds"]),
+        )
         for row in rows
     ]
     return shared.markdown_table((title, "variant", "ms, median", "of"), cells)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks import customization, customization_report
-from benchmarks.customization import METHODS, Bench, Run
+from benchmarks import customization, customization_report, customization_runs
+from benchmarks.customization_runs import METHODS, Bench, Run
 from comcat_diffusion import bases
 from comcat_diffusion.evaluation.features import load_features
 from recipe.subject import HELD_OUT, TRAIN, caption, picture
@@ -23,8 +23,8 @@ KINDS = (
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_method_trains_and_writes_what_it_says(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(customization, "picture", lambda subject, pose: _blank())
-    pipe, cost = customization.learn(Bench(tmp_path, 2), Run(name, "cat", 1e-2, 0, 2))
+    monkeypatch.setattr(customization_runs, "picture", lambda subject, pose: _blank())
+    pipe, cost = customization_runs.learn(Bench(tmp_path, 2), Run(name, "cat", 1e-2, 0, 2))
     METHODS[name].write(pipe, tmp_path / "file.safetensors")
     with safe_open(tmp_path / "file.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -40,6 +40,20 @@ def _blank():
     from PIL import Image
 
     return Image.new("RGB", (64, 64), "red")
+
+
+def test_the_peak_of_a_method_is_that_of_a_process_of_its_own_measured_once(tmp_path, monkeypatch):
+    asked = []
+
+    def fresh(function, run):
+        asked.append(run)
+        return function(run)
+
+    monkeypatch.setattr(customization_runs.shared, "in_fresh_process", fresh)
+    monkeypatch.setattr(customization_runs, "picture", lambda subject, pose: _blank())
+    run = Run("LoRA, rank 4", "cat", 1e-2, 0, 300)
+    first = customization_runs.peak_mib(run, tmp_path)
+    assert customization_runs.peak_mib(replace(run, seed=1), tmp_path) == first > 100 and asked == [run]
 
 
 def test_the_grid_is_not_tried_on_what_is_reported():
@@ -88,17 +102,17 @@ def test_measures_are_read_from_the_pictures_that_were_kept(tmp_path):
     run = Run("LoRA, rank 4", "cat", 1e-2, 0, 3)
     own = [picture("cat", pose).resize((64, 64)) for pose in (*HELD_OUT, *TRAIN)] * 2
     other = [picture("house", pose).resize((64, 64)) for pose in (*HELD_OUT, *TRAIN)] * 2
-    customization._strip([own, own]).save(tmp_path / f"{run.name}.png")
-    customization._strip([other, other]).save(tmp_path / "base-cat.png")
-    customization._strip([other, own]).save(tmp_path / f"{replace(run, seed=1).name}.png")
+    customization_runs._strip([own, own]).save(tmp_path / f"{run.name}.png")
+    customization_runs._strip([other, other]).save(tmp_path / "base-cat.png")
+    customization_runs._strip([other, own]).save(tmp_path / f"{replace(run, seed=1).name}.png")
     features, found = load_features(bases.EMBEDDED), []
     for one in (run, replace(run, seed=1)):
         (tmp_path / f"{one.name}.json").write_text(json.dumps({"seconds": 1.0}))
-        found.append(customization.measured(features, one, tmp_path))
+        found.append(customization_runs.measured(features, one, tmp_path))
     likeness, otherness = (customization.mean(one["fidelity"]) for one in found)
     assert likeness > 0.7 > 0.3 > otherness
     assert customization.mean(found[0]["drift"]) > 0.2 and customization.mean(found[0]["copying"]) > 0.9
-    assert found[0] == customization.measured(None, run, tmp_path)  # from what was kept
+    assert found[0] == customization_runs.measured(None, run, tmp_path)  # from what was kept
 
 
 def _keep(folder, run, fidelity):
