@@ -35,7 +35,7 @@ def why_not(module: nn.Module) -> str | None:
     for added in ("add_k_proj", "add_v_proj", "add_q_proj"):
         if getattr(module, added, None) is not None:
             return f"it has added key and value projections ({added})"
-    for rotation in ROTATIONS & set(inspect.signature(type(module).forward).parameters):
+    for rotation in ROTATIONS & _arguments(type(module)):
         return f"its queries and keys are rotated by position ({rotation}), in which a wider head does not fit"
     if style.diffusers and not getattr(module, "scale_qk", False):
         return "its logits have no scale of their own (scale_qk), about which processors disagree"
@@ -45,6 +45,12 @@ def why_not(module: nn.Module) -> str | None:
     if not q.out_features == k.out_features == v.out_features == out.in_features:
         return "its heads share keys and values (grouped queries)"
     return None
+
+
+@functools.cache  # reading a signature takes as long as all else here, and loading asks it of each attention four times
+def _arguments(kind: type[nn.Module]) -> frozenset[str]:
+    """What a kind of module is called with."""
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def is_cross_attention(module: nn.Module) -> bool:

@@ -152,7 +152,8 @@ def _attach(model: nn.Module, config: ComcatConfig, adapter_name: str, part: str
     with warnings.catch_warnings():  # PEFT warns of every second adapter, diffusers' own way of adding one
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         model.add_adapter(config, adapter_name)
-    model.set_adapter([*active, adapter_name])
+    if active:
+        model.set_adapter([*active, adapter_name])
     places = factors(model, adapter_name)
     own = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
     if config.tied:
