@@ -1,5 +1,10 @@
 """Sharing: the folder that goes to the hub is exactly this, its card says how to use it; no network is one sentence."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
@@ -11,7 +16,19 @@ from comcat_diffusion import ComcatConfig, read_adapter, save_adapter
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.cli import main
 from comcat_diffusion.export.hub import build_folder, copy_adapters
+from tests import hub_server
 from tests.test_adapter_file import pipeline
+
+# One process for several commands, since its imports are what takes long: each as whoever has the token.
+IN_TURN = """
+import json, os, sys
+from comcat_diffusion.cli import main
+ends = []
+for token, command in json.loads(sys.argv[1]):
+    os.environ["HF_TOKEN"] = token
+    ends.append(main(command))
+print(ends)
+"""
 
 
 @pytest.fixture
@@ -107,6 +124,31 @@ def test_only_adapters_are_fetched_and_no_other_file_is_replaced(written, folder
     (folder / file.name).unlink()
     with pytest.raises(ValueError, match="me/my-dog holds no COMCAT adapter"):
         copy_adapters(folder, target, "me/my-dog")
+
+
+def test_an_adapter_goes_to_a_hub_and_comes_back(written, sheet, tmp_path):
+    """By huggingface_hub's own requests, to a hub of ours: it takes address and token from the environment."""
+    file, target, home = written(), tmp_path / "fetched", tmp_path / "home"
+    push = ["push", "--adapter", str(file), "--sheet", str(sheet), "--private", "--repo_id"]
+    with hub_server.running("hf_mine") as hub:
+        commands = (
+            ("hf_of_somebody_else", [*push, "me/not-shared"]),
+            (hub.token, [*push, "me/my-dog"]),
+            ("hf_of_somebody_else", ["pull", "--repo_id", "me/my-dog", "--output_dir", str(tmp_path / "nothing")]),
+            (hub.token, ["pull", "--repo_id", "me/my-dog", "--output_dir", str(target)]),
+        )
+        run = [sys.executable, "-c", IN_TURN, json.dumps(commands)]
+        around = {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(run, env=os.environ | around, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [2, 0, 2, 0]
+    assert "The hub refused 'me/not-shared'" in done.stderr and "The hub refused 'me/my-dog'" in done.stderr
+    assert hub.private == {"me/my-dog": True} and hub.files.keys() == {"me/my-dog"}
+    shared = hub.files["me/my-dog"]
+    assert sorted(shared) == ["README.md", "sheet.png", file.name] and shared[file.name] == file.read_bytes()
+    assert [path.read_bytes() for path in target.iterdir()] == [file.read_bytes()]
+    assert not (tmp_path / "nothing").exists()
+    said = (done.stdout + done.stderr).encode()
+    assert not any(b"hf_mine" in content or b"hf_of" in content for content in (said, *shared.values()))
 
 
 def test_without_a_network_it_is_one_sentence_and_the_token_stays_untold(written, tmp_path, capsys, monkeypatch):

@@ -96,11 +96,12 @@ def copy_adapters(source: Path, target: Path, repo_id: str) -> list[Path]:
 def _in_one_sentence(repo_id: str) -> Iterator[None]:
     try:
         yield
-    except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "no status")
-        raise OSError(
-            f"The hub refused '{repo_id}' ({type(error).__name__}, {status}): check the name, and who is logged in."
-        ) from error
-    except Exception as error:  # of the HTTP library, which is another one in every version of huggingface_hub
-        kind = type(error).__name__
-        raise OSError(f"The hub did not answer for '{repo_id}' ({kind}): check the connection.") from error
+    except Exception as error:  # or of the HTTP library, which is another one in every version of huggingface_hub
+        # Where nothing in the cache can stand in for an answer, the answer is the cause of another error.
+        answer = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        if isinstance(answer, HfHubHTTPError):
+            told = f"{type(answer).__name__}, {getattr(answer.response, 'status_code', 'no status')}"
+            said = f"The hub refused '{repo_id}' ({told}): check the name, and who is logged in."
+        else:
+            said = f"The hub did not answer for '{repo_id}' ({type(error).__name__}): check the connection."
+        raise OSError(said) from error
