@@ -211,3 +211,13 @@ def test_one_job_goes_on_at_a_time_and_a_failing_one_is_named():
 def test_settings_that_make_no_sense_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         training.main(["--quick", *flags])
+
+
+def test_runs_called_equal_in_fidelity_are_so_in_the_results():
+    rows = json.loads(circumstances.results_path("customization", CPU).read_text())["rows"]
+    ours, theirs = training_report.AS_GOOD
+    (mine,) = (r for r in rows if r["method"] == f"COMCAT tied, rank 8, from the trigger on, {ours} steps")
+    (other,) = (r for r in rows if r["method"] == "LoRA, rank 4, by diffusers' recipe")
+    assert other["steps"] == theirs and mine["runs"] == other["runs"]
+    assert mine["fidelity"]["mean"] >= other["fidelity"]["mean"]
+    assert mine["obedience"]["mean"] >= other["obedience"]["mean"]

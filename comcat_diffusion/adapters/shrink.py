@@ -125,6 +125,7 @@ def _richest(
         made = _made(whole_file, layers, bits) if any(bits) else best
         room = max_bytes - len(made[1])
         if room < 0:
+            # Every budget from what these take up to this one makes the same file.
             high = budget = sum(direction.bytes(count) for direction, count in zip(directions, bits, strict=True))
         else:
             low, best = budget, made
