@@ -51,6 +51,7 @@ SHRUNK = {  # adapters that are shrunk to these bytes and measured again
     "COMCAT tied, rank 8, way up, from the trigger on": (5_000,),
     "COMCAT tied, rank 4, rank 2 of self-attention, from the trigger on": (10_000,),
     "COMCAT tied, rank 8, rank 4 of self-attention, from the trigger on": (16_000,),
+    "COMCAT free, rank 8, cross, from the trigger on": (20_000, 10_000),
 }
 SHORTER = (100, 150, 180)  # 180 of the default take 0.36 of the time of the recipe's 300 (benchmarks.training)
 OTHER_STEPS = {

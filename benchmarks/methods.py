@@ -130,6 +130,7 @@ METHODS = {
     "COMCAT foldable, rank 4, cross, from the trigger on": _ours(
         OWN["foldable"], r=4, **CROSS, **WAITING, foldable=True
     ),
+    "COMCAT free, rank 8, cross, from the trigger on": _ours(OWN["free"], r=8, **CROSS, **WAITING),
     "COMCAT tied, rank 4": _ours(OWN["tied"], r=4, **TIED),
     "COMCAT foldable, rank 4": _ours(OWN["foldable"], r=4, target_modules=SELF_AND_CROSS, foldable=True),
     "COMCAT free, rank 1": _ours(OWN["free"], r=1, target_modules=SELF_AND_CROSS),
