@@ -10,7 +10,7 @@ from peft import IA3Config, LoKrConfig, LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from benchmarks.variants import ATTENTIONS
+from benchmarks.variants import ATTENTIONS, RECIPE_RATE, RECIPE_SCHEDULE, recipe_lora
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import adapted_layers
@@ -98,12 +98,9 @@ def _write_token(pipe: DiffusionPipeline, path: Path) -> None:
     save_file({TOKEN: pipe.comcat_learned.vectors.detach().half()}, path)
 
 
-def _sized(rank: int) -> dict[str, object]:
-    return {"r": rank, "lora_alpha": rank, "target_modules": DIFFUSERS.names}
-
-
 def _lora(rank: int, rates: tuple[float, ...]) -> Method:
-    return Method(rates, _adapter(LoraConfig(**_sized(rank))), _write_peft)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=DIFFUSERS.names)
+    return Method(rates, _adapter(config), _write_peft)
 
 
 def _ours(rates: tuple[float, ...], teacher: bool = False, **config: object) -> Method:
@@ -141,7 +138,7 @@ METHODS = {
     "LoRA, rank 4": _lora(4, MIDDLE),
     "LoRA, rank 16": _lora(16, MIDDLE),
     "LoRA, rank 4, by diffusers' recipe": Method(
-        (5e-4,), _adapter(LoraConfig(init_lora_weights="gaussian", **_sized(4))), _write_peft, schedule="constant"
+        (RECIPE_RATE,), _adapter(recipe_lora()), _write_peft, schedule=RECIPE_SCHEDULE
     ),
     "LoKr, rank 4": Method(MIDDLE, _adapter(LoKrConfig(r=4, alpha=4, target_modules=DIFFUSERS.names)), _write_peft),
     "IA3": Method(

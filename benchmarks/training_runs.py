@@ -20,7 +20,6 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
@@ -43,9 +42,8 @@ from benchmarks.training_clock import (
     TEXT,
     VAE,
     Clock,
-)  # fmt: skip
+)
 from comcat_diffusion import bases
-from comcat_diffusion.attentions import DIFFUSERS
 from comcat_diffusion.training import customize as story
 from comcat_diffusion.training import learned, output
 from comcat_diffusion.training.batching import Batching
@@ -55,7 +53,6 @@ from comcat_diffusion.training.loop import Loop, Step
 
 PROMPT = "a photo of sks dog"
 PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}  # as Accelerate calls them
-RECIPE_RANK, RECIPE_RATE = 4, 5e-4
 
 
 @dataclass(frozen=True)
@@ -194,16 +191,13 @@ class Recipe:
             setattr(self, name, model.to(self.accelerator.device, self.settings.dtype))
 
     def _attach(self) -> None:
-        """A new LoRA on every attention of the U-Net, AdamW and a constant schedule."""
-        self.unet.add_adapter(
-            LoraConfig(
-                r=RECIPE_RANK, lora_alpha=RECIPE_RANK, init_lora_weights="gaussian", target_modules=DIFFUSERS.names
-            )
-        )
+        """A new LoRA on every attention of the U-Net, AdamW and the schedule."""
+        self.unet.add_adapter(variants.recipe_lora())
         cast_training_params(self.unet, torch.float32)
         self.trained = variants.trainable(self.unet)
-        optimizer = torch.optim.AdamW(self.trained, lr=RECIPE_RATE, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
-        schedule = get_scheduler("constant", optimizer)
+        settings = {"lr": variants.RECIPE_RATE, "betas": (0.9, 0.999), "weight_decay": 1e-2, "eps": 1e-8}
+        optimizer = torch.optim.AdamW(self.trained, **settings)
+        schedule = get_scheduler(variants.RECIPE_SCHEDULE, optimizer)
         self.unet, self.optimizer, self.schedule = self.accelerator.prepare(self.unet.train(), optimizer, schedule)
 
     def step(self) -> tuple[float, float]:

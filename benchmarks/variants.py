@@ -22,6 +22,7 @@ NAME = "bench"  # of every adapter here
 # What is adapted, as patterns of names; `cross` is what `comcat train` adapts without flags, `up` with --way_up.
 ATTENTIONS = {"self+cross": r".*\.attn[12]", "cross": r".*\.attn2", "up": r"up_blocks\..*\.attn2"}
 FACTORS = ("q_down", "k_down", "v_down", "out_up")
+RECIPE_RATE, RECIPE_SCHEDULE = 5e-4, "constant"  # of diffusers' DreamBooth-LoRA script by default
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ BASES = {
         pixels=16,
     ),
 }
+
+
+def recipe_lora() -> LoraConfig:
+    """The LoRA that diffusers' DreamBooth-LoRA script trains by default."""
+    return LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=DIFFUSERS.names)
 
 
 def bare_unet(device: torch.device, dtype: torch.dtype, base: Base = BASES["sd15"], seed: int = 0) -> nn.Module:
