@@ -94,8 +94,12 @@ def in_fresh_process(function: Callable, *arguments: object) -> object:
 
 
 def _fresh(modules: Iterable[str]) -> BaseContext:
-    """How new processes start: from a server that has imported these once and computed nothing, where there is one."""
-    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    """How new processes start: from a server that has imported these once and computed nothing, where there is one.
+
+    With a GPU each imports for itself: libraries look for one when they are imported, and CUDA survives no fork.
+    """
+    server = "forkserver" in get_all_start_methods() and not torch.cuda.is_available()
+    context = get_context("forkserver" if server else "spawn")
     context.set_forkserver_preload(list(modules))
     return context
 

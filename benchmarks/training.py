@@ -108,6 +108,7 @@ def command_line() -> argparse.ArgumentParser:
         default="cross",
         help="what ours adapts (default: %(default)s-attention, its own; up is that in the way up)",
     )
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="in ours, which then recomputes")
     parser.add_argument("--quick", action="store_true", help="tiny and short: shows that it runs, not what it costs")
     parser.add_argument("--output", type=Path, help="the JSON (default: benchmarks/results/training-DEVICE.json)")
     parser.add_argument("--show", type=Path, metavar="JSON", help="print the tables of an earlier run and stop")
@@ -128,6 +129,7 @@ def settings_of(flags: argparse.Namespace) -> Settings:
         pictures=tuple(sorted(flags.pictures or ((4, 32) if flags.quick else (4, 32, 256, 1000)))),
         parts=tuple(part for part in PARTS if part in flags.parts),
         targets=flags.targets,
+        gradient_checkpointing=flags.gradient_checkpointing,
     )
 
 
@@ -195,6 +197,7 @@ def config_of(settings: Settings, pictures: Path, folder: Path, **more: object) 
         mixed_precision=PRECISIONS[settings.dtype],
         save_precision="fp32",
         skip_final_inference=True,
+        gradient_checkpointing=settings.gradient_checkpointing,
         **TARGETS[settings.targets],
         **more,
     )

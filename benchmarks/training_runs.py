@@ -70,6 +70,7 @@ class Settings:
     pictures: tuple[int, ...]  # numbers of them, fewest first
     parts: tuple[str, ...]
     targets: str  # of our adapter: a key of TARGETS
+    gradient_checkpointing: bool = False  # in ours
 
     def __post_init__(self) -> None:
         if self.resolution % 64:

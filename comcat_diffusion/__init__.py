@@ -6,6 +6,8 @@ free of torch.
 
 import importlib
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "ComcatConfig": "comcat_diffusion.adapters.config",
     "ComcatModel": "comcat_diffusion.adapters.model",

@@ -1,6 +1,7 @@
 """How families of attention modules name their parts, found by structure; adapters and compression stand on it."""
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 from torch import nn
 
@@ -27,7 +28,7 @@ class Style:
 
     def projections(self, attention: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
         """The four projections: into queries, keys, values and out of the heads."""
-        return tuple(attention.get_submodule(name) for name in self.names)
+        return attrgetter(*self.names)(attention)  # several times faster than get_submodule
 
     def head_count(self, attention: nn.Module) -> int:
         """Number of heads H."""

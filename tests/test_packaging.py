@@ -5,10 +5,13 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+
+import comcat_diffusion
+from comcat_diffusion.versions import versions_with
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -64,6 +67,17 @@ def test_every_requirement_has_a_floor_and_a_pin_that_reaches_it():
 
 def test_the_tested_versions_are_the_pinned_ones():
     assert {name: version(name).split("+")[0] for name in PINS} == PINS
+
+
+def test_a_clone_that_was_never_installed_still_names_its_version(monkeypatch, wheel):
+    def installed(name):
+        if name == "comcat-diffusion":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr("comcat_diffusion.versions.version", installed)
+    assert versions_with("torch") == {"comcat-diffusion": comcat_diffusion.__version__, "torch": "1"}
+    assert wheel.name.split("-")[1] == comcat_diffusion.__version__ == version("comcat-diffusion")
 
 
 def test_what_must_not_be_needed_is_not():

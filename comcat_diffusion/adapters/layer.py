@@ -241,9 +241,10 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         return [seam.plain(projection) for projection in self._base_projections()]
 
     def _wide_heads(self, names: list[str]) -> WideHeads:
-        adapters = [self._factors(name) for name in names]
-        device = self.weight.device.type
-        return WideHeads(self.heads, self.width, adapters, self.style.diffusers, device)
+        adapters, heads = [self._factors(name) for name in names], self.heads
+        keys = seam.plain(self._base_projections()[1])
+        width, device = keys.out_features // heads, keys.weight.device.type
+        return WideHeads(heads, width, adapters, self.style.diffusers, device)
 
     def _factors(self, name: str) -> Free | Foldable:
         scale, k, v = self.scaling[name], self.comcat_k_down[name], self.comcat_v_down[name]

@@ -3,7 +3,6 @@
 import json
 import struct
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 
 import safetensors.torch
@@ -23,6 +22,7 @@ from comcat_diffusion.adapters.parts import components, denoiser
 from comcat_diffusion.adapters.tied import gathered, scattered, sides_of, tied_shapes
 from comcat_diffusion.adapters.token import ENCODERS, put_token, refuse_token
 from comcat_diffusion.adapters.trigger import listen
+from comcat_diffusion.versions import versions_with
 
 Tokens = dict[str, dict[str, torch.Tensor]]  # by token and text encoder: embeddings (n, E)
 TOKEN = "token"
@@ -81,7 +81,7 @@ def save_adapter(
 
 def library_versions() -> dict[str, str]:
     """The versions that a header names as the file's writers."""
-    return {name: version(name) for name in ("comcat-diffusion", "diffusers", "peft", "torch", "transformers")}
+    return versions_with("diffusers", "peft", "torch", "transformers")
 
 
 def serialized(tensors: dict[str, torch.Tensor], header: Header) -> bytes:

@@ -4,13 +4,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import version
 
 import torch
 from torch import nn
 
 from comcat_diffusion.compression.config import METHODS
 from comcat_diffusion.compression.cost import PARTS, Unit
+from comcat_diffusion.versions import versions_with
 
 FORMAT_VERSION = 1
 COUNTED = ("model", "parts")
@@ -102,7 +102,7 @@ def sketch_of(model: nn.Module, units: Sequence[Unit]) -> list[float]:
 
 def library_versions() -> dict[str, str]:
     """Of the libraries that a compressed model depends on."""
-    return {name: version(name) for name in ("comcat-diffusion", "diffusers", "torch", "transformers")}
+    return versions_with("diffusers", "torch", "transformers")
 
 
 def refuse_other_model(plan: Plan, model: nn.Module, units: Sequence[Unit]) -> None:
