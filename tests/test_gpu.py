@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from comcat_diffusion import bases, load_adapter
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
+from comcat_diffusion.training import customize as story
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
 from tests.test_adapter_battery import CASES, Case, case  # noqa: F401 - a fixture
@@ -105,10 +106,18 @@ def test_two_runs_take_the_same_course(tmp_path):
     assert_close(torch.tensor(first.losses), torch.tensor(second.losses), rtol=1e-2, atol=1e-3)
 
 
-def test_encoders_that_no_step_needs_leave_the_gpu(tmp_path):
-    watcher = Losses()
-    customize(config(tmp_path, max_train_steps=3), watcher)
-    assert 1 << 20 < watcher.peaks[-1] < 1 << 30
+def test_nothing_but_the_vae_is_on_the_gpu_while_pictures_are_encoded(tmp_path, monkeypatch):
+    there, encoded = [], story.encode_all
+
+    def watched(config, pipe, *more):
+        there.append(
+            {name: module.device.type for name, module in pipe.components.items() if hasattr(module, "device")}
+        )
+        return encoded(config, pipe, *more)
+
+    monkeypatch.setattr(story, "encode_all", watched)
+    customize(config(tmp_path, max_train_steps=2))
+    assert there == [{"vae": "cuda", "text_encoder": "cpu", "unet": "cpu"}]
 
 
 @pytest.mark.parametrize("kind", ["tied", "foldable", "free"])

@@ -32,7 +32,8 @@ def learner(unet):
         states = [torch.randn(7, 24, generator=torch.Generator().manual_seed(len(p) + ord(p[-1]))) for p in prompt]
         return torch.stack(states), None
 
-    pipe = SimpleNamespace(unet=unet, encode_prompt=encode_prompt, device=torch.device("cpu"))
+    encoder = SimpleNamespace(device=torch.device("cpu"), to=lambda device: None)
+    pipe = SimpleNamespace(unet=unet, encode_prompt=encode_prompt, text_encoder=encoder)
     return Learner(pipe, ["prompt 0", "prompt 1"], train_text=False)
 
 

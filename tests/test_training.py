@@ -17,6 +17,7 @@ from comcat_diffusion import bases, load_adapter, read_adapter
 from comcat_diffusion.config import read_toml
 from comcat_diffusion.training import customize as story
 from comcat_diffusion.training import learned, output
+from comcat_diffusion.training import learner as learner_module
 from comcat_diffusion.training.batching import Batch
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
@@ -184,6 +185,35 @@ def test_a_file_that_does_not_reproduce_the_training_is_an_error(config):
         parameter.data *= 1.05
     with pytest.raises(RuntimeError, match="does not reproduce"):
         prove(settings, witness(learner, batch), outcome.adapter)
+
+
+def test_each_part_is_on_the_accelerator_while_it_works_and_the_denoiser_in_the_precision_of_its_steps(
+    config, monkeypatch
+):
+    moves, read, encoded = [], learner_module._read, story.encode_all
+
+    def noted(self, *arguments, **more):
+        moves.append((type(self).__name__, *[str(a) for a in (*arguments, *more.values())]))
+        return moved(self, *arguments, **more)
+
+    def marked(name, function):
+        def run(*arguments):
+            moves.append(name)
+            return function(*arguments)
+
+        return run
+
+    moved = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", noted)
+    monkeypatch.setattr(story, "encode_all", marked("encode", encoded))
+    monkeypatch.setattr(learner_module, "_read", marked("read", read))
+    customize(config(max_train_steps=1, mixed_precision="bf16"))
+    before, rest = moves[: moves.index("encode")], moves[moves.index("encode") :]
+    assert ("AutoencoderKL", "cpu") in before and not {move[0] for move in before} & {"UNet2DConditionModel"}
+    first, second = (index for index, move in enumerate(rest) if move == "read")  # of the run, and of the proof
+    for reading in (first, second):
+        unet = [move[1] for move in rest[reading:] if move[0] in ("UNet2DConditionModel", "Learner")][:2]
+        assert unet == ["torch.bfloat16", "cpu"]  # smaller first, then to where it works
 
 
 def test_the_trained_base_is_gone_before_the_proof_loads_another(config, monkeypatch):

@@ -111,19 +111,23 @@ def _run(
     config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accelerator, watcher: Watcher
 ) -> tuple[Outcome, output.Witness | None]:
     """All but the proof, which the main process gets a witness for."""
-    pipe = bases.asked_base(config, "fp32").to(accelerator.device)
+    pipe = bases.asked_base(config, "fp32")
     config = _resolved(config, pipe, dataset)
     atomic.write_bytes(target.parent / "run.toml", to_toml(config).encode())
 
-    # Pictures and prompts are encoded once, by the bare base; then the encoders make room. The adapter starts as
-    # exactly nothing, so the first step is taken from the base itself.
+    # Pictures and prompts are encoded once, by the bare base, each part on the accelerator for as long as it works; so
+    # a GPU never holds more than a step needs. The adapter starts as exactly nothing, so the first step is taken from
+    # the base itself.
     objective = Objective(DDPMScheduler.from_config(pipe.scheduler.config), config.snr_gamma, config.noise_offset)
+    pipe.vae.to(accelerator.device)
     material = encode_all(config, pipe, dataset, watcher.note)
+    pipe.to("cpu")
     learned.prepare(config, pipe, dataset.subjects)
     prompts = [*material.prompts, *config.validation_prompt, ""]
     for text in (*cut_off(pipe.tokenizer, prompts), *tiny(material.crops, config.resolution)):
         watcher.note(text)
-    learner = Learner(pipe, prompts, train_text=config.train_text_encoder or bool(words_of(pipe)))
+    train_text = config.train_text_encoder or bool(words_of(pipe))
+    learner = Learner(pipe, prompts, train_text, accelerator.device)
     learned.add_tokens(pipe, learner)
     _make_room(pipe, learner)
 
@@ -244,8 +248,7 @@ def default_batch(resolution: int, pictures: int) -> int:
 
 
 def _make_room(pipe: DiffusionPipeline, learner: Learner) -> None:
-    """Take off the accelerator what no step needs: the VAE, and text encoders that are not trained."""
-    pipe.vae.to("cpu")
+    """Let go of what no step needs: text encoders that are not trained."""
     if not learner.encoders:
         for name in ("text_encoder", "text_encoder_2"):
             if getattr(pipe, name, None) is not None:

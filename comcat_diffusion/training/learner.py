@@ -17,8 +17,9 @@ TextStates = tuple[torch.Tensor, torch.Tensor | None]  # B, M, E; and SDXL's poo
 
 def text_states(pipe: DiffusionPipeline, prompts: list[str]) -> TextStates:
     """The text states of prompts as the pipeline itself makes them. Gradients flow if the caller lets them."""
+    device = next(iter(text_encoders(pipe).values())).device
     states, _, *pooled = pipe.encode_prompt(
-        prompt=prompts, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        prompt=prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
     return states, pooled[0] if pooled else None
 
@@ -39,17 +40,21 @@ def cut_off(tokenizer: CLIPTokenizer, prompts: Iterable[str]) -> Iterator[str]:
 
 
 class Learner(nn.Module):
-    """Predicts from noisy latents and prompts. The text is encoded once, or, if it is trained, at every step."""
+    """Predicts from noisy latents and prompts. The text is encoded once, or, if it is trained, at every step.
 
-    def __init__(self, pipe: DiffusionPipeline, prompts: Iterable[str], train_text: bool):
+    Once means on `device`, where the encoders stand for that while only; default: where they are.
+    """
+
+    def __init__(
+        self, pipe: DiffusionPipeline, prompts: Iterable[str], train_text: bool, device: torch.device | None = None
+    ):
         super().__init__()
         self.unet = pipe.unet
         self.encoders = nn.ModuleDict(text_encoders(pipe) if train_text else {})
         self._pipe = pipe
         self._known: dict[str, TextStates] = {}
         if not train_text:
-            with torch.no_grad():
-                self._known = {prompt: _parts(text_states(pipe, [prompt]), 0) for prompt in dict.fromkeys(prompts)}
+            self._known = _read(pipe, prompts, device)
 
     def forward(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str], frames: torch.Tensor
@@ -73,6 +78,18 @@ class Learner(nn.Module):
         states, pooled = zip(*(self._known[prompt] for prompt in prompts), strict=True)
         stacked = torch.stack(states).to(device, self.unet.dtype)  # B, M, E
         return stacked, None if pooled[0] is None else torch.stack(pooled).to(device, self.unet.dtype)
+
+
+@torch.no_grad()
+def _read(pipe: DiffusionPipeline, prompts: Iterable[str], device: torch.device | None) -> dict[str, TextStates]:
+    """The text states of every prompt, on the CPU."""
+    homes = [(encoder, encoder.device) for encoder in text_encoders(pipe).values()]
+    for encoder, home in homes:
+        encoder.to(device or home)
+    found = {prompt: _parts(text_states(pipe, [prompt]), 0) for prompt in dict.fromkeys(prompts)}
+    for encoder, home in homes:
+        encoder.to(home)
+    return found
 
 
 def _parts(states: TextStates, index: int) -> TextStates:

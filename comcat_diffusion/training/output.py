@@ -144,9 +144,8 @@ def prove(config: TrainConfig, known: Witness, path: Path) -> None:
     """Load a saved file onto a fresh base and compare one prediction. Raises RuntimeError at a difference."""
     batch, fresh = known.batch, bases.asked_base(config, "fp32")
     load_adapter(fresh, path, ADAPTER)
-    fresh.to(batch.noisy.device)
-    fresh.unet.to(batch.noisy.dtype)
-    learner = Learner(fresh, batch.prompts, train_text=False).eval()
+    learner = Learner(fresh, batch.prompts, False, batch.noisy.device).eval()
+    learner.unet.to(batch.noisy.dtype).to(batch.noisy.device)
     found = learner(batch.noisy, batch.timesteps, batch.prompts, batch.frames).float()
     off = (known.predicted - found).abs().max() / known.predicted.abs().max()
     if not off < (1e-4 if batch.noisy.dtype == torch.float32 else 5e-2):
