@@ -231,6 +231,11 @@ def asked_device(name: str | None) -> str:
     return name
 
 
+def asked_precision(name: str | None, device: str) -> str:
+    """The precision of this name, or what suits a device for drawing: half on a GPU, where it is much faster."""
+    return name or ("fp16" if torch.device(device).type == "cuda" else "fp32")
+
+
 def fastest_device() -> str:
     """The accelerator that is there, or the CPU."""
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"

@@ -101,3 +101,8 @@ def test_what_is_no_base_is_told(tmp_path):
         bases.load_base("nobody/nothing")
     with pytest.raises(FileNotFoundError, match="no such folder or file"):
         bases.load_base(str(Path("nowhere") / "at" / "all"))
+
+
+def test_a_gpu_draws_in_half_precision_unless_another_is_asked_for():
+    asked = (None, "cuda"), (None, "cuda:1"), (None, "cpu"), (None, "mps"), ("bf16", "cuda"), ("fp32", "cuda")
+    assert [bases.asked_precision(*one) for one in asked] == ["fp16", "fp16", "fp32", "fp32", "bf16", "fp32"]

@@ -9,6 +9,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,6 +186,16 @@ def test_a_file_that_does_not_reproduce_the_training_is_an_error(config):
         parameter.data *= 1.05
     with pytest.raises(RuntimeError, match="does not reproduce"):
         prove(settings, witness(learner, batch), outcome.adapter)
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "asked", "taken"),
+    [("cuda", True, None, "bf16"), ("cuda", False, None, "no"), ("cpu", True, None, "no"), ("cuda", True, "no", "no")],
+)
+def test_a_gpu_that_has_bfloat16_trains_in_it_unless_another_is_asked_for(monkeypatch, device, has_bf16, asked, taken):
+    monkeypatch.setattr(story, "PartialState", lambda: SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
+    assert story._with_precision(TrainConfig(mixed_precision=asked)).mixed_precision == taken
 
 
 def test_each_part_is_on_the_accelerator_while_it_works_and_the_denoiser_in_the_precision_of_its_steps(

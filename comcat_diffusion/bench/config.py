@@ -16,7 +16,9 @@ class TimingSettings(Group):
         4, "Rank of the LoRA to compare with; it adapts every attention, as diffusers' recipe does."
     )
     rounds: int = option(3, "Times that everything is timed, in turns; medians are reported.")
-    precision: str = option("fp32", "Precision of the base.", choices=("fp32", "fp16", "bf16"))
+    precision: str | None = option(
+        None, "Precision of the base. Default: fp16 on a GPU, else fp32.", choices=("fp32", "fp16", "bf16")
+    )
     device: str | None = option(None, "cpu, cuda, mps, ... Default: the fastest that is there.")
     output: str | None = option(None, "Also write the numbers to this JSON file.")
 

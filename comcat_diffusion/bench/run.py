@@ -7,7 +7,7 @@ before it is timed, as it is in use, so that none carries another's hooks.
 import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 import torch
@@ -73,7 +73,9 @@ class Bench:
 
 def bench(config: BenchConfig) -> Bench:
     """Time a base without adapter, with COMCAT and with a LoRA, in turns. Raises ValueError and OSError."""
-    pipe = bases.asked_base(config, config.precision).to(bases.asked_device(config.device))
+    device = bases.asked_device(config.device)
+    config = replace(config, precision=bases.asked_precision(config.precision, device))
+    pipe = bases.asked_base(config, config.precision).to(device)
     pipe.unet.requires_grad_(False)
     resolution = bases.asked_resolution(pipe, config.resolution)
     learner = Learner(pipe, [PROMPT, ""], train_text=False)

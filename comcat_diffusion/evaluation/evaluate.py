@@ -54,6 +54,7 @@ def evaluate(
 
     # So are the feature models and whether every adapter fits the base.
     device = bases.asked_device(config.device or str(accelerator.device))
+    config = replace(config, precision=bases.asked_precision(config.precision, device))
     clip, judge = _features(config, embedded, device)
     pipe = _pipeline(config, base, chosen, device)
     folder = made_folder(config.output_dir)

@@ -88,7 +88,9 @@ class MachineSettings(Group):
     """The machine"""
 
     batch_size: int = option(4, "Pictures drawn at once.")
-    precision: str = option("fp32", "Precision of the base.", choices=("fp32", "fp16", "bf16"))
+    precision: str | None = option(
+        None, "Precision of the base. Default: fp16 on a GPU, else fp32.", choices=("fp32", "fp16", "bf16")
+    )
     device: str | None = option(None, "cpu, cuda, mps, ... Default: the fastest that is there.")
     output_dir: str = option("pictures", "Folder for the pictures and the contact sheet.")
 

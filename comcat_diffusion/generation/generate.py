@@ -94,7 +94,8 @@ def _name(number: int) -> str:
 
 
 def _pipeline(config: GenerateConfig, chosen: list[Chosen]) -> DiffusionPipeline:
-    pipe = bases.asked_base(config, config.precision, base_of(config, chosen))
+    device = bases.asked_device(config.device)
+    pipe = bases.asked_base(config, bases.asked_precision(config.precision, device), base_of(config, chosen))
     use_sampler(pipe, config.scheduler)
     names = [_name(number) for number in range(len(chosen))]
     for name, one in zip(names, chosen, strict=True):
@@ -105,7 +106,7 @@ def _pipeline(config: GenerateConfig, chosen: list[Chosen]) -> DiffusionPipeline
     if chosen or loras:
         weights = [one.scale for one in chosen] + [weight for _, weight in loras.values()]
         pipe.set_adapters([*names, *loras], weights)
-    return pipe.to(bases.asked_device(config.device))
+    return pipe.to(device)
 
 
 def _load_lora(pipe: DiffusionPipeline, path: Path, name: str) -> None:

@@ -211,7 +211,9 @@ class PaceSettings(Group):
 class MachineSettings(Group):
     """The machine"""
 
-    mixed_precision: str = option("no", "Precision of the frozen base.", choices=("no", "fp16", "bf16"))
+    mixed_precision: str | None = option(
+        None, "Precision of the frozen base. Default: bf16 on a GPU with it, else no.", choices=("no", "fp16", "bf16")
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     allow_tf32: bool = option(False, "Faster, slightly less exact float32 products on recent GPUs.")
     compile: bool = option(False, "Compile the U-Net: a slow first step, then faster ones.")

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
@@ -89,7 +89,7 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
     """
     watcher = watcher or Silent()
     # Everything that can be wrong with the input is looked at before the base, which is big, is loaded.
-    config = with_sample(config)
+    config = _with_precision(with_sample(config))
     dataset = read_dataset(config)
     target = output.target_of(config, dataset.subjects)
     for _, text in remarks(dataset):
@@ -207,6 +207,12 @@ def with_sample(config: TrainConfig) -> TrainConfig:
         # The embedded base draws best what it is told everything of: where the thing is, how large and on what.
         validation_prompt=config.validation_prompt or ([] if own else (folder / "sample.txt").read_text().splitlines()),
     )
+
+
+def _with_precision(config: TrainConfig) -> TrainConfig:
+    """The settings, with the precision that suits the device where none is named."""
+    has_bf16 = PartialState().device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return replace(config, mixed_precision=config.mixed_precision or ("bf16" if has_bf16 else "no"))
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
