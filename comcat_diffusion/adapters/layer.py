@@ -77,6 +77,7 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         self.style = style_of(attention)
         self._owner = (attention,)  # in a tuple, so that the parent is not a submodule of its own child
         self.regions = None  # where in the picture which adapter acts, see adapters/regions.py
+        self.memory = None  # what the text gave, while it cannot change, see adapters/once.py
         self._unmerged: tuple | None = None  # the base's Linears and width, while merged ones stand in their place
 
     # What PEFT and diffusers ask of a layer
@@ -114,7 +115,7 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         dtype = q.weight.dtype if q.weight.dtype.is_floating_point and q.weight.dtype.itemsize > 1 else torch.float32
         # One factor of each product is zero, the other random: step 0 is the base, and gradients flow.
         zero = ("q_core", "out_core") if config.tied else ("k_down", "out_up", "out_core")
-        for name, (into, outof) in factor_shapes(self._owner[0], rank, config.foldable, config.tied).items():
+        for name, (into, outof) in factor_shapes(self.owner, rank, config.foldable, config.tied).items():
             if name in tied and (tied[name].in_features, tied[name].out_features) != (into, outof):
                 raise ValueError(OTHER_TEXT)
             factor = tied.get(name) or nn.Linear(into, outof, bias=False, device=q.weight.device, dtype=dtype)
@@ -163,7 +164,7 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
                 f"'{waiting[0]}' acts from its trigger on, which merged weights cannot tell: keep it live, or train it "
                 "again with --everywhere."
             )
-        attention, base = self._owner[0], self._base_projections()
+        attention, base = self.owner, self._base_projections()
         self._refuse_to_merge(self.style.projections(attention))
         wide = self._wide_heads([name for name in before + names if self.scaling[name] != 0])
         merged = merged_weights(wide, *base)
@@ -178,10 +179,10 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         if self._unmerged is None:
             return
         base, merged, width_attributes = self._unmerged
-        now = self.style.projections(self._owner[0])
+        now = self.style.projections(self.owner)
         if any(here is not ours for here, ours in zip(now, merged, strict=True)):
             raise ValueError("Cannot unmerge: another adapter wraps the merged projections. Unload that one first.")
-        seam.set_projections(self._owner[0], self.style, base, width_attributes)
+        seam.set_projections(self.owner, self.style, base, width_attributes)
         self._unmerged, self.merged_adapters = None, []
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -199,7 +200,7 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         return self
 
     def _base_projections(self) -> tuple[nn.Module, ...]:
-        return self.style.projections(self._owner[0]) if self._unmerged is None else self._unmerged[0]
+        return self.style.projections(self.owner) if self._unmerged is None else self._unmerged[0]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -214,9 +215,14 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
     # What the seam asks
 
     @property
+    def owner(self) -> nn.Module:
+        """The attention whose side-car this is."""
+        return self._owner[0]
+
+    @property
     def heads(self) -> int:
         """Number of heads H."""
-        return self.style.head_count(self._owner[0])
+        return self.style.head_count(self.owner)
 
     @property
     def width(self) -> int:
@@ -232,7 +238,10 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
 
     def view(self, names: list[str]) -> seam.View:
         """The attention as its own forward should see it while these adapters act."""
-        return seam.view_of(self._owner[0], self.style, self._wide_heads(names))
+        wide = self._wide_heads(names)
+        if self.memory is not None:
+            self.memory.cover(wide, names)
+        return seam.view_of(self.owner, self.style, wide)
 
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.r]
@@ -250,7 +259,7 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         scale, k, v = self.scaling[name], self.comcat_k_down[name], self.comcat_v_down[name]
         tokens = None
         if self.trigger[name]:
-            tokens = spoken(self.gate, self.trigger[name], seam.is_cross_attention(self._owner[0]))
+            tokens = spoken(self.gate, self.trigger[name], seam.is_cross_attention(self.owner))
         if name in self.comcat_q_core:
             return Foldable(scale, tokens, k, v, self.comcat_q_core[name], self.comcat_out_core[name])
         return Free(scale, tokens, self.comcat_q_down[name], k, v, self.comcat_out_up[name])
@@ -258,7 +267,7 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
     def _refuse_to_merge(self, projections: tuple[nn.Module, ...]) -> None:
         if self.regions is not None:
             raise ValueError("Merged adapters act everywhere: take the regions away (set_regions(pipe, {})) first.")
-        if getattr(self._owner[0], "fused_projections", False):
+        if getattr(self.owner, "fused_projections", False):
             raise ValueError("Call unfuse_qkv_projections() before merging: the fused copy would not see the merge.")
         for projection in projections:
             if type(projection) is not nn.Linear or not projection.weight.dtype.is_floating_point:

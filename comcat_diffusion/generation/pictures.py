@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from comcat_diffusion import atomic, bases
+from comcat_diffusion.adapters.once import text_once
 from comcat_diffusion.generation.config import SamplingSettings
 
 
@@ -56,16 +57,18 @@ def draw(pipe: StableDiffusionPipeline, drawings: list[Drawing], sampling: Sampl
     for start in range(0, len(drawings), sampling.batch_size):
         batch = drawings[start : start + sampling.batch_size]
         negative = [sampling.negative_prompt] * len(batch) if sampling.negative_prompt else None
-        yield from pipe(
-            prompt=[drawing.prompt for drawing in batch],
-            negative_prompt=negative,
-            height=sampling.resolution,
-            width=sampling.resolution,
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            # on the CPU, so that a seed means the same picture on every device
-            generator=[torch.Generator("cpu").manual_seed(drawing.seed) for drawing in batch],
-        ).images
+        with text_once(pipe.unet):
+            drawn = pipe(
+                prompt=[drawing.prompt for drawing in batch],
+                negative_prompt=negative,
+                height=sampling.resolution,
+                width=sampling.resolution,
+                num_inference_steps=sampling.num_inference_steps,
+                guidance_scale=sampling.guidance_scale,
+                # on the CPU, so that a seed means the same picture on every device
+                generator=[torch.Generator("cpu").manual_seed(drawing.seed) for drawing in batch],
+            )
+        yield from drawn.images
 
 
 def data_uri(path: Path, most_bytes: int = 15_000) -> str:
