@@ -9,7 +9,6 @@ import sys
 import time
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,12 +188,21 @@ def test_a_file_that_does_not_reproduce_the_training_is_an_error(config):
 
 
 @pytest.mark.parametrize(
-    ("device", "has_bf16", "asked", "taken"),
-    [("cuda", True, None, "bf16"), ("cuda", False, None, "no"), ("cpu", True, None, "no"), ("cuda", True, "no", "no")],
+    ("gpu", "has_bf16", "on_cpu", "asked", "taken"),
+    [
+        (True, True, "false", None, "bf16"),
+        (True, False, "false", None, "no"),
+        (False, True, "false", None, "no"),
+        (True, True, "true", None, "no"),
+        (True, True, "false", "no", "no"),
+    ],
 )
-def test_a_gpu_that_has_bfloat16_trains_in_it_unless_another_is_asked_for(monkeypatch, device, has_bf16, asked, taken):
-    monkeypatch.setattr(story, "PartialState", lambda: SimpleNamespace(device=torch.device(device)))
+def test_a_gpu_that_has_bfloat16_trains_in_it_unless_another_is_asked_for(
+    monkeypatch, gpu, has_bf16, on_cpu, asked, taken
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", on_cpu)
     assert story._with_precision(TrainConfig(mixed_precision=asked)).mixed_precision == taken
 
 

@@ -13,7 +13,8 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, free_memory
@@ -211,8 +212,9 @@ def with_sample(config: TrainConfig) -> TrainConfig:
 
 def _with_precision(config: TrainConfig) -> TrainConfig:
     """The settings, with the precision that suits the device where none is named."""
-    has_bf16 = PartialState().device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return replace(config, mixed_precision=config.mixed_precision or ("bf16" if has_bf16 else "no"))
+    gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")  # as Accelerate will see it
+    suits = "bf16" if gpu and torch.cuda.is_bf16_supported() else "no"
+    return replace(config, mixed_precision=config.mixed_precision or suits)
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
