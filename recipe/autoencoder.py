@@ -1,4 +1,4 @@
-"""Stage 2, the VAE: 64x64 pixels to 8x8 latents of 32 channels and back.
+"""Stage 1, the VAE: 64x64 pixels to 8x8 latents of 32 channels and back.
 
 The encoder is solved, not trained: its convolutions are set so that it computes principal components of 8x8 patches,
 the best linear code there is (29 dB when decoded linearly). So the latents are final from the start, the U-Net trains
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch.nn.functional import pixel_unshuffle
 
 from recipe.draw import pictures, scenes
-from recipe.fit import Schedule, fast_precision, fit
+from recipe.fit import DEVICE, Schedule, fast_precision, fit
 from recipe.world import PIXELS
 
 CHANNELS = (32, 64, 128, 128)
@@ -44,9 +44,9 @@ def new_autoencoder() -> AutoencoderKL:
     return vae
 
 
-def as_tensor(batch: np.ndarray) -> torch.Tensor:
+def as_tensor(batch: np.ndarray | torch.Tensor) -> torch.Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(batch).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.as_tensor(batch).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def principal_components(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,13 +123,15 @@ def with_solved_encoder() -> tuple[AutoencoderKL, np.ndarray]:
 def train(state: Path, steps: int, learning_rate: float = 1e-3) -> AutoencoderKL:
     """Solve the encoder, then fit the decoder to samples of the posterior."""
     vae, pool = with_solved_encoder()
+    vae.to(DEVICE)
+    seen = torch.from_numpy(pool).to(DEVICE)
 
     precision = fast_precision()
 
     def loss_of(step: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(step)
-        chosen = torch.randint(len(pool), (BATCH,), generator=generator).numpy()
-        pixels = as_tensor(pool[chosen])  # B, 3, H, W
+        generator = torch.Generator(DEVICE).manual_seed(step)
+        chosen = torch.randint(len(seen), (BATCH,), generator=generator, device=DEVICE)
+        pixels = as_tensor(seen[chosen])  # B, 3, H, W
         with torch.no_grad():
             latents = vae.encode(pixels).latent_dist.sample(generator)  # B, C, h, w
         with precision:

@@ -6,11 +6,11 @@ Stages: VAE, CLIP, U-Net with its text encoder, then scores on 200 prompts never
 checkpoint a minute in the state folder and goes on from it, so a cut costs a minute; `--further BASE` goes on from a
 shipped base, `--stages` alone exports what there is. Needs Debian's `fonts-noto-color-emoji`.
 
-Expect, on two quiet CPU cores without matrix units: half an hour for the VAE, three quarters of an hour for the
-CLIP, and four hours for the U-Net (0.6 to 0.7 s a step of 64). The shipped base took as many steps, but in several
-sittings and under changing settings, which docs/log.md tells: the first 16,000 of the U-Net mostly with batches of 32.
-`assets/tiny-sd/scores.json` says what it reached: backgrounds and places 100 %, sizes 99 %, objects 92 %, VAE 30.1 dB,
-the CLIP itself 97 % on drawn scenes.
+Each stage trains on the GPU if there is one, in bfloat16; without one, expect, on two quiet CPU cores without matrix
+units, half an hour for the VAE, three quarters of an hour for the CLIP, and four hours for the U-Net (0.6 to 0.7 s a
+step of 64). The shipped base took as many steps, but in several sittings on a CPU and under changing settings, which
+docs/log.md tells: the first 16,000 of the U-Net mostly with batches of 32. `assets/tiny-sd/scores.json` says what it
+reached: backgrounds and places 100 %, sizes 99 %, objects 92 %, VAE 30.1 dB, the CLIP itself 97 % on drawn scenes.
 """
 
 import argparse
@@ -130,7 +130,7 @@ def train_further(base: Path, state: Path) -> None:
 
 def steps_taken(state: Path) -> dict[str, int]:
     """Optimizer steps behind each stage's weights."""
-    return {name: torch.load(state / f"{name}.pt", weights_only=True, mmap=True)["step"] for name in STEPS}
+    return {name: torch.load(state / f"{name}.pt", weights_only=True, map_location="cpu")["step"] for name in STEPS}
 
 
 def circumstances() -> dict:

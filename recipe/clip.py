@@ -1,4 +1,4 @@
-"""Stage 1, a small CLIP: its text tower is where the base's text encoder starts, and it is the project's own metric."""
+"""Stage 2, a small CLIP: its text tower is where the base's text encoder starts, and it is the project's own metric."""
 
 import json
 import random
@@ -21,7 +21,7 @@ from transformers import (
 
 from recipe.autoencoder import as_tensor
 from recipe.draw import pictures, scenes
-from recipe.fit import Schedule, fast_precision, fit
+from recipe.fit import DEVICE, Schedule, fast_precision, fit
 from recipe.world import OBJECTS, PIXELS, RARE_WORDS, Scene, caption
 
 WIDTH = 128
@@ -97,22 +97,22 @@ def _name_texts() -> list[str]:
 def _blemished(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A little blur and noise, so that generated pictures are judged by what they show and not by their texture."""
     soft = torch.nn.functional.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
-    amount = torch.rand(len(pixels), 1, 1, 1, generator=generator)
-    noise = (
-        torch.randn(pixels.shape, generator=generator) * 0.06 * torch.rand(len(pixels), 1, 1, 1, generator=generator)
-    )
-    return pixels.lerp(soft, amount) + noise
+    share, strength = torch.rand(2, len(pixels), 1, 1, 1, generator=generator, device=DEVICE)
+    noise = torch.randn(pixels.shape, generator=generator, device=DEVICE)
+    return pixels.lerp(soft, share) + 0.06 * strength * noise
 
 
 @torch.no_grad()
 def _through(vae: AutoencoderKL, pool: np.ndarray) -> np.ndarray:
     """The pictures as a U-Net might give them: decoded from latents that are a little off."""
-    generator, seen = torch.Generator().manual_seed(0), []
+    vae.to(DEVICE)
+    generator, seen = torch.Generator(DEVICE).manual_seed(0), []
     for start in range(0, len(pool), 50):
-        latents = vae.encode(as_tensor(pool[start : start + 50])).latent_dist.mean
-        off = LATENT_ERROR * torch.rand(len(latents), 1, 1, 1, generator=generator)
-        decoded = vae.decode(latents + off * torch.randn(latents.shape, generator=generator)).sample
-        seen.append(decoded.clamp(-1, 1).add(1).mul(127.5).round().byte().movedim(1, -1).numpy())
+        latents = vae.encode(as_tensor(pool[start : start + 50]).to(DEVICE)).latent_dist.mean
+        off = LATENT_ERROR * torch.rand(len(latents), 1, 1, 1, generator=generator, device=DEVICE)
+        noise = torch.randn(latents.shape, generator=generator, device=DEVICE)
+        decoded = vae.decode(latents + off * noise).sample
+        seen.append(decoded.clamp(-1, 1).add(1).mul(127.5).round().byte().movedim(1, -1).cpu().numpy())
     return np.concatenate(seen)
 
 
@@ -123,32 +123,34 @@ def train(state: Path, steps: int, vae: AutoencoderKL) -> None:
     """
     torch.manual_seed(0)
     tokenizer = new_tokenizer()
-    model = new_clip(tokenizer)
+    model = new_clip(tokenizer).to(DEVICE)
     world: list[Scene] = scenes(30_000, seed=11)
     pool = pictures(world, seed=12)
     pool[:THROUGH_VAE] = _through(vae, pool[:THROUGH_VAE])
+    seen = torch.from_numpy(pool).to(DEVICE)
 
     names = list(OBJECTS)
-    name_ids = token_ids(tokenizer, _name_texts())
+    first_things = torch.tensor([names.index(scene.things[0].name) for scene in world])
+    alone = torch.tensor([len(scene.things) == 1 for scene in world])
 
     precision = fast_precision()
 
     def loss_of(step: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(step)
-        rng = random.Random(step)
-        chosen = torch.randint(len(pool), (BATCH,), generator=generator).numpy()
-        pixels = _blemished(as_tensor(pool[chosen]), generator)
-        ids = torch.cat([token_ids(tokenizer, [caption(world[i], rng) for i in chosen]), name_ids])
+        generator, rng = torch.Generator(DEVICE).manual_seed(step), random.Random(step)
+        chosen = torch.randint(len(pool), (BATCH,), generator=torch.Generator().manual_seed(step))
+        pixels = _blemished(as_tensor(seen[chosen.to(DEVICE)]), generator)
+        texts = [caption(world[i], rng) for i in chosen.tolist()] + _name_texts()
+        ids = token_ids(tokenizer, texts).to(DEVICE)
         with precision:
             logits = model(input_ids=ids, pixel_values=pixels).logits_per_image.float()
         pairs, named = logits.split((BATCH, len(names)), dim=1)  # B pictures x texts
-        itself = torch.arange(BATCH)
+        itself = torch.arange(BATCH, device=DEVICE)
         told_apart = (cross_entropy(pairs, itself) + cross_entropy(pairs.T, itself)) / 2
         # Background, place and size are enough to tell the pictures of a batch apart, and then names are not learned.
         # So each picture must also prefer its object's name to all others.
-        single = torch.tensor([len(world[i].things) == 1 for i in chosen])
-        objects = torch.tensor([names.index(world[i].things[0].name) for i in chosen])
-        return told_apart + cross_entropy(named[single], objects[single])
+        single = alone[chosen]
+        objects = first_things[chosen[single]].to(DEVICE)
+        return told_apart + cross_entropy(named[single.nonzero().squeeze(1).to(DEVICE)], objects)
 
     fit(model, loss_of, Schedule(steps=steps, learning_rate=8e-4, weight_decay=0.05, ema_decay=0.998), state)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from diffusers.training_utils import EMAModel
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where every stage trains
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -29,13 +31,14 @@ class Schedule:
 
 
 def fit(model: torch.nn.Module, loss_of: Callable[[int], torch.Tensor], schedule: Schedule, state: Path) -> None:
-    """Train `model` in place on `loss_of(step)`; leave the EMA weights in it. A run that was cut goes on from `state`.
+    """Train `model`, which is on `DEVICE`, on `loss_of(step)`; leave the EMA weights in it.
 
-    `loss_of` draws its batch from the step number, so a resumed run sees what an unbroken one would have seen.
+    A run that was cut goes on from `state`. `loss_of` draws its batch from the step number, so a resumed run sees what
+    an unbroken one would have seen.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
-    ema = EMAModel(trained, decay=schedule.ema_decay)
+    ema = EMAModel(trained, decay=schedule.ema_decay, foreach=True)
     first = _resume(model, optimizer, ema, state)
     ema.decay = schedule.ema_decay  # a resumed run may change it
     saved_at, printed_at, mean = time.monotonic(), time.monotonic(), None
@@ -48,14 +51,13 @@ def fit(model: torch.nn.Module, loss_of: Callable[[int], torch.Tensor], schedule
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.step(trained)
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        now = time.monotonic()
+        mean = loss.detach() if mean is None else mean.lerp(loss.detach(), 0.02)  # read seldom: a GPU would wait
         if (step + 1) % 100 == 0:
-            print(
-                f"{state.stem} step {step + 1}/{schedule.steps} loss {mean:.4f} {(now - printed_at) / 100:.3f} s/step",
-                flush=True,
-            )
+            told, now = mean.item(), time.monotonic()
+            each = (now - printed_at) / 100
+            print(f"{state.stem} step {step + 1}/{schedule.steps} loss {told:.4f} {each:.3f} s/step", flush=True)
             printed_at = now
+        now = time.monotonic()
         if now - saved_at > schedule.checkpoint_seconds or step + 1 == schedule.steps:
             _save(model, optimizer, ema, step + 1, state)
             saved_at = now
@@ -69,7 +71,9 @@ def adopt(model: torch.nn.Module, step: int, state: Path) -> None:
 
 
 def fast_precision() -> torch.autocast:
-    """bfloat16 where the processor multiplies it (AMX, or AVX-512: 0.75 of the time), float32 elsewhere."""
+    """bfloat16 on a GPU and where the processor multiplies it (AMX, or AVX-512: 0.75 of the time), else float32."""
+    if DEVICE.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
     facts = Path("/proc/cpuinfo")
     multiplies = facts.exists() and {"amx_bf16", "avx512_bf16"} & set(facts.read_text().split())
     return torch.autocast("cpu", torch.bfloat16, enabled=bool(multiplies))
@@ -77,7 +81,7 @@ def fast_precision() -> torch.autocast:
 
 def ema_weights(model: torch.nn.Module, state: Path) -> None:
     """Put the EMA weights of an unfinished (or finished) run into `model`."""
-    saved = torch.load(state, weights_only=True)
+    saved = torch.load(state, weights_only=True, map_location="cpu")
     model.load_state_dict(saved["model"])
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter, shadow in zip(trained, saved["ema"]["shadow_params"], strict=True):
@@ -95,8 +99,9 @@ def _save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMAMode
 def _resume(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel, state: Path) -> int:
     if not state.exists():
         return 0
-    saved = torch.load(state, weights_only=True)
+    saved = torch.load(state, weights_only=True, map_location=DEVICE)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     ema.load_state_dict(saved["ema"])
+    ema.to(DEVICE)
     return saved["step"]

@@ -14,16 +14,16 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from recipe.autoencoder import LATENT_CHANNELS, as_tensor
+from recipe.autoencoder import LATENT_CHANNELS, PATCH, as_tensor
 from recipe.clip import WIDTH, token_ids
 from recipe.draw import pictures, scenes
-from recipe.fit import Schedule, fast_precision, fit
-from recipe.world import PIXELS, caption
+from recipe.fit import DEVICE, Schedule, fast_precision, fit
+from recipe.world import PIXELS, Scene, caption
 
 CHANNELS = (96, 192)
 BATCH = 64
 UNCONDITIONAL = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
-POOL = 40_000
+POOL, WORDINGS = 40_000, 8  # scenes, and captions of each
 # Share of timesteps drawn from the last hundred: many until the places are learned, then fewer, for the details.
 NEAR_NOISE, NEAR_NOISE_LATER, PLACES_FIRST = 0.4, 0.15, 10_000
 
@@ -31,7 +31,7 @@ NEAR_NOISE, NEAR_NOISE_LATER, PLACES_FIRST = 0.4, 0.15, 10_000
 def new_unet() -> UNet2DConditionModel:
     """A randomly initialized UNet2DConditionModel of Stable Diffusion's block types; heads are 32 wide."""
     return UNet2DConditionModel(
-        sample_size=PIXELS // 8,
+        sample_size=PIXELS // PATCH,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         layers_per_block=2,
@@ -68,23 +68,31 @@ def draw_timesteps(step: int, count: int, generator: torch.Generator) -> torch.T
     places had not been heard of after 7,575 steps; with this share they were all right 2,500 steps later (docs/log.md).
     """
     share = NEAR_NOISE if step < PLACES_FIRST else NEAR_NOISE_LATER
-    anywhere = torch.randint(0, 1000, (count,), generator=generator)
-    near_noise = torch.randint(900, 1000, (count,), generator=generator)
-    return torch.where(torch.rand(count, generator=generator) < share, near_noise, anywhere)
+    on = {"generator": generator, "device": generator.device}
+    anywhere, near_noise = torch.randint(0, 1000, (count,), **on), torch.randint(900, 1000, (count,), **on)
+    return torch.where(torch.rand(count, **on) < share, near_noise, anywhere)
 
 
 @torch.no_grad()
 def encode_pool(vae: AutoencoderKL, pool: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Posterior mean and std of every picture, (N, C, h, w) each; the VAE's scaling factor is set from their spread."""
+    vae.to(DEVICE)
     means, stds = [], []
     for start in range(0, len(pool), 100):
-        posterior = vae.encode(as_tensor(pool[start : start + 100])).latent_dist
+        posterior = vae.encode(as_tensor(pool[start : start + 100]).to(DEVICE)).latent_dist
         means.append(posterior.mean.half())
         stds.append(posterior.std.half())
     mean, std = torch.cat(means), torch.cat(stds)
     spread = (mean.float().var() + std.float().square().mean()).sqrt()
     vae.register_to_config(scaling_factor=round(1 / spread.item(), 4))
     return mean, std
+
+
+def worded(tokenizer: CLIPTokenizer, world: list[Scene]) -> torch.Tensor:
+    """Token ids of WORDINGS captions of every scene, (N, WORDINGS, M)."""
+    rng = random.Random(23)
+    texts = [caption(scene, rng) for scene in world for _ in range(WORDINGS)]
+    return token_ids(tokenizer, texts).view(len(world), WORDINGS, -1)
 
 
 def new_denoiser(text_encoder: CLIPTextModel) -> torch.nn.ModuleDict:
@@ -103,27 +111,29 @@ def train(
         mean, std = encode_pool(vae, pictures(world, seed=22))
         (state.parent / "latents.json").write_text(json.dumps({"scaling_factor": vae.config.scaling_factor}))
         torch.save((mean, std), kept)
-    mean, std = torch.load(kept, weights_only=True)
+    mean, std = torch.load(kept, weights_only=True, map_location=DEVICE)
     scaling = json.loads((state.parent / "latents.json").read_text())["scaling_factor"]
+    ids = worded(tokenizer, world).to(DEVICE)  # N, W, M
+    nothing = token_ids(tokenizer, [""]).to(DEVICE)
     scheduler = new_scheduler()
     torch.manual_seed(0)
-    model = new_denoiser(text_encoder).train()
+    model = new_denoiser(text_encoder).train().to(DEVICE)
     unet = model["unet"].to(memory_format=torch.channels_last)
-    unet.set_attn_processor(AttnProcessor())  # at 64 tokens plain products train faster on a CPU than the fused kernel
-
+    if DEVICE.type == "cpu":
+        unet.set_attn_processor(AttnProcessor())  # plain products train faster there than the fused kernel
     precision = fast_precision()
 
     def loss_of(step: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(step)
-        rng = random.Random(step)
-        chosen = torch.randint(POOL, (BATCH,), generator=generator)
-        clean = mean[chosen] + std[chosen] * torch.randn(mean[chosen].shape, generator=generator)  # B, C, h, w
-        clean = (clean * scaling).to(memory_format=torch.channels_last)
-        noise = torch.randn(clean.shape, generator=generator)
+        generator = torch.Generator(DEVICE).manual_seed(step)
+        on = {"generator": generator, "device": DEVICE}
+        chosen, wording = torch.randint(POOL, (BATCH,), **on), torch.randint(WORDINGS, (BATCH,), **on)
+        unsaid = torch.rand(BATCH, 1, **on) < UNCONDITIONAL
+        noise, own = torch.randn(2, *mean[chosen].shape, **on)
+        clean = (mean[chosen] + std[chosen] * own) * scaling  # B, C, h, w
+        clean = clean.to(memory_format=torch.channels_last)
         timesteps = draw_timesteps(step, BATCH, generator)
-        texts = ["" if rng.random() < UNCONDITIONAL else caption(world[i], rng) for i in chosen.tolist()]
         with precision:
-            states = text_encoder(token_ids(tokenizer, texts)).last_hidden_state  # B, M, C
+            states = text_encoder(torch.where(unsaid, nothing, ids[chosen, wording])).last_hidden_state  # B, M, C
             noisy = scheduler.add_noise(clean, noise, timesteps)
             predicted = unet(noisy, timesteps, states).sample.float()
         return (predicted - scheduler.get_velocity(clean, noise, timesteps)).square().mean()
