@@ -130,7 +130,12 @@ def train_further(base: Path, state: Path) -> None:
 
 def steps_taken(state: Path) -> dict[str, int]:
     """Optimizer steps behind each stage's weights."""
-    return {name: torch.load(state / f"{name}.pt", weights_only=True, map_location="cpu")["step"] for name in STEPS}
+    return {name: _saved(state / f"{name}.pt")["step"] for name in STEPS}
+
+
+def _saved(checkpoint: Path) -> dict:
+    """Without reading its weights, on whichever device they were trained."""
+    return torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu")
 
 
 def circumstances() -> dict:

@@ -130,6 +130,7 @@ def train(state: Path, steps: int, vae: AutoencoderKL) -> None:
     seen = torch.from_numpy(pool).to(DEVICE)
 
     names = list(OBJECTS)
+    name_ids = token_ids(tokenizer, _name_texts()).to(DEVICE)
     first_things = torch.tensor([names.index(scene.things[0].name) for scene in world])
     alone = torch.tensor([len(scene.things) == 1 for scene in world])
 
@@ -139,8 +140,8 @@ def train(state: Path, steps: int, vae: AutoencoderKL) -> None:
         generator, rng = torch.Generator(DEVICE).manual_seed(step), random.Random(step)
         chosen = torch.randint(len(pool), (BATCH,), generator=torch.Generator().manual_seed(step))
         pixels = _blemished(as_tensor(seen[chosen.to(DEVICE)]), generator)
-        texts = [caption(world[i], rng) for i in chosen.tolist()] + _name_texts()
-        ids = token_ids(tokenizer, texts).to(DEVICE)
+        texts = [caption(world[i], rng) for i in chosen.tolist()]
+        ids = torch.cat([token_ids(tokenizer, texts).to(DEVICE), name_ids])
         with precision:
             logits = model(input_ids=ids, pixel_values=pixels).logits_per_image.float()
         pairs, named = logits.split((BATCH, len(names)), dim=1)  # B pictures x texts
@@ -148,9 +149,8 @@ def train(state: Path, steps: int, vae: AutoencoderKL) -> None:
         told_apart = (cross_entropy(pairs, itself) + cross_entropy(pairs.T, itself)) / 2
         # Background, place and size are enough to tell the pictures of a batch apart, and then names are not learned.
         # So each picture must also prefer its object's name to all others.
-        single = alone[chosen]
-        objects = first_things[chosen[single]].to(DEVICE)
-        return told_apart + cross_entropy(named[single.nonzero().squeeze(1).to(DEVICE)], objects)
+        single = alone[chosen].nonzero().flatten()
+        return told_apart + cross_entropy(named[single.to(DEVICE)], first_things[chosen[single]].to(DEVICE))
 
     fit(model, loss_of, Schedule(steps=steps, learning_rate=8e-4, weight_decay=0.05, ema_decay=0.998), state)
 

@@ -52,12 +52,11 @@ def fit(model: torch.nn.Module, loss_of: Callable[[int], torch.Tensor], schedule
         optimizer.zero_grad(set_to_none=True)
         ema.step(trained)
         mean = loss.detach() if mean is None else mean.lerp(loss.detach(), 0.02)  # read seldom: a GPU would wait
-        if (step + 1) % 100 == 0:
-            told, now = mean.item(), time.monotonic()
-            each = (now - printed_at) / 100
-            print(f"{state.stem} step {step + 1}/{schedule.steps} loss {told:.4f} {each:.3f} s/step", flush=True)
-            printed_at = now
         now = time.monotonic()
+        if (step + 1) % 100 == 0:
+            each = (now - printed_at) / 100
+            print(f"{state.stem} step {step + 1}/{schedule.steps} loss {mean:.4f} {each:.3f} s/step", flush=True)
+            printed_at = now
         if now - saved_at > schedule.checkpoint_seconds or step + 1 == schedule.steps:
             _save(model, optimizer, ema, step + 1, state)
             saved_at = now

@@ -14,7 +14,8 @@ from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.training import customize as story
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
-from tests.test_adapter_battery import CASES, Case, case  # noqa: F401 - a fixture
+from tests.test_adapter_battery import Case, case  # noqa: F401 - a fixture
+from tests.test_training import Listener
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PROMPT = "a photo of a big sks teddy on the left, red background"
@@ -65,16 +66,8 @@ def config(folder, **more) -> TrainConfig:
     return TrainConfig(**{"output_dir": str(folder), "max_train_steps": 60, "skip_final_inference": True} | more)
 
 
-class Losses:
-    def __init__(self):
-        self.losses, self.peaks = [], []
-
-    def note(self, text):
-        """Nothing is shown."""
-
-    def step(self, done, total, peak_bytes):
-        self.losses.append(done.loss)
-        self.peaks.append(peak_bytes)
+def losses(listener: Listener) -> list[float]:
+    return [step.loss for step in listener.steps]
 
 
 @pytest.mark.parametrize(
@@ -90,20 +83,21 @@ class Losses:
     ids=lambda more: "-".join(map(str, more.values())),
 )
 def test_a_run_learns_in_every_precision(tmp_path, more):
-    watcher = Losses()
-    outcome = customize(config(tmp_path, **more), watcher)
-    assert all(math.isfinite(loss) for loss in watcher.losses)
-    assert np.mean(watcher.losses[-20:]) < 0.85 * np.mean(watcher.losses[:20])
+    listener = Listener()
+    outcome = customize(config(tmp_path, **more), listener)
+    found = losses(listener)
+    assert all(math.isfinite(loss) for loss in found)
+    assert np.mean(found[-20:]) < 0.85 * np.mean(found[:20])
     pipe = bases.load_base(bases.EMBEDDED).to("cuda")
     load_adapter(pipe, outcome.adapter)
 
 
 def test_two_runs_take_the_same_course(tmp_path):
     """Same noise, same order: only the rounding differs."""
-    first, second = Losses(), Losses()
+    first, second = Listener(), Listener()
     customize(config(tmp_path / "a"), first)
     customize(config(tmp_path / "b"), second)
-    assert_close(torch.tensor(first.losses), torch.tensor(second.losses), rtol=1e-2, atol=1e-3)
+    assert_close(torch.tensor(losses(first)), torch.tensor(losses(second)), rtol=1e-2, atol=1e-3)
 
 
 def test_nothing_but_the_vae_is_on_the_gpu_while_pictures_are_encoded(tmp_path, monkeypatch):
@@ -126,6 +120,7 @@ def test_pictures_are_the_same_again_and_in_any_batch(tmp_path, kind):
 
     def drawn(folder: str, **more) -> np.ndarray:
         settings = {"adapter": [adapter], "prompt": [PROMPT], "num_images": 3, "num_inference_steps": 5}
+        settings["precision"] = "fp32"
         made = generate(GenerateConfig(**settings | {"output_dir": str(tmp_path / folder)} | more))
         return np.stack([np.asarray(Image.open(path)).astype(int) for path in made.files])
 

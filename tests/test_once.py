@@ -74,8 +74,7 @@ def test_a_copy_made_inside_is_independent(unet, tiny_unet, randomize):
     with text_once(unet):
         steps(unet, tiny_unet, [text], nullcontext())
         other = copy.deepcopy(unet)
-    for layer in adapted_layers(other).values():
-        layer.memory = None
+        assert all(layer.memory is None for layer in adapted_layers(other).values())
     randomize(other, "dog", seed=7)
     assert not torch.allclose(
         *steps(unet, tiny_unet, [text], nullcontext()), *steps(other, tiny_unet, [text], nullcontext())

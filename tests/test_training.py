@@ -201,7 +201,7 @@ def test_a_gpu_that_has_bfloat16_trains_in_it_unless_another_is_asked_for(
     monkeypatch, gpu, has_bf16, on_cpu, asked, taken
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     monkeypatch.setenv("ACCELERATE_USE_CPU", on_cpu)
     assert story._with_precision(TrainConfig(mixed_precision=asked)).mixed_precision == taken
 

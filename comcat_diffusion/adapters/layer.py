@@ -227,7 +227,7 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
     @property
     def width(self) -> int:
         """Width D of the base's heads, merged or not."""
-        return self._plain()[1].out_features // self.heads
+        return self._keys.out_features // self.heads
 
     @property
     def live(self) -> list[str]:
@@ -246,14 +246,16 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.r]
 
+    @property
+    def _keys(self) -> nn.Linear:
+        return seam.plain(self._base_projections()[1])
+
     def _plain(self) -> list[nn.Linear]:
         return [seam.plain(projection) for projection in self._base_projections()]
 
     def _wide_heads(self, names: list[str]) -> WideHeads:
-        adapters, heads = [self._factors(name) for name in names], self.heads
-        keys = seam.plain(self._base_projections()[1])
-        width, device = keys.out_features // heads, keys.weight.device.type
-        return WideHeads(heads, width, adapters, self.style.diffusers, device)
+        adapters = [self._factors(name) for name in names]
+        return WideHeads(self.heads, self.width, adapters, self.style.diffusers, self._keys.weight.device.type)
 
     def _factors(self, name: str) -> Free | Foldable:
         scale, k, v = self.scaling[name], self.comcat_k_down[name], self.comcat_v_down[name]

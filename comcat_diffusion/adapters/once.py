@@ -1,7 +1,7 @@
 """Keys and values of a text computed once: while a picture is drawn, every step gives an attention the same text."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,12 +19,15 @@ class Memory:
         self._text: torch.Tensor | None = None  # held, so that no other tensor can take its identity
         self._made: dict[tuple[str, ...], torch.Tensor] = {}
 
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # a copy of the model would keep it beyond the block
+
     def cover(self, wide: WideHeads, names: list[str]) -> None:
         """Let these heads ask here first."""
         wide.key = functools.partial(self._once, ("key", *names), wide.key)
         wide.value = functools.partial(self._once, ("value", *names), wide.value)
 
-    def _once(self, what: tuple[str, ...], make: object, project: nn.Module, text: torch.Tensor) -> torch.Tensor:
+    def _once(self, what: tuple[str, ...], make: Callable, project: nn.Module, text: torch.Tensor) -> torch.Tensor:
         if text is not self._text:
             self._text, self._made = text, {}
         if what not in self._made:

@@ -19,7 +19,7 @@ SIDECAR = "comcat"  # name of the one child that an adapted attention has more t
 
 def plain(projection: nn.Module) -> nn.Module:
     """The Linear inside a projection, below any adapter of another method that wraps it."""
-    while type(projection) is not nn.Linear and hasattr(projection, "base_layer"):
+    while hasattr(projection, "base_layer"):
         projection = projection.base_layer
     return projection
 

@@ -133,7 +133,7 @@ def _tied(down: nn.Linear, core: nn.Linear) -> bool:
     return down.out_features < core.out_features
 
 
-def _spoken(adapter: Free | Foldable, term: torch.Tensor) -> torch.Tensor:
+def _spoken(adapter: Free, term: torch.Tensor) -> torch.Tensor:
     """A term on the context's side, (B, M, ...), scaled, and zero on tokens that the adapter leaves alone."""
     return term * (adapter.scale if adapter.tokens is None else adapter.scale * adapter.tokens.to(term))
 

@@ -42,7 +42,7 @@ def class_pictures(
         missing = free[: max(0, config.num_class_images - there)]
         if missing:
             note(f"Drawing {len(missing)} pictures of '{prompt}' into {place}.")
-            pipe.to(pipe.vae.device)
+            pipe.to(pipe.vae.device)  # drawing takes all of it
         guidance = bases.default_guidance(config.pretrained_model_name_or_path)
         sampling = Sampling(STEPS, guidance, resolution=config.resolution)
         for drawing, picture in zip(missing, draw(pipe, missing, sampling), strict=True):

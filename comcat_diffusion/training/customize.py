@@ -213,7 +213,7 @@ def with_sample(config: TrainConfig) -> TrainConfig:
 def _with_precision(config: TrainConfig) -> TrainConfig:
     """The settings, with the precision that suits the device where none is named."""
     gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")  # as Accelerate will see it
-    suits = "bf16" if gpu and torch.cuda.is_bf16_supported() else "no"
+    suits = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return replace(config, mixed_precision=config.mixed_precision or suits)
 
 
