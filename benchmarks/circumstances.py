@@ -164,7 +164,7 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+def circumstances(device: torch.device, dtype: torch.dtype | str) -> dict[str, object]:
     """Everything beside the code that a number depends on. Take them before measuring: the load is among them."""
     commit, dirty = _git_state()
     return {

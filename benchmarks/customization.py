@@ -20,7 +20,7 @@ The measures are those of `comcat evaluate`:
 - drift: 1 - cosine to the base's picture of the same seed, on prompts without the trigger: the plain class and others;
 - diversity: 1 - cosine between the seeds of a prompt.
 
-Besides, some COMCAT adapters are shrunk to ever fewer bytes (`comcat shrink`) and measured again, and three methods
+Besides, some COMCAT adapters are shrunk to ever fewer bytes (`comcat shrink`) and measured again, and some methods
 learn in fewer and in more steps too, which tells what one reaches of the other in the same time.
 """
 
@@ -57,6 +57,7 @@ SHORTER = (100, 150, 180)  # 180 of the default take 0.36 of the time of the rec
 OTHER_STEPS = {
     "COMCAT tied, rank 8, from the trigger on": (*SHORTER, 600),
     "COMCAT tied, rank 8, way up, from the trigger on": (150, 600),
+    "COMCAT tied, rank 8, from the trigger on, in bfloat16": (180,),
     "LoRA, rank 4": (150, 600),
 }
 

@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
 from PIL import Image
+from torch import nn
 
 from benchmarks import circumstances as shared
 from benchmarks.methods import METHODS, TOKEN, Method
@@ -18,6 +22,7 @@ from comcat_diffusion import bases
 from comcat_diffusion.evaluation import metrics, world
 from comcat_diffusion.evaluation.features import Features
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, slug
+from comcat_diffusion.memory import hold
 from comcat_diffusion.training import images
 from comcat_diffusion.training.batching import Batching
 from comcat_diffusion.training.encode import Crop, posterior
@@ -102,11 +107,24 @@ def learn(bench: Bench, run: Run) -> tuple[DiffusionPipeline, dict]:
     of_class = {text: text.replace(named, run.subject) for text in captions}
     learner = method.learner(pipe, [*captions, *of_class.values()], run.subject).train()
     trained = [p for p in learner.parameters() if p.requires_grad]
-    loop = _loop(learner, crops, run)
-    loop.prior = Teacher(pipe, of_class) if method.teacher else None
-    seconds = [step.seconds for step in loop.steps(run.steps)]
+    with _held(pipe.unet, method.mixed_precision):
+        loop = _loop(learner, crops, run)
+        loop.prior = Teacher(pipe, of_class) if method.teacher else None
+        seconds = [step.seconds for step in loop.steps(run.steps)]
     learner.eval()
     return pipe, {"parameters": sum(p.numel() for p in trained), "seconds": sum(seconds)}
+
+
+@contextmanager
+def _held(unet: nn.Module, mixed_precision: str) -> Iterator[None]:
+    """Hold what is frozen as `comcat train` does in this precision; afterwards it is as it was."""
+    frozen = [(p, p.data) for p in unet.parameters() if not p.requires_grad]
+    if mixed_precision == "bf16":
+        hold(unet, torch.bfloat16)
+        cast_training_params(unet, torch.float32)
+    yield
+    for parameter, data in frozen:
+        parameter.data = data
 
 
 def crop_of(pipe: DiffusionPipeline, photo: Image.Image, prompt: str) -> Crop:
@@ -122,7 +140,9 @@ def _loop(learner: Learner, crops: list[Crop], run: Run) -> Loop:
     schedule = get_scheduler(kind, optimizer, num_warmup_steps=0, num_training_steps=run.steps)
     objective = Objective(DDPMScheduler.from_config(learner._pipe.scheduler.config))
     batching = Batching.of(crops, run.seed, BATCH)
-    return Loop(learner, crops, objective, batching, optimizer, schedule, Accelerator(cpu=True))
+    AcceleratorState._reset_state()  # an earlier run in this process must not decide this one's precision
+    accelerator = Accelerator(cpu=True, mixed_precision=METHODS[run.method].mixed_precision)
+    return Loop(accelerator.prepare(learner), crops, objective, batching, optimizer, schedule, accelerator)
 
 
 def peak_mib(run: Run, folder: Path) -> float:

@@ -38,6 +38,7 @@ class Method:
     schedule: str = "linear"  # of the rate, as diffusers calls it
     token: bool = False  # whether it learns a word (Textual Inversion)
     teacher: bool = False  # whether the frozen base teaches it to keep the class (`comcat train --prior teacher`)
+    mixed_precision: str = "no"  # of the training, as Accelerate calls it; drawn is in float32
 
     def learner(self, pipe: DiffusionPipeline, prompts: list[str], class_word: str) -> Learner:
         """The frozen base with what is trained in it; only that requires gradients."""
@@ -103,8 +104,9 @@ def _lora(rank: int, rates: tuple[float, ...]) -> Method:
     return Method(rates, _adapter(config), _write_peft)
 
 
-def _ours(rates: tuple[float, ...], teacher: bool = False, **config: object) -> Method:
-    return Method(rates, _adapter(ComcatConfig(**config)), _write_comcat, teacher=teacher)
+def _ours(rates: tuple[float, ...], teacher: bool = False, mixed_precision: str = "no", **config: object) -> Method:
+    start = _adapter(ComcatConfig(**config))
+    return Method(rates, start, _write_comcat, teacher=teacher, mixed_precision=mixed_precision)
 
 
 CROSS, WAITING = {"target_modules": ["attn2"]}, {"trigger": [TRIGGER]}
@@ -117,6 +119,9 @@ METHODS = {
     "COMCAT tied, rank 2, from the trigger on": _ours(OWN["tied"], r=2, **TIED, **WAITING),
     "COMCAT tied, rank 4, from the trigger on": _ours(OWN["tied"], r=4, **TIED, **WAITING),
     "COMCAT tied, rank 8, from the trigger on": _ours(OWN["tied"], r=8, **TIED, **WAITING),
+    "COMCAT tied, rank 8, from the trigger on, in bfloat16": _ours(
+        OWN["tied"], r=8, **TIED, **WAITING, mixed_precision="bf16"
+    ),
     "COMCAT tied, rank 8, way up, from the trigger on": _ours(OWN["tied"], r=8, **LATE, **WAITING),
     "COMCAT tied, rank 4, rank 2 of self-attention, from the trigger on": _ours(
         OWN["tied"], r=4, rank_pattern={"attn1": 2}, **BOTH, **WAITING

@@ -12,9 +12,10 @@ Two parts:
   on to_q, to_k, to_v, to_out.0 of all attentions. Same base (SD 1.5's architecture, random weights), same pictures,
   steps and batch. Each runs in a process of its own, and they take turns step by step. What is measured is a run of a
   few steps; a run of 400 is extrapolated from it and called so, as are runs after which the embedded base draws a
-  subject equally well, the recipe's at its script's own rate (benchmarks.customization). Both end with the adapter
-  file: neither draws samples, ours also proves its file on a base loaded again (the recipe's script loads one again
-  too; that is not counted here).
+  subject equally well, the recipe's at its script's own rate (benchmarks.customization). Each computes in its own
+  default precision, the script in float32, ours in what the device is fast in, or both in --dtype. Both end with the
+  adapter file: neither draws samples, ours also proves its file on a base loaded again (the recipe's script loads one
+  again too; that is not counted here).
 - pictures: start-up and step time of ours against the number of pictures, on the embedded base at 64 px, at the first
   start and at the second, which finds latents in --cache_dir. Every start is a process of its own.
 
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     quiet()
     path = flags.output or shared.results_path("training-quick" if flags.quick else "training", settings.device)
     report = {
-        "circumstances": shared.circumstances(settings.device, settings.dtype),
+        "circumstances": shared.circumstances(settings.device, settings.dtype or "each in its default precision"),
         "settings": {
             "architecture": "tiny" if settings.tiny else "SD 1.5",
             **{name: getattr(settings, name) for name in ("resolution", "batch", "steps", "targets")},
@@ -95,7 +96,7 @@ def command_line() -> argparse.ArgumentParser:
         prog="python -m benchmarks.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: %(default)s)")
-    parser.add_argument("--dtype", choices=shared.DTYPES, default="float32", help="precision (default: %(default)s)")
+    parser.add_argument("--dtype", choices=shared.DTYPES, help="precision of both (default: of each its own default)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: as many as torch finds)")
     parser.add_argument("--resolution", type=int, help="pixels, a multiple of 64 (default: 512, with --quick 64)")
     parser.add_argument("--batch", type=int, default=1, help="pictures a step (default: %(default)s)")
@@ -119,7 +120,7 @@ def settings_of(flags: argparse.Namespace) -> Settings:
     """The flags as settings."""
     return Settings(
         device=torch.device(flags.device),
-        dtype=shared.DTYPES[flags.dtype],
+        dtype=shared.DTYPES.get(flags.dtype),
         threads=flags.threads,
         tiny=flags.quick,
         resolution=flags.resolution or (64 if flags.quick else 512),
@@ -194,7 +195,7 @@ def config_of(settings: Settings, pictures: Path, folder: Path, **more: object) 
         instance_data_dir=str(pictures),
         instance_prompt=PROMPT,
         output_dir=str(folder),
-        mixed_precision=PRECISIONS[settings.dtype],
+        mixed_precision=PRECISIONS.get(settings.dtype),
         save_precision="fp32",
         skip_final_inference=True,
         gradient_checkpointing=settings.gradient_checkpointing,

@@ -48,7 +48,8 @@ def recipe_tables(rows: list[dict]) -> str:
             _cells("bytes of the file, float32", mine["file_bytes"], other["file_bytes"], ",d"),
         ],
     }
-    adapts = f"Ours adapts {mine['adapts']}-attention, the recipe {other['adapts']}-attention"
+    did = (f"{one['adapts']}-attention, mixed precision {one['mixed_precision']}" for one in (mine, other))
+    adapts = "Ours adapts {}; the recipe {}".format(*did)
     return "\n\n".join(
         [
             "**recipe: from pictures to an adapter**",

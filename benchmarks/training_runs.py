@@ -60,7 +60,7 @@ class Settings:
     """What is measured and how often."""
 
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None: each in its own default, ours in what the device is fast in
     threads: int | None
     tiny: bool  # the recipe's base
     resolution: int  # pixels, of the recipe
@@ -120,7 +120,9 @@ def ours(turn: Callable[[], None], settings: Settings, config: TrainConfig) -> d
     unseen = set(PHASES) - set(clock.told["phases"])
     if unseen:
         raise RuntimeError(f"`customize()` has changed: {', '.join(sorted(unseen))} could not be measured.")
-    return clock.told | described(outcome.adapter, ("k_down", "out_up"), outcome.parameters)
+    used = story.with_precision(config).mixed_precision
+    told = described(outcome.adapter, ("k_down", "out_up"), outcome.parameters)
+    return clock.told | told | {"mixed_precision": used}
 
 
 @contextmanager
@@ -175,7 +177,8 @@ class Recipe:
         self.clock, self.settings = clock, settings
         with clock.measure(LOOK):
             self.paths = sorted(pictures.iterdir())
-        self.accelerator = Accelerator(mixed_precision=PRECISIONS[settings.dtype])
+        self.dtype = settings.dtype or torch.float32
+        self.accelerator = Accelerator(mixed_precision=PRECISIONS[self.dtype])
         with clock.measure(LOAD):
             self._load(base)
         with clock.measure(ATTACH):
@@ -189,7 +192,7 @@ class Recipe:
         kinds = {"text_encoder": CLIPTextModel, "vae": AutoencoderKL, "unet": UNet2DConditionModel}
         for name, kind in kinds.items():
             model = kind.from_pretrained(base, subfolder=name).requires_grad_(False)
-            setattr(self, name, model.to(self.accelerator.device, self.settings.dtype))
+            setattr(self, name, model.to(self.accelerator.device, self.dtype))
 
     def _attach(self) -> None:
         """A new LoRA on every attention of the U-Net, AdamW and the schedule."""
@@ -208,7 +211,7 @@ class Recipe:
             ids = self.tokenizer(
                 [PROMPT] * self.settings.batch, padding="max_length", truncation=True, return_tensors="pt"
             ).input_ids  # B, M
-        device, dtype = self.accelerator.device, self.settings.dtype
+        device, dtype = self.accelerator.device, self.dtype
         with self.clock.measure(VAE):
             posterior = self.vae.encode(pixels.to(device, dtype)).latent_dist
             clean = posterior.sample(self.generator) * self.vae.config.scaling_factor  # B, C, h, w
@@ -265,4 +268,5 @@ def recipe(turn: Callable[[], None], settings: Settings, base: Path, pictures: P
             clock.step_done(*running.step())
         with clock.measure(SAVE):
             path = running.save(folder)
-    return clock.told | described(path, ("lora.up", "lora_B"), sum(p.numel() for p in running.trained))
+    told = described(path, ("lora.up", "lora_B"), sum(p.numel() for p in running.trained))
+    return clock.told | told | {"mixed_precision": PRECISIONS[running.dtype]}

@@ -236,6 +236,14 @@ def asked_precision(name: str | None, device: str) -> str:
     return name or ("fp16" if torch.device(device).type == "cuda" else "fp32")
 
 
+def has_bf16(device: str) -> bool:
+    """Whether a device has instructions of its own for bfloat16, in which it is then much faster than in float32."""
+    if device == "cpu":
+        able = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.6
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def fastest_device() -> str:
     """The accelerator that is there, or the CPU."""
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"

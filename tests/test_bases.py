@@ -103,6 +103,25 @@ def test_what_is_no_base_is_told(tmp_path):
         bases.load_base(str(Path("nowhere") / "at" / "all"))
 
 
+@pytest.mark.parametrize(
+    ("device", "able", "fast"),
+    [
+        ("cpu", {"avx512_bf16": True}, True),
+        ("cpu", {"amx_bf16": True, "avx512_bf16": False}, True),
+        ("cpu", {"avx512_f": True}, False),
+        ("cpu", None, False),
+        ("cuda", {}, True),
+        ("mps", {"avx512_bf16": True}, False),
+    ],
+)
+def test_bfloat16_counts_where_the_device_has_instructions_for_it(monkeypatch, device, able, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    if able is None:  # an older torch does not tell
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+    assert bases.has_bf16(device) is fast
+
+
 def test_a_gpu_draws_in_half_precision_unless_another_is_asked_for():
     asked = (None, "cuda"), (None, "cuda:1"), (None, "cpu"), (None, "mps"), ("bf16", "cuda"), ("fp32", "cuda")
     assert [bases.asked_precision(*one) for one in asked] == ["fp16", "fp16", "fp32", "fp32", "bf16", "fp32"]

@@ -188,22 +188,29 @@ def test_a_file_that_does_not_reproduce_the_training_is_an_error(config):
 
 
 @pytest.mark.parametrize(
-    ("gpu", "has_bf16", "on_cpu", "asked", "taken"),
+    ("gpu", "fast", "only_cpu", "base", "asked", "taken"),
     [
-        (True, True, "false", None, "bf16"),
-        (True, False, "false", None, "no"),
-        (False, True, "false", None, "no"),
-        (True, True, "true", None, "no"),
-        (True, True, "false", "no", "no"),
+        (True, {"cuda"}, "false", None, None, "bf16"),
+        (True, {"cpu"}, "false", None, None, "no"),
+        (True, {"cuda"}, "true", "sd-1.5", None, "no"),
+        (True, {"cuda"}, "false", None, "no", "no"),
+        (False, {"cpu"}, "false", "sd-1.5", None, "bf16"),
+        (False, {"cuda"}, "false", "sd-1.5", None, "no"),
+        (False, {"cpu"}, "false", "sd-1.5", "no", "no"),
+        (False, {"cpu"}, "false", None, None, "no"),  # the embedded base learns the same bytes on every CPU
+        (False, {"cpu"}, "false", "embedded", None, "no"),
     ],
 )
-def test_a_gpu_that_has_bfloat16_trains_in_it_unless_another_is_asked_for(
-    monkeypatch, gpu, has_bf16, on_cpu, asked, taken
+def test_a_device_that_is_fast_in_bfloat16_trains_in_it_unless_another_is_asked_for(
+    monkeypatch, gpu, fast, only_cpu, base, asked, taken
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", on_cpu)
-    assert story._with_precision(TrainConfig(mixed_precision=asked)).mixed_precision == taken
+    monkeypatch.setattr(story.bases, "has_bf16", lambda device: device in fast)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", only_cpu)
+    config = TrainConfig(
+        pretrained_model_name_or_path=base, mixed_precision=asked, instance_data_dir="dog", instance_prompt="a sks dog"
+    )
+    assert story.with_precision(config).mixed_precision == taken
 
 
 def test_each_part_is_on_the_accelerator_while_it_works_and_the_denoiser_in_the_precision_of_its_steps(
@@ -212,7 +219,8 @@ def test_each_part_is_on_the_accelerator_while_it_works_and_the_denoiser_in_the_
     moves, read, encoded = [], learner_module._read, story.encode_all
 
     def noted(self, *arguments, **more):
-        moves.append((type(self).__name__, *[str(a) for a in (*arguments, *more.values())]))
+        where = [str(a) for a in (*arguments, *more.values())]
+        moves.append((type(self).__name__, *where, *{p.dtype for p in self.parameters() if not p.requires_grad}))
         return moved(self, *arguments, **more)
 
     def marked(name, function):
@@ -231,8 +239,8 @@ def test_each_part_is_on_the_accelerator_while_it_works_and_the_denoiser_in_the_
     assert ("AutoencoderKL", "cpu") in before and not {move[0] for move in before} & {"UNet2DConditionModel"}
     first, second = (index for index, move in enumerate(rest) if move == "read")  # of the run, and of the proof
     for reading in (first, second):
-        unet = [move[1] for move in rest[reading:] if move[0] in ("UNet2DConditionModel", "Learner")][:2]
-        assert unet == ["torch.bfloat16", "cpu"]  # smaller first, then to where it works
+        unet = next(move for move in rest[reading:] if move[0] in ("UNet2DConditionModel", "Learner"))
+        assert unet[1:] == ("cpu", torch.bfloat16)  # it is small by the time it is moved to where it works
 
 
 def test_the_trained_base_is_gone_before_the_proof_loads_another(config, monkeypatch):

@@ -4,8 +4,6 @@ A batch is a dictionary of the model's arguments (labels are left out), or the p
 dictionary of tensors itself (SDXL's added conditions).
 """
 
-import contextlib
-import ctypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -15,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from comcat_diffusion.attentions import style_of
 from comcat_diffusion.compression.cost import Unit
 from comcat_diffusion.compression.factor import Moments, Narrowing
+from comcat_diffusion.memory import give_back
 
 Batch = Mapping[str, torch.Tensor] | torch.Tensor
 Seen = dict[str, Moments | Narrowing]  # by path of a Linear
@@ -56,12 +55,6 @@ def calibrate(model: nn.Module, units: Sequence[Unit], batches: Iterable[Batch])
     _refuse_unseen(moments)
     give_back()
     return moments
-
-
-def give_back() -> None:
-    """Return what was freed to the system. glibc keeps it, scattered: of passes a quarter of DeiT-base's own size."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _watched(layer: nn.Linear, alone: bool) -> tuple[Moments | Narrowing, RemovableHandle]:

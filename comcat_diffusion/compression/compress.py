@@ -9,7 +9,7 @@ from torch import nn
 
 from comcat_diffusion.attentions import DIFFUSERS, style_of
 from comcat_diffusion.compression import allocate, cost, hosts, modules
-from comcat_diffusion.compression.calibrate import Batch, Seen, calibrate, give_back, inputs_of
+from comcat_diffusion.compression.calibrate import Batch, Seen, calibrate, inputs_of
 from comcat_diffusion.compression.cost import Unit
 from comcat_diffusion.compression.factor import Product, linear_product, qk_product, vo_product
 from comcat_diffusion.compression.plan import (
@@ -21,6 +21,7 @@ from comcat_diffusion.compression.plan import (
     refuse_other_model,
     sketch_of,
 )
+from comcat_diffusion.memory import give_back
 
 DEFAULT = Settings()
 

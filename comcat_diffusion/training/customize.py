@@ -23,6 +23,7 @@ from comcat_diffusion import atomic, bases
 from comcat_diffusion.adapters.terms import read_contents
 from comcat_diffusion.adapters.token import words_of
 from comcat_diffusion.config import to_toml
+from comcat_diffusion.memory import hold, put_away
 from comcat_diffusion.training import learned, output
 from comcat_diffusion.training.batching import Batching
 from comcat_diffusion.training.checkpoint import Checkpoints, last_good
@@ -90,7 +91,7 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
     """
     watcher = watcher or Silent()
     # Everything that can be wrong with the input is looked at before the base, which is big, is loaded.
-    config = _with_precision(with_sample(config))
+    config = with_precision(with_sample(config))
     dataset = read_dataset(config)
     target = output.target_of(config, dataset.subjects)
     for _, text in remarks(dataset):
@@ -123,6 +124,7 @@ def _run(
     pipe.vae.to(accelerator.device)
     material = encode_all(config, pipe, dataset, watcher.note)
     pipe.to("cpu")
+    put_away(pipe.vae.parameters())
     learned.prepare(config, pipe, dataset.subjects)
     prompts = [*material.prompts, *config.validation_prompt, ""]
     for text in (*cut_off(pipe.tokenizer, prompts), *tiny(material.crops, config.resolution)):
@@ -210,10 +212,12 @@ def with_sample(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _with_precision(config: TrainConfig) -> TrainConfig:
+def with_precision(config: TrainConfig) -> TrainConfig:
     """The settings, with the precision that suits the device where none is named."""
     gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")  # as Accelerate will see it
-    suits = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    # The embedded base is too small to gain by it on a CPU, and learns the same bytes on every one in float32.
+    gains = gpu or not bases.is_embedded(config.pretrained_model_name_or_path or bases.EMBEDDED)
+    suits = "bf16" if gains and bases.has_bf16("cuda" if gpu else "cpu") else "no"
     return replace(config, mixed_precision=config.mixed_precision or suits)
 
 
@@ -273,7 +277,7 @@ def _loop(
     accelerator: Accelerator,
 ) -> Loop:
     precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-    learner.train().unet.to(dtype=precision)
+    hold(learner.train().unet, precision)
     cast_training_params(learner.unet, torch.float32)  # what is learned stays in full precision
     if config.gradient_checkpointing:
         learner.unet.enable_gradient_checkpointing()

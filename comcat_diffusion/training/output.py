@@ -15,6 +15,7 @@ from comcat_diffusion.adapters.header import Notes
 from comcat_diffusion.adapters.shrink import least_bytes, shrunk
 from comcat_diffusion.adapters.store import load_adapter, save_adapter
 from comcat_diffusion.adapters.terms import Contents, read_contents
+from comcat_diffusion.memory import hold
 from comcat_diffusion.training.batching import Batch
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learned import ADAPTER, embeddings
@@ -145,7 +146,8 @@ def prove(config: TrainConfig, known: Witness, path: Path) -> None:
     batch, fresh = known.batch, bases.asked_base(config, "fp32")
     load_adapter(fresh, path, ADAPTER)
     learner = Learner(fresh, batch.prompts, False, batch.noisy.device).eval()
-    learner.unet.to(batch.noisy.dtype).to(batch.noisy.device)
+    hold(learner.unet, batch.noisy.dtype)
+    learner.unet.to(batch.noisy.device)
     found = learner(batch.noisy, batch.timesteps, batch.prompts, batch.frames).float()
     off = (known.predicted - found).abs().max() / known.predicted.abs().max()
     if not off < (1e-4 if batch.noisy.dtype == torch.float32 else 5e-2):
