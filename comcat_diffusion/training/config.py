@@ -212,7 +212,9 @@ class MachineSettings(Group):
     """The machine"""
 
     mixed_precision: str | None = option(
-        None, "Precision of the frozen base. Default: bf16 where the device is fast in it, else no.", choices=("no", "fp16", "bf16")
+        None,
+        "Precision of the frozen base. Default: bf16 where the device is fast in it, else no.",
+        choices=("no", "fp16", "bf16"),
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     allow_tf32: bool = option(False, "Faster, slightly less exact float32 products on recent GPUs.")
