@@ -231,16 +231,21 @@ def asked_device(name: str | None) -> str:
     return name
 
 
-def asked_precision(name: str | None, device: str) -> str:
-    """The precision of this name, or what suits a device for drawing: half on a GPU, where it is much faster."""
-    return name or ("fp16" if torch.device(device).type == "cuda" else "fp32")
+def asked_precision(name: str | None, device: str, base: str) -> str:
+    """The precision of this name, or what suits a device for drawing: half where that is much faster."""
+    if name or torch.device(device).type == "cuda":
+        return name or "fp16"
+    return "bf16" if suits_bf16(device, base) else "fp32"
 
 
-def has_bf16(device: str) -> bool:
-    """Whether a device has instructions of its own for bfloat16, in which it is then much faster than in float32."""
+def suits_bf16(device: str, base: str) -> bool:
+    """Whether a device has instructions of its own for bfloat16, and a base is large enough to gain by it.
+
+    The embedded one is not, on a CPU; so there it gives the same bytes on all of them, in float32.
+    """
     if device == "cpu":
         able = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.6
-        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16")) and not is_embedded(base)
     return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

@@ -104,24 +104,28 @@ def test_what_is_no_base_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("device", "able", "fast"),
+    ("device", "base", "able", "suits"),
     [
-        ("cpu", {"avx512_bf16": True}, True),
-        ("cpu", {"amx_bf16": True, "avx512_bf16": False}, True),
-        ("cpu", {"avx512_f": True}, False),
-        ("cpu", None, False),
-        ("cuda", {}, True),
-        ("mps", {"avx512_bf16": True}, False),
+        ("cpu", "a/b", {"avx512_bf16": True}, True),
+        ("cpu", "a/b", {"amx_bf16": True, "avx512_bf16": False}, True),
+        ("cpu", "a/b", {"avx512_f": True}, False),
+        ("cpu", "a/b", None, False),
+        ("cpu", "embedded", {"avx512_bf16": True}, False),  # the same bytes on every CPU
+        ("cuda", "a/b", {}, True),
+        ("cuda", "embedded", {}, True),
+        ("mps", "a/b", {"avx512_bf16": True}, False),
     ],
 )
-def test_bfloat16_counts_where_the_device_has_instructions_for_it(monkeypatch, device, able, fast):
+def test_bfloat16_suits_where_the_device_has_instructions_for_it(monkeypatch, device, base, able, suits):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     if able is None:  # an older torch does not tell
         monkeypatch.delattr(torch.cpu, "get_capabilities")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
-    assert bases.has_bf16(device) is fast
+    assert bases.suits_bf16(device, base) is suits
+    if device == "cpu":
+        assert bases.asked_precision(None, device, base) == ("bf16" if suits else "fp32")
 
 
 def test_a_gpu_draws_in_half_precision_unless_another_is_asked_for():
-    asked = (None, "cuda"), (None, "cuda:1"), (None, "cpu"), (None, "mps"), ("bf16", "cuda"), ("fp32", "cuda")
-    assert [bases.asked_precision(*one) for one in asked] == ["fp16", "fp16", "fp32", "fp32", "bf16", "fp32"]
+    asked = (None, "cuda"), (None, "cuda:1"), (None, "mps"), ("bf16", "cuda"), ("fp32", "cuda"), ("fp32", "cpu")
+    assert [bases.asked_precision(*one, "a/b") for one in asked] == ["fp16", "fp16", "fp32", "bf16", "fp32", "fp32"]

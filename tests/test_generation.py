@@ -54,6 +54,7 @@ def test_a_picture_says_what_made_it(config, adapter):
     made = generate(config(adapter=[f"{adapter}:0.5"], seed=7, negative_prompt="a cat"))
     told = json.loads(Image.open(made.files[1]).text["comcat"])
     assert (told["prompt"], told["seed"], told["negative_prompt"]) == (PROMPT, 8, "a cat")
+    assert told["precision"] == "fp32"
     assert told["guidance_scale"] == 2.0 == bases.default_guidance("embedded") != bases.default_guidance("a/b")
     assert told["adapters"][0]["scale"] == 0.5 and len(told["adapters"][0]["sha256"]) == 64
     assert PROMPT in Image.open(made.files[1]).text["parameters"]

@@ -17,7 +17,9 @@ class TimingSettings(Group):
     )
     rounds: int = option(3, "Times that everything is timed, in turns; medians are reported.")
     precision: str | None = option(
-        None, "Precision of the base. Default: fp16 on a GPU, else fp32.", choices=("fp32", "fp16", "bf16")
+        None,
+        "Precision of the base. Default: fp16 on a GPU, bf16 on a CPU that is fast in it, else fp32.",
+        choices=("fp32", "fp16", "bf16"),
     )
     device: str | None = option(None, "cpu, cuda, mps, ... Default: the fastest that is there.")
     output: str | None = option(None, "Also write the numbers to this JSON file.")

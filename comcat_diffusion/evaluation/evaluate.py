@@ -54,7 +54,7 @@ def evaluate(
 
     # So are the feature models and whether every adapter fits the base.
     device = bases.asked_device(config.device or str(accelerator.device))
-    config = replace(config, precision=bases.asked_precision(config.precision, device))
+    config = replace(config, precision=bases.asked_precision(config.precision, device, base))
     clip, judge = _features(config, embedded, device)
     pipe = _pipeline(config, base, chosen, device)
     folder = made_folder(config.output_dir)
@@ -62,7 +62,7 @@ def evaluate(
     # The same prompts and seeds with and without every adapter; what is there from a cut run is not drawn again.
     sampling = sampling_of(config, config.batch_size, base)
     seeds = range(config.seed, config.seed + config.seeds)
-    settings = made_by(pipe, base, [], sampling) | {"precision": config.precision, "base_digest": _digest_of(pipe)}
+    settings = made_by(pipe, base, [], sampling) | {"base_digest": _digest_of(pipe)}
     gallery = Gallery(folder / "pictures", rows_of(chosen), prompts.all, seeds, settings)
     missing = gallery.missing()
     accelerator.wait_for_everyone()  # nobody draws before everybody knows what is missing

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
+from comcat_diffusion import bases
 from comcat_diffusion.adapters.header import Header, read_adapter
 from comcat_diffusion.config import EMBEDDED, BaseSettings, weighted
 from comcat_diffusion.generation.pictures import Sampling
@@ -52,6 +53,7 @@ def made_by(pipe: DiffusionPipeline, base: str, chosen: list[Chosen], sampling: 
         "guidance_scale": sampling.guidance_scale,
         "scheduler": type(pipe.scheduler).__name__,
         "resolution": sampling.resolution,
+        "precision": next(name for name, dtype in bases.PRECISIONS.items() if dtype == pipe.dtype),
         "base": base,
         "adapters": files_of(chosen),
     }

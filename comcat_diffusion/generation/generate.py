@@ -94,8 +94,8 @@ def _name(number: int) -> str:
 
 
 def _pipeline(config: GenerateConfig, chosen: list[Chosen]) -> DiffusionPipeline:
-    device = bases.asked_device(config.device)
-    pipe = bases.asked_base(config, bases.asked_precision(config.precision, device), base_of(config, chosen))
+    device, base = bases.asked_device(config.device), base_of(config, chosen)
+    pipe = bases.asked_base(config, bases.asked_precision(config.precision, device, base), base)
     use_sampler(pipe, config.scheduler)
     names = [_name(number) for number in range(len(chosen))]
     for name, one in zip(names, chosen, strict=True):

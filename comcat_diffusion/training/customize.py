@@ -215,9 +215,8 @@ def with_sample(config: TrainConfig) -> TrainConfig:
 def with_precision(config: TrainConfig) -> TrainConfig:
     """The settings, with the precision that suits the device where none is named."""
     gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")  # as Accelerate will see it
-    # The embedded base is too small to gain by it on a CPU, and learns the same bytes on every one in float32.
-    gains = gpu or not bases.is_embedded(config.pretrained_model_name_or_path or bases.EMBEDDED)
-    suits = "bf16" if gains and bases.has_bf16("cuda" if gpu else "cpu") else "no"
+    base = config.pretrained_model_name_or_path or bases.EMBEDDED
+    suits = "bf16" if bases.suits_bf16("cuda" if gpu else "cpu", base) else "no"
     return replace(config, mixed_precision=config.mixed_precision or suits)
 
 
