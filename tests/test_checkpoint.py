@@ -88,6 +88,13 @@ def kept(three, tmp_path_factory):
     return customize(TrainConfig(**settings)).adapter, checkpoint.listed(output / "checkpoints")
 
 
+def test_so_does_one_in_bfloat16(config, tmp_path, unbroken):
+    whole = customize(config(tmp_path / "whole", mixed_precision="bf16")).adapter.read_bytes()
+    customize(config(tmp_path / "cut", mixed_precision="bf16"), Stop(4))
+    resumed = customize(config(tmp_path / "cut", mixed_precision="bf16", resume_from_checkpoint="latest"))
+    assert resumed.adapter.read_bytes() == whole != unbroken
+
+
 def test_the_last_step_can_be_resumed_too(config, tmp_path, unbroken, kept):
     again = customize(config(tmp_path, resume_from_checkpoint=str(kept[1][-1])))
     assert again.adapter.read_bytes() == unbroken
