@@ -70,6 +70,27 @@ def bytes_of(models: Iterable[object]) -> int:
     return sum(tensor.nbytes for state in states for tensor in state.values())
 
 
+def make_folder(path: str | Path, flag: str) -> Path:
+    """The folder of this name, made if it is not there. Raises OSError that names the flag."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"{flag} {folder} cannot be made ({error.strerror}).") from error
+    return folder
+
+
+def refuse_bad_target(target: str | Path, overwrite: bool, flag: str = "--output") -> None:
+    """Raise OSError, in one sentence, if a file cannot be written there or, unless `overwrite`, if there is one."""
+    target = Path(target).expanduser()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, f"{flag} {target}: there is no folder {target.parent}; make it first.")
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{flag} {target} is a folder; name a file in it.")
+    if target.exists() and not overwrite:
+        raise FileExistsError(errno.EEXIST, f"{flag} {target} is there already: name another, or add --overwrite.")
+
+
 def refuse_used(target: Path) -> None:
     """Raise FileExistsError if there is something already where a folder is to be written; an empty one is fine."""
     try:

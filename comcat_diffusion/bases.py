@@ -223,8 +223,8 @@ def asked_device(name: str | None) -> str:
     if name is None:
         return fastest_device()
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError among them, of a device that holds nothing
         raise ValueError(
             f"--device {name}: torch knows no such device here; leave it out for the fastest, '{fastest_device()}'."
         ) from error

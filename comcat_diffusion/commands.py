@@ -3,12 +3,14 @@
 import argparse
 import math
 import os
+import shlex
 import tempfile
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from comcat_diffusion import atomic
 from comcat_diffusion.bench.config import BenchConfig
 from comcat_diffusion.compression.config import CompressConfig
 from comcat_diffusion.config import from_arguments, weighted
@@ -90,7 +92,8 @@ def train(parsed: argparse.Namespace) -> int:
         return INTERRUPTED
     if outcome.samples:
         print(f"Samples: {outcome.samples}")
-    print(f'Try: comcat generate --adapter {outcome.adapter} --prompt "a photo of {outcome.subject.phrase}"')
+    file = shlex.quote(str(outcome.adapter))
+    print(f'Try: comcat generate --adapter {file} --prompt "a photo of {outcome.subject.phrase}"')
     return 0
 
 
@@ -125,12 +128,19 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
     """A progress bar for pictures: a function of how many are done, and of how many."""
     from tqdm import tqdm
 
-    def shown(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
+    bars = []  # none before the first picture
 
-    with tqdm(desc="Pictures", unit="picture", delay=0.01) as bar:  # nothing is shown before the first picture
+    def shown(done: int, total: int) -> None:
+        if not bars:
+            bars.append(tqdm(desc="Pictures", unit="picture"))
+        bars[0].total = total
+        bars[0].update(done - bars[0].n)
+
+    try:
         yield shown
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def ui(parsed: argparse.Namespace) -> int:
@@ -153,7 +163,6 @@ def info(parsed: argparse.Namespace) -> int:
     """Show what an adapter file says of itself."""
     import hashlib
 
-    from comcat_diffusion import atomic
     from comcat_diffusion.adapters.header import picture_of, read_adapter
 
     header = read_adapter(parsed.adapter)
@@ -205,6 +214,7 @@ def _size(path: str | Path) -> str:
 def export(parsed: argparse.Namespace) -> int:
     """Write an adapter as an ordinary LoRA file."""
     config = from_arguments(ExportConfig, parsed)
+    atomic.refuse_bad_target(config.output, config.overwrite)
     _quiet()
     from comcat_diffusion import bases
     from comcat_diffusion.adapters.header import read_adapter
@@ -244,6 +254,7 @@ def merge(parsed: argparse.Namespace) -> int:
 def combine(parsed: argparse.Namespace) -> int:
     """Add several adapters of one base into one file."""
     config = from_arguments(CombineConfig, parsed)
+    atomic.refuse_bad_target(config.output, config.overwrite)
     _quiet()
     from comcat_diffusion import bases
     from comcat_diffusion.adapters.combine import combine
@@ -257,6 +268,7 @@ def combine(parsed: argparse.Namespace) -> int:
 def shrink(parsed: argparse.Namespace) -> int:
     """Write an adapter in fewer bytes."""
     config = from_arguments(ShrinkConfig, parsed)
+    atomic.refuse_bad_target(config.output, config.overwrite)
     _quiet()
     from comcat_diffusion.adapters.shrink import shrink
 
@@ -319,6 +331,8 @@ def evaluate(parsed: argparse.Namespace) -> int:
 def bench(parsed: argparse.Namespace) -> int:
     """Time a step of training and of drawing here: the base alone, with COMCAT, with a LoRA."""
     config = from_arguments(BenchConfig, parsed)
+    if config.output:
+        atomic.refuse_bad_target(config.output, overwrite=True)
     _quiet()
     from comcat_diffusion.bench.run import bench
 
@@ -358,6 +372,7 @@ def pull(parsed: argparse.Namespace) -> int:
 def import_(parsed: argparse.Namespace) -> int:
     """Read the paper authors' comcat_weight.pt into an adapter file."""
     config = from_arguments(ImportConfig, parsed)
+    atomic.refuse_bad_target(config.output, config.overwrite)
     _quiet()
     from comcat_diffusion import bases
     from comcat_diffusion.adapters.header import Notes

@@ -6,7 +6,6 @@ flag.
 """
 
 import argparse
-import math
 import tomllib
 import types
 import typing
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import tomli_w
 
+LARGEST = 3e38  # what float32 holds
+STRONGEST = 100.0  # of an adapter's scale: one is what it was trained with
 EMBEDDED = "embedded"  # the small base that comes with the package
 
 
@@ -35,7 +36,8 @@ def require_finite(settings: object, *flags: str, above: float | None = None) ->
     """Raise ValueError, naming the flag, unless each setting is None or a finite number, and above `above`."""
     for flag in flags:
         value = getattr(settings, flag)
-        require(value is None or math.isfinite(value), f"--{flag} must be a finite number, not {value}.")
+        finite = value is None or abs(value) <= LARGEST  # which a NaN is not either
+        require(finite, f"--{flag} must be a finite number, not {value}.")
         require(value is None or above is None or value > above, f"--{flag} must be above {above}, not {value}.")
 
 
@@ -46,10 +48,19 @@ def require_at_least(settings: object, least: int, *flags: str) -> None:
         require(value is None or value >= least, f"--{flag} must be at least {least}, not {value}.")
 
 
+def require_seed(seed: int) -> None:
+    """Raise ValueError unless torch takes this seed."""
+    require(0 <= seed < 2**63, f"--seed must be at least 0 and below 2 to the 63rd, not {seed}.")
+
+
 class Group:
     """Settings that belong together. `check` looks at them alone; a command's own `check` at how groups fit."""
 
     def __post_init__(self) -> None:
+        for item in fields(self):  # a TOML file knows nothing of a flag's choices
+            choices, value = item.metadata.get("choices"), getattr(self, item.name)
+            known = not choices or value in choices or (value is None and item.default is None)
+            require(known, f"--{item.name} must be one of {', '.join(choices or ())}, not {value!r}.")
         for kind in reversed(type(self).__mro__):
             if "check" in vars(kind):
                 kind.check(self)
@@ -143,6 +154,9 @@ def _checked(name: str, value: object, kind: type, several: bool, path: Path) ->
     if several and isinstance(value, list):
         return [_checked(f"{name}[{n}]", part, kind, False, path) for n, part in enumerate(value)]
     if is_dataclass(kind) and isinstance(value, dict):
+        needed = {item.name for item in fields(kind) if MISSING is item.default is item.default_factory}
+        if needed - set(value):
+            raise ValueError(f"--config: {path}: {name} needs {', '.join(sorted(needed - set(value)))}.")
         return kind(**_table(kind, value, path, name + "."))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -152,16 +166,23 @@ def _checked(name: str, value: object, kind: type, several: bool, path: Path) ->
     raise ValueError(f"--config: {path}: {name} must be {wanted}, not {value!r}.")
 
 
-def weighted(text: str, weight: float = 1.0) -> tuple[str, float]:
+def require_scale(scale: float, flag: str = "--scale") -> None:
+    """Raise ValueError unless an adapter can be drawn with at this scale."""
+    told = f"{flag} must be a finite number from -100 to 100, where 1 is as it was trained, and not {scale}."
+    require(abs(scale) <= STRONGEST, told)
+
+
+def weighted(text: str, weight: float = 1.0, flag: str = "--adapter") -> tuple[str, float]:
     """(file, weight) of `dog.safetensors` or `dog.safetensors:0.8`. Raises ValueError if that is no number."""
+    require(bool(text.strip()), f"{flag} is empty: name a file.")
     path = text
     head, colon, tail = text.rpartition(":")
     if colon and not Path(text).exists():
         try:
             path, weight = head, float(tail)
         except ValueError:
-            raise ValueError(f"--adapter {text}: '{tail}' after the colon is not a number.") from None
-    require(math.isfinite(weight), f"--adapter {text}: the weight must be a finite number.")
+            raise ValueError(f"{flag} {text}: '{tail}' after the colon is not a number.") from None
+    require_scale(weight, f"The weight of {flag} {text}")
     return path, weight
 
 

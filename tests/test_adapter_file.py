@@ -189,6 +189,25 @@ BROKEN = {
 }
 
 
+STRANGE = {
+    "notes hold": lambda header: header["notes"].update(trigger=5),
+    "notes": lambda header: header["notes"].update(others=[{"trigger": 1, "class_word": "dog"}]),
+    "fingerprint hold": lambda header: header.update(fingerprint=[]),
+    "versions hold": lambda header: header.update(versions=[]),
+    "tokens hold": lambda header: header.update(tokens=[1]),
+    "base_model hold": lambda header: header.update(base_model=None),
+    "config hold": lambda header: header.update(config=[1]),
+    "parenthesis|unterminated": lambda header: header["config"]["unet"].update(target_modules="("),
+}
+
+
+@pytest.mark.parametrize("message", STRANGE)
+def test_a_header_that_holds_other_things_than_it_should_is_refused(file, tmp_path, message):
+    changed = rewritten(file, tmp_path, lambda tensors, metadata: edit(metadata, STRANGE[message]))
+    with pytest.raises(AdapterFileError, match=f"has a header that does not make sense.*({message})"):
+        read_adapter(changed)
+
+
 def edit(metadata, change):
     header = json.loads(metadata["comcat"])
     change(header)

@@ -44,7 +44,30 @@ def test_every_command_has_help(command, capsys):
         (["generate", "--adapter", "README.md", "--prompt", "sks dog"], "README.md"),
         (["generate", "--adapter", "x", "--prompt", "sks dog", "--scale", "nan"], "--scale must be a finite number"),
         (["generate", "--adapter", "x", "--prompt", "sks dog", "--scale", "inf"], "--scale must be a finite number"),
-        (["generate", "--adapter", "x:inf", "--prompt", "sks dog"], "the weight must be a finite number"),
+        (["generate", "--adapter", "x:inf", "--prompt", "sks dog"], "must be a finite number"),
+        (["generate", "--adapter", "x", "--prompt", "sks dog", "--scale", "1e30"], "from -100 to 100"),
+        (["generate", "--adapter", "", "--prompt", "sks dog"], "--adapter is empty"),
+        (["generate", "--adapter", "x", "--prompt", "sks dog", "--seed", "-1"], "--seed must be at least 0"),
+        (["generate", "--adapter", "x", "--prompt", "sks dog", "--num_inference_steps", "2000"], "at most 1000"),
+        (["train", "--seed", "99999999999999999999999"], "--seed must be at least 0 and below"),
+        (["train", "--alpha", "0"], "--alpha must be above 0"),
+        (["train", "--learning_rate", "1e300"], "--learning_rate must be a finite number"),
+        (["train", "--adam_beta1", "1.5"], "--adam_beta1 must be at least 0 and below 1"),
+        (["train", "--adam_weight_decay", "-1"], "--adam_weight_decay must be at least 0"),
+        (["train", "--num_vectors", "3"], "--num_vectors is of a --placeholder_token"),
+        (
+            ["train", "--instance_data_dir", "assets/subject/train", "--instance_prompt", ""],
+            "--instance_prompt is empty",
+        ),
+        (["train", "--name", "../evil"], "--name '../evil' makes no file name"),
+        (["train", "--name", ".hidden"], "makes no file name"),
+        (["train", "--placeholder_token", "teddy", "--initializer_token", "cat"], "already has the token 'teddy'"),
+        (["validate", "--validation_fraction", "0.5", "--validation_data_dir", "x"], "exclude each other"),
+        (["shrink", "--adapter", "x", "--output", "README.md", "--max_bytes", "9000"], "is there already"),
+        (["combine", "--adapter", "x", "--output", "README.md"], "is there already"),
+        (["export", "--adapter", "x", "--output", "docs"], "--output docs is a folder"),
+        (["export", "--adapter", "x", "--output", "no/where.safetensors"], "there is no folder no; make it first"),
+        (["bench", "--output", "no/where.json"], "there is no folder no; make it first"),
         (["info", "nope.safetensors"], "no adapter file"),
         (["train", "--config", "nope.toml"], "no file nope.toml"),
         (["export", "--adapter", "nope.safetensors", "--output", "x"], "no adapter file"),
@@ -55,12 +78,46 @@ def test_every_command_has_help(command, capsys):
         (["import", "--weights", "x.pt", "--output", "y"], "--pretrained_model_name_or_path is missing"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_status_2(arguments, message, capsys, monkeypatch):
+def test_a_mistake_is_one_sentence_and_status_2(arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    assert main(arguments) == 2
+    written = ["--output_dir", str(tmp_path)] if arguments[0] == "train" else []
+    assert main([*arguments, *written]) == 2
+    assert not list(tmp_path.iterdir())
     captured = capsys.readouterr()
     said = captured.err.splitlines()[-1]
     assert message in said and said.startswith("comcat: ") and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "message"),
+    [
+        ("train", 'save_precision = "x"', "--save_precision must be one of fp16, bf16, fp32, not 'x'"),
+        ("train", 'kind = "x"', "--kind must be one of"),
+        ("train", 'prior = "x"', "--prior must be one of"),
+        ("train", 'mixed_precision = "fp8"', "--mixed_precision must be one of no, fp16, bf16"),
+        ("train", 'lr_scheduler = "foo"', "--lr_scheduler must be one of"),
+        ("generate", 'precision = "x"\nprompt = ["sks"]', "--precision must be one of"),
+        ("train", '[[subjects]]\ninstance_prompt = "a photo of sks dog"', "subjects[0] needs instance_data_dir"),
+    ],
+)
+def test_a_toml_file_has_the_choices_of_the_flags(command, text, message, tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    assert main([command, "--config", str(file), "--output_dir", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and message in said[0]
+
+
+def test_no_file_of_the_user_is_replaced_unless_asked(tmp_path, capsys):
+    assert (
+        main(["train", "--output_dir", str(tmp_path / "a b"), "--max_train_steps", "1", "--skip_final_inference"]) == 0
+    )
+    adapter, other = tmp_path / "a b" / "sks-teddy.safetensors", tmp_path / "mine.safetensors"
+    assert f"--adapter '{adapter}'" in capsys.readouterr().out  # what to try can be pasted
+    other.write_bytes(b"mine")
+    command = ["shrink", "--adapter", str(adapter), "--output", str(other), "--max_bytes", "30000"]
+    assert main(command) == 2 and other.read_bytes() == b"mine"
+    assert main([*command, "--overwrite"]) == 0 and read_adapter(other).notes.trigger == "sks"
 
 
 def test_info_tells_the_whole_header_without_torch_and_saves_the_thumbnail(tmp_path, capsys):

@@ -84,7 +84,7 @@ def test_scale_zero_is_the_base_and_scales_differ(config, adapter):
 
 
 def test_merging_first_draws_the_same_pictures(config, tmp_path):
-    with pytest.raises(ValueError, match=r"acts from its trigger on.*--everywhere"):
+    with pytest.raises(ValueError, match=r"--merge: .*sks-teddy.safetensors acts from its trigger on.*--everywhere"):
         generate(config(merge=True))
     settings = {"everywhere": True, "kind": "free", "skip_final_inference": True, "max_train_steps": 15}
     adapter = str(customize(TrainConfig(output_dir=str(tmp_path / "o"), **settings)).adapter)
@@ -123,6 +123,17 @@ def test_two_adapters_of_different_bases_are_refused(config, adapter, tmp_path):
         ({"adapter": ["nope.safetensors:nan"]}, "finite"),
         ({"scheduler": "NoSuchScheduler"}, "no scheduler of this name"),
         ({"scheduler": "UNet2DConditionModel"}, "no scheduler of this name"),
+        ({"scheduler": "FlowMatchEulerDiscreteScheduler"}, "is for other models than Stable Diffusion"),
+        ({"scheduler": "VQDiffusionScheduler"}, "is for other models than Stable Diffusion"),
+        ({"scheduler": "RePaintScheduler"}, "is for other models than Stable Diffusion"),
+        ({"scheduler": "KarrasVeScheduler"}, "is for other models than Stable Diffusion"),
+        ({"device": "meta"}, "--device meta"),
+        ({"resolution": 63}, "--resolution 63 must be a multiple of"),
+        (
+            {"prompt": ["red " * 80 + "sks teddy"]},
+            "tokens, of which the text encoder reads 32, and 'sks teddy' comes later",
+        ),
+        ({"lora": ["x.safetensors:nan"]}, "weight of --lora"),
         ({"pretrained_model_name_or_path": "no-such-folder/x.safetensors"}, "no base at"),
         ({"pretrained_model_name_or_path": "nobody/nothing"}, "looked for its model_index.json"),
         ({"output_dir": "/proc/nope"}, "--output_dir"),
@@ -132,6 +143,20 @@ def test_bad_input_is_one_sentence(config, settings, message):
     with pytest.raises((ValueError, OSError), match=message) as caught:
         generate(config(**settings))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"])
+def test_samplers_for_stable_diffusion_draw(config, name):
+    assert len(generate(config(scheduler=name)).files) == 2
+
+
+def test_a_picture_never_takes_the_place_of_another(config):
+    first, again = generate(config()), generate(config())
+    assert first.files == again.files and first.sheet == again.sheet  # the same pictures to the byte
+    before = {path: path.read_bytes() for path in (*first.files, first.sheet)}
+    other = generate(config(scale=0.5))
+    assert not set(other.files) & set(first.files) and other.sheet.name == "sheet-2.png"
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_any_prompt_can_be_allowed(config):

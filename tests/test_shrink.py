@@ -306,5 +306,5 @@ def test_the_change_of_the_output_is_measured_where_a_base_is_given(randomize, t
     budget = ["--max_bytes", str(files[1].stat().st_size)]
     command = ["shrink", "--adapter", str(adapter), "--output", str(small), *budget]
     assert main(command) == 0 and "differs by" not in capsys.readouterr().out
-    assert main([*command, "--pretrained_model_name_or_path", "embedded"]) == 0
+    assert main([*command, "--pretrained_model_name_or_path", "embedded", "--overwrite"]) == 0
     assert f"differs by {changes[1]:.2%} of the adapter's effect" in capsys.readouterr().out

@@ -94,6 +94,50 @@ def test_ctrl_c_keeps_what_was_learned_and_it_goes_on_from_there(config, tmp_pat
     assert customize(more).adapter.read_bytes() != outcome.adapter.read_bytes()
 
 
+def test_an_adapter_that_is_learned_on_keeps_its_shape_and_its_subject(config, tmp_path):
+    first = customize(config(max_train_steps=2, kind="free", rank=2, alpha=1.0, target_modules=["attn1", "attn2"]))
+    start = {"init_adapter": str(first.adapter), "max_train_steps": 1}
+    (tmp_path / "bare").mkdir()
+    shutil.copy(SUBJECT / "train" / "1.png", tmp_path / "bare")
+    more = customize(config(**start, output_dir=str(tmp_path / "more")))
+    shape = {name: read_adapter(more.adapter).config["unet"][name] for name in ("r", "alpha", "foldable", "trigger")}
+    assert shape == {"r": 2, "alpha": 1.0, "foldable": False, "trigger": ["sks"]}
+    written = (tmp_path / "more" / "run.toml").read_text()
+    assert 'kind = "free"' in written and "rank = 2" in written and "alpha = 1.0" in written
+    for settings, message in (
+        ({"rank": 3}, "stays what it is, with rank 2: leave --rank out"),
+        ({"kind": "foldable"}, "with kind free: leave --kind out"),
+        ({"everywhere": True}, "with everywhere False"),
+        ({"alpha": 3.0}, "with alpha 1.0"),
+        ({"target_modules": ["attn2"]}, "leave --target_modules and --way_up out"),
+        ({"way_up": True}, "leave --target_modules and --way_up out"),
+        (
+            {"instance_data_dir": str(tmp_path / "bare"), "instance_prompt": "a photo of ohwx teddy"},
+            "acts from 'sks' on, which is not in the prompts of 'ohwx'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            customize(config(**start, output_dir=str(tmp_path / "other"), **settings))
+
+
+def test_a_second_run_in_a_folder_and_a_refused_one_leave_what_is_there(config, tmp_path):
+    customize(config(max_train_steps=1))
+    written = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert any(path.name == "run.toml" for path in written)
+    with pytest.raises(ValueError, match="holds another run, whose settings.*--overwrite"):
+        customize(config(max_train_steps=1, name="another"))
+    with pytest.raises(ValueError, match="nope"):
+        customize(config(max_train_steps=1, overwrite=True, target_modules=["nope"]))
+    assert written == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("more", [{"train_text_encoder": True, "everywhere": True}, {"learn_name": True}])
+def test_samples_are_drawn_in_bfloat16_while_text_is_trained(config, more):
+    drawn = {"skip_final_inference": False, "num_validation_images": 1}
+    outcome = customize(config(max_train_steps=1, mixed_precision="bf16", **drawn, **more))
+    assert outcome.samples.is_file()
+
+
 def test_the_command_line_survives_a_real_ctrl_c(tmp_path):
     command = [sys.executable, "train_customize.py", "--max_train_steps", "5000", "--output_dir", str(tmp_path)]
     running = subprocess.Popen(

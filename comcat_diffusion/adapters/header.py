@@ -112,7 +112,8 @@ def read_adapter(path: str | Path) -> Header:
         raise AdapterFileError(f"{path} is damaged or cut short ({error}); get the file again.") from error
     if KEY not in metadata:
         raise AdapterFileError(
-            f"{path} is not a COMCAT adapter: it has no '{KEY}' header (a LoRA loads with pipe.load_lora_weights)."
+            f"{path} is not a COMCAT adapter: it has no '{KEY}' header (a LoRA goes to --lora, or to "
+            "pipe.load_lora_weights)."
         )
     return _parsed(metadata, path)
 
@@ -137,16 +138,15 @@ def _parsed(metadata: dict[str, str], path: Path) -> Header:
         if version in (FORMAT_VERSION, PACKED_VERSION):
             content["notes"] = Notes(**content["notes"])
             header = Header(**content, thumbnail=metadata.get(THUMBNAIL, ""))
+            _refuse_other_types(header)
             _refuse_other_ranks(header)
-            if not (isinstance(header.config, dict) and all(isinstance(c, dict) for c in header.config.values())):
-                raise TypeError("config is not a table of tables")
             for part, attentions in header.head_ranks.items():
                 if header.config[part].get("tied"):
                     continue
                 ranks = {name: max(map(max, products)) for name, products in attentions.items()}
                 header.config[part].update(settings_of_layers(ranks, header.config[part]["r"]))
             return header
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError, re.error) as error:
         raise AdapterFileError(f"{path} has a header that does not make sense ({error}).") from error
     newer = isinstance(version, int) and version > PACKED_VERSION
     way_out = "update comcat-diffusion" if newer else "the file was not written by comcat-diffusion"
@@ -164,6 +164,27 @@ def settings_of_layers(ranks: dict[str, int], common: int) -> dict:
     """The settings of a configuration that name every layer and its rank, `common` being the rank of most."""
     others = {f"^{re.escape(name)}": rank for name, rank in sorted(ranks.items()) if rank != common}
     return {"target_modules": sorted(ranks), "rank_pattern": others}
+
+
+def _refuse_other_types(header: Header) -> None:
+    notes = header.notes
+    known = {
+        "config": isinstance(header.config, dict) and all(isinstance(c, dict) for c in header.config.values()),
+        "fingerprint": isinstance(header.fingerprint, dict),
+        "versions": isinstance(header.versions, dict),
+        "tokens": isinstance(header.tokens, list) and all(isinstance(word, str) for word in header.tokens),
+        "base_model": isinstance(header.base_model, str) and isinstance(header.revision, str),
+        "notes": all(isinstance(text, str) for text in (notes.trigger, notes.instance_prompt, notes.class_word))
+        and isinstance(notes.training, dict)
+        and isinstance(notes.others, list)
+        and all(isinstance(word, str) for other in notes.others for word in (other["trigger"], other["class_word"])),
+    }
+    wrong = [name for name, right in known.items() if not right]
+    if wrong:
+        raise TypeError(f"{' and '.join(wrong)} hold other things than they should")
+    for config in header.config.values():
+        if isinstance(config.get("target_modules"), str):
+            re.compile(config["target_modules"])
 
 
 def _refuse_other_ranks(header: Header) -> None:

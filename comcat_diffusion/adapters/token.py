@@ -18,7 +18,8 @@ def refuse_token(pipe: DiffusionPipeline, token: str, vectors: dict[str, torch.T
         here = getattr(pipe, encoder, None)
         if (encoder in vectors) != (here is not None):
             raise ValueError(f"The token '{token}' was learned for {', '.join(vectors)}, which this pipeline is not.")
-        if here is not None and token in getattr(pipe, tokenizer).get_vocab():
+        known = getattr(pipe, tokenizer).get_vocab() if here is not None else {}
+        if token in known or f"{token.lower()}</w>" in known:  # as CLIP's tokenizers end a word
             raise ValueError(
                 f"The tokenizer already has the token '{token}': unload what brought it, or learn another word."
             )

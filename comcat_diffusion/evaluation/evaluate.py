@@ -27,7 +27,7 @@ from comcat_diffusion.evaluation.prompts import Prompts, prompts_of
 from comcat_diffusion.evaluation.report import Judged, Report
 from comcat_diffusion.generation import sheet
 from comcat_diffusion.generation.chosen import Chosen, base_of, choose, made_by
-from comcat_diffusion.generation.pictures import made_folder, sampling_of, save_png, use_sampler
+from comcat_diffusion.generation.pictures import sampling_of, save_png, use_sampler
 
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dinov2-small"
 SHEET_SEEDS = 2  # columns of a prompt on the sheet
@@ -57,7 +57,7 @@ def evaluate(
     config = replace(config, precision=bases.asked_precision(config.precision, device, base))
     clip, judge = _features(config, embedded, device)
     pipe = _pipeline(config, base, chosen, device)
-    folder = made_folder(config.output_dir)
+    folder = atomic.make_folder(config.output_dir, "--output_dir")
 
     # The same prompts and seeds with and without every adapter; what is there from a cut run is not drawn again.
     sampling = sampling_of(config, config.batch_size, base)

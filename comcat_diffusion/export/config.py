@@ -13,16 +13,26 @@ from comcat_diffusion.config import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneAdapter(Group):
-    """The files"""
+class OneOutput(Group):
+    """What is written"""
 
-    adapter: str | None = option(None, "The adapter file.")
     output: str | None = option(None, "The file to write.")
+    overwrite: bool = option(False, "Replace a file that is there already.")
 
     def check(self) -> None:
-        """Both are named."""
-        require(bool(self.adapter), "--adapter is missing: name the adapter file.")
+        """It is named."""
         require(bool(self.output), "--output is missing: name the file to write.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneAdapter(OneOutput):
+    """The adapter"""
+
+    adapter: str | None = option(None, "The adapter file.")
+
+    def check(self) -> None:
+        """It is named."""
+        require(bool(self.adapter), "--adapter is missing: name the adapter file.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +61,16 @@ class MergeConfig(BaseSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CombineConfig(Group):
+class CombineConfig(OneOutput):
     """The combination"""
 
     adapter: list[str] = option([], "Adapter files of one base, each with a weight after a colon if wanted.")
-    output: str | None = option(None, "The file to write.")
     rank: int | None = option(None, "Cut the sum to this rank. Default: all ranks side by side, which is exact.")
     save_precision: str = option("fp16", "Precision of the file.", choices=("fp16", "bf16", "fp32"))
 
     def check(self) -> None:
         """There is something to combine, and a place for it."""
         require(bool(self.adapter), "--adapter is missing: name at least one adapter file.")
-        require(bool(self.output), "--output is missing: name the file to write.")
         require_at_least(self, 1, "rank")
 
 
@@ -82,18 +90,16 @@ class ShrinkConfig(BaseSettings, OneAdapter):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportConfig(BaseSettings):
+class ImportConfig(BaseSettings, OneOutput):
     """The import"""
 
     weights: str | None = option(None, "The authors' file, comcat_weight.pt.")
-    output: str | None = option(None, "The file to write.")
     strength: float = option(1.0, "The authors' alpha; the scale of the adapter is its square.")
     instance_prompt: str | None = option(None, "The prompt it was trained with, for instance 'a photo of sks dog'.")
 
     def check(self) -> None:
         """File, place and base are named."""
         require(bool(self.weights), "--weights is missing: name the authors' file.")
-        require(bool(self.output), "--output is missing: name the file to write.")
         require(
             self.pretrained_model_name_or_path is not None,
             "--pretrained_model_name_or_path is missing: the file does not say which base it was trained on.",

@@ -9,7 +9,11 @@ from comcat_diffusion.config import (
     require,
     require_at_least,
     require_finite,
+    require_scale,
+    require_seed,
 )
+
+TRAINED_STEPS = 1000  # the noise levels that a base knows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,7 @@ class AdapterFiles(Group):
 
     def check(self) -> None:
         """A scale is a number."""
-        require_finite(self, "scale")
+        require_scale(self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,11 @@ class SamplingSettings(Group):
     def check(self) -> None:
         """Numbers make sense."""
         require_at_least(self, 1, "num_inference_steps", "resolution")
+        require(
+            self.num_inference_steps <= TRAINED_STEPS,
+            f"--num_inference_steps must be at most {TRAINED_STEPS}, not {self.num_inference_steps}.",
+        )
+        require_seed(self.seed)
         require_finite(self, "guidance_scale")
 
 

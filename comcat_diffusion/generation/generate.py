@@ -6,8 +6,9 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
+from transformers import CLIPTokenizer
 
-from comcat_diffusion import bases
+from comcat_diffusion import atomic, bases
 from comcat_diffusion.adapters.merge import merge_adapters, unload_adapters
 from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.store import load_adapter
@@ -18,7 +19,6 @@ from comcat_diffusion.generation.masks import asked_regions
 from comcat_diffusion.generation.pictures import (
     Drawing,
     draw,
-    made_folder,
     sampling_of,
     save_png,
     slug,
@@ -43,11 +43,20 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
     """
     # Prompts and adapters are checked from the files' headers, before the base is loaded.
     chosen = [choose(text, config.scale) for text in config.adapter]
+    for one in chosen if config.merge else ():
+        if any(part.get("trigger") for part in one.header.config.values()):
+            raise ValueError(
+                f"--merge: {one.path} acts from its trigger on, which merged weights cannot tell: leave --merge out, "
+                "or train it again with --everywhere."
+            )
     prompts = [_checked(prompt, chosen, config.any_prompt) for prompt in config.prompt]
     masks = asked_regions(config.region, [one.path for one in chosen])
-    folder = made_folder(config.output_dir)
+    folder = atomic.make_folder(config.output_dir, "--output_dir")
 
     pipe = _pipeline(config, chosen)
+    bases.asked_resolution(pipe, config.resolution)
+    for prompt in prompts:
+        _refuse_deaf(pipe.tokenizer, prompt, chosen, config.any_prompt)
     set_regions(pipe, {_name(number): mask for number, mask in masks.items()})
     drawings = [Drawing(prompt, config.seed + n) for prompt in prompts for n in range(config.num_images)]
     base = base_of(config, chosen)
@@ -62,8 +71,7 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
     for drawing, picture in zip(drawings, draw(pipe, drawings, sampling), strict=True):
         number = prompts.index(drawing.prompt)
         path = folder / f"{number:02d}-{slug(drawing.prompt)}-{drawing.seed}.png"
-        save_png(picture, path, {"prompt": drawing.prompt, "seed": drawing.seed, **settings})
-        files.append(path)
+        files.append(save_png(picture, path, {"prompt": drawing.prompt, "seed": drawing.seed, **settings}, keep=True))
         after.append(picture)
         on_picture(len(after), total)
     # The row before is drawn by the same pipeline without its adapters and their words.
@@ -73,8 +81,8 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
             before.append(picture)
             on_picture(len(after) + len(before), total)
     rows = [Row("before", before), Row("after", after)] if before else [Row("", after)]
-    sheet = folder / "sheet.png"
-    save_png(contact_sheet(rows, prompts, config.num_images), sheet, {"prompt": " | ".join(prompts), **settings})
+    about = {"prompt": " | ".join(prompts), **settings}
+    sheet = save_png(contact_sheet(rows, prompts, config.num_images), folder / "sheet.png", about, keep=True)
     return Pictures(files, sheet)
 
 
@@ -89,6 +97,18 @@ def _checked(prompt: str, chosen: list[Chosen], any_prompt: bool) -> str:
     raise ValueError(f"The prompt '{prompt}' does not name the subject: write {wanted}, or allow it with --any_prompt.")
 
 
+def _refuse_deaf(tokenizer: CLIPTokenizer, prompt: str, chosen: list[Chosen], any_prompt: bool) -> None:
+    """Raise ValueError for a prompt that names the subject only where the text encoder does not read any more."""
+    numbers, most = tokenizer(prompt, truncation=False, verbose=False).input_ids, tokenizer.model_max_length
+    read = tokenizer.decode(numbers[:most], skip_special_tokens=True)
+    named = [subject for one in chosen for subject in one.subjects if calls(prompt, subject)]
+    if len(numbers) > most and named and not any_prompt and not any(calls(read, subject) for subject in named):
+        raise ValueError(
+            f"The prompt '{prompt[:60]}...' has {len(numbers)} tokens, of which the text encoder reads {most}, and "
+            f"'{named[0].phrase}' comes later: name it earlier, or allow it with --any_prompt."
+        )
+
+
 def _name(number: int) -> str:
     return f"adapter_{number}"
 
@@ -100,7 +120,7 @@ def _pipeline(config: GenerateConfig, chosen: list[Chosen]) -> DiffusionPipeline
     names = [_name(number) for number in range(len(chosen))]
     for name, one in zip(names, chosen, strict=True):
         load_adapter(pipe, one.path, name, any_weights=config.any_weights)
-    loras = {f"lora_{number}": weighted(text) for number, text in enumerate(config.lora)}
+    loras = {f"lora_{number}": weighted(text, flag="--lora") for number, text in enumerate(config.lora)}
     for name, (path, _) in loras.items():
         _load_lora(pipe, Path(path), name)
     if chosen or loras:

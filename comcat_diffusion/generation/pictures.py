@@ -1,6 +1,7 @@
 """Drawing: prompts x seeds in batches, every picture from its own seed; and writing them with what made them."""
 
 import base64
+import inspect
 import io
 import json
 from collections.abc import Iterator
@@ -44,12 +45,22 @@ def sampling_of(config: SamplingSettings, batch_size: int, base: str) -> Samplin
 
 
 def use_sampler(pipe: DiffusionPipeline, name: str | None) -> None:
-    """Give a pipeline a sampler of diffusers by name. Raises ValueError if there is none."""
-    if name:
-        kind = getattr(diffusers, name, None)
-        if kind is None or not hasattr(kind, "set_timesteps"):
-            raise ValueError(f"--scheduler {name}: diffusers has no scheduler of this name.")
+    """Give a pipeline a sampler of diffusers by name. Raises ValueError if there is none, or it is for other models."""
+    if not name:
+        return
+    kind = getattr(diffusers, name, None)
+    if kind is None or not hasattr(kind, "set_timesteps"):
+        raise ValueError(f"--scheduler {name}: diffusers has no scheduler of this name.")
+    try:
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        needed = {n for n, p in inspect.signature(kind.step).parameters.items() if p.default is p.empty} - {"self"}
+        fits = hasattr(pipe.scheduler, "init_noise_sigma") and needed <= {"model_output", "timestep", "sample"}
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"--scheduler {name} is for other models than Stable Diffusion; take for instance EulerDiscreteScheduler."
+        )
 
 
 def draw(pipe: StableDiffusionPipeline, drawings: list[Drawing], sampling: Sampling) -> Iterator[Image.Image]:
@@ -84,24 +95,22 @@ def data_uri(path: Path, most_bytes: int = 15_000) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def save_png(picture: Image.Image, path: Path, made_by: dict) -> None:
-    """Write a PNG whose text chunks say what made it: `parameters` for people, `comcat` as JSON for programs."""
+def save_png(picture: Image.Image, path: Path, made_by: dict, keep: bool = False) -> Path:
+    """Write a PNG whose text chunks say what made it: `parameters` for people, `comcat` as JSON for programs.
+
+    Returns where it is: with `keep`, a picture of that name that is another one stays, and this one gets a number.
+    """
     info = PngInfo()
     info.add_text("parameters", f"{made_by.get('prompt', '')}\nSeed: {made_by.get('seed', '')}")
     info.add_text("comcat", json.dumps(made_by, sort_keys=True))
     content = io.BytesIO()
     picture.save(content, "PNG", pnginfo=info)
+    number, wanted = 1, path
+    while keep and path.exists() and path.read_bytes() != content.getvalue():
+        number += 1
+        path = wanted.with_stem(f"{wanted.stem}-{number}")
     atomic.write_bytes(path, content.getvalue())
-
-
-def made_folder(output_dir: str) -> Path:
-    """The folder of a run, made if it is not there. Raises OSError."""
-    folder = Path(output_dir).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(error.errno, f"--output_dir {folder} cannot be made ({error.strerror}).") from error
-    return folder
+    return path
 
 
 def slug(prompt: str) -> str:

@@ -36,7 +36,7 @@ class Cache:
     def keep(self, picture: Image.Image, tensors: Tensors) -> Tensors:
         """Write what was computed of a picture; returns it."""
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            atomic.make_folder(self.folder, "--cache_dir")
             content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
             atomic.write_bytes(self._place_of(picture), content)
         return tensors

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from comcat_diffusion import bases
+from comcat_diffusion import atomic, bases
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_png
 from comcat_diffusion.training import folder
 from comcat_diffusion.training.config import TrainConfig
@@ -33,8 +33,7 @@ def class_pictures(
     examples = []
     for one, subject in zip(config.all_subjects(), subjects, strict=True):
         prompt = class_prompt_of(config, subject, subjects)
-        place = Path(one.class_data_dir or Path(config.output_dir) / "class").expanduser()
-        place.mkdir(parents=True, exist_ok=True)
+        place = atomic.make_folder(one.class_data_dir or Path(config.output_dir) / "class", "--class_data_dir")
         there = sum(path.suffix.lower() in folder.SUFFIXES for path in place.iterdir())
         drawings = (Drawing(prompt, config.seed + number) for number in range(config.num_class_images))
         # the user's own pictures count as well, whatever they are called

@@ -10,6 +10,7 @@ from comcat_diffusion.config import (
     require,
     require_at_least,
     require_finite,
+    require_seed,
 )
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -23,6 +24,11 @@ BESIDE = (
     "validation_prompt", "num_validation_images", "validation_steps", "skip_final_inference", "report_to",
     "cache_dir", "save_precision", "thumbnail",
 )  # fmt: skip
+
+
+def _require_said(prompt: str | None) -> None:
+    said = prompt is None or bool(prompt.strip())
+    require(said, "--instance_prompt is empty: say what the pictures show, like 'a photo of sks dog'.")
 
 
 def _require_word(prompt: str | None, word: str | None, kind: str = "") -> None:
@@ -48,6 +54,7 @@ class SubjectConfig:
             f"--instance_prompt is missing: say in words what {self.instance_data_dir} shows (or, where every picture "
             "has a caption, name the --trigger).",
         )
+        _require_said(self.instance_prompt)
         require(self.repeats >= 1, f"--repeats must be at least 1, not {self.repeats}.")
         _require_word(self.instance_prompt, self.trigger, "the trigger ")
 
@@ -77,12 +84,17 @@ class PictureSettings(Group):
 
     def check(self) -> None:
         """Numbers make sense; one subject or several, not both."""
+        _require_said(self.instance_prompt)
         require_at_least(self, 1, "resolution", "repeats")
         require_finite(self, "unmasked_weight")
         require(0 <= self.unmasked_weight <= 1, f"--unmasked_weight must be 0 to 1, not {self.unmasked_weight}.")
         require(
             not (self.subjects and self.instance_data_dir),
             "--instance_data_dir and [[subjects]] tables exclude each other: put the folder into a table.",
+        )
+        require(
+            not (self.subjects and (self.instance_prompt or self.trigger)),
+            "--instance_prompt and --trigger belong into the [[subjects]] tables, where there are any.",
         )
 
 
@@ -112,7 +124,7 @@ class AdapterShape(Group):
     def check(self) -> None:
         """A head is given something, at a strength that is a number."""
         require_at_least(self, 1, "rank")
-        require_finite(self, "alpha")
+        require_finite(self, "alpha", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +136,9 @@ class LearningSettings(AdapterShape):
         "Make the subject's name, like 'sks dog', one new word that starts as its class and is learned together with "
         "the adapter; text is then encoded at every step.",
     )
-    init_adapter: str | None = option(None, "Start from this adapter file (it must have the same rank and targets).")
+    init_adapter: str | None = option(
+        None, "Start from this adapter file, whose subject, kind, rank and targets stay what they are."
+    )
     train_text_encoder: bool = option(False, "Also adapt the text encoder(s); text is then encoded at every step.")
     placeholder_token: str | None = option(
         None, "Learn a new token together with the adapter, for instance '<my-cat>'."
@@ -135,6 +149,10 @@ class LearningSettings(AdapterShape):
     def check(self) -> None:
         """A new token starts from a known one."""
         require_at_least(self, 1, "num_vectors")
+        require(
+            self.num_vectors == 1 or self.placeholder_token is not None,
+            "--num_vectors is of a --placeholder_token: name one, or leave it out.",
+        )
         require(
             (self.placeholder_token is None) == (self.initializer_token is None),
             "--placeholder_token and --initializer_token belong together: a new token starts from a known word.",
@@ -199,6 +217,11 @@ class PaceSettings(Group):
         require_at_least(self, 1, "max_train_steps", "gradient_accumulation_steps", "train_batch_size")
         rates = ("learning_rate", "text_encoder_lr", "token_lr", "max_grad_norm", "adam_epsilon")
         require_finite(self, *rates, above=0)
+        for flag in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, flag)
+            require(0 <= value < 1, f"--{flag} must be at least 0 and below 1, not {value}.")
+        require_finite(self, "adam_weight_decay")
+        require_at_least(self, 0, "adam_weight_decay")
         require(0 < self.ema_decay < 1, f"--ema_decay must be between 0 and 1, not {self.ema_decay}.")
         require(
             0 <= self.lr_warmup_steps < self.max_train_steps,
@@ -220,6 +243,10 @@ class MachineSettings(Group):
     allow_tf32: bool = option(False, "Faster, slightly less exact float32 products on recent GPUs.")
     compile: bool = option(False, "Compile the U-Net: a slow first step, then faster ones.")
     seed: int = option(0, "Seed of everything random; the same seed gives the same file on a CPU.")
+
+    def check(self) -> None:
+        """The seed is one."""
+        require_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +288,11 @@ class ValidationSettings(Group):
         require(
             0 <= self.validation_fraction < 1,
             f"--validation_fraction must be at least 0 and below 1, not {self.validation_fraction}.",
+        )
+        require(
+            not (self.validation_fraction and self.validation_data_dir),
+            "--validation_fraction and --validation_data_dir exclude each other: pictures are kept out, or there are "
+            "others.",
         )
         require(all(p.strip() for p in self.validation_prompt), "--validation_prompt is empty: say what to draw.")
 

@@ -93,6 +93,7 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
     # Everything that can be wrong with the input is looked at before the base, which is big, is loaded.
     config = with_precision(with_sample(config))
     dataset = read_dataset(config)
+    config = learned.with_initial(config, dataset.subjects)
     target = output.target_of(config, dataset.subjects)
     for _, text in remarks(dataset):
         watcher.note(text)
@@ -115,7 +116,6 @@ def _run(
     """All but the proof, which the main process gets a witness for."""
     pipe = bases.asked_base(config, "fp32")
     config = _resolved(config, pipe, dataset)
-    atomic.write_bytes(target.parent / "run.toml", to_toml(config).encode())
 
     # Pictures and prompts are encoded once, by the bare base, each part on the accelerator for as long as it works; so
     # a GPU never holds more than a step needs. The adapter starts as exactly nothing, so the first step is taken from
@@ -150,6 +150,9 @@ def _run(
         Preview(config, pipe), accelerator, watcher.note,
     )  # fmt: skip
     output.refuse_small_budget(config, pipe, learner, judge.notes(config.max_train_steps))
+    # From here on the folder is this run's, and whatever was wrong with its settings has been said.
+    if accelerator.is_main_process:
+        atomic.write_bytes(target.parent / "run.toml", to_toml(config).encode())
     metrics = target.parent / "metrics.jsonl"
     judge.remember(_lines(metrics, done))
     write = _metrics(metrics, done, accelerator)

@@ -38,15 +38,29 @@ def target_of(config: TrainConfig, subjects: Sequence[Subject]) -> Path:
             pass
     except OSError as error:
         raise OSError(error.errno, f"--output_dir {folder} cannot be written to ({error.strerror}).") from error
-    name = config.name or "-".join(subject.phrase.replace(" ", "-") for subject in subjects)
-    target = folder / f"{''.join(c for c in name if c.isalnum() or c in '-_.')}.safetensors"
+    target = folder / f"{_stem(config.name, subjects)}.safetensors"
     if target.stem in TAKEN:
         raise ValueError(f"--name {target.stem} is what a checkpoint calls a file of its own; choose another name.")
     if target.exists() and not (config.overwrite or config.resume_from_checkpoint):
         raise ValueError(
             f"{target} is there already: choose another --output_dir or --name, or replace it with --overwrite."
         )
+    if (folder / "run.toml").exists() and not (config.overwrite or config.resume_from_checkpoint):
+        raise ValueError(
+            f"{folder} holds another run, whose settings, metrics and checkpoints would be replaced: choose another "
+            "--output_dir, go on with that one (--resume_from_checkpoint latest), or replace it with --overwrite."
+        )
     return target
+
+
+def _stem(name: str | None, subjects: Sequence[Subject]) -> str:
+    """The file's name: the one asked for, which must be one, or the subjects' words."""
+    if name is None:
+        words = "-".join(subject.phrase.replace(" ", "-") for subject in subjects)
+        return "".join(c for c in words if c.isalnum() or c in "-_.").strip("-.") or "adapter"
+    if any(not (c.isalnum() or c in "-_. ") for c in name) or name.strip()[:1] in ("", ".", "-"):
+        raise ValueError(f"--name '{name}' makes no file name: use letters, digits, '-', '_' and '.', a letter first.")
+    return name.strip().replace(" ", "-")
 
 
 @contextlib.contextmanager

@@ -60,17 +60,20 @@ class Preview:
             }
         if learner.gate is not None:
             learner.gate.remember(states, [drawing.prompt, ""])
-        latents = self.pipe(
-            prompt_embeds=states[:1],
-            negative_prompt_embeds=states[1:],
-            **pooled_too,
-            height=self.side,
-            width=self.side,
-            num_inference_steps=STEPS,
-            guidance_scale=self.guidance,
-            generator=torch.Generator().manual_seed(drawing.seed),
-            output_type="latent",
-        ).images
+        unet = learner.unet
+        # As its steps are: where text is trained, the pipeline hands the U-Net the encoders' float32.
+        with torch.autocast(unet.device.type, unet.dtype, enabled=unet.dtype != torch.float32):
+            latents = self.pipe(
+                prompt_embeds=states[:1],
+                negative_prompt_embeds=states[1:],
+                **pooled_too,
+                height=self.side,
+                width=self.side,
+                num_inference_steps=STEPS,
+                guidance_scale=self.guidance,
+                generator=torch.Generator().manual_seed(drawing.seed),
+                output_type="latent",
+            ).images
         vae = self.pipe.vae
         decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
         return self.pipe.image_processor.postprocess(decoded.float())[0]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import gradio as gr
 
+from comcat_diffusion import atomic
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
-from comcat_diffusion.generation.pictures import made_folder, slug
+from comcat_diffusion.generation.pictures import slug
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
 from comcat_diffusion.training.loop import NotFinite, Step
@@ -25,7 +26,7 @@ _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "mo
 
 def serve(config: UiConfig, background: bool = False) -> gr.Blocks:
     """Serve the page until Ctrl-C, or in the background. Raises OSError if the port or the folder cannot be had."""
-    made_folder(config.output_dir)
+    atomic.make_folder(config.output_dir, "--output_dir")
     page = build(Path(config.output_dir))
     page.launch(
         server_name=config.host,
@@ -118,7 +119,7 @@ def teach(folder: Path, asked: Form, pictures: list[str] | None, values: tuple, 
         raise ValueError("Two of the files have the same name: rename one of them.")
     try:
         for picture in pictures or []:
-            shutil.copy(picture, made_folder(own))
+            shutil.copy(picture, atomic.make_folder(own, "--instance_data_dir"))
         outcome = customize(config, watcher)
     except ValueError:  # refused: the copies are nobody's
         shutil.rmtree(run, ignore_errors=True)
