@@ -335,7 +335,11 @@ def test_a_prompt_that_is_too_long_is_told(config, tmp_path):
         ({"mixed_precision": "fp16"}, ValueError, "needs a GPU"),
         ({"output_dir": "/proc/nope"}, OSError, "--output_dir /proc/nope cannot be written"),
         ({"init_adapter": "nope.safetensors"}, ValueError, "no adapter file"),
-        ({"target_modules": ["nope"]}, ValueError, "nope"),
+        (
+            {"target_modules": ["nope"]},
+            ValueError,
+            "--target_modules nope: the U-Net has no such attention; it has attn1, attn2",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_the_first_step(config, settings, error, message):

@@ -27,6 +27,7 @@ from comcat_diffusion.adapters.token import (
     words_of,
 )
 from comcat_diffusion.adapters.trigger import listen
+from comcat_diffusion.attentions import style_of
 from comcat_diffusion.training.config import AdapterShape, TrainConfig
 from comcat_diffusion.training.learner import Learner, text_encoders
 from comcat_diffusion.words import Subject
@@ -64,6 +65,7 @@ def prepare(config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Sub
         load_adapter(pipe, config.init_adapter, ADAPTER)
         _refuse_deaf(config, pipe)
         _refuse_other_targets(config, pipe.unet)
+    _refuse_unknown_targets(config, pipe.unet)
     for word in new_words(config, subjects):
         if word not in words_of(pipe):  # it may have come with the adapter that is learned on
             put_token(pipe, word, _start(config, pipe, word, subjects))
@@ -88,6 +90,15 @@ def _refuse_deaf(config: TrainConfig, pipe: DiffusionPipeline) -> None:
             f"--learn_name makes one word of the name, in which the adapter {config.init_adapter} would no longer find "
             "its trigger: leave one of the two out."
         )
+
+
+def _refuse_unknown_targets(config: TrainConfig, unet: nn.Module) -> None:
+    """Raise ValueError for a target that is the end of no attention's name."""
+    names = [name for name, module in unet.named_modules() if style_of(module) is not None]
+    for target in config.target_modules or []:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            there = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            raise ValueError(f"--target_modules {target}: the U-Net has no such attention; it has {there}.")
 
 
 def _refuse_other_targets(config: TrainConfig, unet: nn.Module) -> None:
