@@ -30,6 +30,7 @@ from comcat_diffusion.training.checkpoint import Checkpoints, last_good
 from comcat_diffusion.training.config import KINDS, TrainConfig
 from comcat_diffusion.training.dataset import Dataset, read_dataset, remarks
 from comcat_diffusion.training.encode import Material, encode_all, tiny
+from comcat_diffusion.training.initial import with_initial
 from comcat_diffusion.training.judge import Judge
 from comcat_diffusion.training.learner import Learner, cut_off
 from comcat_diffusion.training.loop import Loop, NotFinite, Step
@@ -93,7 +94,7 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
     # Everything that can be wrong with the input is looked at before the base, which is big, is loaded.
     config = with_precision(with_sample(config))
     dataset = read_dataset(config)
-    config = learned.with_initial(config, dataset.subjects)
+    config = with_initial(config, dataset.subjects)
     target = output.target_of(config, dataset.subjects)
     for _, text in remarks(dataset):
         watcher.note(text)

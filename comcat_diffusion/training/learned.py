@@ -13,10 +13,9 @@ from torch.nn.functional import pad
 
 from comcat_diffusion.adapters import tied
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.header import kind_of, read_adapter
 from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors
 from comcat_diffusion.adapters.packing import COLUMNS, PRODUCT
-from comcat_diffusion.adapters.store import TOKEN, load_adapter
+from comcat_diffusion.adapters.store import TOKEN
 from comcat_diffusion.adapters.terms import CONTEXT, Contents, Term
 from comcat_diffusion.adapters.token import (
     LearnedToken,
@@ -28,6 +27,7 @@ from comcat_diffusion.adapters.token import (
 )
 from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.attentions import style_of
+from comcat_diffusion.training import initial
 from comcat_diffusion.training.config import AdapterShape, TrainConfig
 from comcat_diffusion.training.learner import Learner, text_encoders
 from comcat_diffusion.words import Subject
@@ -35,36 +35,10 @@ from comcat_diffusion.words import Subject
 ADAPTER = "subject"  # name of the adapter inside the models while it is trained
 
 
-def with_initial(config: TrainConfig, subjects: Sequence[Subject]) -> TrainConfig:
-    """The settings, with the shape of the adapter that is learned on. Raises ValueError for settings that it is not of.
-
-    AdapterFileError among them, for a file that is no adapter.
-    """
-    path = config.init_adapter
-    found = read_adapter(path).config.get("unet") if path else None
-    if found is None:
-        return config
-    words = found.get("trigger") or []
-    shape = {"kind": kind_of(found), "rank": found["r"], "alpha": found.get("alpha"), "everywhere": not words}
-    for name, value in shape.items():
-        asked, default = getattr(config, name), getattr(AdapterShape(), name)
-        if asked not in (default, value):
-            raise ValueError(f"--init_adapter {path} stays what it is, with {name} {value}: leave --{name} out.")
-    missed = [subject.trigger for subject in subjects if subject.trigger not in words]
-    if words and missed:
-        raise ValueError(
-            f"--init_adapter {path} acts from '{words[-1]}' on, which is not in the prompts of '{missed[0]}': call the "
-            "subject as it does."
-        )
-    return replace(config, **shape)
-
-
 def prepare(config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Subject]) -> None:
     """Freeze the base and add what is learned to it; the adapters are exactly nothing yet. Raises ValueError."""
     if config.init_adapter:
-        load_adapter(pipe, config.init_adapter, ADAPTER)
-        _refuse_deaf(config, pipe)
-        _refuse_other_targets(config, pipe.unet)
+        initial.load(config, pipe, ADAPTER, targets(config, pipe.unet))
     _refuse_unknown_targets(config, pipe.unet)
     for word in new_words(config, subjects):
         if word not in words_of(pipe):  # it may have come with the adapter that is learned on
@@ -83,15 +57,6 @@ def prepare(config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Sub
             factor.requires_grad_(True)
 
 
-def _refuse_deaf(config: TrainConfig, pipe: DiffusionPipeline) -> None:
-    """Raise ValueError for an adapter that waits for "sks" where "sks dog" is about to become one word."""
-    if config.learn_name and not words_of(pipe):
-        raise ValueError(
-            f"--learn_name makes one word of the name, in which the adapter {config.init_adapter} would no longer find "
-            "its trigger: leave one of the two out."
-        )
-
-
 def _refuse_unknown_targets(config: TrainConfig, unet: nn.Module) -> None:
     """Raise ValueError for a target that is the end of no attention's name."""
     names = [name for name, module in unet.named_modules() if style_of(module) is not None]
@@ -99,20 +64,6 @@ def _refuse_unknown_targets(config: TrainConfig, unet: nn.Module) -> None:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             there = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
             raise ValueError(f"--target_modules {target}: the U-Net has no such attention; it has {there}.")
-
-
-def _refuse_other_targets(config: TrainConfig, unet: nn.Module) -> None:
-    """Raise ValueError for targets that are not those of the adapter that is learned on."""
-    names = targets(config, unet)
-    if names is None:
-        return
-    pattern = names if isinstance(names, str) else rf"(.*\.)?({'|'.join(map(re.escape, names))})"
-    adapted, asked = set(adapted_layers(unet)), {n for n, _ in unet.named_modules() if re.fullmatch(pattern, n)}
-    if not asked or asked != adapted:
-        raise ValueError(
-            f"--init_adapter {config.init_adapter} stays on the {len(adapted)} attentions that it is on: leave "
-            "--target_modules and --way_up out."
-        )
 
 
 def new_words(config: TrainConfig, subjects: Sequence[Subject]) -> list[str]:

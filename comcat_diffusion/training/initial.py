@@ -1,0 +1,68 @@
+"""Learning on from an adapter file: what of it stays, and what does not go with it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from comcat_diffusion.adapters.header import kind_of, read_adapter
+from comcat_diffusion.adapters.model import adapted_layers
+from comcat_diffusion.adapters.store import load_adapter
+from comcat_diffusion.adapters.token import words_of
+from comcat_diffusion.training.config import AdapterShape, TrainConfig
+from comcat_diffusion.words import Subject
+
+
+def with_initial(config: TrainConfig, subjects: Sequence[Subject]) -> TrainConfig:
+    """The settings, with the shape of the adapter that is learned on. Raises ValueError for settings that it is not of.
+
+    AdapterFileError among them, for a file that is no adapter.
+    """
+    path = config.init_adapter
+    found = read_adapter(path).config.get("unet") if path else None
+    if found is None:
+        return config
+    words = found.get("trigger") or []
+    shape = {"kind": kind_of(found), "rank": found["r"], "alpha": found.get("alpha"), "everywhere": not words}
+    for name, value in shape.items():
+        asked, default = getattr(config, name), getattr(AdapterShape(), name)
+        if asked not in (default, value):
+            raise ValueError(f"--init_adapter {path} stays what it is, with {name} {value}: leave --{name} out.")
+    missed = [subject.trigger for subject in subjects if subject.trigger not in words]
+    if words and missed:
+        raise ValueError(
+            f"--init_adapter {path} acts from '{words[-1]}' on, which is not in the prompts of '{missed[0]}': call the "
+            "subject as it does."
+        )
+    return replace(config, **shape)
+
+
+def load(config: TrainConfig, pipe: DiffusionPipeline, name: str, targets: list[str] | str | None) -> None:
+    """Put the adapter that is learned on into a pipeline; `targets` are those asked for, if any. Raises ValueError."""
+    load_adapter(pipe, config.init_adapter, name)
+    _refuse_deaf(config, pipe)
+    _refuse_other_targets(config, pipe.unet, targets)
+
+
+def _refuse_deaf(config: TrainConfig, pipe: DiffusionPipeline) -> None:
+    """Raise ValueError for an adapter that waits for "sks" where "sks dog" is about to become one word."""
+    if config.learn_name and not words_of(pipe):
+        raise ValueError(
+            f"--learn_name makes one word of the name, in which the adapter {config.init_adapter} would no longer find "
+            "its trigger: leave one of the two out."
+        )
+
+
+def _refuse_other_targets(config: TrainConfig, unet: nn.Module, names: list[str] | str | None) -> None:
+    """Raise ValueError for targets that are not those of the adapter that is learned on."""
+    if names is None:
+        return
+    pattern = names if isinstance(names, str) else rf"(.*\.)?({'|'.join(map(re.escape, names))})"
+    adapted, asked = set(adapted_layers(unet)), {n for n, _ in unet.named_modules() if re.fullmatch(pattern, n)}
+    if not asked or asked != adapted:
+        raise ValueError(
+            f"--init_adapter {config.init_adapter} stays on the {len(adapted)} attentions that it is on: leave "
+            "--target_modules and --way_up out."
+        )
