@@ -1,10 +1,12 @@
 """Bases of every kind and form: folders, variants and single files train and draw; what cannot be loaded says why."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from comcat_diffusion import bases, load_adapter
 from comcat_diffusion.generation.config import GenerateConfig
@@ -30,7 +32,7 @@ def trained(base, output, **more):
 
 
 def drawn(outcome, output, **more):
-    made = generate(
+    return generate(
         GenerateConfig(
             adapter=[str(outcome.adapter)],
             prompt=["{subject}"],
@@ -40,7 +42,6 @@ def drawn(outcome, output, **more):
             **more,
         )
     )
-    return made.files
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
@@ -50,7 +51,7 @@ def test_a_folder_trains_and_draws(tmp_path, kind):
     pipe = DiffusionPipeline.from_pretrained(base)
     header = load_adapter(pipe, outcome.adapter)
     assert header.fingerprint["prediction_type"] == {"sd1": "epsilon", "sd2": "v_prediction"}[kind]
-    assert drawn(outcome, tmp_path / "drawn")
+    assert drawn(outcome, tmp_path / "drawn").files
 
 
 def test_a_single_file_is_the_same_base_as_its_folder(tmp_path, sd1):
@@ -62,7 +63,9 @@ def test_a_single_file_is_the_same_base_as_its_folder(tmp_path, sd1):
         )
     outcome = trained(file, tmp_path / "out", base_config=str(sd1))
     load_adapter(DiffusionPipeline.from_pretrained(sd1), outcome.adapter)
-    assert drawn(outcome, tmp_path / "drawn", base_config=str(sd1))
+    made = drawn(outcome, tmp_path / "drawn", base_config=str(sd1))
+    told = json.loads(Image.open(made.sheet).text["comcat"])
+    assert told["base"] == file.name and str(tmp_path) not in json.dumps(told)  # a shared picture tells of no folders
 
 
 def test_a_single_file_whose_configuration_is_nowhere_says_how_to_get_it(tmp_path, sd1):

@@ -54,7 +54,7 @@ def made_by(pipe: DiffusionPipeline, base: str, chosen: list[Chosen], sampling: 
         "scheduler": type(pipe.scheduler).__name__,
         "resolution": sampling.resolution,
         "precision": next(name for name, dtype in bases.PRECISIONS.items() if dtype == pipe.dtype),
-        "base": base,
+        "base": bases.public_name(base),
         "adapters": files_of(chosen),
     }
 
