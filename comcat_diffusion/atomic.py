@@ -13,7 +13,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk is full, its own
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write beside the target, force to disk, then rename. Raises OSError; without room, that of `writing`."""
-    path = Path(path)
+    path = Path(path).expanduser()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with writing(path, len(content), partial):
         with partial.open("wb") as file:

@@ -38,8 +38,14 @@ def assets() -> Path:
 
 
 def is_embedded(name: str) -> bool:
-    """Whether this names the base that comes with the package."""
-    return name == EMBEDDED
+    """Whether this names the base that comes with the package, by its word or its folder."""
+    return name == EMBEDDED or Path(name).expanduser().resolve() == (assets() / "tiny-sd").resolve()
+
+
+def _dense(name: str) -> str:
+    """The base that a compressed one was made of; any other itself."""
+    plan = Path(name).expanduser() / "plan.json"
+    return json.loads(plan.read_text())["plan"]["model_id"] if plan.is_file() else name
 
 
 def public_name(name: str) -> str:
@@ -204,10 +210,7 @@ def asked_resolution(pipe: DiffusionPipeline, resolution: int | None) -> int:
 
 def default_guidance(name: str | None) -> float:
     """The strength of classifier-free guidance that suits a base: Stable Diffusion's own, or the embedded one's."""
-    plan = Path(name or EMBEDDED).expanduser() / "plan.json"
-    if plan.is_file():  # a compressed base wants what the dense one does
-        name = json.loads(plan.read_text())["plan"]["model_id"]
-    return EMBEDDED_GUIDANCE if is_embedded(name or EMBEDDED) else 7.5
+    return EMBEDDED_GUIDANCE if is_embedded(_dense(name or EMBEDDED)) else 7.5
 
 
 def forget_folder(config: Path) -> None:
@@ -243,10 +246,11 @@ def suits_bf16(device: str, base: str) -> bool:
 
     The embedded one is not, on a CPU; so there it gives the same bytes on all of them, in float32.
     """
-    if device == "cpu":
+    kind = torch.device(device).type
+    if kind == "cpu":
         able = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.6
-        return bool(able.get("avx512_bf16") or able.get("amx_bf16")) and not is_embedded(base)
-    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16")) and not is_embedded(_dense(base))
+    return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def fastest_device() -> str:

@@ -37,8 +37,8 @@ def put_away(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def hold(model: nn.Module, precision: torch.dtype) -> None:
-    """Put a model into a precision, one weight after the other, so that it is never there twice."""
+    """Put what is frozen of a model into a precision, one weight after the other, so that it is never there twice."""
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point() and tensor.dtype != precision:
+        if tensor.is_floating_point() and tensor.dtype != precision and not tensor.requires_grad:
             before, tensor.data = tensor.data, tensor.data.to(precision)
             put_away([before])

@@ -18,6 +18,7 @@ from peft import LoraConfig
 
 from comcat_diffusion import (
     ComcatConfig,
+    atomic,
     load_adapter,
     merge_adapters,
     read_adapter,
@@ -278,6 +279,22 @@ def test_a_header_whose_length_begins_like_a_pickle_is_read(trained, tmp_path):
 def test_a_component_that_the_pipeline_lacks_is_named(file, tiny_unet):
     with pytest.raises(AdapterFileError, match="text_encoder"):
         load_adapter(pipeline(tiny_unet()), file)
+
+
+def test_saving_a_merged_adapter_says_what_to_do_first(fresh, file, tmp_path):
+    load_adapter(fresh, file, "dog")
+    merge_adapters(fresh)
+    with pytest.raises(ValueError, match="call unmerge_adapters, then save"):
+        save_adapter(fresh, tmp_path / "merged.safetensors", "dog")
+    unmerge_adapters(fresh)
+    save_adapter(fresh, tmp_path / "live.safetensors", "dog")
+    assert not (tmp_path / "merged.safetensors").exists()
+
+
+def test_a_home_of_ones_own_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    atomic.write_bytes("~/dog.safetensors", b"x")
+    assert (tmp_path / "dog.safetensors").read_bytes() == b"x"
 
 
 def test_loading_beside_a_merged_adapter_says_what_to_do_first(fresh, file):

@@ -114,6 +114,8 @@ def test_what_is_no_base_is_told(tmp_path):
         ("cpu", "a/b", {"avx512_f": True}, False),
         ("cpu", "a/b", None, False),
         ("cpu", "embedded", {"avx512_bf16": True}, False),  # the same bytes on every CPU
+        ("cpu", str(bases.assets() / "tiny-sd"), {"avx512_bf16": True}, False),
+        ("cpu:0", "a/b", {"avx512_bf16": True}, True),
         ("cuda", "a/b", {}, True),
         ("cuda", "embedded", {}, True),
         ("mps", "a/b", {"avx512_bf16": True}, False),
@@ -125,7 +127,7 @@ def test_bfloat16_suits_where_the_device_has_instructions_for_it(monkeypatch, de
         monkeypatch.delattr(torch.cpu, "get_capabilities")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     assert bases.suits_bf16(device, base) is suits
-    if device == "cpu":
+    if device.startswith("cpu"):
         assert bases.asked_precision(None, device, base) == ("bf16" if suits else "fp32")
 
 

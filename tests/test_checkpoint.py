@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from comcat_diffusion import bases, read_adapter
@@ -93,6 +94,41 @@ def test_so_does_one_in_bfloat16(config, tmp_path, unbroken):
     customize(config(tmp_path / "cut", mixed_precision="bf16"), Stop(4))
     resumed = customize(config(tmp_path / "cut", mixed_precision="bf16", resume_from_checkpoint="latest"))
     assert resumed.adapter.read_bytes() == whole != unbroken
+
+
+def test_a_run_that_replaces_another_has_its_own_checkpoints_alone(config, tmp_path):
+    customize(config(tmp_path, checkpointing_steps=4))
+    more = {"overwrite": True, "seed": 1, "checkpointing_steps": 2, "checkpoints_total_limit": 1}
+    customize(config(tmp_path, **more), Stop(3))
+    assert [path.name for path in checkpoint.listed(tmp_path / "checkpoints")] == ["checkpoint-3"]
+    assert customize(config(tmp_path, **more, resume_from_checkpoint="latest")).steps == STEPS
+
+
+def test_a_stop_within_a_step_leaves_the_last_checkpoint_as_it_is(config, tmp_path, unbroken, monkeypatch):
+    reduced, reduce = [], Accelerator.reduce
+
+    def stopped(self, *asked, **more):  # after the optimizer has taken the step, before anybody is told of it
+        reduced.append(asked)
+        if len(reduced) == 3:
+            raise KeyboardInterrupt
+        return reduce(self, *asked, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Accelerator, "reduce", stopped)
+        customize(config(tmp_path, checkpointing_steps=2))
+    assert [path.name for path in checkpoint.listed(tmp_path / "checkpoints")] == ["checkpoint-2"]
+    again = customize(config(tmp_path, checkpointing_steps=2, resume_from_checkpoint="latest"))
+    assert again.adapter.read_bytes() == unbroken
+
+
+def test_another_number_of_processes_is_another_setting(config, tmp_path, two):
+    record = two[0] / checkpoint.RECORD
+    told = json.loads(record.read_text())
+    assert told["settings"]["processes"] == 1
+    told["settings"]["processes"] = 2
+    record.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"processes \(was 2, is 1\)"):
+        customize(config(tmp_path, max_train_steps=4, resume_from_checkpoint=str(two[0])))
 
 
 def test_the_last_step_can_be_resumed_too(config, tmp_path, unbroken, kept):

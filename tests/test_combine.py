@@ -110,6 +110,7 @@ def test_the_file_says_what_went_into_it(written, tmp_path):
     combine([(one, 0.7), (two, 1.0)], tmp_path / "both.safetensors")
     header = read_adapter(tmp_path / "both.safetensors")
     assert (header.base_model, header.notes.trigger) == ("somebody/base", "one")
+    assert header.notes.others == [{"trigger": "two", "class_word": "dog"}]  # whom a prompt may call too
     told = header.notes.training
     assert told["resolution"] == 64
     assert [(x["file"], x["weight"], x["trigger"]) for x in told["combined"]] == [

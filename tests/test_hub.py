@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.numpy import load_file
 
 from comcat_diffusion import ComcatConfig, read_adapter, save_adapter
-from comcat_diffusion.adapters.header import AdapterFileError, Notes
+from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes
 from comcat_diffusion.cli import main
+from comcat_diffusion.export.card import public_base
 from comcat_diffusion.export.hub import build_folder, copy_adapters
 from tests import hub_server
 from tests.test_adapter_file import pipeline
@@ -96,8 +99,30 @@ def test_the_card_is_the_same_text_each_time_and_tells_no_path(written, folder, 
             build_folder(folder, "me/my-dog", file)
             cards.append((folder / "README.md").read_text())
         assert cards[0] == cards[1] and told in cards[0] and str(tmp_path) not in cards[0]
+        shared = folder / "sks-dog.safetensors"
+        assert read_adapter(shared).base_model == Path(base).name and str(tmp_path).encode() not in shared.read_bytes()
+        mine, theirs = load_file(file), load_file(shared)
+        assert mine.keys() == theirs.keys() and all((mine[name] == theirs[name]).all() for name in mine)
         assert "base_model" not in cards[0] and "diffusers alone" not in cards[0] and "ComfyUI" not in cards[0]
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "sks-dog.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("base", "shown"),
+    [
+        ("SG161222/Realistic_Vision_V5.1_noVAE", True),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", True),
+        ("models/mine.safetensors", False),
+        ("tests/golden", False),  # a folder that is there
+        ("/home/jane/base", False),
+        ("./base", False),
+        ("embedded", False),
+        ("", False),
+    ],
+)
+def test_a_hub_id_is_told_from_a_path(base, shown, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert public_base(Header({}, base, "", {}, Notes(), {})) == (base if shown else "")
 
 
 def test_what_cannot_be_shared_is_refused(written, folder, tmp_path, sheet):

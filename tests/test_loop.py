@@ -1,5 +1,6 @@
 """The loop: which pictures a step sees, that accumulation equals a larger batch, and that a broken step is caught."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from comcat_diffusion.adapters.model import factors
 from comcat_diffusion.training.batching import Batching
 from comcat_diffusion.training.encode import Crop
 from comcat_diffusion.training.learner import Learner
-from comcat_diffusion.training.loop import Loop, NotFinite, held_out_loss
+from comcat_diffusion.training.loop import OVERFLOWS, Loop, NotFinite, held_out_loss
 from comcat_diffusion.training.objective import Objective
 
 
@@ -120,9 +121,23 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(tiny_unet
     unet = tiny_unet()
     broken = loop(unet, batch_size=4, pictures=pictures)
     start = {name: factor.detach().clone() for name, factor in factors(unet, "dog").items()}
-    with pytest.raises(NotFinite, match=r"The loss of step 1 .*2\.png.*timesteps \[.*precision no"):
+    with pytest.raises(NotFinite, match=r"The loss of step 1 .*2\.png.*timesteps \[.*precision no\)"):
         list(broken.steps(2))
     assert all(torch.equal(start[name], factor) for name, factor in factors(unet, "dog").items())
+
+
+def test_fp16_looks_for_its_scale_and_gives_up_in_the_end(tiny_unet, monkeypatch):
+    """A scaler skips steps whose gradients overflow; here nothing is skipped, so that only the counting is seen."""
+    training = loop(tiny_unet())
+    norms = iter([torch.tensor(math.inf), torch.tensor(1.0), *[torch.tensor(math.inf)] * 100])
+    monkeypatch.setattr(training.accelerator, "scaler", object())
+    monkeypatch.setattr(training.accelerator, "backward", lambda loss: loss.backward())
+    monkeypatch.setattr(training.accelerator, "clip_grad_norm_", lambda *asked: next(norms))
+    told = []
+    with pytest.raises(NotFinite, match="The gradient of step"):
+        for record in training.steps(100):
+            told.append(record.gradient_norm)
+    assert told == [None, 1.0, *[None] * OVERFLOWS]
 
 
 def test_a_gradient_that_is_no_number_stops_too(tiny_unet):

@@ -24,6 +24,7 @@ from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.training.config import SubjectConfig, TrainConfig
 from comcat_diffusion.training.customize import customize
+from comcat_diffusion.training.dataset import read_dataset
 from tests import tiny_bases
 
 TRAIN = bases.assets() / "subject" / "train"
@@ -336,6 +337,21 @@ def test_the_held_out_loss_chooses_the_best(tmp_path):
     ).exists()
     with pytest.raises(ValueError, match="leaves 0 to judge"):
         run(tmp_path / "b", validation_fraction=0.01)
+
+
+def test_no_subject_is_kept_out_whole(tmp_path):
+    pictures = sorted((bases.assets() / "subject" / "train").glob("*.png"))
+    for name, some in (("one", pictures[:2]), ("two", pictures[2:4])):
+        (tmp_path / name).mkdir()
+        for picture in some:
+            shutil.copy(picture, tmp_path / name)
+    subjects = [
+        SubjectConfig(instance_data_dir=str(tmp_path / name), instance_prompt=f"a photo of {name} teddy")
+        for name in ("one", "two")
+    ]
+    with pytest.raises(ValueError, match="keeps out all pictures of"):
+        for seed in range(20):
+            read_dataset(TrainConfig(subjects=subjects, validation_fraction=0.5, seed=seed))
 
 
 def test_a_resumed_run_does_not_replace_its_best_adapter_by_a_worse_one(tmp_path):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from comcat_diffusion import bases, load_adapter, read_adapter
 from comcat_diffusion.config import read_toml
@@ -118,6 +120,28 @@ def test_an_adapter_that_is_learned_on_keeps_its_shape_and_its_subject(config, t
     ):
         with pytest.raises(ValueError, match=message):
             customize(config(**start, output_dir=str(tmp_path / "other"), **settings))
+
+
+def test_an_adapter_of_the_text_encoder_is_learned_on_with_it(config, tmp_path):
+    both = customize(config(max_train_steps=1, train_text_encoder=True, everywhere=True))
+    alone = customize(config(max_train_steps=1, everywhere=True, output_dir=str(tmp_path / "alone")))
+    on = {"init_adapter": str(both.adapter), "max_train_steps": 1, "output_dir": str(tmp_path / "on")}
+    assert set(read_adapter(customize(config(**on)).adapter).config) == {"unet", "text_encoder"}
+    with pytest.raises(ValueError, match="with train_text_encoder False: leave --train_text_encoder out"):
+        customize(config(**on | {"init_adapter": str(alone.adapter), "train_text_encoder": True, "everywhere": True}))
+
+
+def test_what_is_learned_on_in_bfloat16_is_not_rounded(config, tmp_path):
+    first = customize(config(max_train_steps=3, save_precision="fp32"))
+    still = {"learning_rate": 1e-30, "adam_weight_decay": 0.0, "mixed_precision": "bf16", "save_precision": "fp32"}
+    more = {"init_adapter": str(first.adapter), "max_train_steps": 1, "output_dir": str(tmp_path / "on")}
+    before, after = (load_file(one.adapter) for one in (first, customize(config(**more, **still))))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_leaves_its_precision_to_nobody(config):
+    customize(config(max_train_steps=1, mixed_precision="bf16"))
+    assert Accelerator().mixed_precision == "no"
 
 
 def test_a_second_run_in_a_folder_and_a_refused_one_leave_what_is_there(config, tmp_path):

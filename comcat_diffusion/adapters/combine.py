@@ -165,4 +165,7 @@ def _notes(read: list[_Read]) -> Notes:
     ]
     notes = read[0].contents.header.notes
     kept = {key: value for key, value in notes.training.items() if key == "resolution"}
-    return replace(notes, training=kept | {"combined": told})
+    subjects = [{name: one[name] for name in ("trigger", "class_word")} for one in told[1:] if one["trigger"]]
+    others = [*notes.others, *subjects, *(other for file in read[1:] for other in file.contents.header.notes.others)]
+    further = [other for n, other in enumerate(others) if other not in others[:n] and other["trigger"] != notes.trigger]
+    return replace(notes, training=kept | {"combined": told}, others=further)

@@ -59,6 +59,8 @@ def save_adapter(
     picture as a data URI.
     Raises ValueError if there is no such adapter, OSError if the file cannot be written (an older one stays).
     """
+    if any(layer.merged for model in components(pipe).values() for layer in adapted_layers(model).values()):
+        raise ValueError("Adapters are merged into the weights; call unmerge_adapters, then save.")
     tensors, config = {}, {}
     for part, model in components(pipe).items():
         found = {name: factor.detach() for name, factor in factors(model, adapter_name).items()}

@@ -6,16 +6,20 @@ Who may write is huggingface_hub's business (`hf auth login` or HF_TOKEN): no to
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
+from safetensors.torch import load
 
 from comcat_diffusion import atomic
-from comcat_diffusion.adapters.header import AdapterFileError, read_adapter
-from comcat_diffusion.export.card import Shared, card
+from comcat_diffusion.adapters.header import AdapterFileError, Header, read_adapter
+from comcat_diffusion.adapters.store import serialized
+from comcat_diffusion.config import EMBEDDED
+from comcat_diffusion.export.card import Shared, card, public_base
 from comcat_diffusion.export.lora import export_adapter
 
 
@@ -29,7 +33,8 @@ def build_folder(
     """
     validate_repo_id(repo_id)
     adapter = Path(adapter)
-    header, content, loras, words = read_adapter(adapter), adapter.read_bytes(), {}, []
+    header, loras, words = read_adapter(adapter), {}, []
+    content = _without_folders(adapter.read_bytes(), header)
     if sheet is not None:
         atomic.write_bytes(folder / "sheet.png", _png(Path(sheet)))
     for name, form in (("diffusers_lora", "diffusers-lora"), ("kohya_lora", "kohya")) if lora else ():
@@ -40,6 +45,13 @@ def build_folder(
     there = "sheet.png" if sheet is not None else ""
     shared = Shared(repo_id, adapter.name, len(content), there, **loras, words=tuple(words))
     atomic.write_bytes(folder / "README.md", card(header, shared).encode())
+
+
+def _without_folders(content: bytes, header: Header) -> bytes:
+    """An adapter file that, of a base in somebody's folder, names the folder alone."""
+    if header.base_model == EMBEDDED or public_base(header) or not header.base_model:
+        return content
+    return serialized(load(content), replace(header, base_model=Path(header.base_model).name))
 
 
 def _png(path: Path) -> bytes:

@@ -37,7 +37,8 @@ class Checkpoints:
         ema: Ema,
     ):
         self.folder, self.limit = Path(config.output_dir).expanduser() / "checkpoints", config.checkpoints_total_limit
-        self.settings = settings_of(config) | {"pictures": pictures}
+        # The rate's course is counted in steps of all processes, so their number is a setting too.
+        self.settings = settings_of(config) | {"pictures": pictures, "processes": accelerator.num_processes}
         self.accelerator, self.parameters, self.ema = accelerator, parameters, ema
         # The base is not Accelerate's to save: all that changes is in `parameters`.
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
@@ -106,6 +107,12 @@ class Checkpoints:
         if self.ema.mean:
             self.ema.load(load_file(folder / "ema.safetensors"))
         return record["step"]
+
+    def forget(self) -> None:
+        """Remove the checkpoints of a run that is replaced: "latest" and the limit would take them for this one's."""
+        if self.accelerator.is_main_process:
+            for old in listed(self.folder):
+                shutil.rmtree(old)
 
     def _latest(self) -> Path:
         there = listed(self.folder)

@@ -12,6 +12,7 @@ from comcat_diffusion.config import (
     require_finite,
     require_seed,
 )
+from comcat_diffusion.words import words_in
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 STEADY_SCHEDULES = ("constant", "constant_with_warmup")  # whose rate does not depend on how long the run is
@@ -33,7 +34,7 @@ def _require_said(prompt: str | None) -> None:
 
 def _require_word(prompt: str | None, word: str | None, kind: str = "") -> None:
     if prompt and word:
-        there = word.lower() in prompt.lower().split()
+        there = word.lower() in (*words_in(prompt), *prompt.lower().split())
         require(there, f"--instance_prompt '{prompt}' does not contain {kind}'{word}'.")
 
 

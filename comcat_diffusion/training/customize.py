@@ -100,14 +100,17 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
         watcher.note(text)
     # Accelerate owns the device, the precision and the processes.
     accelerator = _accelerator(config)
-    with output.locked(target.parent) if accelerator.is_main_process else nullcontext():
-        outcome, witness = _run(config, dataset, target, accelerator, watcher)
-        accelerator.free_memory()
-        free_memory()  # the trained base is gone by now, so a fresh one needs no more room than it did
-        if witness is not None:
-            output.prove(config, witness, target)
-        accelerator.wait_for_everyone()  # so that no process tells of a file that is not proved yet
-        accelerator.end_training()
+    try:
+        with output.locked(target.parent) if accelerator.is_main_process else nullcontext():
+            outcome, witness = _run(config, dataset, target, accelerator, watcher)
+            accelerator.free_memory()
+            free_memory()  # the trained base is gone by now, so a fresh one needs no more room than it did
+            if witness is not None:
+                output.prove(config, witness, target)
+            accelerator.wait_for_everyone()  # so that no process tells of a file that is not proved yet
+            accelerator.end_training()
+    finally:
+        AcceleratorState._reset_state()  # whatever comes next in this process has a precision of its own
     return outcome
 
 
@@ -152,13 +155,15 @@ def _run(
     )  # fmt: skip
     output.refuse_small_budget(config, pipe, learner, judge.notes(config.max_train_steps))
     # From here on the folder is this run's, and whatever was wrong with its settings has been said.
+    if not config.resume_from_checkpoint:
+        checkpoints.forget()
     if accelerator.is_main_process:
         atomic.write_bytes(target.parent / "run.toml", to_toml(config).encode())
     metrics = target.parent / "metrics.jsonl"
     judge.remember(_lines(metrics, done))
     write = _metrics(metrics, done, accelerator)
     with _patience() as asked_to_stop:
-        interrupted = False
+        interrupted = whole = False
         try:
             for step in loop.steps(config.max_train_steps, done):
                 done = step.step
@@ -168,6 +173,7 @@ def _run(
                     kept = output.within_budget(config, pipe, learner, judge.notes(config.max_train_steps))
                     learned.take(learner, ema, kept)
                     loop.optimizer.state.clear()
+                whole = True
                 write(asdict(step))
                 accelerator.log({"loss": step.loss, "lr": step.learning_rate}, step=done)
                 last = done == config.max_train_steps
@@ -178,7 +184,10 @@ def _run(
                 watcher.step(step, config.max_train_steps, peak_bytes(accelerator.device))
                 if asked_to_stop():
                     raise KeyboardInterrupt
+                whole = False
         except KeyboardInterrupt:  # between two steps: what was learned so far is kept, and the run can go on from it
+            if not whole:  # a second one, within a step: the last checkpoint stays what it is
+                raise
             interrupted = True
             checkpoints.save(done, judge.save_into)
         except NotFinite as error:

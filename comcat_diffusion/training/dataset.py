@@ -95,7 +95,13 @@ def _split(config: TrainConfig, examples: list[Example]) -> tuple[list[Example],
         )
     names = sorted(examples, key=lambda e: hashlib.sha256(f"{config.seed} {e.path.name}".encode()).digest())
     kept_out = {example.path for example in names[:count]}
-    return [e for e in examples if e.path not in kept_out], [e for e in examples if e.path in kept_out]
+    learned, judged = [e for e in examples if e.path not in kept_out], [e for e in examples if e.path in kept_out]
+    for subject in {e.subject for e in judged} - {e.subject for e in learned}:
+        raise ValueError(
+            f"--validation_fraction {config.validation_fraction} keeps out all pictures of '{subject.phrase}': choose "
+            "another one, or name a --validation_data_dir."
+        )
+    return learned, judged
 
 
 def remarks(dataset: Dataset, stop: bool = True) -> Iterator[tuple[str, str]]:

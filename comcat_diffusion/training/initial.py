@@ -11,7 +11,7 @@ from comcat_diffusion.adapters.header import kind_of, read_adapter
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.adapters.token import words_of
-from comcat_diffusion.training.config import AdapterShape, TrainConfig
+from comcat_diffusion.training.config import LearningSettings, TrainConfig
 from comcat_diffusion.words import Subject
 
 
@@ -21,13 +21,15 @@ def with_initial(config: TrainConfig, subjects: Sequence[Subject]) -> TrainConfi
     AdapterFileError among them, for a file that is no adapter.
     """
     path = config.init_adapter
-    found = read_adapter(path).config.get("unet") if path else None
-    if found is None:
+    parts = read_adapter(path).config if path else {}
+    if "unet" not in parts:
         return config
+    found = parts["unet"]
     words = found.get("trigger") or []
     shape = {"kind": kind_of(found), "rank": found["r"], "alpha": found.get("alpha"), "everywhere": not words}
+    shape["train_text_encoder"] = len(parts) > 1  # what was adapted goes on being so
     for name, value in shape.items():
-        asked, default = getattr(config, name), getattr(AdapterShape(), name)
+        asked, default = getattr(config, name), getattr(LearningSettings(), name)
         if asked not in (default, value):
             raise ValueError(f"--init_adapter {path} stays what it is, with {name} {value}: leave --{name} out.")
     missed = [subject.trigger for subject in subjects if subject.trigger not in words]

@@ -25,8 +25,11 @@ class Step:
     loss: float
     prior_loss: float | None
     learning_rate: float
-    gradient_norm: float
+    gradient_norm: float | None  # none of a step that fp16's loss scaling left out
     seconds: float
+
+
+OVERFLOWS = 16  # halvings of the loss scale in a row; more is no matter of scale
 
 
 @dataclass
@@ -47,10 +50,12 @@ class Loop:
     def steps(self, count: int, done: int = 0) -> Iterator[Step]:
         """Train what requires gradients, from step `done` to step `count`, yielding after each optimizer step.
 
-        Raises NotFinite, before the weights are touched, at the first loss or gradient that is no number.
+        Raises NotFinite, before the weights are touched, at the first loss or gradient that is no number; in fp16,
+        which scales the loss, at the first gradient that no scale makes one.
         """
         trained = [p for p in self.learner.parameters() if p.requires_grad]
         started, losses, number = time.perf_counter(), [], done * self.accelerator.gradient_accumulation_steps
+        overflows = 0  # in a row: fp16's loss scaling finds its scale by them, and takes no step at one
         for step in range(done + 1, count + 1):
             whole = False
             while not whole:
@@ -62,7 +67,9 @@ class Loop:
                     whole = self.accelerator.sync_gradients
                     if whole:
                         norm = self.accelerator.clip_grad_norm_(trained, self.max_grad_norm)
-                        self._insist(norm, f"The gradient of step {step}", told)
+                        overflows = 0 if torch.isfinite(norm) else overflows + 1
+                        if overflows > (OVERFLOWS if self.accelerator.scaler is not None else 0):
+                            self._insist(norm, f"The gradient of step {step}", told)
                     rate = self.schedule.get_last_lr()[0]
                     self.optimizer.step()
                     self.schedule.step()
@@ -70,7 +77,8 @@ class Loop:
                 number += 1
             own, prior = self.accelerator.reduce(torch.stack(losses).mean(0), reduction="mean").tolist()
             now = time.perf_counter()
-            yield Step(step, own, prior if self.prior else None, rate, float(norm), now - started)
+            told_norm = float(norm) if torch.isfinite(norm) else None
+            yield Step(step, own, prior if self.prior else None, rate, told_norm, now - started)
             started, losses = time.perf_counter(), []
 
     def _micro_batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor, str]:

@@ -160,7 +160,7 @@ def prove(config: TrainConfig, known: Witness, path: Path) -> None:
     batch, fresh = known.batch, bases.asked_base(config, "fp32")
     load_adapter(fresh, path, ADAPTER)
     learner = Learner(fresh, batch.prompts, False, batch.noisy.device).eval()
-    hold(learner.unet, batch.noisy.dtype)
+    hold(learner.unet.requires_grad_(False), batch.noisy.dtype)
     learner.unet.to(batch.noisy.device)
     found = learner(batch.noisy, batch.timesteps, batch.prompts, batch.frames).float()
     off = (known.predicted - found).abs().max() / known.predicted.abs().max()
