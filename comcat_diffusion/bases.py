@@ -118,7 +118,8 @@ def config_folder(config: BaseSettings) -> Path:
     _refuse_no_hub_id(name, path)
     for local in (True, False):
         try:
-            return Path(snapshot_download(name, local_files_only=local, allow_patterns=CONFIG_FILES))
+            asked = {"revision": config.revision, "local_files_only": local, "allow_patterns": CONFIG_FILES}
+            return Path(snapshot_download(name, **asked))
         except _NOT_GIVEN as error:
             problem = error
     raise _nowhere(name) from problem

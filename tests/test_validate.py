@@ -21,6 +21,36 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Where no run was yet: a folder called out would be its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resolution": 50}, "--resolution 50 must be a multiple of"),
+        ({"mixed_precision": "fp16"}, "needs a GPU"),
+        ({"init_adapter": "nope.safetensors"}, "no adapter file"),
+        ({"name": "a/b"}, "makes no file name"),
+        ({"output_dir": "used"}, "holds another run"),
+    ],
+)
+def test_what_a_run_would_refuse_is_an_error(pictures, tmp_path, settings, message):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "run.toml").write_text("")
+    report = found(pictures, **settings)
+    assert any(message in error for error in report.errors), report.errors
+
+
+def test_the_size_told_of_an_adapter_that_is_learned_on_is_its_own(pictures, tmp_path):
+    settings = {"rank": 2, "kind": "free", "max_train_steps": 1, "skip_final_inference": True}
+    first = customize(TrainConfig(output_dir=str(tmp_path / "first"), **settings))
+    told = found(pictures, init_adapter=str(first.adapter)).facts
+    assert any(f"{first.parameters:,} parameters" in fact for fact in told)
+
+
 def found(pictures, **settings):
     own = {"instance_data_dir": str(pictures), "instance_prompt": "a photo of sks teddy"}
     return validate(ValidateConfig(**{**own, **settings}))

@@ -233,11 +233,16 @@ def with_precision(config: TrainConfig) -> TrainConfig:
     return replace(config, mixed_precision=config.mixed_precision or suits)
 
 
-def _accelerator(config: TrainConfig) -> Accelerator:
+def refuse_precision(config: TrainConfig) -> None:
+    """Raise ValueError for a precision that the device does not have."""
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use no or bf16.")
     if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise ValueError("--mixed_precision bf16 is not supported by this GPU; use fp16.")
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    refuse_precision(config)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     AcceleratorState._reset_state()  # an earlier run in this process must not decide this one's precision
     accelerator = Accelerator(

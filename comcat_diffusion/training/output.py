@@ -27,17 +27,20 @@ TAKEN = ("learned", "ema")  # names of a checkpoint's own tensors, beside which 
 
 
 def target_of(config: TrainConfig, subjects: Sequence[Subject]) -> Path:
-    """Where the adapter will be.
-
-    Raises ValueError if one is there and must not be replaced or the name is taken, OSError if none can be written.
-    """
-    folder = Path(config.output_dir).expanduser()
+    """Where the adapter will be; its folder is there and can be written to. Raises OSError, or as `planned` does."""
+    target = planned(config, subjects)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # an unwritable folder is better known now than after the training
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):  # better known now than after the training
             pass
     except OSError as error:
-        raise OSError(error.errno, f"--output_dir {folder} cannot be written to ({error.strerror}).") from error
+        raise OSError(error.errno, f"--output_dir {target.parent} cannot be written to ({error.strerror}).") from error
+    return target
+
+
+def planned(config: TrainConfig, subjects: Sequence[Subject]) -> Path:
+    """Where the adapter is to be. Raises ValueError if what is there must not be replaced, or the name is taken."""
+    folder = Path(config.output_dir).expanduser()
     target = folder / f"{_stem(config.name, subjects)}.safetensors"
     if target.stem in TAKEN:
         raise ValueError(f"--name {target.stem} is what a checkpoint calls a file of its own; choose another name.")

@@ -13,10 +13,19 @@ from comcat_diffusion import bases
 from comcat_diffusion.adapters.store import expected_shapes
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 from comcat_diffusion.training.crops import sizes
-from comcat_diffusion.training.customize import Silent, customize, default_batch, with_sample
+from comcat_diffusion.training.customize import (
+    Silent,
+    customize,
+    default_batch,
+    refuse_precision,
+    with_precision,
+    with_sample,
+)
 from comcat_diffusion.training.dataset import Dataset, read_dataset, remarks
+from comcat_diffusion.training.initial import with_initial
 from comcat_diffusion.training.learned import adapter_config, awaited
 from comcat_diffusion.training.learner import cut_off
+from comcat_diffusion.training.output import planned
 
 MEASURED_STEPS = 3  # the first one warms up and does not count
 FREQUENT = 0.5  # CLIP's vocabulary is in order of frequency: below this share of it a word is well known
@@ -41,6 +50,11 @@ def validate(config: ValidateConfig) -> Report:
         report.errors.append(str(error))
         return report
     report.facts += _data_facts(dataset)
+    try:
+        config = with_initial(config, dataset.subjects)
+    except ValueError as error:
+        report.errors.append(str(error))
+    report.errors += _refusals(config, dataset)
     for kind, text in remarks(dataset, stop=False):
         (report.errors if kind == "error" else report.doubts).append(text)
     try:
@@ -56,6 +70,9 @@ def validate(config: ValidateConfig) -> Report:
     native = unet.config.sample_size * 2 ** (levels - 1)
     batch = config.train_batch_size or default_batch(native, len(dataset.examples))
     config = replace(config, train_batch_size=batch, resolution=config.resolution or native)
+    divisible = 2 ** (levels - 1 + len(unet.config.block_out_channels) - 1)
+    if config.resolution % divisible:
+        report.errors.append(f"--resolution {config.resolution} must be a multiple of {divisible} for this base.")
     try:
         report.facts += _size_facts(config, dataset, unet)
     except ValueError as error:
@@ -63,7 +80,6 @@ def validate(config: ValidateConfig) -> Report:
     report.facts += _pace_facts(config, dataset)
     report.doubts += _pace_doubts(config, dataset)
     if config.aspect_ratio_buckets and not report.errors:
-        divisible = 2 ** (levels - 1 + len(unet.config.block_out_channels) - 1)
         report.doubts += _bucket_doubts(config, dataset, sizes(config.resolution, True, divisible))
     if config.measure and not report.errors:
         report.facts += _measured(config)
@@ -77,6 +93,15 @@ def _data_facts(dataset: Dataset) -> Iterator[str]:
         yield f"'{subject.phrase}': {len(own)} pictures, {prompts} prompts, {masks} masks."
     if dataset.held_out:
         yield f"Kept out to judge by: {len(dataset.held_out)} pictures."
+
+
+def _refusals(config: TrainConfig, dataset: Dataset) -> Iterator[str]:
+    """What a run would refuse before it loads its base."""
+    for refuse in (lambda: planned(config, dataset.subjects), lambda: refuse_precision(with_precision(config))):
+        try:
+            refuse()
+        except (ValueError, OSError) as error:
+            yield str(error)
 
 
 def _word_doubts(dataset: Dataset, tokenizer: CLIPTokenizer) -> Iterator[str]:
@@ -145,6 +170,7 @@ def _measured(config: ValidateConfig) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         run = TrainConfig(**own)
         beside = {"output_dir": folder, "checkpointing_steps": None, "validation_steps": None, "report_to": []}
+        beside["thumbnail"] = False
         shorter = {"max_train_steps": MEASURED_STEPS, "lr_warmup_steps": 0, "skip_final_inference": True}
         customize(replace(run, **beside, **shorter, resume_from_checkpoint=None), clock)
     seconds = sum(clock.seconds[1:]) / len(clock.seconds[1:])
