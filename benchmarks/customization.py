@@ -53,11 +53,7 @@ SHRUNK = {  # adapters that are shrunk to these bytes and measured again
     "COMCAT tied, rank 8, rank 4 of self-attention, from the trigger on": (16_000,),
     "COMCAT free, rank 8, cross, from the trigger on": (20_000, 10_000),
 }
-SHORTER = (
-    100,
-    150,
-    180,
-)  # for runs as long as diffusers' recipe takes for its likeness, or less (AS_GOOD in training_report)
+SHORTER = (100, 150, 180)  # steps of the default after which it may be as good as the recipe (training_report.AS_GOOD)
 OTHER_STEPS = {
     "COMCAT tied, rank 8, from the trigger on": (*SHORTER, 600),
     "COMCAT tied, rank 8, way up, from the trigger on": (150, 600),

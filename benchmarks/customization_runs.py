@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import cast_training_params
 from PIL import Image
 from torch import nn
 
@@ -121,7 +120,6 @@ def _held(unet: nn.Module, mixed_precision: str) -> Iterator[None]:
     frozen = [(p, p.data) for p in unet.parameters() if not p.requires_grad]
     if mixed_precision == "bf16":
         hold(unet, torch.bfloat16)
-        cast_training_params(unet, torch.float32)
     yield
     for parameter, data in frozen:
         parameter.data = data

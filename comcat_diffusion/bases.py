@@ -247,10 +247,16 @@ def suits_bf16(device: str, base: str) -> bool:
 
     The embedded one is not, on a CPU; so there it gives the same bytes on all of them, in float32.
     """
+    gains = torch.device(device).type != "cpu" or not is_embedded(_dense(base))
+    return gains and has_bf16(device)
+
+
+def has_bf16(device: str) -> bool:
+    """Whether a device has instructions of its own for bfloat16."""
     kind = torch.device(device).type
     if kind == "cpu":
         able = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.6
-        return bool(able.get("avx512_bf16") or able.get("amx_bf16")) and not is_embedded(_dense(base))
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
     return kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from diffusers.training_utils import EMAModel
 
+from comcat_diffusion.bases import has_bf16
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where every stage trains
 
 
@@ -71,11 +73,7 @@ def adopt(model: torch.nn.Module, step: int, state: Path) -> None:
 
 def fast_precision() -> torch.autocast:
     """bfloat16 on a GPU and where the processor multiplies it (AMX, or AVX-512: 0.75 of the time), else float32."""
-    if DEVICE.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16)
-    facts = Path("/proc/cpuinfo")
-    multiplies = facts.exists() and {"amx_bf16", "avx512_bf16"} & set(facts.read_text().split())
-    return torch.autocast("cpu", torch.bfloat16, enabled=bool(multiplies))
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda" or has_bf16(DEVICE.type))
 
 
 def ema_weights(model: torch.nn.Module, state: Path) -> None:

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import cast_training_params, free_memory
+from diffusers.training_utils import free_memory
 
 from comcat_diffusion import atomic, bases
 from comcat_diffusion.adapters.terms import read_contents
@@ -244,7 +244,7 @@ def refuse_precision(config: TrainConfig) -> None:
 def _accelerator(config: TrainConfig) -> Accelerator:
     refuse_precision(config)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    AcceleratorState._reset_state()  # an earlier run in this process must not decide this one's precision
+    AcceleratorState._reset_state()  # another Accelerator in this process must not decide this one's precision
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -294,8 +294,7 @@ def _loop(
     accelerator: Accelerator,
 ) -> Loop:
     precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-    hold(learner.train().unet, precision)
-    cast_training_params(learner.unet, torch.float32)  # what is learned stays in full precision
+    hold(learner.train().unet, precision)  # what is learned stays in full precision
     if config.gradient_checkpointing:
         learner.unet.enable_gradient_checkpointing()
     if config.compile:

@@ -28,9 +28,9 @@ def with_initial(config: TrainConfig, subjects: Sequence[Subject]) -> TrainConfi
     words = found.get("trigger") or []
     shape = {"kind": kind_of(found), "rank": found["r"], "alpha": found.get("alpha"), "everywhere": not words}
     shape["train_text_encoder"] = len(parts) > 1  # what was adapted goes on being so
+    untouched = LearningSettings()
     for name, value in shape.items():
-        asked, default = getattr(config, name), getattr(LearningSettings(), name)
-        if asked not in (default, value):
+        if getattr(config, name) not in (getattr(untouched, name), value):
             raise ValueError(f"--init_adapter {path} stays what it is, with {name} {value}: leave --{name} out.")
     missed = [subject.trigger for subject in subjects if subject.trigger not in words]
     if words and missed:
