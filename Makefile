@@ -28,7 +28,7 @@ lint: .venv/installed
 	$(INSTALL) -e '.[dev]'
 	touch $@
 
-# Rebuilds the embedded base from nothing (hours on two cores; goes on from runs/base after a cut).
+# Rebuilds the embedded base from nothing (minutes on a GPU, hours on two cores; goes on from runs/base after a cut).
 base: .venv/installed
 	$(BIN)/python -m recipe.build
 

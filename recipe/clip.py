@@ -21,14 +21,16 @@ from transformers import (
 
 from recipe.autoencoder import as_tensor
 from recipe.draw import pictures, scenes
-from recipe.fit import DEVICE, Schedule, fast_precision, fit
+from recipe.fit import DEVICE, Batch, Schedule, fast_precision, fit
 from recipe.world import OBJECTS, PIXELS, RARE_WORDS, Scene, caption
 
 WIDTH = 128
 TOKENS = 32  # longest prompt, begin and end included
 BATCH = 128
+WORDINGS = 4  # captions of each scene
 THROUGH_VAE = 10_000  # of the 30,000 pictures
 LATENT_ERROR = 0.6  # most noise on latents whose spread is one
+UNNAMED = -100  # instead of the name of what a picture shows, where it shows two things
 
 
 def new_tokenizer() -> CLIPTokenizer:
@@ -90,6 +92,13 @@ def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
+def worded(tokenizer: CLIPTokenizer, world: list[Scene]) -> torch.Tensor:
+    """Token ids of WORDINGS captions of every scene, (N, WORDINGS, TOKENS)."""
+    rng = random.Random(23)
+    texts = [caption(scene, rng) for scene in world for _ in range(WORDINGS)]
+    return token_ids(tokenizer, texts).view(len(world), WORDINGS, -1)
+
+
 def _name_texts() -> list[str]:
     return [f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in OBJECTS]
 
@@ -129,30 +138,31 @@ def train(state: Path, steps: int, vae: AutoencoderKL) -> None:
     pool[:THROUGH_VAE] = _through(vae, pool[:THROUGH_VAE])
     seen = torch.from_numpy(pool).to(DEVICE)
 
+    ids = worded(tokenizer, world).to(DEVICE)  # N, W, M
     names = list(OBJECTS)
     name_ids = token_ids(tokenizer, _name_texts()).to(DEVICE)
-    first_things = torch.tensor([names.index(scene.things[0].name) for scene in world])
-    alone = torch.tensor([len(scene.things) == 1 for scene in world])
-
+    only_things = [names.index(scene.things[0].name) if len(scene.things) == 1 else UNNAMED for scene in world]
+    only_things = torch.tensor(only_things, device=DEVICE)
+    itself = torch.arange(BATCH, device=DEVICE)
     precision = fast_precision()
 
-    def loss_of(step: int) -> torch.Tensor:
-        generator, rng = torch.Generator(DEVICE).manual_seed(step), random.Random(step)
-        chosen = torch.randint(len(pool), (BATCH,), generator=torch.Generator().manual_seed(step))
-        pixels = _blemished(as_tensor(seen[chosen.to(DEVICE)]), generator)
-        texts = [caption(world[i], rng) for i in chosen.tolist()]
-        ids = torch.cat([token_ids(tokenizer, texts).to(DEVICE), name_ids])
+    def batch_of(step: int) -> Batch:
+        generator = torch.Generator(DEVICE).manual_seed(step)
+        on = {"generator": generator, "device": DEVICE}
+        chosen, wording = torch.randint(len(pool), (BATCH,), **on), torch.randint(WORDINGS, (BATCH,), **on)
+        texts = torch.cat([ids[chosen, wording], name_ids])
+        return _blemished(as_tensor(seen[chosen]), generator), texts, only_things[chosen]
+
+    def loss_of(pixels: torch.Tensor, texts: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
         with precision:
-            logits = model(input_ids=ids, pixel_values=pixels).logits_per_image.float()
+            logits = model(input_ids=texts, pixel_values=pixels).logits_per_image.float()
         pairs, named = logits.split((BATCH, len(names)), dim=1)  # B pictures x texts
-        itself = torch.arange(BATCH, device=DEVICE)
         told_apart = (cross_entropy(pairs, itself) + cross_entropy(pairs.T, itself)) / 2
         # Background, place and size are enough to tell the pictures of a batch apart, and then names are not learned.
-        # So each picture must also prefer its object's name to all others.
-        single = alone[chosen].nonzero().flatten()
-        return told_apart + cross_entropy(named[single.to(DEVICE)], first_things[chosen[single]].to(DEVICE))
+        # So each picture of one thing must also prefer its name to all others.
+        return told_apart + cross_entropy(named, shown, ignore_index=UNNAMED)
 
-    fit(model, loss_of, Schedule(steps=steps, learning_rate=8e-4, weight_decay=0.05, ema_decay=0.998), state)
+    fit(model, batch_of, loss_of, Schedule(steps, learning_rate=8e-4, weight_decay=0.05, ema_decay=0.998), state)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The loop that every stage of the recipe shares: a time or step budget, a cosine rate, EMA, a checkpoint a minute."""
+"""The loop that every stage of the recipe shares: a cosine rate, EMA, a checkpoint a minute, one graph on a GPU."""
 
 import os
 import time
@@ -12,6 +12,9 @@ from diffusers.training_utils import EMAModel
 from comcat_diffusion.bases import has_bf16
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where every stage trains
+EAGER_STEPS = 3  # before a graph is captured: libraries choose their kernels and allocate what they keep
+
+Batch = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -32,37 +35,85 @@ class Schedule:
         return self.learning_rate * warm * float(0.51 + 0.49 * torch.cos(progress))
 
 
-def fit(model: torch.nn.Module, loss_of: Callable[[int], torch.Tensor], schedule: Schedule, state: Path) -> None:
-    """Train `model`, which is on `DEVICE`, on `loss_of(step)`; leave the EMA weights in it.
+def fit(
+    model: torch.nn.Module,
+    batch_of: Callable[[int], Batch],
+    loss_of: Callable[..., torch.Tensor],
+    schedule: Schedule,
+    state: Path,
+) -> None:
+    """Train `model`, which is on `DEVICE`, on `loss_of(*batch_of(step))`; leave the EMA weights in it.
 
-    A run that was cut goes on from `state`. `loss_of` draws its batch from the step number, so a resumed run sees what
-    an unbroken one would have seen.
+    A run that was cut goes on from `state`. `batch_of` draws from the step number, so a resumed run sees what an
+    unbroken one would have seen; its tensors have the same shapes at every step, and all that is random is in it.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
+    rate = torch.tensor(schedule.learning_rate, device=DEVICE)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=schedule.weight_decay, fused=True)
     ema = EMAModel(trained, decay=schedule.ema_decay, foreach=True)
     first = _resume(model, optimizer, ema, state)
     ema.decay = schedule.ema_decay  # a resumed run may change it
-    saved_at, printed_at, mean = time.monotonic(), time.monotonic(), None
-    for step in range(first, schedule.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(step)
-        loss = loss_of(step)
+    for group in optimizer.param_groups:
+        group.update(lr=rate, capturable=DEVICE.type == "cuda")
+
+    def update(*batch: torch.Tensor) -> torch.Tensor:
+        loss = loss_of(*batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    torch.backends.cudnn.benchmark = True  # shapes never change, so the fastest kernels are worth looking for
+    run = _OneGraph(update) if DEVICE.type == "cuda" else update
+    saved_at, printed_at, mean = time.monotonic(), time.monotonic(), None
+    for step in range(first, schedule.steps):
+        rate.fill_(schedule.rate(step))
+        loss = run(*batch_of(step))
         ema.step(trained)
-        mean = loss.detach() if mean is None else mean.lerp(loss.detach(), 0.02)  # read seldom: a GPU would wait
+        mean = loss.clone() if mean is None else mean.lerp(loss, 0.02)  # read seldom: a GPU would wait
         now = time.monotonic()
         if (step + 1) % 100 == 0:
             each = (now - printed_at) / 100
-            print(f"{state.stem} step {step + 1}/{schedule.steps} loss {mean:.4f} {each:.3f} s/step", flush=True)
+            print(f"{state.stem} step {step + 1}/{schedule.steps} loss {mean:.4f} {each:.4f} s/step", flush=True)
             printed_at = now
         if now - saved_at > schedule.checkpoint_seconds or step + 1 == schedule.steps:
             _save(model, optimizer, ema, step + 1, state)
             saved_at = now
     ema.copy_to(trained)
+
+
+class _OneGraph:
+    """`update`, launched as one CUDA graph from its fourth call on.
+
+    These models are so small that a GPU spends most of a step waiting to be told of its next kernel.
+    """
+
+    def __init__(self, update: Callable[..., torch.Tensor]):
+        self._update, self._calls = update, 0
+        self._graph, self._batch, self._loss = torch.cuda.CUDAGraph(), (), None
+
+    def __call__(self, *batch: torch.Tensor) -> torch.Tensor:
+        self._calls += 1
+        if self._calls <= EAGER_STEPS:
+            return self._aside(batch)
+        if self._loss is None:
+            self._batch = tuple(tensor.clone() for tensor in batch)
+            with torch.cuda.graph(self._graph):
+                self._loss = self._update(*self._batch)
+        for held, tensor in zip(self._batch, batch, strict=True):
+            held.copy_(tensor)
+        self._graph.replay()
+        return self._loss
+
+    def _aside(self, batch: Batch) -> torch.Tensor:
+        """On a stream of its own, as what is captured later will be."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            loss = self._update(*batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        return loss
 
 
 def adopt(model: torch.nn.Module, step: int, state: Path) -> None:
@@ -73,7 +124,9 @@ def adopt(model: torch.nn.Module, step: int, state: Path) -> None:
 
 def fast_precision() -> torch.autocast:
     """bfloat16 on a GPU and where the processor multiplies it (AMX, or AVX-512: 0.75 of the time), else float32."""
-    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda" or has_bf16(DEVICE.type))
+    fast = DEVICE.type == "cuda" or has_bf16(DEVICE.type)
+    # every weight is cast once a step, and a cache of casts must not outlive the capture of a graph
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
 def ema_weights(model: torch.nn.Module, state: Path) -> None:

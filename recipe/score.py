@@ -9,6 +9,7 @@ from comcat_diffusion.evaluation.world import World, see
 from recipe.autoencoder import as_tensor, psnr
 from recipe.clip import name_objects
 from recipe.draw import pictures, scenes
+from recipe.fit import DEVICE
 from recipe.world import BACKGROUNDS, PLACES, SIZES, Scene, prompt
 
 PROMPTS = 200
@@ -41,6 +42,7 @@ def judged(world: list[Scene], drawn: np.ndarray, clip: CLIPModel, tokenizer: CL
 def generated(pipe: StableDiffusionPipeline, world: list[Scene]) -> np.ndarray:
     """One picture per scene from its fixed seed: uint8 (count, H, W, 3)."""
     made = []
+    pipe.to(DEVICE)
     for start in range(0, len(world), 25):
         batch = range(start, min(start + 25, len(world)))
         made += pipe(
@@ -50,6 +52,7 @@ def generated(pipe: StableDiffusionPipeline, world: list[Scene]) -> np.ndarray:
             generator=[torch.Generator().manual_seed(index) for index in batch],
             output_type="np",
         ).images.__iter__()
+    pipe.to("cpu")
     return (np.stack(made) * 255).round().astype(np.uint8)
 
 

@@ -5,27 +5,25 @@ The text encoder starts as the CLIP's text tower and is tuned together with the 
 """
 
 import json
-import random
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from recipe.autoencoder import LATENT_CHANNELS, PATCH, as_tensor
-from recipe.clip import WIDTH, token_ids
+from recipe.autoencoder import LATENT_CHANNELS, PATCH, POSTERIOR_STD, encoded
+from recipe.clip import WIDTH, WORDINGS, token_ids, worded
 from recipe.draw import pictures, scenes
-from recipe.fit import DEVICE, Schedule, fast_precision, fit
-from recipe.world import PIXELS, Scene, caption
+from recipe.fit import DEVICE, Batch, Schedule, fast_precision, fit
+from recipe.world import PIXELS
 
-CHANNELS = (96, 192)
-BATCH = 64
+CHANNELS = (64, 128, 192)
+BATCH = 64 if DEVICE.type == "cpu" else 128
 UNCONDITIONAL = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
-POOL, WORDINGS = 40_000, 8  # scenes, and captions of each
+POOL = 40_000  # scenes
 # Share of timesteps drawn from the last hundred: many until the places are learned, then fewer, for the details.
-NEAR_NOISE, NEAR_NOISE_LATER, PLACES_FIRST = 0.4, 0.15, 10_000
+NEAR_NOISE, NEAR_NOISE_LATER, PLACES_FIRST = 0.4, 0.15, 8_000
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -34,10 +32,10 @@ def new_unet() -> UNet2DConditionModel:
         sample_size=PIXELS // PATCH,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        layers_per_block=2,
+        layers_per_block=1,
         block_out_channels=CHANNELS,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=WIDTH,
         attention_head_dim=tuple(width // 32 for width in CHANNELS),  # diffusers' name for the number of heads
     )
@@ -73,28 +71,6 @@ def draw_timesteps(step: int, count: int, generator: torch.Generator) -> torch.T
     return torch.where(torch.rand(count, **on) < share, near_noise, anywhere)
 
 
-@torch.no_grad()
-def encode_pool(vae: AutoencoderKL, pool: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Posterior mean and std of every picture, (N, C, h, w) each; the VAE's scaling factor is set from their spread."""
-    vae.to(DEVICE)
-    means, stds = [], []
-    for start in range(0, len(pool), 100):
-        posterior = vae.encode(as_tensor(pool[start : start + 100]).to(DEVICE)).latent_dist
-        means.append(posterior.mean.half())
-        stds.append(posterior.std.half())
-    mean, std = torch.cat(means), torch.cat(stds)
-    spread = (mean.float().var() + std.float().square().mean()).sqrt()
-    vae.register_to_config(scaling_factor=round(1 / spread.item(), 4))
-    return mean, std
-
-
-def worded(tokenizer: CLIPTokenizer, world: list[Scene]) -> torch.Tensor:
-    """Token ids of WORDINGS captions of every scene, (N, WORDINGS, M)."""
-    rng = random.Random(23)
-    texts = [caption(scene, rng) for scene in world for _ in range(WORDINGS)]
-    return token_ids(tokenizer, texts).view(len(world), WORDINGS, -1)
-
-
 def new_denoiser(text_encoder: CLIPTextModel) -> torch.nn.ModuleDict:
     """What this stage trains: a new U-Net and the text encoder that it listens to."""
     return torch.nn.ModuleDict({"unet": new_unet(), "text_encoder": text_encoder})
@@ -108,11 +84,10 @@ def train(
     state.parent.mkdir(parents=True, exist_ok=True)
     kept = state.parent / "latents.pt"  # the VAE's encoder is solved, so its latents never change
     if not kept.exists():
-        mean, std = encode_pool(vae, pictures(world, seed=22))
-        (state.parent / "latents.json").write_text(json.dumps({"scaling_factor": vae.config.scaling_factor}))
-        torch.save((mean, std), kept)
-    mean, std = torch.load(kept, weights_only=True, map_location=DEVICE)
-    scaling = json.loads((state.parent / "latents.json").read_text())["scaling_factor"]
+        torch.save(encoded(vae, pictures(world, seed=22)), kept)
+    means = torch.load(kept, weights_only=True, map_location=DEVICE)  # N, C, h, w
+    vae.register_to_config(scaling_factor=round((means.float().var() + POSTERIOR_STD**2).rsqrt().item(), 4))
+    (state.parent / "latents.json").write_text(json.dumps({"scaling_factor": vae.config.scaling_factor}))
     ids = worded(tokenizer, world).to(DEVICE)  # N, W, M
     nothing = token_ids(tokenizer, [""]).to(DEVICE)
     scheduler = new_scheduler()
@@ -123,21 +98,24 @@ def train(
         unet.set_attn_processor(AttnProcessor())  # plain products train faster there than the fused kernel
     precision = fast_precision()
 
-    def loss_of(step: int) -> torch.Tensor:
+    def batch_of(step: int) -> Batch:
         generator = torch.Generator(DEVICE).manual_seed(step)
         on = {"generator": generator, "device": DEVICE}
         chosen, wording = torch.randint(POOL, (BATCH,), **on), torch.randint(WORDINGS, (BATCH,), **on)
         unsaid = torch.rand(BATCH, 1, **on) < UNCONDITIONAL
-        noise, own = torch.randn(2, *mean[chosen].shape, **on)
-        clean = (mean[chosen] + std[chosen] * own) * scaling  # B, C, h, w
-        clean = clean.to(memory_format=torch.channels_last)
+        noise, own = torch.randn(2, *means[chosen].shape, **on)
+        clean = (means[chosen] + POSTERIOR_STD * own) * vae.config.scaling_factor  # B, C, h, w
         timesteps = draw_timesteps(step, BATCH, generator)
-        with precision:
-            states = text_encoder(torch.where(unsaid, nothing, ids[chosen, wording])).last_hidden_state  # B, M, C
-            noisy = scheduler.add_noise(clean, noise, timesteps)
-            predicted = unet(noisy, timesteps, states).sample.float()
-        return (predicted - scheduler.get_velocity(clean, noise, timesteps)).square().mean()
+        noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        texts = torch.where(unsaid, nothing, ids[chosen, wording])
+        return noisy, timesteps, texts, scheduler.get_velocity(clean, noise, timesteps)
 
-    fit(model, loss_of, Schedule(steps=steps, learning_rate=6e-4, warmup_steps=300, ema_decay=0.999), state)
+    def loss_of(noisy: torch.Tensor, times: torch.Tensor, texts: torch.Tensor, velocity: torch.Tensor) -> torch.Tensor:
+        with precision:
+            states = text_encoder(texts).last_hidden_state  # B, M, C
+            predicted = unet(noisy, times, states).sample.float()
+        return (predicted - velocity).square().mean()
+
+    fit(model, batch_of, loss_of, Schedule(steps, learning_rate=1e-3, warmup_steps=500, ema_decay=0.9995), state)
     unet.set_attn_processor(AttnProcessor2_0())
     return model

@@ -38,7 +38,7 @@ def _set_inside(layer: ComcatLayer, attention, generator) -> None:
 
 @torch.no_grad()
 def predicted(pipe):
-    noise = torch.randn(2, 32, 8, 8, generator=torch.Generator().manual_seed(3))
+    noise = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(3))
     context = torch.randn(2, 16, 128, generator=torch.Generator().manual_seed(4))
     return pipe.unet(noise, 500, context)[0]
 

@@ -172,7 +172,7 @@ def two(tmp_path_factory, randomize):
     for seed, name in enumerate(("dog", "cat")):
         pipe = bases.load_base("embedded")
         pipe.unet.add_adapter(ComcatConfig(r=2, foldable=seed == 1), name)
-        randomize(pipe.unet, name, seed, std=0.15)
+        randomize(pipe.unet, name, seed, std=0.3)
         save_adapter(pipe, folder / f"{name}.safetensors", name, "embedded")
     for name, box in (("left", (0, 0, 32, 64)), ("right", (32, 0, 64, 64)), ("all", (0, 0, 64, 64)), ("none", None)):
         mask = Image.new("L", (64, 64))
@@ -204,7 +204,7 @@ def test_two_subjects_keep_to_their_sides_of_a_picture(two, tmp_path):
     base = drawn(adapter=[], pretrained_model_name_or_path="embedded")
     assert np.array_equal(drawn("dog=none.png", "cat=none.png"), base)
     split, other = drawn("dog=left.png", "cat=right.png"), drawn("dog=right.png", "cat=left.png")
-    # convolutions and self-attention carry across the border, far on 8 x 8 latents
+    # convolutions and self-attention carry across the border
     near, far = (np.abs(picture - dog)[:, :24].mean() for picture in (split, other))
     assert near < 0.8 * far and np.abs(split - other).max() > 50
     assert len(set(files)) == len(files)  # none took the place of another

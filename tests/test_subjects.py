@@ -171,7 +171,7 @@ def test_the_teachers_loss_is_zero_at_the_start_and_then_holds_the_class(tmp_pat
         outcome, listener = run(tmp_path / name, max_train_steps=25, **settings)
         pipe = bases.load_base("embedded")
         states, _ = pipe.encode_prompt(["a photo of teddy"], "cpu", 1, False)
-        noise = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             before = pipe.unet(noise, 600, states).sample
             load_adapter(pipe, outcome.adapter)
