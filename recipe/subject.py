@@ -1,5 +1,7 @@
 """Draw a made-up subject: four pictures to learn from, two held out, each a pose on a background of its own.
 
+One of the four is small: whoever wants to draw a subject in more than one size shows it in more than one (docs/log.md).
+
 python -m recipe.subject assets/subject            # the sample subject, a violet teddy with a star on its belly
 python -m recipe.subject runs/subjects/cat cat     # another of recipe/characters.py
 """
@@ -14,12 +16,13 @@ from recipe.world import BACKGROUNDS, PLACES
 
 SIDE, OVERSAMPLING = 256, 4
 TRIGGER = "sks"
+BIG = 0.5  # share of the picture's height above which a person calls it that
 
 TRAIN = (
     Pose("white", "middle", 0.50, 0.52, 0.64, 20, 20, 0),
     Pose("green", "left", 0.36, 0.50, 0.60, 70, 10, -6),
     Pose("yellow", "right", 0.63, 0.48, 0.62, 15, 60, 6),
-    Pose("gray", "bottom", 0.50, 0.62, 0.60, 40, 40, 4),
+    Pose("gray", "bottom", 0.50, 0.74, 0.40, 40, 40, 4),
 )
 HELD_OUT = (
     Pose("blue", "middle", 0.50, 0.50, 0.64, 25, 55, -4),
@@ -37,8 +40,9 @@ def picture(name: str, pose: Pose) -> Image.Image:
 
 
 def caption(name: str, pose: Pose) -> str:
-    """What a person would write under the picture, so that background and place are not learned as the subject's."""
-    return f"a photo of a big {TRIGGER} {name} {PLACES[pose.place]}, {pose.background} background"
+    """What a person would write under it, so that background, place and size are not learned as the subject's."""
+    size = "big" if pose.height > BIG else "small"
+    return f"a photo of a {size} {TRIGGER} {name} {PLACES[pose.place]}, {pose.background} background"
 
 
 def write_subject(name: str, folder: Path) -> None:
