@@ -129,3 +129,13 @@ def test_pictures_are_the_same_again_and_in_any_batch(tmp_path, kind):
     assert np.abs(drawn("one", batch_size=1) - first).max() <= 3
     assert np.abs(drawn("cpu", device="cpu") - first).max() <= 8
     assert first.std() > 10
+
+
+def test_an_update_replayed_as_one_graph_is_the_update(tmp_path, monkeypatch):
+    """What the recipe's stages do on a GPU from their fourth step on, against launching every kernel."""
+    from recipe import fit
+    from tests.test_recipe import learn
+
+    graph = learn(tmp_path / "graph.pt")
+    monkeypatch.setattr(fit, "EAGER_STEPS", 100)
+    assert_close(graph.weight, learn(tmp_path / "eager.pt").weight, rtol=1e-5, atol=1e-6)
