@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from comcat_diffusion.config import EMBEDDED, BaseSettings
+from comcat_diffusion.config import EMBEDDED, BaseSettings, is_hub_id
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CONFIG_FILES = ("*.json", "*.txt")  # of a diffusers folder: everything but its weights
@@ -76,7 +76,7 @@ def load_base(
         return _loaded(lambda: DiffusionPipeline.from_pretrained(path, **about, **own), path)
     if path.is_file():
         return _single_file(path, dtype, base_config)
-    _refuse_no_hub_id(name, path)
+    _refuse_no_hub_id(name)
     return _from_hub(name, {"torch_dtype": dtype, "revision": revision, "variant": variant})
 
 
@@ -91,8 +91,8 @@ def _compressed_unet(path: Path, dtype: torch.dtype) -> dict[str, torch.nn.Modul
     return {"unet": load_compressed(path)[0].to(dtype)}
 
 
-def _refuse_no_hub_id(name: str, path: Path) -> None:
-    if path.suffix or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+def _refuse_no_hub_id(name: str) -> None:
+    if not is_hub_id(name):
         raise FileNotFoundError(f"There is no base at '{name}': no such folder or file, and a hub id reads owner/name.")
 
 
@@ -115,7 +115,7 @@ def config_folder(config: BaseSettings) -> Path:
         return path
     if path.is_file():
         return _config_of_single_file(path, config.base_config)
-    _refuse_no_hub_id(name, path)
+    _refuse_no_hub_id(name)
     for local in (True, False):
         try:
             asked = {"revision": config.revision, "local_files_only": local, "allow_patterns": CONFIG_FILES}

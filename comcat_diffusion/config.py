@@ -17,6 +17,7 @@ import tomli_w
 LARGEST = 3e38  # what float32 holds
 STRONGEST = 100.0  # of an adapter's scale: one is what it was trained with
 EMBEDDED = "embedded"  # the small base that comes with the package
+WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # endings of files; "dreamlike-photoreal-2.0" has none
 
 
 def option(default: object, help: str, **more: object) -> typing.Any:
@@ -184,6 +185,12 @@ def weighted(text: str, weight: float = 1.0, flag: str = "--adapter") -> tuple[s
             raise ValueError(f"{flag} {text}: '{tail}' after the colon is not a number.") from None
     require_scale(weight, f"The weight of {flag} {text}")
     return path, weight
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name reads owner/name, as ids of the hub do, and is no file or folder that is here or is missing."""
+    here = name[:1] in ("", ".", "~", "/") or "\\" in name or Path(name).exists()
+    return name.count("/") == 1 and not here and not name.endswith(WEIGHTS)
 
 
 def to_toml(config: object) -> str:

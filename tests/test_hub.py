@@ -16,7 +16,9 @@ from safetensors.numpy import load_file
 
 from comcat_diffusion import ComcatConfig, read_adapter, save_adapter
 from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes
+from comcat_diffusion.bases import load_base
 from comcat_diffusion.cli import main
+from comcat_diffusion.config import is_hub_id
 from comcat_diffusion.export.card import public_base
 from comcat_diffusion.export.hub import build_folder, copy_adapters
 from tests import hub_server
@@ -111,18 +113,25 @@ def test_the_card_is_the_same_text_each_time_and_tells_no_path(written, folder, 
     ("base", "shown"),
     [
         ("SG161222/Realistic_Vision_V5.1_noVAE", True),
+        ("dreamlike-art/dreamlike-photoreal-2.0", True),
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", True),
         ("models/mine.safetensors", False),
         ("tests/golden", False),  # a folder that is there
         ("/home/jane/base", False),
         ("./base", False),
+        ("~/base", False),
+        ("models\\base/mine", False),
         ("embedded", False),
         ("", False),
     ],
 )
 def test_a_hub_id_is_told_from_a_path(base, shown, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])
+    assert is_hub_id(base) == shown
     assert public_base(Header({}, base, "", {}, Notes(), {})) == (base if shown else "")
+    if base not in ("tests/golden", "embedded", ""):  # the hub is asked for what reads so, and for nothing else
+        with pytest.raises(FileNotFoundError, match="nor in the local cache" if shown else "a hub id reads owner/name"):
+            load_base(base)
 
 
 def test_what_cannot_be_shared_is_refused(written, folder, tmp_path, sheet):

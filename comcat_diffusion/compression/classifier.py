@@ -10,6 +10,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from comcat_diffusion.compression.config import UNET
 from comcat_diffusion.compression.pictures import Processor
+from comcat_diffusion.config import is_hub_id
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def load_classifier(name: str, revision: str | None = None) -> Classifier:
     if path.is_dir():
         _refuse_other_folder(path)
         return _loaded(str(path), None, True)
-    if path.is_file() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise FileNotFoundError(f"There is no classifier at '{name}': no such folder, and a hub id reads owner/name.")
     try:
         return _loaded(name, revision, True)

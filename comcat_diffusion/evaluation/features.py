@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from comcat_diffusion import bases
+from comcat_diffusion.config import is_hub_id
 from comcat_diffusion.training.cache import Cache
 
 _UNFIT = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
@@ -97,7 +98,7 @@ def _named(name: str) -> tuple:
         if missing:
             raise FileNotFoundError(f"{path} is no folder of a feature model: it has no {missing[0]}.")
         return _whole(path, offline=True)
-    if path.is_file() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise FileNotFoundError(
             f"There is no feature model at '{name}': no such folder, and a hub id reads owner/name."
         )

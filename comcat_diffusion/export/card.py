@@ -2,10 +2,9 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from comcat_diffusion.adapters.header import Header, kind_of
-from comcat_diffusion.config import EMBEDDED
+from comcat_diffusion.config import EMBEDDED, is_hub_id
 
 _CARD = """\
 ---
@@ -83,9 +82,7 @@ def card(header: Header, shared: Shared) -> str:
 
 def public_base(header: Header) -> str:
     """The hub id of the base, or nothing: a folder of somebody's machine is nobody's business."""
-    name = header.base_model
-    hub = name.count("/") == 1 and name[0] not in "/.~" and "\\" not in name and not Path(name).exists()
-    return name if hub and not name.endswith((".safetensors", ".ckpt", ".pt", ".bin")) else ""
+    return header.base_model if is_hub_id(header.base_model) else ""
 
 
 def _unpublished(header: Header) -> str:

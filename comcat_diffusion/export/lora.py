@@ -24,6 +24,7 @@ from comcat_diffusion import heads as maths
 from comcat_diffusion.adapters.header import KEY, AdapterFileError, Header
 from comcat_diffusion.adapters.store import TOKEN, safetensors_bytes
 from comcat_diffusion.adapters.terms import Contents, Term, read_contents
+from comcat_diffusion.config import is_hub_id
 
 FORMATS = ("diffusers-lora", "kohya")
 _PROJECTIONS = {"unet": ("to_k", "to_v"), "text_encoder": ("k_proj", "v_proj"), "text_encoder_2": ("k_proj", "v_proj")}
@@ -224,7 +225,7 @@ def _training_metadata(header: Header, ranks: Counter, alpha: float, output: Pat
         "ss_network_args": "{}",
         "ss_v2": str(width == 1024),
         "ss_output_name": output.stem,
-        "ss_sd_model_name": header.base_model if _is_hub_id(header.base_model) else Path(header.base_model).name,
+        "ss_sd_model_name": header.base_model if is_hub_id(header.base_model) else Path(header.base_model).name,
         "ss_training_comment": "exported from a COMCAT adapter",
     }
     if width in _BASE_VERSIONS:
@@ -238,7 +239,3 @@ def _training_metadata(header: Header, ranks: Counter, alpha: float, output: Pat
         if key in told:
             pairs[f"ss_{key}"] = str(told[key])
     return pairs
-
-
-def _is_hub_id(base: str) -> bool:
-    return base.count("/") == 1 and not base.startswith((".", "~", "/")) and not Path(base).exists()
