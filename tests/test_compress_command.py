@@ -210,7 +210,7 @@ def test_a_compressed_base_is_a_base_for_every_command(sd1, unet_report, tmp_pat
     small = ["--pretrained_model_name_or_path", str(unet_report.folder)]
     subject = ["--instance_data_dir", str(bases.assets() / "subject" / "train")]
     subject += ["--instance_prompt", "a photo of sks teddy"]
-    assert main(["validate", *small, *subject]) == 0
+    assert main(["validate", *small, *subject, "--output_dir", str(tmp_path / "out")]) == 0
     steps = ["--max_train_steps", "2", "--resolution", "64", "--skip_final_inference"]
     assert main(["train", *small, *subject, *steps, "--output_dir", str(tmp_path / "out")]) == 0
     asked = ["--adapter", str(tmp_path / "out" / "sks-teddy.safetensors"), "--prompt", "sks teddy"]
