@@ -34,7 +34,7 @@ FORWARD = ("bare", "comcat", "comcat_merged", "comcat_foldable", "lora", "two_br
 
 def kinds(common: tuple[str, ...], targets: str) -> tuple[str, ...]:
     """What is compared on these targets: tied adapters are of cross-attentions alone."""
-    return common if targets == "self+cross" else (*common, "comcat_tied")
+    return common if "self" in targets else (*common, "comcat_tied")
 
 
 # Largest difference between comcat and two_branch, relative to the output: rounding, by the bits of the precision.
@@ -77,7 +77,8 @@ def layer_rows(settings: Settings) -> list[dict]:
     rows = []
     for title, cross in (("self-attention", False), ("cross-attention", True)):
         base = variants.bare_attention(cross, settings.device, settings.dtype, settings.base)
-        models = {kind: variants.variant(kind, base, "attn", settings.rank) for kind in FORWARD}
+        targets = "cross" if cross else "self"
+        models = {kind: variants.variant(kind, base, "attn", settings.rank) for kind in kinds(FORWARD, targets)}
         tokens = (settings.resolution // settings.base.pixels) ** 2
         hidden = settings.random(settings.batch, tokens, settings.base.channels)
         context = context_of(settings) if cross else None
@@ -86,7 +87,8 @@ def layer_rows(settings: Settings) -> list[dict]:
         rows += timed_rows(f"layer: {title}, forward", forwards, models, settings)
         # Inside the network a gradient always comes back to the tokens, and never to the frozen text features.
         hidden = hidden.clone().requires_grad_()
-        steps = {kind: with_gradient(_attend(models[kind], hidden, context), models[kind], hidden) for kind in LAYER}
+        learned = {kind: models[kind] for kind in kinds(LAYER, targets)}
+        steps = {kind: with_gradient(_attend(model, hidden, context), model, hidden) for kind, model in learned.items()}
         rows += timed_rows(f"layer: {title}, forward and backward", steps, models, settings)
     return rows
 
