@@ -27,8 +27,7 @@ from benchmarks import variants
 from comcat_diffusion.adapters.once import text_once
 from comcat_diffusion.timing import wait
 
-LAYER = ("bare", "comcat", "comcat_foldable", "lora", "two_branch")
-STEP = ("bare", "comcat", "comcat_foldable", "lora", "two_branch")
+TRAINED = ("bare", "comcat", "comcat_foldable", "lora", "two_branch")
 FORWARD = ("bare", "comcat", "comcat_merged", "comcat_foldable", "lora", "two_branch")
 
 
@@ -87,7 +86,7 @@ def layer_rows(settings: Settings) -> list[dict]:
         rows += timed_rows(f"layer: {title}, forward", forwards, models, settings)
         # Inside the network a gradient always comes back to the tokens, and never to the frozen text features.
         hidden = hidden.clone().requires_grad_()
-        learned = {kind: models[kind] for kind in kinds(LAYER, targets)}
+        learned = {kind: models[kind] for kind in kinds(TRAINED, targets)}
         steps = {kind: with_gradient(_attend(model, hidden, context), model, hidden) for kind, model in learned.items()}
         rows += timed_rows(f"layer: {title}, forward and backward", steps, models, settings)
     return rows
@@ -103,7 +102,7 @@ def step_rows(settings: Settings) -> list[dict]:
     base = variants.bare_unet(settings.device, settings.dtype, settings.base)
     for targets in settings.targets:
         pattern = variants.ATTENTIONS[targets]
-        models = {kind: variants.variant(kind, base, pattern, settings.rank) for kind in kinds(STEP, targets)}
+        models = {kind: variants.variant(kind, base, pattern, settings.rank) for kind in kinds(TRAINED, targets)}
         require_agreement({kind: denoise(model, settings) for kind, model in models.items()}, models)
         steps = {kind: training_step(model, pattern, settings) for kind, model in models.items()}
         rows += timed_rows(f"training step: {targets}", steps, models, settings)
@@ -114,7 +113,7 @@ def memory_rows(settings: Settings) -> list[dict]:
     """Peak memory of a training step, each variant in a process of its own."""
     rows = []
     for targets in settings.targets:
-        for kind in kinds(STEP, targets):
+        for kind in kinds(TRAINED, targets):
             peak, parameters = shared.in_fresh_process(peak_of_training, kind, targets, settings)
             row = {"part": f"memory of a training step: {targets}", "variant": kind, "parameters": parameters}
             rows.append(row | {"peak_mib": peak})

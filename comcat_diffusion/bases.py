@@ -66,17 +66,13 @@ def load_base(
     `base_config` is for single files: a diffusers folder, or the hub id of a cached one, of the same family. Raises
     FileNotFoundError, saying what was looked for, and ValueError for a file that holds no Stable Diffusion.
     """
-    dtype = PRECISIONS[precision]
-    path = assets() / "tiny-sd" if is_embedded(name) else Path(name).expanduser()
+    dtype, path = PRECISIONS[precision], _place(name)
     if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise FileNotFoundError(f"{path} is no diffusers folder: it has no model_index.json.")
         own = _compressed_unet(path, dtype) if _is_compressed(path) else {}
         about = {"torch_dtype": dtype, "variant": variant, "local_files_only": True}
         return _loaded(lambda: DiffusionPipeline.from_pretrained(path, **about, **own), path)
     if path.is_file():
         return _single_file(path, dtype, base_config)
-    _refuse_no_hub_id(name)
     return _from_hub(name, {"torch_dtype": dtype, "revision": revision, "variant": variant})
 
 
@@ -91,9 +87,14 @@ def _compressed_unet(path: Path, dtype: torch.dtype) -> dict[str, torch.nn.Modul
     return {"unet": load_compressed(path)[0].to(dtype)}
 
 
-def _refuse_no_hub_id(name: str) -> None:
-    if not is_hub_id(name):
+def _place(name: str) -> Path:
+    """The folder or file of a base; nothing is there only of a hub id."""
+    path = assets() / "tiny-sd" if is_embedded(name) else Path(name).expanduser()
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise FileNotFoundError(f"{path} is no diffusers folder: it has no model_index.json.")
+    if not (path.is_dir() or path.is_file() or is_hub_id(name)):
         raise FileNotFoundError(f"There is no base at '{name}': no such folder or file, and a hub id reads owner/name.")
+    return path
 
 
 def asked_base(config: BaseSettings, precision: str, name: str | None = None) -> DiffusionPipeline:
@@ -108,14 +109,11 @@ def config_folder(config: BaseSettings) -> Path:
     Raises FileNotFoundError or ValueError as `load_base` does.
     """
     name = config.pretrained_model_name_or_path or EMBEDDED
-    path = assets() / "tiny-sd" if is_embedded(name) else Path(name).expanduser()
+    path = _place(name)
     if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise FileNotFoundError(f"{path} is no diffusers folder: it has no model_index.json.")
         return path
     if path.is_file():
         return _config_of_single_file(path, config.base_config)
-    _refuse_no_hub_id(name)
     for local in (True, False):
         try:
             asked = {"revision": config.revision, "local_files_only": local, "allow_patterns": CONFIG_FILES}

@@ -188,9 +188,9 @@ def weighted(text: str, weight: float = 1.0, flag: str = "--adapter") -> tuple[s
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name reads owner/name, as ids of the hub do, and is no file or folder that is here or is missing."""
-    here = name[:1] in ("", ".", "~", "/") or "\\" in name or Path(name).exists()
-    return name.count("/") == 1 and not here and not name.endswith(WEIGHTS)
+    """Whether a name can be an id of the hub: it reads owner/name and is no path, here or missing."""
+    path = name.startswith((".", "~", "/")) or "\\" in name or name.endswith(WEIGHTS) or Path(name).exists()
+    return name.count("/") == 1 and not path
 
 
 def to_toml(config: object) -> str:

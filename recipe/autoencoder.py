@@ -87,6 +87,7 @@ def solve_encoder(vae: AutoencoderKL, rows: torch.Tensor, offsets: torch.Tensor)
     for colour in range(3):
         for inner, (down, across) in enumerate(corners):
             first.weight[4 * colour + inner, colour, down, across] = 1
+    moved = 3 * len(corners)  # channels: the four corners of every colour
     width = CHANNELS[-1] // GROUPS  # channels a group: + and - of two components, + and - of the constant, two unused
     encoder.conv_norm_out.weight.fill_(STEADY * (2 / width) ** 0.5)
     for index in range(LATENT_CHANNELS):
@@ -95,7 +96,7 @@ def solve_encoder(vae: AutoencoderKL, rows: torch.Tensor, offsets: torch.Tensor)
             for inner, (down, across) in enumerate(corners):
                 for outer_down, outer_across in corners:
                     pixels = rows[index, :, 2 * outer_down + down, 2 * outer_across + across]  # one a colour
-                    second.weight[at, inner:12:4, outer_down, outer_across] = sign * pixels.float()
+                    second.weight[at, inner : moved : len(corners), outer_down, outer_across] = sign * pixels.float()
             second.bias[at] = sign * offsets[index]
             encoder.conv_out.weight[index, at, 1, 1] = sign
         second.bias[width * group + 4], second.bias[width * group + 5] = STEADY, -STEADY

@@ -48,11 +48,11 @@ def fit(
     unbroken one would have seen; its tensors have the same shapes at every step, and all that is random is in it.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    rate = torch.tensor(schedule.learning_rate, device=DEVICE)
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=schedule.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trained, weight_decay=schedule.weight_decay, fused=True)
     ema = EMAModel(trained, decay=schedule.ema_decay, foreach=True)
     first = _resume(model, optimizer, ema, state)
     ema.decay = schedule.ema_decay  # a resumed run may change it
+    rate = torch.zeros((), device=DEVICE)  # a tensor, so that a captured update reads what the schedule says
     for group in optimizer.param_groups:
         group.update(lr=rate, capturable=DEVICE.type == "cuda")
 

@@ -53,13 +53,13 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
     masks = asked_regions(config.region, [one.path for one in chosen])
     folder = atomic.make_folder(config.output_dir, "--output_dir")
 
-    pipe = _pipeline(config, chosen)
+    base = base_of(config, chosen)
+    pipe = _pipeline(config, chosen, base)
     bases.asked_resolution(pipe, config.resolution)
     for prompt in prompts:
         _refuse_deaf(pipe.tokenizer, prompt, chosen, config.any_prompt)
     set_regions(pipe, {_name(number): mask for number, mask in masks.items()})
     drawings = [Drawing(prompt, config.seed + n) for prompt in prompts for n in range(config.num_images)]
-    base = base_of(config, chosen)
     sampling = sampling_of(config, config.batch_size, base)
     total = len(drawings) * (2 if config.compare else 1)
 
@@ -113,8 +113,8 @@ def _name(number: int) -> str:
     return f"adapter_{number}"
 
 
-def _pipeline(config: GenerateConfig, chosen: list[Chosen]) -> DiffusionPipeline:
-    device, base = bases.asked_device(config.device), base_of(config, chosen)
+def _pipeline(config: GenerateConfig, chosen: list[Chosen], base: str) -> DiffusionPipeline:
+    device = bases.asked_device(config.device)
     pipe = bases.asked_base(config, bases.asked_precision(config.precision, device, base), base)
     use_sampler(pipe, config.scheduler)
     names = [_name(number) for number in range(len(chosen))]
