@@ -12,6 +12,7 @@ from comcat_diffusion import atomic, bases
 from comcat_diffusion.adapters.merge import merge_adapters, unload_adapters
 from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.store import load_adapter
+from comcat_diffusion.adapters.texts import texts_of
 from comcat_diffusion.config import weighted
 from comcat_diffusion.generation.chosen import Chosen, base_of, choose, made_by
 from comcat_diffusion.generation.config import GenerateConfig
@@ -99,12 +100,12 @@ def _checked(prompt: str, chosen: list[Chosen], any_prompt: bool) -> str:
 
 def _refuse_deaf(tokenizer: CLIPTokenizer, prompt: str, chosen: list[Chosen], any_prompt: bool) -> None:
     """Raise ValueError for a prompt that names the subject only where the text encoder does not read any more."""
-    numbers, most = tokenizer(prompt, truncation=False, verbose=False).input_ids, tokenizer.model_max_length
-    read = tokenizer.decode(numbers[:most], skip_special_tokens=True)
+    read = texts_of(tokenizer).read(prompt, tokenizer.model_max_length)
     named = [subject for one in chosen for subject in one.subjects if calls(prompt, subject)]
-    if len(numbers) > most and named and not any_prompt and not any(calls(read, subject) for subject in named):
+    if named and not any_prompt and not any(read.acts([subject.trigger]).any() for subject in named):
+        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
         raise ValueError(
-            f"The prompt '{prompt[:60]}...' has {len(numbers)} tokens, of which the text encoder reads {most}, and "
+            f"The prompt '{prompt[:60]}...' has {count} tokens, of which the text encoder reads {len(read.ends)}, and "
             f"'{named[0].phrase}' comes later: name it earlier, or allow it with --any_prompt."
         )
 
