@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors import safe_open
 from torch.testing import assert_close
 
@@ -30,6 +31,8 @@ from comcat_diffusion.adapters.texts import texts_of
 from comcat_diffusion.adapters.token import put_token, start_vectors
 from comcat_diffusion.export.checkpoint import merge_to_folder
 from comcat_diffusion.export.lora import export_adapter
+from comcat_diffusion.generation.config import GenerateConfig
+from comcat_diffusion.generation.generate import generate
 from tests import tiny_bases
 from tests.reference import FoldableFactors, FreeFactors, attention
 
@@ -280,6 +283,37 @@ def test_two_adapters_wait_for_their_own_words(embedded, waiting):
     cat = drawn(pipe, WITH.replace("sks", "zwx"))
     pipe.set_adapters(["cat"])
     assert far(drawn(pipe, WITH.replace("sks", "zwx")), cat) == 0 and far(cat, dog) > 0.05
+
+
+def test_two_adapters_that_wait_for_one_word_are_told_of(embedded, waiting, tmp_path):
+    for name, word in (("dog", "sks"), ("cat", "SKS"), ("bird", "zwx")):
+        save_adapter(waiting(word, name, foldable=True), tmp_path / f"{name}.safetensors", name, "embedded")
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("dog", "cat", "bird")}
+    pipe = embedded()
+    load_adapter(pipe, files["bird"], "bird")
+    load_adapter(pipe, files["dog"], "dog")
+    with pytest.warns(UserWarning, match=r"'dog' and 'cat' both act from 'sks' on.*another word.*set_regions"):
+        load_adapter(pipe, files["cat"], "cat")
+
+    def told(*names, **settings) -> list[str]:
+        notes = []
+        adapters = [str(files[name]) for name in names]
+        more = {"num_images": 1, "num_inference_steps": 1, "any_prompt": True, **settings}
+        generate(
+            GenerateConfig(adapter=adapters, prompt=["a dog"], output_dir=str(tmp_path), **more), note=notes.append
+        )
+        return notes
+
+    assert [note for note in told("dog", "cat", "bird") if "dog.safetensors and cat.safetensors both act" in note]
+    assert not told("dog", "bird")
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    assert not told("dog", "cat", region=[f"{name}={tmp_path / 'mask.png'}" for name in ("dog", "cat")])
+    save_adapter(waiting("sks", "dog", foldable=True), tmp_path / "third.safetensors", "dog", "embedded")
+    both = combine([(files["dog"], 1.0), (tmp_path / "third.safetensors", 1.0)], tmp_path / "both.safetensors")
+    assert both.doubts == (
+        "dog.safetensors and third.safetensors both act from 'sks' on, so their subjects mix: this word will call the "
+        "sum of both.",
+    )
 
 
 def test_a_region_and_a_trigger_go_together(embedded, waiting):

@@ -1,5 +1,6 @@
 """The generation story: a base, adapters and prompts in; pictures and a contact sheet out."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 
 from comcat_diffusion import atomic, bases
+from comcat_diffusion.adapters.header import same_words
 from comcat_diffusion.adapters.merge import merge_adapters, unload_adapters
 from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.store import load_adapter
@@ -37,8 +39,14 @@ class Pictures:
     sheet: Path
 
 
-def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = lambda done, total: None) -> Pictures:
+def generate(
+    config: GenerateConfig,
+    on_picture: Callable[[int, int], None] = lambda done, total: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Pictures:
     """Draw every prompt from every seed; returns where the pictures and the sheet are.
+
+    `note` is told what is worth knowing, a sentence at a time.
 
     Raises ValueError or OSError for bad input before anything is drawn.
     """
@@ -52,6 +60,9 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
             )
     prompts = [_checked(prompt, chosen, config.any_prompt) for prompt in config.prompt]
     masks = asked_regions(config.region, [one.path for one in chosen])
+    everywhere = [(one.path.name, one.header) for number, one in enumerate(chosen) if number not in masks]
+    for sentence in same_words(everywhere):
+        note(f"{sentence}: train one with another word, or give each a part of the picture with --region.")
     folder = atomic.make_folder(config.output_dir, "--output_dir")
 
     base = base_of(config, chosen)
@@ -119,8 +130,10 @@ def _pipeline(config: GenerateConfig, chosen: list[Chosen], base: str) -> Diffus
     pipe = bases.asked_base(config, bases.asked_precision(config.precision, device, base), base)
     use_sampler(pipe, config.scheduler)
     names = [_name(number) for number in range(len(chosen))]
-    for name, one in zip(names, chosen, strict=True):
-        load_adapter(pipe, one.path, name, any_weights=config.any_weights)
+    with warnings.catch_warnings():  # of adapters that wait for one word, which has been said
+        warnings.filterwarnings("ignore", message=".*so their subjects mix")
+        for name, one in zip(names, chosen, strict=True):
+            load_adapter(pipe, one.path, name, any_weights=config.any_weights)
     loras = {f"lora_{number}": weighted(text, flag="--lora") for number, text in enumerate(config.lora)}
     for name, (path, _) in loras.items():
         _load_lora(pipe, Path(path), name)
