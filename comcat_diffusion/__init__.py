@@ -19,6 +19,7 @@ _HOMES = {
     "unmerge_adapters": "comcat_diffusion.adapters.merge",
     "unload_adapters": "comcat_diffusion.adapters.merge",
     "listen": "comcat_diffusion.adapters.trigger",
+    "lora_layers": "comcat_diffusion.adapters.as_lora",
     "set_regions": "comcat_diffusion.adapters.regions",
 }
 

@@ -2,7 +2,7 @@
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils import ModulesToSaveWrapper, register_peft_method
+from peft.utils import ModulesToSaveWrapper, hotswap, register_peft_method
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -15,6 +15,9 @@ from comcat_diffusion.adapters.parts import bare, plain_modules, plain_name
 from comcat_diffusion.adapters.peft_type import COMCAT
 from comcat_diffusion.adapters.tied import OTHER_TEXT, SHARED, TEXT, side_of
 from comcat_diffusion.attentions import style_of
+
+# What two adapters must have in common for PEFT's hotswap_adapter, which copies weights in place and no more.
+_SAME_WHEN_SWAPPED = ("r", "alpha", "rank_pattern", "alpha_pattern", "foldable", "tied", "trigger")
 
 
 class ComcatModel(BaseTuner):
@@ -109,6 +112,32 @@ class ComcatModel(BaseTuner):
         layer.update_layer(adapter_name, rank, alpha, peft_config, self._tied.get(side, {}))
         if peft_config.tied:
             self._tied[side] = {name: getattr(layer, f"comcat_{name}")[adapter_name] for name in SHARED}
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add the weighted sum of adapters as one more, which does not act yet, as PEFT does for LoRAs.
+
+        `cat` is exact, its rank is the sum of the ranks; `svd` is the best sum of a rank, by default that of the
+        largest. Raises ValueError for adapters of different kinds or triggers, or with whole modules.
+        """
+        from comcat_diffusion.adapters.weighted import weighted_sum  # which stands on this file
+
+        if adapter_name in self.peft_config:
+            raise ValueError(f"An adapter named '{adapter_name}' exists already: delete it or choose another name.")
+        if len(adapters) != len(weights):
+            raise ValueError(f"{len(adapters)} adapters have {len(weights)} weights: give each adapter one.")
+        pairs = list(zip(adapters, weights, strict=True))
+        self.peft_config[adapter_name], values = weighted_sum(self.model, pairs, combination_type, svd_rank)
+        self.inject_adapter(self.model, adapter_name)
+        for name, factor in factors(self.model, adapter_name).items():
+            factor.data = values[name].to(factor.device)
+            factor.requires_grad_(False)
 
     def _unload_and_optionally_merge(
         self,
@@ -209,6 +238,7 @@ def register() -> None:
 
     if COMCAT not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name="comcat", config_cls=ComcatConfig, model_cls=ComcatModel)
+    hotswap.CONFIG_KEYS_TO_CHECK[COMCAT] = list(_SAME_WHEN_SWAPPED)
     guards.guard_lora_files()
 
 

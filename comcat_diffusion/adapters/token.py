@@ -101,7 +101,17 @@ class LearnedWord:
         for tokenizer, model in self._homes.values():
             names = names_of(self.token, len(_ids(tokenizer, self.token)))
             if names[0] in tokenizer.get_vocab():  # not if somebody took it away by hand
-                TextualInversionLoaderMixin().unload_textual_inversion(names, tokenizer, model)
+                _forget(names, tokenizer, model)
+
+
+def _forget(names: list[str], tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    """Take names out of a tokenizer, and their embeddings out of a text encoder."""
+    before = model.get_input_embeddings()
+    TextualInversionLoaderMixin().unload_textual_inversion(names, tokenizer, model)
+    after = model.get_input_embeddings()
+    # diffusers leaves these as they were with the names, or as a new table has them
+    model.config.vocab_size = after.num_embeddings
+    after.train(before.training).requires_grad_(before.weight.requires_grad)
 
 
 def _present(pipe: object) -> list[str]:
