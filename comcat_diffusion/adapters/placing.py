@@ -9,6 +9,7 @@ from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import withdraw
 from comcat_diffusion.adapters.parts import bare, peft_wrapper
 from comcat_diffusion.adapters.peft_type import COMCAT
+from comcat_diffusion.adapters.wholes import wrappers
 
 
 def part_of(pipe: object, part: str) -> nn.Module:
@@ -78,7 +79,9 @@ def _activate(model: nn.Module, adapter_names: list[str]) -> None:
     wrapper = peft_wrapper(model)
     if wrapper is not None:
         wrapper.base_model.set_adapter(adapter_names)
-    else:  # layer by layer: transformers would refuse two names wherever one of them has whole modules
-        for module in bare(model).modules():
-            if isinstance(module, BaseTunerLayer):
-                module.set_adapter(adapter_names)
+        return
+    for module in bare(model).modules():  # transformers would refuse two names wherever one of them has whole modules
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter(adapter_names)
+    for wrapper in wrappers(bare(model)).values():  # those of LoRAs, which diffusers would leave switched off
+        wrapper.set_adapter([name for name in adapter_names if name in wrapper.modules_to_save])
