@@ -20,6 +20,7 @@ _HOMES = {
     "unload_adapters": "comcat_diffusion.adapters.merge",
     "listen": "comcat_diffusion.adapters.trigger",
     "remember_prompts": "comcat_diffusion.adapters.trigger",
+    "lora_layers": "comcat_diffusion.adapters.as_lora",
     "set_regions": "comcat_diffusion.adapters.regions",
 }
 

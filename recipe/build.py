@@ -87,6 +87,7 @@ def export(state: Path, output: Path) -> dict:
     for model in (pipe.vae, pipe.text_encoder, pipe.unet):
         model.half()
     pipe.save_pretrained(output)
+    _compute_in_float32(output / "text_encoder" / "config.json")
     whole.half().save_pretrained(output / "clip")
     clip.new_processor().save_pretrained(output / "clip")
     world = {"objects": list(OBJECTS), "backgrounds": BACKGROUNDS, "places": PLACES, "sizes": SIZES, "tints": TINTS}
@@ -96,6 +97,12 @@ def export(state: Path, output: Path) -> dict:
     preview(made).save(output / "preview.png")
     (output / "prompts.txt").write_text("\n".join(prompt(scene) for scene in held_out()) + "\n")
     return report
+
+
+def _compute_in_float32(config: Path) -> None:
+    """Let transformers raise the text encoder's weights to float32, as diffusers does with the other parts'."""
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps({**told, "dtype": "float32"}, indent=2) + "\n")
 
 
 def preview(made: np.ndarray) -> Image.Image:

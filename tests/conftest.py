@@ -20,6 +20,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig, ViTModel
 
 from comcat_diffusion.adapters.model import factors
+from tests.adapter_cases import CASES, TARGETS, Case
 
 torch.set_num_threads(1)
 
@@ -34,6 +35,7 @@ def pytest_collection_finish() -> None:
 class Tiny:
     """A tiny model: calling it gives a fresh copy, `run` gives the output on inputs that are always the same."""
 
+    name: str
     original: nn.Module
     inputs: Callable[[], dict[str, torch.Tensor]]
 
@@ -84,7 +86,7 @@ def tiny_unet() -> Tiny:
         noise, context = _noise(2, 4, 8, 8, seed=1), _noise(2, 7, 24, seed=2)  # B C 8 8, B M C
         return {"sample": noise, "timestep": torch.tensor([10, 500]), "encoder_hidden_states": context}
 
-    return Tiny(_built(build_tiny_unet, seed=0), inputs)
+    return Tiny("tiny_unet", _built(build_tiny_unet, seed=0), inputs)
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +110,7 @@ def tiny_clip() -> Tiny:
     def inputs() -> dict[str, torch.Tensor]:
         return {"input_ids": torch.arange(18).view(2, 9) * 5 % 99}  # B N
 
-    return Tiny(_built(build, seed=1), inputs)
+    return Tiny("tiny_clip", _built(build, seed=1), inputs)
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +129,7 @@ def tiny_vit() -> Tiny:
         )
         return ViTModel(config, add_pooling_layer=False)
 
-    return Tiny(_built(build, seed=2), lambda: {"pixel_values": _noise(2, 3, 8, 8, seed=3)})
+    return Tiny("tiny_vit", _built(build, seed=2), lambda: {"pixel_values": _noise(2, 3, 8, 8, seed=3)})
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +139,7 @@ def tiny_vae() -> Tiny:
     def build() -> nn.Module:
         return AutoencoderKL(block_out_channels=(16,), norm_num_groups=8, latent_channels=4, sample_size=8)
 
-    return Tiny(_built(build, seed=3), lambda: {"sample": _noise(2, 3, 8, 8, seed=4)})
+    return Tiny("tiny_vae", _built(build, seed=3), lambda: {"sample": _noise(2, 3, 8, 8, seed=4)})
 
 
 @pytest.fixture(scope="session")
@@ -155,3 +157,11 @@ def randomize() -> Callable:
         return model
 
     return fill
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, randomize: Callable) -> Case:
+    """One kind of adapter on one family of attentions, see tests/adapter_cases.py."""
+    kind, target = request.param.split("-", 1)
+    model, name = TARGETS[target]
+    return Case(request.getfixturevalue(model), name, kind, randomize)

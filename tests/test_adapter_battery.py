@@ -1,79 +1,15 @@
 """What every adapter must do, for each kind on each family of attentions (STYLE point 10)."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.testing import assert_close
 
-from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.model import adapted_layers, factors
+from tests.adapter_cases import ALPHA, CLEAR, RANK, distance
 from tests.reference import FoldableFactors, FreeFactors, attention
-
-TARGETS = {
-    "unet-cross": ("tiny_unet", "attn2"),
-    "unet-self": ("tiny_unet", "attn1"),
-    "clip": ("tiny_clip", "self_attn"),
-    "vit": ("tiny_vit", "attention"),
-}
-RANK, ALPHA = 3, 4.5  # a trained strength alpha / r that is not 1
-CLEAR = 0.01  # an effect on the output this large cannot be rounding
-
-
-@dataclass
-class Case:
-    """One kind of adapter on one tiny model."""
-
-    tiny: object
-    target: str
-    kind: str
-    randomize: object
-
-    @property
-    def foldable(self) -> bool:
-        return self.kind != "free"
-
-    def config(self, **changes) -> ComcatConfig:
-        kind = {"foldable": self.foldable, "tied": self.kind == "tied"}
-        return ComcatConfig(**{"r": RANK, "alpha": ALPHA, "target_modules": [self.target]} | kind | changes)
-
-    def adapted(self, *names: str, dtype: torch.dtype = torch.float64, **changes) -> PeftModel:
-        """A fresh model with random adapters `names`, all of them active."""
-        model = self.tiny(dtype)
-        for seed, name in enumerate(names):
-            config = self.config(**changes)
-            if seed == 0:
-                model = get_peft_model(model, config, adapter_name=name)
-            else:
-                model.add_adapter(name, config)
-            self.randomize(model, name, seed)
-        model.base_model.set_adapter(list(names))
-        return model.eval()
-
-    def run(self, model: nn.Module) -> torch.Tensor:
-        return self.tiny.run(model)
-
-    def base(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        """The output without any adapter."""
-        return self.run(self.tiny(dtype))
-
-
-CASES = [f"{kind}-{target}" for kind in ("free", "foldable", "tied") for target in TARGETS]
-
-
-@pytest.fixture(params=CASES)
-def case(request, randomize) -> Case:
-    kind, target = request.param.split("-", 1)
-    model, name = TARGETS[target]
-    return Case(request.getfixturevalue(model), name, kind, randomize)
-
-
-def distance(left: torch.Tensor, right: torch.Tensor) -> float:
-    """Largest difference."""
-    return (left - right).abs().max().item()
 
 
 def set_scales(model: nn.Module, **scales: float) -> None:

@@ -49,8 +49,15 @@ class ComcatConfig(PeftConfig):
         if self.target_parameters is not None:
             raise ValueError("A COMCAT adapter targets attentions, never single parameters (target_parameters).")
         self.peft_type = COMCAT
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            raise ValueError(
+                'target_modules="all-linear" means Linears, and COMCAT adapts whole attentions: leave target_modules '
+                'out, or name attentions, as in ["attn1", "attn2"].'
+            )
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
+        if self.modules_to_save is not None:
+            self.modules_to_save = _names(self.modules_to_save)
         for rank in (self.r, *self.rank_pattern.values()):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"The rank must be a whole number of at least 1, not {rank!r}.")
@@ -63,3 +70,27 @@ class ComcatConfig(PeftConfig):
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if not math.isfinite(alpha):
                 raise ValueError(f"alpha must be a finite number, not {alpha!r}.")
+
+    # Two words of LoRA's that PEFT's hotswap_adapter reads, which swaps weights and sets strengths as it goes
+
+    @property
+    def lora_alpha(self) -> float:
+        """`alpha`, where it is that of all modules. Raises ValueError where ranks or alphas differ by module."""
+        if self.rank_pattern or self.alpha_pattern:
+            raise ValueError(
+                "An adapter whose ranks or alphas differ by module cannot be hot-swapped: load it under a name of its "
+                "own and choose with set_adapter."
+            )
+        return self.alpha
+
+    @property
+    def use_rslora(self) -> bool:
+        """The strength is alpha / r, never alpha / sqrt(r)."""
+        return False
+
+
+def _names(modules: list[str]) -> list[str]:
+    """Names of modules as a list. Raises ValueError for one string, of which PEFT would take every letter."""
+    if isinstance(modules, str) or not all(isinstance(name, str) and name for name in modules):
+        raise ValueError(f"modules_to_save must be a list of names of modules, not {modules!r}.")
+    return sorted(modules) if isinstance(modules, set) else list(modules)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters.parts import plain_modules
 from comcat_diffusion.attentions import style_of
 
 SAMPLES = 64
@@ -19,7 +20,7 @@ TOLERANCE = 0.02  # relative; bf16 keeps 8 bits of mantissa, so a copy is off by
 
 def fingerprint(unet: nn.Module, prediction_type: str) -> dict:
     """What identifies a base: plain JSON, about a kilobyte."""
-    attentions = {name: module for name, module in unet.named_modules() if seam.why_not(module) is None}
+    attentions = {name: module for name, module in plain_modules(unet).items() if seam.why_not(module) is None}
     layout = []
     for name, module in attentions.items():
         style = style_of(module)

@@ -1,19 +1,19 @@
 """The side-car of one attention: the factors of every adapter, by name, in the shape that PEFT expects of a layer."""
 
 import math
-from collections.abc import Callable
-from typing import Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters.belongings import Belongings
 from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.gate import Gate, spoken
+from comcat_diffusion.adapters.merging import Merging, NoBase
 from comcat_diffusion.adapters.tied import OTHER_TEXT
-from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, merged_weights
+from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads
 from comcat_diffusion.attentions import style_of
 
 
@@ -46,14 +46,7 @@ def _refuse_scale(scale: float) -> None:
         raise ValueError(f"The scale of an adapter must be a finite number, not {scale}.")
 
 
-class _NoBase(nn.Module):
-    """Stands for the base layer that a side-car does not have; tools that unwrap adapters put it in our place."""
-
-    weight = bias = None
-    live = ()  # it stays in the attention's side-car's place
-
-
-class ComcatLayer(nn.Module, BaseTunerLayer):
+class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
     """All adapters of one attention. `live` names those that act; without any, the host runs untouched."""
 
     adapter_layer_names = (
@@ -66,7 +59,7 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
     )
     other_param_names = ("r", "alpha", "scaling", "trigger")
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: nn.Module, belongings: Belongings) -> None:
         super().__init__()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
@@ -80,17 +73,19 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         self._owner = (attention,)  # in a tuple, so that the parent is not a submodule of its own child
         self.regions = None  # where in the picture which adapter acts, see adapters/regions.py
         self._unmerged: tuple | None = None  # the base's Linears and width, while merged ones stand in their place
+        self.belongings = belongings  # what adapters brought besides, see adapters/belongings.py
+        belongings.sidecar_came()
 
     # What PEFT and diffusers ask of a layer
 
     @property
     def base_layer(self) -> nn.Module:
         """A stub: nothing is wrapped, so whoever unwraps adapters leaves the attention as it was."""
-        return _NoBase()
+        return NoBase()
 
     def get_base_layer(self) -> nn.Module:
         """See `base_layer`."""
-        return _NoBase()
+        return NoBase()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -101,6 +96,24 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
     def bias(self) -> torch.Tensor | None:
         """The base's query bias, (H*D,)."""
         return self._plain()[0].bias
+
+    @property
+    def in_features(self) -> int:
+        """Channels of what the attention reads."""
+        return self._plain()[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        """Channels of what the attention gives."""
+        return self._plain()[3].out_features
+
+    @property
+    def lora_A(self) -> dict[str, nn.ModuleList]:
+        """All factors by adapter: diffusers' `set_lora_device` moves what it finds under LoRA's two names."""
+        held = [getattr(self, name) for name in self.adapter_layer_names]
+        return {name: nn.ModuleList(by_name[name] for by_name in held if name in by_name) for name in self.r}
+
+    lora_B = lora_A
 
     def update_layer(
         self, adapter_name: str, rank: int, alpha: float, config: ComcatConfig, tied: dict[str, nn.Linear]
@@ -126,7 +139,8 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         self.r[adapter_name], self.alpha[adapter_name] = rank, alpha
         self.trigger[adapter_name] = tuple(config.trigger or ())
         self.set_scale(adapter_name, 1.0)
-        self.set_adapter(self.active_adapters)
+        super().set_adapter(self.active_adapters)
+        self.belongings.came(adapter_name)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Weight of an adapter relative to its trained strength alpha / r; other adapters keep theirs."""
@@ -148,80 +162,34 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
             else:
                 self.scaling[name] /= scale
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write adapters (default: the active ones) into wider projections; the base's own are kept for `unmerge`.
-
-        Raises ValueError if an adapter has a region or waits for its trigger, if a projection is quantized or wrapped
-        by another adapter, if the host has fused its projections, or, with `safe_merge`, if a merged weight is not
-        finite.
-        """
-        before = [name for name in self.merged_adapters if name in self.r]
-        names = [n for n in (adapter_names or self.active_adapters) if n in self.r and n not in before]
-        if not names:
-            return
-        waiting = [name for name in names if self.trigger[name]]
-        if waiting:
-            raise ValueError(
-                f"'{waiting[0]}' acts from its trigger on, which merged weights cannot tell: keep it live, or train it "
-                "again with --everywhere."
-            )
-        attention, base = self.owner, self._base_projections()
-        self._refuse_to_merge(self.style.projections(attention))
-        wide = self._wide_heads([name for name in before + names if self.scaling[name] != 0])
-        merged = merged_weights(wide, *base)
-        if safe_merge and not all(torch.isfinite(linear.weight).all() for linear in merged):
-            raise ValueError(f"Merging {', '.join(names)} would write NaN or infinity; nothing changed.")
-        self.unmerge()
-        self._unmerged = (base, merged, seam.set_projections(attention, self.style, merged, wide.wide))
-        self.merged_adapters = before + names
-
-    def unmerge(self) -> None:
-        """Put the very Linears back that `merge` replaced. Raises ValueError if another adapter has wrapped these."""
-        if self._unmerged is None:
-            return
-        base, merged, width_attributes = self._unmerged
-        now = self.style.projections(self.owner)
-        if any(here is not ours for here, ours in zip(now, merged, strict=True)):
-            raise ValueError("Cannot unmerge: another adapter wraps the merged projections. Unload that one first.")
-        seam.set_projections(self.owner, self.style, base, width_attributes)
-        self._unmerged, self.merged_adapters = None, []
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's; what followed the denoiser for its sake goes along."""
-        super().delete_adapter(adapter_name)
-        if self.gate is not None and not any(self.trigger.values()):
-            self.gate.leave(self)
-            self.gate = None
-        if self.regions is not None and not self.regions.masks.keys() & self.r.keys():
-            self.regions.leave(self)
-            self.regions = None
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's; modules that adapters train whole follow."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.belongings.activate(names, inference_mode)
+        super().set_adapter(names, inference_mode=inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """As PEFT's; a merged adapter that is disabled is unmerged, as LoRA's layers do."""
         if not enabled:
             self.unmerge()
         super().enable_adapters(enabled)
+        self.belongings.enable(enabled)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
-        # The base's Linears are nobody's children while merged ones stand in their place: they move with the side-car.
-        super()._apply(fn, recurse)
-        if self._unmerged is not None:
-            for linear in self._unmerged[0]:
-                linear._apply(fn, recurse)
-        return self
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; what came with the adapter goes with the last layer that has it."""
+        known = adapter_name in self.r
+        super().delete_adapter(adapter_name)
+        if known:
+            self.belongings.left(adapter_name)
+        if self.gate is not None and not any(self.trigger.values()):
+            self.gate.leave(self)
+            self.gate = None
 
-    def _base_projections(self) -> tuple[nn.Module, ...]:
-        return self.style.projections(self.owner) if self._unmerged is None else self._unmerged[0]
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Leave the base (or, with `merge`, the merged base) behind; the tuner then takes the side-car off."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        else:
-            self.unmerge()
-        return _NoBase()
+    def leave(self) -> None:
+        """The attention has no side-car any more; merged weights stay."""
+        for name in list(self.r):
+            self.belongings.left(name, merged=name in self.merged_adapters)
+        self.belongings.sidecar_left()
 
     # What the seam asks
 
@@ -285,16 +253,3 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         if name in self.comcat_q_core:
             return Foldable(scale, tokens, k, v, self.comcat_q_core[name], self.comcat_out_core[name])
         return Free(scale, tokens, self.comcat_q_down[name], k, v, self.comcat_out_up[name])
-
-    def _refuse_to_merge(self, projections: tuple[nn.Module, ...]) -> None:
-        if self.regions is not None:
-            raise ValueError("Merged adapters act everywhere: take the regions away (set_regions(pipe, {})) first.")
-        if getattr(self.owner, "fused_projections", False):
-            raise ValueError("Call unfuse_qkv_projections() before merging: the fused copy would not see the merge.")
-        for projection in projections:
-            if type(projection) is not nn.Linear or not projection.weight.dtype.is_floating_point:
-                kind = type(projection).__name__
-                raise ValueError(
-                    f"Cannot merge into a projection of type {kind}: it is quantized or wrapped by another adapter. "
-                    "Keep the COMCAT adapter live, or fuse and unload the other one first."
-                )

@@ -4,9 +4,11 @@ from torch import nn
 
 from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.layer import ComcatLayer
+from comcat_diffusion.adapters.merging import merge_all
 from comcat_diffusion.adapters.model import adapted_layers
-from comcat_diffusion.adapters.parts import components
+from comcat_diffusion.adapters.parts import components, inside, peft_wrapper
 from comcat_diffusion.adapters.peft_type import COMCAT
+from comcat_diffusion.adapters.placing import forget
 from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.token import take_tokens
 from comcat_diffusion.adapters.trigger import stop_listening
@@ -32,13 +34,7 @@ def merge_adapters(pipe: object, adapter_names: list[str] | None = None) -> None
         raise ValueError(
             f"No adapter {', '.join(unknown) or 'at all'} to merge; loaded: {', '.join(sorted(known)) or 'none'}."
         )
-    try:
-        for layer in layers:
-            layer.merge(safe_merge=True, adapter_names=adapter_names)
-    except ValueError:
-        for layer in layers:
-            layer.unmerge()
-        raise
+    merge_all(layers, safe_merge=True, adapter_names=adapter_names)
 
 
 def unmerge_adapters(pipe: object) -> None:
@@ -53,15 +49,16 @@ def unmerge_adapters(pipe: object) -> None:
 def unload_adapters(pipe: object) -> None:
     """Remove every COMCAT adapter, merged or live, and its new tokens; the base is bit for bit what it was.
 
-    Adapters of other kinds stay.
+    Adapters of other kinds stay. A part that PEFT's `get_peft_model` wrapped is the pipeline's own again.
     """
     set_regions(pipe, {})
     stop_listening(pipe)
-    for model in components(pipe).values():
-        for name, layer in adapted_layers(model).items():
+    for part, model in components(pipe).items():
+        for layer in adapted_layers(model).values():
             layer.unmerge()
-            seam.detach(model.get_submodule(name))
-        _forget_configs(model)
+            seam.detach(layer.owner)
+        _forget_ours(model)
+        _unwrap(pipe, part)
     take_tokens(pipe)
 
 
@@ -71,16 +68,21 @@ def bake_adapters(pipe: object) -> None:
     Raises ValueError as `merge_adapters` does, and then nothing changed.
     """
     merge_adapters(pipe)
-    for model in components(pipe).values():
-        for name in adapted_layers(model):
-            seam.detach(model.get_submodule(name))
-        _forget_configs(model)
+    for part, model in components(pipe).items():
+        for layer in adapted_layers(model).values():
+            seam.detach(layer.owner)
+        _forget_ours(model)
+        _unwrap(pipe, part)
 
 
-def _forget_configs(model: nn.Module) -> None:
+def _forget_ours(model: nn.Module) -> None:
     configs = getattr(model, "peft_config", {})
-    for name in [name for name, config in configs.items() if config.peft_type == COMCAT]:
-        del configs[name]
-    if not configs and hasattr(model, "peft_config"):
-        del model.peft_config
-        model._hf_peft_config_loaded = False
+    forget(model, [name for name, config in configs.items() if config.peft_type == COMCAT])
+
+
+def _unwrap(pipe: object, part: str) -> None:
+    """Take a PeftModel without adapters, which cannot run, off a pipeline's part."""
+    if not isinstance(pipe, nn.Module):
+        wrapper = peft_wrapper(getattr(pipe, part))
+        if wrapper is not None and not wrapper.peft_config:
+            setattr(pipe, part, inside(wrapper))

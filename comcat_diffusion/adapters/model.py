@@ -1,41 +1,69 @@
 """COMCAT among PEFT's tuners: which attentions get a side-car, and how it comes and goes."""
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import register_peft_method
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils import ModulesToSaveWrapper, hotswap, register_peft_method
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters import guards, seam
+from comcat_diffusion.adapters.belongings import Belongings
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.layer import ComcatLayer, factor_shapes
+from comcat_diffusion.adapters.merging import merge_all
+from comcat_diffusion.adapters.parts import bare, plain_modules, plain_name
 from comcat_diffusion.adapters.peft_type import COMCAT
 from comcat_diffusion.adapters.tied import OTHER_TEXT, SHARED, TEXT, side_of
 from comcat_diffusion.attentions import style_of
+
+# What two adapters must have in common for PEFT's hotswap_adapter, which copies weights in place and no more.
+_SAME_WHEN_SWAPPED = ("r", "alpha", "rank_pattern", "alpha_pattern", "foldable", "tied", "trigger")
 
 
 class ComcatModel(BaseTuner):
     """Adds a `ComcatLayer` beside every targeted attention of a model, in place."""
 
-    prefix = "comcat_"
+    prefix = guards.PREFIX
     tuner_layer_cls = ComcatLayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(
+        self, model: nn.Module, peft_config: ComcatConfig | dict, adapter_name: str, *args: object, **kwargs: object
+    ) -> None:
+        try:
+            if adapter_name in getattr(model, "peft_config", {}):
+                raise ValueError(f"An adapter named '{adapter_name}' exists already: delete it or choose another name.")
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except Exception:
+            # diffusers and transformers note that there is an adapter before they add it.
+            if not getattr(model, "peft_config", None) and hasattr(model, "_hf_peft_config_loaded"):
+                model._hf_peft_config_loaded = False
+            raise
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: object, state_dict: dict | None = None, **kwargs: object
     ) -> None:
-        """As PEFT's; only the names in `state_dict` are used there, and it takes them without the side-car's."""
+        """As PEFT's, but all or nothing; only the names in `state_dict` are used, without the side-car's."""
         if state_dict is not None:
             own = f".{seam.SIDECAR}.{self.prefix}"
             state_dict = {key.replace(own, f".{self.prefix}"): value for key, value in state_dict.items()}
         self._tied: dict[str, dict[str, nn.Linear]] = {}  # by side: what the first attention has and the others share
-        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        self._belongings = belongings_of(model)
+        try:
+            refuse_name(adapter_name)
+            super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+            self._belongings.settle(bare(model))
+        except Exception:
+            withdraw(model, adapter_name)
+            self.peft_config.pop(adapter_name, None)
+            raise
 
     def _prepare_model(self, peft_config: ComcatConfig, model: nn.Module) -> None:
         # PEFT creates layer by layer: refuse before the first, so that a refused model is left as it was.
         texts = set()  # widths of what a tied adapter's text side reads
         for name, module in model.named_modules():
             if name and seam.SIDECAR not in name.split(".") and self._check_target_module_exists(peft_config, name):
+                name, module = plain_name(name), bare(module)
                 self._refuse(module, name)
                 if peft_config.tied and side_of(name, module) == TEXT:
                     rank, alpha = _strength(peft_config, name)
@@ -45,6 +73,11 @@ class ComcatModel(BaseTuner):
                     texts.add(tuple(shapes[factor] for factor in SHARED))
         if len(texts) > 1:
             raise ValueError(OTHER_TEXT)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: ComcatConfig, key: str) -> object:
+        """As PEFT's; a compiled block does not change the names of the attentions in it."""
+        return check_target_module_exists(peft_config, key.replace("_orig_mod.", ""))
 
     def _refuse(self, module: nn.Module, name: str) -> None:
         reason = seam.why_not(module)
@@ -68,10 +101,11 @@ class ComcatModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        target, current_key = bare(target), plain_name(current_key)
         self._refuse(target, current_key)  # again, for modules that a state dict names
         layer = target._modules.get(seam.SIDECAR)
         if not isinstance(layer, ComcatLayer):
-            layer = ComcatLayer(target)
+            layer = ComcatLayer(target, self._belongings)
             seam.attach(target, layer)
         rank, alpha = _strength(peft_config, current_key)
         side = side_of(current_key, target) if peft_config.tied else None
@@ -79,16 +113,74 @@ class ComcatModel(BaseTuner):
         if peft_config.tied:
             self._tied[side] = {name: getattr(layer, f"comcat_{name}")[adapter_name] for name in SHARED}
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """PEFT calls this when it unloads; what it unloads is a side-car, so the host gets its class back."""
-        seam.detach(parent)
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add the weighted sum of adapters as one more, which does not act yet, as PEFT does for LoRAs.
 
-    def _post_injection_hook(self, model: nn.Module, config: ComcatConfig, adapter_name: str) -> None:
-        # diffusers' layerwise casting to float8 knows LoRA's names and must skip ours as well.
-        if hasattr(model, "_skip_layerwise_casting_patterns"):
-            patterns = tuple(model._skip_layerwise_casting_patterns or ())
-            if self.prefix not in patterns:
-                model._skip_layerwise_casting_patterns = (*patterns, self.prefix)
+        `cat` is exact, its rank is the sum of the ranks; `svd` is the best sum of a rank, by default that of the
+        largest. Raises ValueError for adapters of different kinds or triggers, or with whole modules.
+        """
+        from comcat_diffusion.adapters.weighted import weighted_sum  # which stands on this file
+
+        if adapter_name in self.peft_config:
+            raise ValueError(f"An adapter named '{adapter_name}' exists already: delete it or choose another name.")
+        if len(adapters) != len(weights):
+            raise ValueError(f"{len(adapters)} adapters have {len(weights)} weights: give each adapter one.")
+        pairs = list(zip(adapters, weights, strict=True))
+        self.peft_config[adapter_name], values = weighted_sum(self.model, pairs, combination_type, svd_rank)
+        self.inject_adapter(self.model, adapter_name)
+        for name, factor in factors(self.model, adapter_name).items():
+            factor.data = values[name].to(factor.device)
+            factor.requires_grad_(False)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """As PEFT's; what cannot be merged is refused before anything is taken apart."""
+        if merge:
+            merge_all(list(adapted_layers(self.model).values()), safe_merge, adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT calls this when it unloads: of a side-car, so that the host gets its class back, or of others' layers.
+
+        Modules that an adapter of ours trained whole come and go with the side-cars.
+        """
+        if isinstance(child, ComcatLayer):
+            seam.detach(parent)
+        elif not (isinstance(child, ModulesToSaveWrapper) and child.modules_to_save.keys() & self.peft_config.keys()):
+            super()._replace_module(parent, child_name, new_module, child)
+
+
+def refuse_name(adapter_name: str) -> None:
+    """Raise ValueError if PyTorch takes no module of this name, which an adapter's becomes."""
+    try:
+        nn.ModuleDict({adapter_name: nn.Identity()})
+    except (KeyError, TypeError) as error:
+        if isinstance(adapter_name, str) and "." in adapter_name:
+            raise ValueError(
+                f"An adapter's name is part of the names of its weights, so it cannot have a dot: call "
+                f"'{adapter_name}' for instance '{adapter_name.replace('.', '_')}'."
+            ) from error
+        raise ValueError(f"PyTorch takes no adapter named {adapter_name!r}: choose another name.") from error
+
+
+def withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter's factors out of a model again, and side-cars that nothing is left in."""
+    for layer in adapted_layers(model).values():
+        layer.delete_adapter(adapter_name)
+        if not layer.r:
+            seam.detach(layer.owner)
 
 
 def _strength(config: ComcatConfig, key: str) -> tuple[int, float]:
@@ -106,14 +198,15 @@ def default_targets(model: nn.Module) -> list[str]:
 
     Raises ValueError if there is none, naming why the model's attentions cannot be adapted.
     """
-    attentions = {name: m for name, m in model.named_modules() if style_of(m) is not None}
+    modules = plain_modules(model)
+    attentions = {name: m for name, m in modules.items() if style_of(m) is not None}
     able = {name: m for name, m in attentions.items() if seam.why_not(m) is None}
     if not able:
         reasons = {seam.why_not(module) for module in attentions.values()} or {"it has no attention of a known style"}
         raise ValueError(f"{type(model).__name__} has no attention that can be adapted: {'; '.join(sorted(reasons))}.")
     chosen = {name for name, module in able.items() if seam.is_cross_attention(module)} or set(able)
     suffixes = {name.rpartition(".")[2] for name in chosen}
-    if {name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes} == chosen:
+    if {name for name in modules if name.rpartition(".")[2] in suffixes} == chosen:
         return sorted(suffixes)
     return sorted(chosen)
 
@@ -121,7 +214,12 @@ def default_targets(model: nn.Module) -> list[str]:
 def adapted_layers(model: nn.Module) -> dict[str, ComcatLayer]:
     """The side-cars of a model by the names of their attentions."""
     end = "." + seam.SIDECAR
-    return {n.removesuffix(end): m for n, m in model.named_modules() if isinstance(m, ComcatLayer)}
+    return {plain_name(n.removesuffix(end)): m for n, m in model.named_modules() if isinstance(m, ComcatLayer)}
+
+
+def belongings_of(model: nn.Module) -> Belongings:
+    """What the adapters of a model brought; of a model without adapters, nothing yet."""
+    return next((layer.belongings for layer in adapted_layers(model).values()), Belongings())
 
 
 def factors(model: nn.Module, adapter_name: str) -> dict[str, torch.nn.Parameter]:
@@ -140,6 +238,8 @@ def register() -> None:
 
     if COMCAT not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name="comcat", config_cls=ComcatConfig, model_cls=ComcatModel)
+    hotswap.CONFIG_KEYS_TO_CHECK[COMCAT] = list(_SAME_WHEN_SWAPPED)
+    guards.guard_lora_files()
 
 
 register()

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from comcat_diffusion.adapters.call import Follower, carry, here, take_hooks
+from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import components, denoiser
 
@@ -127,6 +128,28 @@ def set_regions(pipe: object, masks: Mapping[str, Image.Image | torch.Tensor]) -
         regions.follow(denoiser(pipe), layers)
         for layer in layers:
             layer.regions = regions
+        for name in found:
+            if not any(isinstance(luggage, _Place) for luggage in layers[0].belongings.brought(name)):
+                layers[0].belongings.bring(name, _Place(name, layers))
+
+
+class _Place:
+    """An adapter's region, which goes with the adapter."""
+
+    def __init__(self, name: str, layers: list[ComcatLayer]) -> None:
+        self.name, self.layers = name, layers
+
+    def leave(self) -> None:
+        """Take the region away; with the last one, the hook that looks at the picture's shape."""
+        regions = self.layers[0].regions
+        if regions is None:
+            return
+        regions.masks.pop(self.name, None)
+        regions._shares.clear()
+        if not regions.masks:
+            regions.stop()
+            for layer in self.layers:
+                layer.regions = None
 
 
 def checked_mask(name: str, mask: Image.Image | torch.Tensor) -> torch.Tensor:

@@ -143,11 +143,18 @@ def adapted(host: type) -> type:
             return attend(live)
         return layer.regions.blend(live, args[0] if args else kwargs["hidden_states"], attend)
 
+    def __setattr__(self: nn.Module, name: str, value: object) -> None:
+        if name == SIDECAR:  # diffusers' unload_lora puts what it takes for a base layer in the side-car's place
+            detach(self)
+        else:
+            host.__setattr__(self, name, value)
+
     # The class is made at run time, so copies and pickles name the host's instead.
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
         return _blank, (host,), self.__dict__
 
-    body = {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": __name__, "host": host}
+    body = {"forward": forward, "__setattr__": __setattr__, "__reduce_ex__": __reduce_ex__, "__module__": __name__}
+    body["host"] = host
     return type(f"Comcat{host.__name__}", (host,), body)
 
 
@@ -165,5 +172,6 @@ def attach(attention: nn.Module, layer: nn.Module) -> None:
 
 def detach(attention: nn.Module) -> None:
     """Take the side-car off; the attention is then the very module that it was. The inverse of `attach`."""
-    del attention._modules[SIDECAR]
+    layer = attention._modules.pop(SIDECAR)
     attention.__class__ = type(attention).host
+    layer.leave()

@@ -16,12 +16,21 @@ from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.fingerprint import difference, fingerprint, other_weights
 from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes, read_adapter
 from comcat_diffusion.adapters.layer import factor_shapes
-from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors, of_pattern
+from comcat_diffusion.adapters.model import (
+    adapted_layers,
+    belongings_of,
+    default_targets,
+    factors,
+    of_pattern,
+    refuse_name,
+)
 from comcat_diffusion.adapters.packing import unpack
-from comcat_diffusion.adapters.parts import components, denoiser
+from comcat_diffusion.adapters.parts import COMPONENTS, components, denoiser, plain_modules
+from comcat_diffusion.adapters.placing import active_adapters, add_active, part_of, refuse_wrapper, take_out
 from comcat_diffusion.adapters.tied import gathered, scattered, sides_of, tied_shapes
-from comcat_diffusion.adapters.token import ENCODERS, put_token, refuse_token
+from comcat_diffusion.adapters.token import ENCODERS, LearnedWord, put_token, refuse_token
 from comcat_diffusion.adapters.trigger import listen
+from comcat_diffusion.adapters.wholes import fill_wholes, whole_shapes, whole_tensors
 from comcat_diffusion.versions import versions_with
 
 Tokens = dict[str, dict[str, torch.Tensor]]  # by token and text encoder: embeddings (n, E)
@@ -38,8 +47,9 @@ _CONFIG_FIELDS = (
     "alpha_pattern",
     "layers_to_transform",
     "layers_pattern",
+    "modules_to_save",
 )
-_LATER = ("tied", "trigger")  # settings that the first version did not have
+_LATER = ("tied", "trigger", "modules_to_save")  # settings that the first version did not have
 
 
 def save_adapter(
@@ -55,13 +65,15 @@ def save_adapter(
 ) -> Header:
     """Write one adapter of a pipeline to a file; `dtype` None keeps the precision that its weights have now.
 
-    `tokens` are new words that belong to it: for each, its (n, E) embeddings by text encoder; `thumbnail` is a small
-    picture as a data URI.
+    `tokens` are new words that belong to it: for each, its (n, E) embeddings by text encoder; without, those that it
+    came with. What it trains whole (`modules_to_save`) is in the file as well. `thumbnail` is a small picture as a data
+    URI.
     Raises ValueError if there is no such adapter, OSError if the file cannot be written (an older one stays).
     """
     if any(layer.merged for model in components(pipe).values() for layer in adapted_layers(model).values()):
         raise ValueError("Adapters are merged into the weights; call unmerge_adapters, then save.")
-    tensors, config = {}, {}
+    _refuse_other_parts(pipe, adapter_name)
+    tensors, config, words = {}, {}, {}
     for part, model in components(pipe).items():
         found = {name: factor.detach() for name, factor in factors(model, adapter_name).items()}
         if found:
@@ -69,16 +81,30 @@ def save_adapter(
             if model.peft_config[adapter_name].tied:
                 found = gathered(found, sides_of(model, found))
             tensors |= {f"{part}.{name}": factor for name, factor in found.items()}
+            tensors |= whole_tensors(model, part, adapter_name)
+            luggage = belongings_of(model).brought(adapter_name)
+            words |= {word.token: word.vectors() for word in luggage if isinstance(word, LearnedWord)}
     if not tensors:
         loaded = sorted({n for model in components(pipe).values() for n in getattr(model, "peft_config", {})})
         raise ValueError(f"There is no COMCAT adapter '{adapter_name}' to save; loaded: {', '.join(loaded) or 'none'}.")
-    tokens = tokens or {}
+    tokens = words if tokens is None else tokens
     for number, vectors in enumerate(tokens.values()):
         tensors |= {f"{TOKEN}.{number}.{encoder}": values for encoder, values in vectors.items()}
     known = present_base(pipe), notes or Notes(), library_versions()
     header = Header(config, str(base_model), revision, *known, tokens=list(tokens), thumbnail=thumbnail)
-    atomic.write_bytes(path, serialized({name: t.to(dtype or t.dtype) for name, t in tensors.items()}, header))
+    rounded = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in tensors.items()}
+    atomic.write_bytes(path, serialized(rounded, header))
     return header
+
+
+def _refuse_other_parts(pipe: object, adapter_name: str) -> None:
+    """Raise ValueError if an adapter is also where no file of ours reaches, in a VAE for instance."""
+    for name, model in getattr(pipe, "components", {}).items():
+        if isinstance(model, nn.Module) and name not in COMPONENTS and factors(model, adapter_name):
+            raise ValueError(
+                f"'{adapter_name}' also adapts the {name}, which an adapter file does not hold: save that by PEFT's "
+                "get_peft_model_state_dict, or delete it there."
+            )
 
 
 def library_versions() -> dict[str, str]:
@@ -114,6 +140,7 @@ def load_adapter(pipe: object, path: str | Path, adapter_name: str = "default", 
     `any_weights` admits a base of the same shape with other weights (a fine-tune of the one that was trained on).
     """
     header = read_adapter(path)
+    refuse_name(adapter_name)
     if any(layer.merged for model in components(pipe).values() for layer in adapted_layers(model).values()):
         raise ValueError("An adapter is merged into this pipeline: call unmerge_adapters first, then load another.")
     _refuse_other_base(pipe, header, path, any_weights)
@@ -128,13 +155,24 @@ def load_adapter(pipe: object, path: str | Path, adapter_name: str = "default", 
         configs[part] = config_of(fields, path)
         if adapter_name in getattr(parts[part], "peft_config", {}):
             raise ValueError(f"An adapter named '{adapter_name}' is already loaded; give this one another name.")
+        refuse_wrapper(part_of(pipe, part))
     _refuse_other_tensors(tensors, parts, configs, path)
     _warn_of_same_words(parts, configs, adapter_name)
-    for part, config in configs.items():
-        _attach(parts[part], config, adapter_name, part, tensors)
-    for token, vectors in tokens.items():
-        put_token(pipe, token, vectors)
-    listen(pipe)
+    active = {part: active_adapters(parts[part]) for part in configs}
+    try:
+        for part, config in configs.items():
+            add_active(part_of(pipe, part), config, adapter_name)
+            _fill(parts[part], config, adapter_name, part, tensors)
+        for token, vectors in tokens.items():
+            put_token(pipe, token, vectors)
+            word = LearnedWord(pipe, token, len(configs))
+            for part in configs:
+                belongings_of(parts[part]).bring(adapter_name, word)
+        listen(pipe)
+    except Exception:
+        for part in configs:
+            take_out(part_of(pipe, part), adapter_name, active[part])
+        raise
     return header
 
 
@@ -152,7 +190,7 @@ def _taken_tokens(tensors: dict[str, torch.Tensor], header: Header, path: str | 
 
 def _warn_of_same_words(parts: dict[str, nn.Module], configs: dict[str, ComcatConfig], adapter_name: str) -> None:
     for part, config in configs.items():
-        for name in _active_adapters(parts[part]):
+        for name in active_adapters(parts[part]):
             there = getattr(parts[part].peft_config[name], "trigger", None) or ()
             both = {word.lower() for word in there} & {word.lower() for word in config.trigger or ()}
             if both:
@@ -163,13 +201,8 @@ def _warn_of_same_words(parts: dict[str, nn.Module], configs: dict[str, ComcatCo
                 )
 
 
-def _attach(model: nn.Module, config: ComcatConfig, adapter_name: str, part: str, tensors: dict) -> None:
-    active = _active_adapters(model)
-    with warnings.catch_warnings():  # PEFT warns of every second adapter, diffusers' own way of adding one
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        model.add_adapter(config, adapter_name)
-    if active:
-        model.set_adapter([*active, adapter_name])
+def _fill(model: nn.Module, config: ComcatConfig, adapter_name: str, part: str, tensors: dict) -> None:
+    """Write a file's tensors into an adapter that is in its place, and freeze it."""
     places = factors(model, adapter_name)
     own = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
     if config.tied:
@@ -177,14 +210,7 @@ def _attach(model: nn.Module, config: ComcatConfig, adapter_name: str, part: str
     for name, factor in places.items():
         factor.requires_grad_(False)
         factor.data = own[name].to(factor.device, factor.dtype)
-
-
-def _active_adapters(model: nn.Module) -> list[str]:
-    known = getattr(model, "peft_config", {})
-    if not known:
-        return []
-    active = model.active_adapters
-    return [name for name in (active() if callable(active) else active) if name in known]
+    fill_wholes(model, part, adapter_name, tensors)
 
 
 def present_base(pipe: object) -> dict:
@@ -250,7 +276,7 @@ def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[i
     if config.target_modules is None:
         config.target_modules = default_targets(model)
     shapes = {}
-    for key, module in model.named_modules():
+    for key, module in plain_modules(model).items():
         # PEFT answers "excluded" with an object that is true; only a plain match counts.
         matched = check_target_module_exists(config, key) if key else None
         if not matched or type(matched).__name__ == "_ExcludedModule" or seam.why_not(module) is not None:
@@ -262,11 +288,10 @@ def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[i
 
 
 def _refuse_other_tensors(tensors: dict, parts: dict, configs: dict[str, ComcatConfig], path: str | Path) -> None:
-    expected = {
-        f"{part}.{name}": shape
-        for part, config in configs.items()
-        for name, shape in expected_shapes(parts[part], config).items()
-    }
+    expected = {}
+    for part, config in configs.items():
+        expected |= {f"{part}.{name}": shape for name, shape in expected_shapes(parts[part], config).items()}
+        expected |= whole_shapes(parts[part], part, config)
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     misshapen = [
         f"{name} {tuple(tensors[name].shape)} instead of {expected[name]}"

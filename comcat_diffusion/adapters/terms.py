@@ -27,6 +27,7 @@ from comcat_diffusion.adapters.model import of_pattern
 from comcat_diffusion.adapters.packing import FOLDABLE, FREE, HeadBits, pack, ranks_of
 from comcat_diffusion.adapters.store import TOKEN, config_of, library_versions, read_tensors, serialized
 from comcat_diffusion.adapters.tied import TEXT, WIDTH
+from comcat_diffusion.adapters.wholes import WHOLE
 
 CONTEXT = ("k_down", "v_down")  # the factors that carry scales
 
@@ -105,13 +106,19 @@ def read_contents(path: str | Path) -> Contents:
     """
     header = read_adapter(path)
     tensors = read_tensors(path, header)
+    configs = {part: config_of(fields, path) for part, fields in header.config.items()}
+    if any(name.startswith(f"{WHOLE}.") for name in tensors):
+        modules = sorted({module for config in configs.values() for module in config.modules_to_save or ()})
+        raise AdapterFileError(
+            f"{path} also holds whole modules ({', '.join(modules)}), of which there is no low-rank form: use it as it "
+            "is, with load_adapter."
+        )
     tokens = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith(f"{TOKEN}.")}
     grouped: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         attention, _, factor = rest.rpartition(".")
         grouped.setdefault((part, attention), {})[factor] = tensor
-    configs = {part: config_of(fields, path) for part, fields in header.config.items()}
     terms = []
     for (part, attention), factors in sorted(grouped.items()):
         if part not in configs:

@@ -6,8 +6,12 @@ name can be one such word: "sks dog" is then a word by itself, whatever "sks" an
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders import TextualInversionLoaderMixin
 from tokenizers import AddedToken
 from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from comcat_diffusion.adapters.parts import bare
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
@@ -38,12 +42,10 @@ def put_token(pipe: DiffusionPipeline, token: str, vectors: dict[str, torch.Tens
     refuse_token(pipe, token, vectors)
     for encoder, values in vectors.items():
         tokenizer = getattr(pipe, ENCODERS[encoder])
-        _make_room(getattr(pipe, encoder).get_input_embeddings(), len(tokenizer) + len(values))
+        model = bare(getattr(pipe, encoder))
+        _make_room(model.get_input_embeddings(), len(tokenizer) + len(values))
         pipe.load_textual_inversion(
-            {token: values if len(values) > 1 else values[0]},
-            token=token,
-            tokenizer=tokenizer,
-            text_encoder=getattr(pipe, encoder),
+            {token: values if len(values) > 1 else values[0]}, token=token, tokenizer=tokenizer, text_encoder=model
         )
         # diffusers would find the word inside of others as well: "sks dog" in "two masks dogs wear".
         tokenizer.add_tokens([AddedToken(name, single_word=True) for name in names_of(token, len(values))])
@@ -51,8 +53,10 @@ def put_token(pipe: DiffusionPipeline, token: str, vectors: dict[str, torch.Tens
 
 
 def words_of(pipe: object) -> list[str]:
-    """The words that `put_token` added to a pipeline."""
-    return getattr(pipe, "comcat_tokens", [])
+    """The words that `put_token` added to a pipeline and that are still there."""
+    return [
+        word for word in getattr(pipe, "comcat_tokens", []) if any(token_ids(pipe, n, word) for n in _present(pipe))
+    ]
 
 
 def _make_room(table: nn.Embedding, rows: int) -> None:
@@ -67,12 +71,51 @@ def _make_room(table: nn.Embedding, rows: int) -> None:
 def take_tokens(pipe: object) -> None:
     """Take away again every token that `put_token` added to a pipeline."""
     for token in words_of(pipe):
-        for encoder, tokenizer in ENCODERS.items():
-            if getattr(pipe, encoder, None) is not None:
-                count = len(token_ids(pipe, encoder, token))
-                pipe.unload_textual_inversion(names_of(token, count), getattr(pipe, tokenizer), getattr(pipe, encoder))
+        LearnedWord(pipe, token).leave()
     if hasattr(pipe, "comcat_tokens"):
         del pipe.comcat_tokens
+
+
+class LearnedWord:
+    """A word that came with an adapter to the parts of a pipeline, and leaves with it."""
+
+    def __init__(self, pipe: DiffusionPipeline, token: str, models: int = 1) -> None:
+        self.token = token
+        self._models = models  # in so many the adapter is
+        self._homes: dict[str, tuple[PreTrainedTokenizerBase, nn.Module]] = {
+            encoder: (getattr(pipe, ENCODERS[encoder]), bare(getattr(pipe, encoder))) for encoder in _present(pipe)
+        }
+
+    def vectors(self) -> dict[str, torch.Tensor]:
+        """The word's embeddings by text encoder: (n, E)."""
+        found = {}
+        for encoder, (tokenizer, model) in self._homes.items():
+            found[encoder] = model.get_input_embeddings().weight[_ids(tokenizer, self.token)].detach().clone()
+        return found
+
+    def leave(self) -> None:
+        """A model has lost the adapter; when all have, tokenizers and text encoders forget the word."""
+        self._models -= 1
+        if self._models:
+            return
+        for tokenizer, model in self._homes.values():
+            names = names_of(self.token, len(_ids(tokenizer, self.token)))
+            if names[0] in tokenizer.get_vocab():  # not if somebody took it away by hand
+                _forget(names, tokenizer, model)
+
+
+def _forget(names: list[str], tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    """Take names out of a tokenizer, and their embeddings out of a text encoder."""
+    before = model.get_input_embeddings()
+    TextualInversionLoaderMixin().unload_textual_inversion(names, tokenizer, model)
+    after = model.get_input_embeddings()
+    # diffusers leaves these as they were with the names, or as a new table has them
+    model.config.vocab_size = after.num_embeddings
+    after.train(before.training).requires_grad_(before.weight.requires_grad)
+
+
+def _present(pipe: object) -> list[str]:
+    return [encoder for encoder in ENCODERS if getattr(pipe, encoder, None) is not None]
 
 
 def names_of(token: str, count: int) -> list[str]:
@@ -82,7 +125,11 @@ def names_of(token: str, count: int) -> list[str]:
 
 def token_ids(pipe: DiffusionPipeline, encoder: str, token: str) -> list[int]:
     """The ids of a token's embeddings in one encoder, in order; empty if it is not there."""
-    vocabulary = getattr(pipe, ENCODERS[encoder]).get_vocab()
+    return _ids(getattr(pipe, ENCODERS[encoder]), token)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, token: str) -> list[int]:
+    vocabulary = tokenizer.get_vocab()
     found = [vocabulary[token]] if token in vocabulary else []
     while f"{token}_{len(found)}" in vocabulary:
         found.append(vocabulary[f"{token}_{len(found)}"])

@@ -1,0 +1,67 @@
+"""A foldable adapter of a live model as a LoRA of its key and value projections, exactly.
+
+    Delta W_K,h = s G'_h Ak_h^T        Delta W_V,h = s G_h^T Av_h^T        (as Linears store them, D x C)
+
+is up @ down with the text side as `down`. Of a tied adapter all heads share that, so the rank is R instead of H*R. The
+same of a file, without its base, is export/lora.py.
+
+Letters: H heads, D head width, R rank, C channels.
+"""
+
+import torch
+from torch import nn
+
+from comcat_diffusion import heads as maths
+from comcat_diffusion.adapters.layer import ComcatLayer
+from comcat_diffusion.adapters.model import adapted_layers
+from comcat_diffusion.adapters.parts import bare
+
+
+def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """What `save_lora_weights` of a diffusers pipeline takes as `unet_lora_layers` or `text_encoder_lora_layers`.
+
+    The strength is the trained one, alpha / r, whatever weight `set_adapters` gave. Raises ValueError if there is no
+    such adapter, and for one that no LoRA can express: a free one, or one that waits for its trigger.
+    """
+    layers = {n: m for n, m in adapted_layers(bare(model)).items() if adapter_name in m.r}
+    if not layers:
+        raise ValueError(f"There is no COMCAT adapter '{adapter_name}' in this {type(bare(model)).__name__}.")
+    found = {}
+    for attention, layer in layers.items():
+        _refuse_inexpressible(layer, adapter_name)
+        path = attention if layer.style.diffusers else text_encoder_name(attention)
+        scale = layer.alpha[adapter_name] / layer.r[adapter_name]
+        for projection, down, core in (
+            (layer.style.k, layer.comcat_k_down, layer.comcat_q_core),
+            (layer.style.v, layer.comcat_v_down, layer.comcat_out_core),
+        ):
+            down, core = down[adapter_name].weight.detach(), core[adapter_name].weight.detach()
+            found[f"{path}.{projection}.lora_A.weight"] = down.clone()
+            found[f"{path}.{projection}.lora_B.weight"] = _up(core, len(down), layer.heads, scale)
+    return found
+
+
+def _up(core: torch.Tensor, rank: int, heads: int, scale: float) -> torch.Tensor:
+    """G as H*R rows of width D -> (H*D, H*R), or, where all heads share the text side, (H*D, R)."""
+    per_head = maths.in_factors(scale * core, heads)  # H, D, R
+    if rank < len(core):
+        return per_head.flatten(0, 1).contiguous()
+    return torch.block_diag(*per_head)
+
+
+def text_encoder_name(projection: str) -> str:
+    """A name in a text encoder as LoRA files have it, whether or not this version of transformers has `text_model`."""
+    return "text_model." + projection.removeprefix("text_model.")
+
+
+def _refuse_inexpressible(layer: ComcatLayer, name: str) -> None:
+    if layer.trigger[name]:
+        raise ValueError(
+            f"'{name}' acts from '{layer.trigger[name][0]}' on, which no LoRA can: save it with save_adapter, or train "
+            "it again with --everywhere."
+        )
+    if name not in layer.comcat_q_core:
+        raise ValueError(
+            f"'{name}' is a free adapter, which no LoRA can express: save it with save_adapter, or train it again with "
+            "foldable=True."
+        )

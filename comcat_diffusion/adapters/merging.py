@@ -1,0 +1,116 @@
+"""Writing the adapters of one attention into its projections, and taking them out again."""
+
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+
+from comcat_diffusion.adapters import guards, seam
+from comcat_diffusion.adapters.wide import WideHeads, merged_weights
+
+
+class NoBase(nn.Module):
+    """Stands for the base layer that a side-car does not have; tools that unwrap adapters put it in our place."""
+
+    weight = bias = None
+    live = ()  # it stays where the attention looks for its side-car
+
+
+class Merging:
+    """The half of a `ComcatLayer` that merges. `_unmerged`, set there, holds what `unmerge` puts back."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters (default: the active ones) into wider projections; the base's own are kept for `unmerge`.
+
+        Warns, as PEFT's own layers do, if some are merged already. Raises ValueError if an adapter has a region or
+        waits for its trigger, if a projection is quantized or wrapped by another adapter, if the host has fused its
+        projections, if heads would not fit an IP-Adapter's, or, with `safe_merge`, if a merged weight is not finite.
+        """
+        before = [name for name in self.merged_adapters if name in self.r]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
+        if not names:
+            return
+        waiting = [name for name in names if self.trigger[name]]
+        if waiting:
+            raise ValueError(
+                f"'{waiting[0]}' acts from its trigger on, which merged weights cannot tell: keep it live, or train it "
+                "again with --everywhere."
+            )
+        attention, base = self.owner, self._base_projections()
+        wide = self._wide_heads([name for name in before + names if self.scaling[name] != 0])
+        self._refuse_to_merge(self.style.projections(attention), wide)
+        merged = merged_weights(wide, *base)
+        if safe_merge and not all(torch.isfinite(linear.weight).all() for linear in merged):
+            raise ValueError(f"Merging {', '.join(names)} would write NaN or infinity; nothing changed.")
+        self.unmerge()
+        if wide.wide != self.width:
+            guards.mark_wider(merged[0])
+        self._unmerged = (base, merged, seam.set_projections(attention, self.style, merged, wide.wide))
+        self.merged_adapters = before + names
+
+    def unmerge(self) -> None:
+        """Put the very Linears back that `merge` replaced. Raises ValueError if another adapter has wrapped these."""
+        if self._unmerged is None:
+            return
+        base, merged, width_attributes = self._unmerged
+        now = self.style.projections(self.owner)
+        if any(here is not ours for here, ours in zip(now, merged, strict=True)):
+            raise ValueError("Cannot unmerge: another adapter wraps the merged projections. Unload that one first.")
+        seam.set_projections(self.owner, self.style, base, width_attributes)
+        self._unmerged, self.merged_adapters = None, []
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        # The base's Linears are nobody's children while merged ones stand in their place: they move with the side-car.
+        super()._apply(fn, recurse)
+        if self._unmerged is not None:
+            for linear in self._unmerged[0]:
+                linear._apply(fn, recurse)
+        return self
+
+    def _base_projections(self) -> tuple[nn.Module, ...]:
+        return self.style.projections(self.owner) if self._unmerged is None else self._unmerged[0]
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Leave the base (or, with `merge`, the merged base) behind; the tuner then takes the side-car off."""
+        if not merge:
+            self.unmerge()
+        elif not self.merged:  # the tuner has merged all layers before it takes the first apart
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return NoBase()
+
+    def _refuse_to_merge(self, projections: tuple[nn.Module, ...], wide: WideHeads) -> None:
+        if self.regions is not None:
+            raise ValueError("Merged adapters act everywhere: take the regions away (set_regions(pipe, {})) first.")
+        if getattr(self.owner, "fused_projections", False):
+            raise ValueError("Call unfuse_qkv_projections() before merging: the fused copy would not see the merge.")
+        if wide.wide != self.width and hasattr(getattr(self.owner, "processor", None), "to_k_ip"):
+            raise ValueError(
+                "A free adapter cannot be merged beside an IP-Adapter, whose keys and values would be narrower than "
+                "the heads: keep it live, where both work, or merge a foldable one."
+            )
+        for projection in projections:
+            if type(projection) is not nn.Linear or not projection.weight.dtype.is_floating_point:
+                kind = type(projection).__name__
+                raise ValueError(
+                    f"Cannot merge into a projection of type {kind}: it is quantized or wrapped by another adapter. "
+                    "Keep the COMCAT adapter live, or fuse and unload the other one first."
+                )
+
+
+def merge_all(layers: Sequence[Merging], safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """Merge in all of these layers or, if one refuses (ValueError), in none."""
+    before = [list(layer.merged_adapters) for layer in layers]
+    try:
+        for layer in layers:
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+    except ValueError:
+        for layer, names in zip(layers, before, strict=True):
+            if layer.merged_adapters != names:
+                layer.unmerge()
+                if names:
+                    layer.merge(adapter_names=names)
+        raise
