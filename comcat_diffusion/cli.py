@@ -1,6 +1,7 @@
 """The command line: which commands there are, and what becomes of an error. It alone, with `commands`, prints."""
 
 import argparse
+import io
 import os
 import sys
 
@@ -42,6 +43,9 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit status."""
+    for stream in (sys.stdout, sys.stderr):  # a run does not end over a letter that a log cannot hold
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     parsed = _parser().parse_args(arguments)
     try:
         return parsed.run(parsed)

@@ -29,13 +29,13 @@ def eight_bits(picture: Image.Image) -> tuple[Image.Image, list[str]]:
 
 
 def _range(least: float, largest: float, floating: bool) -> tuple[float, float]:
-    """The values that are meant to be black and white; a little overshoot is left to be clipped."""
-    usual = (1.0, 255.0, 65535.0) if floating else (255.0, 65535.0)
-    white = next((white for white in usual if largest <= white * 1.05), None)
-    if least < (0 if white is None else -0.05 * white):
+    """The values that are meant to be black and white; a little overshoot, as resizing leaves it, is clipped."""
+    if least < -0.05 * max(largest, 0.0):
         return least, max(largest, least + 1)
-    # 1.4 in floats is a bright spot, not nearly black of 255
-    return 0.0, largest if white is None or (floating and 1 < largest < 16) else white
+    usual = (1.0, 255.0, 65535.0) if floating else (255.0, 65535.0)
+    white = next((white for white in usual if largest <= white * 1.05), largest)
+    glaring = floating and white == 255 and largest < 16  # 1.4 in floats is a bright spot, not nearly black of 255
+    return 0.0, largest if glaring else white
 
 
 def srgb(picture: Image.Image, profile: bytes | None) -> tuple[Image.Image, list[str]]:

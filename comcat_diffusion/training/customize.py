@@ -178,7 +178,7 @@ def _run(
     if not config.resume_from_checkpoint:
         checkpoints.forget()
     if accelerator.is_main_process:
-        circumstances = f"# Learned with {torch.get_num_threads()} threads on {accelerator.device.type}.\n"
+        circumstances = f"# Circumstances: device {accelerator.device.type}, threads {torch.get_num_threads()}.\n"
         atomic.write_bytes(target.parent / "run.toml", (circumstances + to_toml(config)).encode())
     metrics = target.parent / "metrics.jsonl"
     judge.remember(_lines(metrics, done))

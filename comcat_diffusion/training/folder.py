@@ -13,10 +13,14 @@ from comcat_diffusion.training.names import shown
 SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".hif",
 )  # fmt: skip
-# What people take for a picture and Pillow does not read.
+# What people have as pictures and Pillow does not read.
 UNREAD = (
     ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".psd", ".xcf", ".svg", ".jxl", ".pdf",
 )  # fmt: skip
+
+OTHER_FORMAT = "of a format that is not read: save it as PNG or JPEG"
+OTHER_FOLDER = "a folder with pictures, which are not read: only those beside it are"
+DOUBTFUL = (OTHER_FORMAT, OTHER_FOLDER)  # reasons to leave something aside that may be meant to be learned from
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Folder:
-    """The pictures of a folder in order of name, what was left aside, with the reason, and what may be a mistake."""
+    """The pictures of a folder in order of name, what was left aside, with the reason, and what else is doubtful."""
 
     shots: tuple[Shot, ...]
     ignored: dict[str, str] = field(default_factory=dict)
@@ -48,14 +52,13 @@ def find(folder: str | Path) -> Folder:
         raise FileNotFoundError(f"There is no folder {shown(folder)}.")
     if not folder.is_dir():
         raise ValueError(f"{shown(folder)} is a file; give the folder that holds the pictures.")
-    images, beside, sidecars, ignored, missed = {}, [], [], {}, []
+    images, beside, sidecars, ignored = {}, [], [], {}
     for path in sorted(folder.iterdir(), key=lambda p: shown(p.name)):
         reason = _reason_to_ignore(path)
         if path.is_dir() and path.name.lower() in masks.FOLDERS:
             beside += _images(path)
         elif reason is not None:
             ignored[shown(path.name)] = reason
-            missed += _missed(path)
         elif path.suffix.lower() in captions.SUFFIXES:
             sidecars.append(path)
         elif path.name != captions.METADATA:
@@ -67,30 +70,19 @@ def find(folder: str | Path) -> Folder:
     pictures, masked, doubts = masks.told_apart(images, beside)
     said = captions.captions(folder, pictures, sidecars)
     shots = tuple(Shot(path, said.get(name), masked.get(name)) for name, path in pictures.items())
-    return Folder(shots, ignored, (*missed, *doubts))
+    return Folder(shots, ignored, tuple(doubts))
 
 
 def _reason_to_ignore(path: Path) -> str | None:
     if path.name.startswith(".") or path.name in ("Thumbs.db", "desktop.ini"):
         return "a system file"
     if path.is_dir():
-        return "a folder"
+        return OTHER_FOLDER if _images(path) else "a folder"
+    if path.suffix.lower() in UNREAD:
+        return OTHER_FORMAT
     if path.suffix.lower() not in SUFFIXES + captions.SUFFIXES and path.name != captions.METADATA:
         return "not a picture"
     return None
-
-
-def _missed(path: Path) -> list[str]:
-    """A sentence if what is left aside may be meant to be learned from."""
-    if path.name.startswith("."):
-        return []
-    if path.suffix.lower() in UNREAD:
-        return [f"{shown(path.name)} is left aside, as its format is not read: save it as PNG or JPEG."]
-    if path.is_dir() and _images(path):
-        return [
-            f"The pictures in the folder {shown(path.name)} are left aside: only {shown(path.parent)} itself is read."
-        ]
-    return []
 
 
 def _images(folder: Path) -> list[Path]:

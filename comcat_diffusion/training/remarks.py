@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from comcat_diffusion import bases
+from comcat_diffusion.training import folder
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.crops import fitted
 from comcat_diffusion.training.dataset import Dataset, Example
@@ -36,7 +37,18 @@ def look_over(config: TrainConfig, dataset: Dataset) -> tuple[Dataset, Remarks]:
 
     A picture that cannot be used is an error, or, with `skip_broken`, a doubt, and is left out of what is returned.
     """
-    found, notes, broken, thumbnails = Remarks(), {}, {}, {}
+    found = Remarks()
+    for reason, names in _by_value(dataset.ignored).items():
+        told = found.doubts if reason in folder.DOUBTFUL else found.facts
+        told.append(f"Left aside: {_listed(names)} ({reason}).")
+    broken = _opened(config, dataset, found)
+    found.doubts += [*dataset.doubts, *_word_doubts(dataset), *_base_doubts(config)]
+    return _without_broken(config, dataset, broken, found), found
+
+
+def _opened(config: TrainConfig, dataset: Dataset, found: Remarks) -> dict[Path, str]:
+    """Open every picture and mask and add what is seen to `found`; returns what is wrong with those of no use."""
+    notes, broken, thumbnails = {}, {}, []
     seen: dict[bytes, str] = {}
     for example in (*dataset.examples, *dataset.held_out):
         try:
@@ -53,14 +65,15 @@ def look_over(config: TrainConfig, dataset: Dataset) -> tuple[Dataset, Remarks]:
             found.doubts.append(f"{example.name} shows the same as {seen[digest]}: it only counts twice.")
         else:
             seen[digest] = example.name
-            thumbnails[example.name] = small(picture)
-    aside: dict[str, list[str]] = {}
-    for name, reason in dataset.ignored.items():
-        aside.setdefault(reason, []).append(name)
-    found.facts += [f"Left aside: {_listed(names)} ({reason})." for reason, names in aside.items()]
+            thumbnails.append(small(picture))
     found.facts += [f"{_listed(names)}: {note}." for note, names in notes.items()]
-    found.doubts += [*dataset.doubts, *_twin_doubts(thumbnails), *_word_doubts(dataset), *_base_doubts(config)]
-    return _without_broken(config, dataset, broken, found), found
+    names = list(seen.values())
+    for group in twins(thumbnails):
+        found.doubts.append(
+            f"{_listed(names[number] for number in group)} show nearly the same, as crops or copies of one picture do: "
+            "what they share counts as often. Keep one of them, or take other pictures."
+        )
+    return broken
 
 
 def _without_broken(config: TrainConfig, dataset: Dataset, broken: Mapping[Path, str], found: Remarks) -> Dataset:
@@ -107,15 +120,6 @@ def _mask_doubts(config: TrainConfig, example: Example, mask: Image.Image | None
         yield f"{called} is nowhere white (at most {high} of 255): white is what is wholly learned."
 
 
-def _twin_doubts(thumbnails: Mapping[str, Image.Image]) -> Iterator[str]:
-    names = list(thumbnails)
-    for group in twins(list(thumbnails.values())):
-        yield (
-            f"{_listed([names[number] for number in group])} show nearly the same, as crops or copies of one picture do: "
-            "what they share counts as often. Keep one of them, or take other pictures."
-        )
-
-
 def _word_doubts(dataset: Dataset) -> Iterator[str]:
     for subject in dataset.subjects:
         if not any(example.captioned for example in dataset.examples if example.subject == subject):
@@ -139,9 +143,16 @@ def _base_doubts(config: TrainConfig) -> Iterator[str]:
     yield (
         f"The embedded base is for trying things out: it knows {len(world['objects'])} drawn things "
         f"({', '.join(world['objects'])}) on plain backgrounds, and makes brown blotches of photographs. Name a real "
-        "base, for instance --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5, or a folder or a "
-        ".safetensors file that you have."
+        "base, for instance --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5, or a folder "
+        "or a .safetensors file that you have."
     )
+
+
+def _by_value(table: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key, value in table.items():
+        found.setdefault(value, []).append(key)
+    return found
 
 
 def _listed(names: Iterable[str]) -> str:
