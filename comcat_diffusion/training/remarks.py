@@ -86,7 +86,7 @@ def _without_broken(config: TrainConfig, dataset: Dataset, broken: Mapping[Path,
         found.doubts += [f"Left out: {problem}" for problem in broken.values()]
     else:
         found.errors += [f"{problem} --skip_broken leaves it out." for problem in broken.values()]
-    return left if config.skip_broken else dataset
+    return left if config.skip_broken and not lost else dataset
 
 
 def small_doubts(sizes: Mapping[Path, tuple[int, int]], options: list[tuple[int, int]], resolution: int) -> list[str]:
