@@ -124,7 +124,7 @@ def generate(parsed: argparse.Namespace) -> int:
     from comcat_diffusion.generation.generate import generate
 
     with _bar() as shown:
-        made = generate(config, shown)
+        made = generate(config, shown, print)
     print(f"{len(made.files)} pictures in {made.sheet.parent}, all on one sheet: {made.sheet}")
     return 0
 
@@ -267,6 +267,8 @@ def combine(parsed: argparse.Namespace) -> int:
 
     files = [weighted(text) for text in config.adapter]
     made = combine(files, config.output, config.rank, bases.PRECISIONS[config.save_precision])
+    for doubt in made.doubts:
+        print(doubt)
     print(f"Wrote {config.output} ({_size(config.output)}, rank {made.rank}, {made.energy_kept:.2%} of the energy).")
     return 0
 

@@ -1,5 +1,6 @@
 """The generation story: a base, adapters and prompts in; pictures and a contact sheet out."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 
 from comcat_diffusion import atomic, bases
+from comcat_diffusion.adapters.header import same_words
 from comcat_diffusion.adapters.merge import merge_adapters, unload_adapters
 from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.store import load_adapter
+from comcat_diffusion.adapters.texts import texts_of
 from comcat_diffusion.config import weighted
 from comcat_diffusion.generation.chosen import Chosen, base_of, choose, made_by
 from comcat_diffusion.generation.config import GenerateConfig
@@ -36,8 +39,14 @@ class Pictures:
     sheet: Path
 
 
-def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = lambda done, total: None) -> Pictures:
+def generate(
+    config: GenerateConfig,
+    on_picture: Callable[[int, int], None] = lambda done, total: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Pictures:
     """Draw every prompt from every seed; returns where the pictures and the sheet are.
+
+    `note` is told what is worth knowing, a sentence at a time.
 
     Raises ValueError or OSError for bad input before anything is drawn.
     """
@@ -51,6 +60,9 @@ def generate(config: GenerateConfig, on_picture: Callable[[int, int], None] = la
             )
     prompts = [_checked(prompt, chosen, config.any_prompt) for prompt in config.prompt]
     masks = asked_regions(config.region, [one.path for one in chosen])
+    everywhere = [(one.path.name, one.header) for number, one in enumerate(chosen) if number not in masks]
+    for sentence in same_words(everywhere):
+        note(f"{sentence}: train one with another word, or give each a part of the picture with --region.")
     folder = atomic.make_folder(config.output_dir, "--output_dir")
 
     base = base_of(config, chosen)
@@ -99,12 +111,12 @@ def _checked(prompt: str, chosen: list[Chosen], any_prompt: bool) -> str:
 
 def _refuse_deaf(tokenizer: CLIPTokenizer, prompt: str, chosen: list[Chosen], any_prompt: bool) -> None:
     """Raise ValueError for a prompt that names the subject only where the text encoder does not read any more."""
-    numbers, most = tokenizer(prompt, truncation=False, verbose=False).input_ids, tokenizer.model_max_length
-    read = tokenizer.decode(numbers[:most], skip_special_tokens=True)
+    read = texts_of(tokenizer).read(prompt, tokenizer.model_max_length)
     named = [subject for one in chosen for subject in one.subjects if calls(prompt, subject)]
-    if len(numbers) > most and named and not any_prompt and not any(calls(read, subject) for subject in named):
+    if named and not any_prompt and not any(read.acts([subject.trigger]).any() for subject in named):
+        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
         raise ValueError(
-            f"The prompt '{prompt[:60]}...' has {len(numbers)} tokens, of which the text encoder reads {most}, and "
+            f"The prompt '{prompt[:60]}...' has {count} tokens, of which the text encoder reads {len(read.ends)}, and "
             f"'{named[0].phrase}' comes later: name it earlier, or allow it with --any_prompt."
         )
 
@@ -118,8 +130,10 @@ def _pipeline(config: GenerateConfig, chosen: list[Chosen], base: str) -> Diffus
     pipe = bases.asked_base(config, bases.asked_precision(config.precision, device, base), base)
     use_sampler(pipe, config.scheduler)
     names = [_name(number) for number in range(len(chosen))]
-    for name, one in zip(names, chosen, strict=True):
-        load_adapter(pipe, one.path, name, any_weights=config.any_weights)
+    with warnings.catch_warnings():  # of adapters that wait for one word, which has been said
+        warnings.filterwarnings("ignore", message=".*so their subjects mix")
+        for name, one in zip(names, chosen, strict=True):
+            load_adapter(pipe, one.path, name, any_weights=config.any_weights)
     loras = {f"lora_{number}": weighted(text, flag="--lora") for number, text in enumerate(config.lora)}
     for name, (path, _) in loras.items():
         _load_lora(pipe, Path(path), name)

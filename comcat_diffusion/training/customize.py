@@ -32,7 +32,7 @@ from comcat_diffusion.training.dataset import Dataset, read_dataset
 from comcat_diffusion.training.encode import Material, encode_all
 from comcat_diffusion.training.initial import with_initial
 from comcat_diffusion.training.judge import Judge
-from comcat_diffusion.training.learner import Learner, cut_off
+from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import Loop, NotFinite, Step
 from comcat_diffusion.training.objective import Objective
 from comcat_diffusion.training.precision import launched_precision, refuse_precision, with_precision
@@ -40,6 +40,7 @@ from comcat_diffusion.training.preview import Preview
 from comcat_diffusion.training.prior import ClassPictures, Teacher
 from comcat_diffusion.training.remarks import look_over, small_doubts
 from comcat_diffusion.training.sources import sketch, sources
+from comcat_diffusion.training.wording import cut_off, well_known
 from comcat_diffusion.words import Subject
 
 
@@ -150,7 +151,7 @@ def _run(
     put_away(pipe.vae.parameters())
     learned.prepare(config, pipe, dataset.subjects)
     prompts = [*material.prompts, *config.validation_prompt, ""]
-    for text in cut_off(pipe.tokenizer, prompts):
+    for text in (*cut_off(pipe.tokenizer, prompts), *well_known(pipe.tokenizer, dataset.subjects)):
         watcher.note(text)
     train_text = config.train_text_encoder or bool(words_of(pipe))
     learner = Learner(pipe, prompts, train_text, accelerator.device)
