@@ -218,19 +218,37 @@ def test_a_free_adapter_is_not_exported_as_if_it_were_foldable(tmp_path, capsys,
     assert main([*export, "--approximate", "--force"]) == 0 and (tmp_path / "x.safetensors").exists()
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
-def test_a_run_does_not_end_over_letters_that_its_output_cannot_hold(tmp_path, encoding):
+def test_a_run_does_not_end_over_letters_that_its_output_cannot_hold(tmp_path):
     flags = ["--max_train_steps", "1", "--skip_final_inference", "--output_dir", str(tmp_path / "out")]
     flags += ["--instance_data_dir", str(tmp_path / "雪"), "--instance_prompt", "a photo of 狗狗 teddy"]
     (tmp_path / "雪").mkdir()
     shutil.copy(ROOT / "assets/subject/train/1.png", tmp_path / "雪" / "雪.png")
-    code = "import sys; from comcat_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"
-    own = {**os.environ, "PYTHONIOENCODING": encoding}
-    done = subprocess.run([sys.executable, "-c", code, "train", *flags], capture_output=True, cwd=ROOT, env=own)
+    own = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "train_customize.py", *flags], capture_output=True, cwd=ROOT, env=own)
     assert done.returncode == 0, done.stderr
-    told = done.stdout.decode(encoding)
-    assert ("狗狗" if encoding == "utf-8" else "\\u72d7\\u72d7") in told
+    assert "'\\u72d7\\u72d7 teddy'" in done.stdout.decode("cp1252")
     assert (tmp_path / "out" / "狗狗-teddy.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", r"\u72d7 teddy"), ("gbk", "狗 teddy"), ("utf-8", "狗 teddy")]
+)
+def test_letters_that_an_output_can_hold_are_written_as_they_are(monkeypatch, encoding, shown):
+    log = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", log)
+    asked = ["--instance_data_dir", str(ROOT / "assets/subject/held_out"), "--instance_prompt", "a 狗 teddy"]
+    assert main(["validate", *asked]) == 2  # the captions there are of another trigger
+    log.flush()
+    assert f"'{shown.split()[0]}'" in log.buffer.getvalue().decode(encoding)
+
+
+def test_settings_are_read_as_they_were_written_whatever_the_locale(tmp_path):
+    (tmp_path / "run.toml").write_text('instance_prompt = "a 狗 teddy"', "utf-8")
+    code = "from comcat_diffusion.config import *; from comcat_diffusion.training.config import TrainConfig as T\n"
+    own = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-c", f"{code}print(read_toml(T, {str(tmp_path / 'run.toml')!r}))"]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=own)
+    assert done.stdout.decode().strip() == "{'instance_prompt': 'a 狗 teddy'}", done.stderr
 
 
 def test_in_a_log_a_progress_bar_is_a_line_in_ten_seconds(monkeypatch):

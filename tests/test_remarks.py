@@ -138,8 +138,9 @@ def test_pictures_smaller_than_the_resolution_are_doubted_by_name(pictures):
     (doubt,) = [doubt for doubt in report.doubts if "smaller" in doubt]
     assert doubt.startswith("1.png (63 x 200) is smaller than the resolution of 64 pixels") and doubt in notes
     photo(5, (64, 200)).save(pictures / "1.png")
-    assert not [doubt for doubt in said(pictures)[0].doubts if "smaller" in doubt]
-    (doubt,) = [doubt for doubt in said(pictures, resolution=256)[0].doubts if "smaller" in doubt]
+    own = {"instance_data_dir": str(pictures), "instance_prompt": "a photo of sks teddy"}
+    assert not [doubt for doubt in validate(ValidateConfig(**own)).doubts if "smaller" in doubt]
+    (doubt,) = [doubt for doubt in validate(ValidateConfig(**own, resolution=256)).doubts if "smaller" in doubt]
     assert doubt.startswith("1.png (64 x 200), 2.png (320 x 240), 3.png (320 x 240) and 4.png (320 x 240) are smaller")
 
 

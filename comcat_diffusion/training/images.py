@@ -1,13 +1,16 @@
 """One picture of a subject and its mask: read, checked, turned upright."""
 
+import typing
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from comcat_diffusion.training.colours import GREYS, eight_bits, srgb
 from comcat_diffusion.training.names import shown
+
+if typing.TYPE_CHECKING:
+    import torch
 
 MOST_PIXELS = 150_000_000  # above this a picture is more likely a mistake or an attack than a photo
 _HEIF = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
@@ -38,18 +41,23 @@ def read(path: Path) -> tuple[Image.Image, list[str]]:
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    """A mask as greyscale, black wherever it is transparent.
-
-    What is painted in black and white on a transparent layer is read as painted; anything else with a transparent
-    outside is a cut-out, and its outline the mask. Raises PictureError if it cannot be read or is not of its picture's
-    size.
-    """
-    mask, _, _ = _upright(path)
+    """A mask as `read_layer` reads it. Raises PictureError if it cannot be read or is not of its picture's size."""
+    mask = read_layer(path)
     if mask.size != size:
         raise PictureError(
             f"The mask {shown(path)} is {mask.width} x {mask.height} and its picture {size[0]} x {size[1]}: make them "
             "equal."
         )
+    return mask
+
+
+def read_layer(path: Path) -> Image.Image:
+    """A mask as greyscale, black wherever it is transparent.
+
+    What is painted in black and white on a transparent layer is read as painted; anything else with a transparent
+    outside is a cut-out, and its outline the mask. Raises PictureError if it cannot be read.
+    """
+    mask, _, _ = _upright(path)
     if not mask.has_transparency_data:
         return mask.convert("L")
     layer = mask.convert("RGBA")
@@ -58,7 +66,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Image.Image:
         return layer.convert("L")
     seen = np.asarray(layer.convert("RGB"))[np.asarray(alpha) >= _OPAQUE]  # pixels, 3
     painted = ((seen <= _BLACK).all(1) | (seen >= _WHITE).all(1)).mean() > 0.9 if len(seen) else True
-    return Image.alpha_composite(Image.new("RGBA", size, "black"), layer).convert("L") if painted else alpha
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer).convert("L") if painted else alpha
 
 
 def read_alpha(path: Path) -> Image.Image | None:
@@ -67,8 +75,10 @@ def read_alpha(path: Path) -> Image.Image | None:
     return picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
 
 
-def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
+def to_tensor(pictures: list[Image.Image]) -> "torch.Tensor":
     """Pictures of one size -> float32 (B, 3, H, W) in [-1, 1]."""
+    import torch  # which nothing else here waits for: pictures are looked at before anything big is loaded
+
     stacked = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).div(127.5).sub(1)
 
@@ -91,9 +101,7 @@ def _upright(path: Path) -> tuple[Image.Image, bytes | None, list[str]]:
     except PictureError:
         raise
     except Exception as error:  # every decoder has its own of a damaged file
-        raise PictureError(
-            f"{shown(path)} cannot be read as a picture ({error}); mend it or take it out of the folder."
-        ) from error
+        raise PictureError(f"{shown(path)} cannot be read as a picture ({error}); mend it or take it away.") from error
 
 
 def _opened(path: Path) -> Image.Image:
