@@ -39,7 +39,15 @@ def test_the_ending_of_the_picture_does_not_matter(tmp_path, name):
     assert found(tmp_path) == {"dog.JPG": name}
 
 
-@pytest.mark.parametrize("names", [("mask.png", "x.png"), ("mask1.png", "mask2.png"), ("damask.png", "1_masked.png")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("mask.png", "x.png"),
+        ("mask1.png", "mask2.png"),
+        ("damask.png", "1_masked.png"),
+        ("1.png", "alpha_1.png", "alpha1.png", "1matte.png"),
+    ],
+)
 def test_a_picture_that_is_nobodys_mask_is_one(tmp_path, names):
     for name in names:
         write(tmp_path / name)

@@ -165,6 +165,13 @@ def test_a_mask_that_masks_nothing_is_doubted(pictures, low, high, expected):
     assert [doubt.startswith(expected) for doubt in told] == [True] * bool(expected) and set(told) <= set(notes)
 
 
+def test_a_photograph_that_is_named_like_a_mask_is_doubted(pictures):
+    photo(9).save(pictures / "1_mask.png")
+    report, notes = said(pictures)
+    (told,) = [doubt for doubt in report.doubts if "mask" in doubt]
+    assert told.startswith("1_mask.png is mostly neither black nor white: is it a mask?") and told in notes
+
+
 def test_a_mask_that_leaves_nothing_to_learn_is_an_error(pictures):
     Image.new("L", (320, 240)).save(pictures / "1-mask.png")
     refused(

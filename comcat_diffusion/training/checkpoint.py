@@ -105,7 +105,7 @@ class Checkpoints:
         record = json.loads((folder / RECORD).read_text("utf-8"))
         self._refuse_others(record, folder)
         threads = torch.get_num_threads()
-        if record["threads"] != threads:
+        if record["threads"] != threads and self.accelerator.device.type == "cpu":
             note(
                 f"{folder} was written with {record['threads']} threads and goes on with {threads}: sums are rounded "
                 f"otherwise, so the file will differ in its last bits. OMP_NUM_THREADS={record['threads']} would keep "

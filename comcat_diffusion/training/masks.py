@@ -14,9 +14,9 @@ FOLDERS = ("mask", "masks")  # inside the folder of the pictures
 _MARK = r"[\s\-_.,()\[\]#]"
 _MARKS = rf"{_MARK}*"
 _WORD = rf"masks?{_MARKS}(?:labels?)?"
-_WORDS = rf"(?:{_WORD}|matte|segmentation|seg|alpha)"
-_AFTER = re.compile(rf"(?P<of>.+?){_WORDS}{_MARKS}\d*{_MARKS}", re.IGNORECASE)
-_BEFORE = re.compile(rf"{_WORDS}(?P<of>.+)", re.IGNORECASE)
+_OTHERS = rf"(?<={_MARK})(?:matte|segmentation|seg|alpha)"  # words that also end other words
+_AFTER = re.compile(rf"(?P<of>.+?)(?:{_WORD}|{_OTHERS}){_MARKS}\d*{_MARKS}", re.IGNORECASE)
+_BEFORE = re.compile(rf"{_WORD}(?P<of>.+)", re.IGNORECASE)
 _PLAIN = re.compile(rf".*{_MARK}{_WORD}{_MARKS}\d*{_MARKS}", re.IGNORECASE)  # nobody calls a photo of a dog so
 
 

@@ -19,6 +19,7 @@ from comcat_diffusion.words import calls
 
 MOST_NAMES = 3  # that a sentence lists
 _EDGE = 5  # of 255: what saving as JPEG adds to black and takes from white
+_BETWEEN = slice(40, 216)  # of 255: greys that a mask has at its edges only
 _BRIGHT = 200  # of 255: below, a mask's white is none
 
 
@@ -118,6 +119,8 @@ def _mask_doubts(config: TrainConfig, example: Example, mask: Image.Image | None
         yield f"{called} is all {tone}: it masks nothing. White is what is learned, black what is not."
     elif high < _BRIGHT:
         yield f"{called} is nowhere white (at most {high} of 255): white is what is wholly learned."
+    elif sum(mask.histogram()[_BETWEEN]) > mask.width * mask.height / 2:
+        yield f"{called} is mostly neither black nor white: is it a mask? White is what is learned."
 
 
 def _word_doubts(dataset: Dataset) -> Iterator[str]:
