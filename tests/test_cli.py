@@ -242,6 +242,12 @@ def test_letters_that_an_output_can_hold_are_written_as_they_are(monkeypatch, en
     assert f"'{shown.split()[0]}'" in log.buffer.getvalue().decode(encoding)
 
 
+def test_a_run_goes_on_where_nobody_listens(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None), monkeypatch.setattr("sys.stderr", None)
+    flags = ["--max_train_steps", "1", "--skip_final_inference", "--output_dir", str(tmp_path / "out")]
+    assert main(["train", *flags]) == 0 and (tmp_path / "out" / "sks-teddy.safetensors").is_file()
+
+
 def test_settings_are_read_as_they_were_written_whatever_the_locale(tmp_path):
     (tmp_path / "run.toml").write_text('instance_prompt = "a 狗 teddy"', "utf-8")
     code = "from comcat_diffusion.config import *; from comcat_diffusion.training.config import TrainConfig as T\n"

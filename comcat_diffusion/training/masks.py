@@ -18,6 +18,7 @@ _OTHERS = rf"(?<={_MARK})(?:matte|segmentation|seg|alpha)"  # words that also en
 _AFTER = re.compile(rf"(?P<of>.+?)(?:{_WORD}|{_OTHERS}){_MARKS}\d*{_MARKS}", re.IGNORECASE)
 _BEFORE = re.compile(rf"{_WORD}(?P<of>.+)", re.IGNORECASE)
 _PLAIN = re.compile(rf".*{_MARK}{_WORD}{_MARKS}\d*{_MARKS}", re.IGNORECASE)  # nobody calls a photo of a dog so
+_ALIKE = re.compile(rf"(?<![^\W\d_]){_WORD}(?![^\W\d_])", re.IGNORECASE)  # as a word of its own
 
 
 def told_apart(
@@ -26,7 +27,7 @@ def told_apart(
     """The pictures and the masks, both by the picture's name, among the image files of a folder; and doubts.
 
     `beside` are the files of its folder of masks. Raises ValueError for a mask of no picture or of several, and for a
-    second mask of one. Where all files are named like masks, masks are what was photographed, and that is doubted.
+    second mask of one. Where all files are named like masks, masks are what was photographed: that is a doubt.
     """
     pictures = {name: path for name, path in images.items() if not list(_called(name))}
     owners, masks, lonely = Owners(pictures), {}, []
@@ -45,8 +46,9 @@ def told_apart(
         _add(masks, owner, path)
     if lonely and len(lonely) < len(pictures):
         raise _lonely(images[lonely[0]], next(_called(lonely[0])))
-    told = f"All pictures are named like masks ({shown(lonely[0])}): they are learned as pictures." if lonely else None
-    return {name: pictures[name] for name in images if name in pictures}, masks, [told] if told else []
+    alike = [shown(name) for name in images if name in pictures and _ALIKE.search(stem(name))]
+    told = [f"Learned as pictures, though named like masks: {', '.join(alike[:3])}."] if alike else []
+    return {name: pictures[name] for name in images if name in pictures}, masks, told
 
 
 def _called(name: str) -> Iterator[str]:
