@@ -42,10 +42,10 @@ def is_embedded(name: str) -> bool:
     return name == EMBEDDED or Path(name).expanduser().resolve() == (assets() / "tiny-sd").resolve()
 
 
-def _dense(name: str) -> str:
-    """The base that a compressed one was made of; any other itself."""
-    plan = Path(name).expanduser() / "plan.json"
-    return json.loads(plan.read_text())["plan"]["model_id"] if plan.is_file() else name
+def is_of_embedded(name: str | None) -> bool:
+    """Whether this names the embedded base, as None does, or one that was compressed from it."""
+    plan = Path(name or EMBEDDED).expanduser() / "plan.json"
+    return is_embedded(json.loads(plan.read_text("utf-8"))["plan"]["model_id"] if plan.is_file() else name or EMBEDDED)
 
 
 def public_name(name: str) -> str:
@@ -209,12 +209,12 @@ def asked_resolution(pipe: DiffusionPipeline, resolution: int | None) -> int:
 
 def default_guidance(name: str | None) -> float:
     """The strength of classifier-free guidance that suits a base: Stable Diffusion's own, or the embedded one's."""
-    return EMBEDDED_GUIDANCE if is_embedded(_dense(name or EMBEDDED)) else 7.5
+    return EMBEDDED_GUIDANCE if is_of_embedded(name) else 7.5
 
 
 def forget_folder(config: Path) -> None:
     """diffusers notes where each part came from: a hub id may stay, a folder of this machine is nobody's business."""
-    content = json.loads(config.read_text())
+    content = json.loads(config.read_text("utf-8"))
     if Path(content.get("_name_or_path") or "").is_absolute():
         del content["_name_or_path"]
         config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -243,9 +243,9 @@ def asked_precision(name: str | None, device: str, base: str) -> str:
 def suits_bf16(device: str, base: str) -> bool:
     """Whether a device has instructions of its own for bfloat16, and a base is large enough to gain by it.
 
-    The embedded one is not, on a CPU; so there it gives the same bytes on all of them, in float32.
+    The embedded one is not, on a CPU; so all of them compute it in float32.
     """
-    gains = torch.device(device).type != "cpu" or not is_embedded(_dense(base))
+    gains = torch.device(device).type != "cpu" or not is_of_embedded(base)
     return gains and has_bf16(device)
 
 

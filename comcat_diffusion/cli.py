@@ -1,6 +1,7 @@
 """The command line: which commands there are, and what becomes of an error. It alone, with `commands`, prints."""
 
 import argparse
+import io
 import os
 import sys
 
@@ -42,6 +43,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit status."""
+    _hold_any_letter()
     parsed = _parser().parse_args(arguments)
     try:
         return parsed.run(parsed)
@@ -58,6 +60,16 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("comcat: stopped.", file=sys.stderr)
         return commands.INTERRUPTED
+
+
+def _hold_any_letter() -> None:
+    """Let a run not end over its own words: over a letter that its log cannot hold, or because nobody listens."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the program runs
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _sentence(error: BaseException) -> str:

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import shlex
+import sys
 import tempfile
 import typing
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ class _Terminal:
         from tqdm import tqdm
 
         if self.bar is None:
-            self.bar = tqdm(total=total, initial=done.step - 1, desc="Steps", unit="step")
+            self.bar = tqdm(total=total, initial=done.step - 1, desc="Steps", unit="step", mininterval=_pause())
         shown = {"loss": f"{done.loss:.4f}", "lr": f"{done.learning_rate:.1e}", "s/step": f"{done.seconds:.2f}"}
         self.bar.set_postfix(shown | {"peak": f"{peak_bytes / 2**30:.1f} GiB"}, refresh=False)
         self.bar.update()
@@ -60,6 +61,11 @@ class _Terminal:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _pause() -> float:
+    """Seconds until a progress bar is drawn anew: in a log every time is a line more."""
+    return 0.1 if sys.stderr.isatty() else 10.0
 
 
 def _quiet() -> None:
@@ -132,7 +138,7 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 
     def shown(done: int, total: int) -> None:
         if not bars:
-            bars.append(tqdm(desc="Pictures", unit="picture"))
+            bars.append(tqdm(desc="Pictures", unit="picture", mininterval=_pause()))
         bars[0].total = total
         bars[0].update(done - bars[0].n)
 

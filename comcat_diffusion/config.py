@@ -137,7 +137,7 @@ def read_toml(kind: type, path: str | Path) -> dict:
     if not path.is_file():
         raise ValueError(f"--config: there is no file {path}.")
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--config: {path} is not TOML: {error}.") from error
     return _table(kind, content, path)

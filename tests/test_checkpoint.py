@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from comcat_diffusion import bases, read_adapter
 from comcat_diffusion.training import checkpoint
@@ -36,10 +39,10 @@ class Stop:
     """Presses Ctrl-C after a step."""
 
     def __init__(self, after=None):
-        self.after, self.seen = after, []
+        self.after, self.seen, self.notes = after, [], []
 
     def note(self, text):
-        pass
+        self.notes.append(text)
 
     def step(self, done, total, peak_bytes):
         self.seen.append(done.step)
@@ -187,11 +190,112 @@ def test_other_settings_or_pictures_are_refused_by_name(config, tmp_path, two, t
     asked = {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
     with pytest.raises(ValueError, match=r"learning_rate \(was 0\.01, is 0\.1\)"):
         customize(config(tmp_path, **asked, learning_rate=0.1))
-    other = tmp_path / "pictures"
-    shutil.copytree(three, other)
-    shutil.copy(other / "1.png", other / "3.png")
-    with pytest.raises(ValueError, match="instance_data_dir .*pictures"):
-        customize(config(tmp_path, **asked, instance_data_dir=str(other)))
+    for number, (change, told) in enumerate(
+        (
+            (lambda folder: shutil.copy(folder / "1.png", folder / "3.png"), r"the pictures \(3\.png\)"),
+            (lambda folder: (folder / "3.png").unlink(), r"the pictures \(3\.png\)"),
+            (lambda folder: shutil.copy(folder / "1.png", folder / "0.png"), r"the pictures \(0\.png\)"),
+            (lambda folder: Image.new("L", (256, 256), 9).save(folder / "2_mask.png"), r"the pictures \(2\.png\)"),
+            (
+                lambda folder: [(folder / f"{n}.txt").write_text("sks") for n in "123"],
+                r"the pictures \(1\.png, 2\.png, 3",
+            ),
+        )
+    ):
+        other = tmp_path / f"pictures-{number}"
+        shutil.copytree(three, other)
+        change(other)
+        with pytest.raises(ValueError, match=f"what is learned has changed: {told}") as caught:
+            customize(config(tmp_path, **asked, instance_data_dir=str(other)))
+        assert "instance_data_dir" not in str(caught.value)
+
+
+def test_the_same_pictures_in_another_place_are_the_same(config, tmp_path, three, unbroken, monkeypatch):
+    """A slash at the end, a relative path, another folder, names in another Unicode form: it goes on, to the byte."""
+    first = tmp_path / "Café"
+    shutil.copytree(three, first), (first / "1.png").rename(first / f"{unicodedata.normalize('NFC', 'é')}.png")
+    customize(config(tmp_path / "out", instance_data_dir=str(first)), Stop(4))
+    whole = customize(config(tmp_path / "whole", instance_data_dir=str(first))).adapter.read_bytes()
+    moved = tmp_path / "moved"
+    shutil.copytree(first, moved)
+    (moved / f"{unicodedata.normalize('NFC', 'é')}.png").rename(moved / f"{unicodedata.normalize('NFD', 'é')}.png")
+    monkeypatch.chdir(tmp_path)
+    for number, spelled in enumerate((f"{first}/", "Café", "./moved/../Café", str(moved))):
+        shutil.copytree("out", f"out-{number}")
+        again = customize(config(f"out-{number}", instance_data_dir=spelled, resume_from_checkpoint="latest"))
+        assert again.adapter.read_bytes() == whole != unbroken
+
+
+def test_a_base_or_an_adapter_that_has_moved_is_the_same(config, tmp_path):
+    first = customize(config(tmp_path / "first", max_train_steps=1, lr_warmup_steps=0)).adapter
+    shutil.copytree(bases.assets() / "tiny-sd", tmp_path / "base")
+    own = {"pretrained_model_name_or_path": str(tmp_path / "base"), "init_adapter": str(first)}
+    customize(config(tmp_path / "out", **own), Stop(4))
+    whole = load_file(customize(config(tmp_path / "whole", **own)).adapter)
+    os.rename(tmp_path / "base", tmp_path / "moved"), shutil.copy(first, tmp_path / "other.safetensors")
+    there = {
+        "pretrained_model_name_or_path": str(tmp_path / "moved"),
+        "init_adapter": str(tmp_path / "other.safetensors"),
+    }
+    again = load_file(customize(config(tmp_path / "out", **there, resume_from_checkpoint="latest")).adapter)
+    assert all((again[name] == tensor).all() for name, tensor in whole.items()) and again.keys() == whole.keys()
+    weights = tmp_path / "moved" / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    shutil.copy(
+        customize(config(tmp_path / "more", max_train_steps=2, lr_warmup_steps=0)).adapter, there["init_adapter"]
+    )
+    with pytest.raises(ValueError, match=r"the base \(.*moved\), --init_adapter \(.*other\.safetensors\)"):
+        customize(config(tmp_path / "out", **there, resume_from_checkpoint="latest"))
+
+
+def test_so_are_pictures_of_the_class_and_those_to_judge_by(config, tmp_path, three):
+    shutil.copytree(three, tmp_path / "class"), shutil.copytree(three, tmp_path / "judge")
+    own = {"class_data_dir": "class", "validation_data_dir": "judge", "num_class_images": 3, "everywhere": True}
+    own |= {"prior": "images", "kind": "free", "max_train_steps": 4}
+
+    def settings(more, **other):
+        return config(
+            tmp_path / "out", **{n: str(tmp_path / v) if "dir" in n else v for n, v in own.items()} | other, **more
+        )
+
+    customize(settings({}), Stop(2))
+    for name in ("class", "judge"):
+        os.rename(tmp_path / name, tmp_path / f"{name}-moved")
+    moved = {
+        f"{kind}_data_dir": str(tmp_path / f"{name}-moved")
+        for kind, name in (("class", "class"), ("validation", "judge"))
+    }
+    resume = {"resume_from_checkpoint": "latest"}
+    assert customize(settings(resume, **moved)).steps == 4
+    for name, told in (("class", "the class pictures"), ("judge", "the held-out pictures")):
+        shutil.copy(Path(three) / "1.png", tmp_path / f"{name}-moved" / "3.png")
+        with pytest.raises(ValueError, match=rf"{told} \(3\.png\)"):
+            customize(settings(resume, **moved))
+
+
+def test_another_number_of_threads_is_told(config, tmp_path, two):
+    record = two[1] / checkpoint.RECORD
+    told = json.loads(record.read_text())
+    assert told["threads"] == torch.get_num_threads()
+    asked, watcher = config(tmp_path, max_train_steps=4, resume_from_checkpoint="latest"), Stop()
+    customize(asked, watcher)
+    assert not any("threads" in note for note in watcher.notes)
+    record.write_text(json.dumps(told | {"threads": 64}))
+    customize(asked, watcher)
+    (note,) = [note for note in watcher.notes if "threads" in note]
+    assert (
+        f"was written with 64 threads and goes on with {torch.get_num_threads()}" in note
+        and "OMP_NUM_THREADS=64" in note
+    )
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(config, tmp_path, two):
+    record = two[1] / checkpoint.RECORD
+    told = json.loads(record.read_text())
+    del told["sources"]
+    record.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"checkpoint-4 is of an earlier version; start from its weights"):
+        customize(config(tmp_path, max_train_steps=4, resume_from_checkpoint="latest"))
 
 
 def test_a_steady_schedule_can_be_made_longer(config, tmp_path):

@@ -1,6 +1,10 @@
 """The command line as a person meets it: fast help, one sentence for a mistake, an exit status for scripts."""
 
 import hashlib
+import io
+import itertools
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from comcat_diffusion import bases, load_adapter, read_adapter
+from comcat_diffusion import bases, commands, load_adapter, read_adapter
 from comcat_diffusion.adapters.shrink import shrink
 from comcat_diffusion.cli import COMMANDS, main
+from comcat_diffusion.training.loop import Step
 
 ROOT = Path(__file__).parents[1]
 
@@ -211,3 +216,61 @@ def test_a_free_adapter_is_not_exported_as_if_it_were_foldable(tmp_path, capsys,
     assert not (tmp_path / "x.safetensors").exists()
     assert "of its effect, more than the 10%" in capsys.readouterr().err
     assert main([*export, "--approximate", "--force"]) == 0 and (tmp_path / "x.safetensors").exists()
+
+
+def test_a_run_does_not_end_over_letters_that_its_output_cannot_hold(tmp_path):
+    flags = ["--max_train_steps", "1", "--skip_final_inference", "--output_dir", str(tmp_path / "out")]
+    flags += ["--instance_data_dir", str(tmp_path / "雪"), "--instance_prompt", "a photo of 狗狗 teddy"]
+    (tmp_path / "雪").mkdir()
+    shutil.copy(ROOT / "assets/subject/train/1.png", tmp_path / "雪" / "雪.png")
+    own = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "train_customize.py", *flags], capture_output=True, cwd=ROOT, env=own)
+    assert done.returncode == 0, done.stderr
+    assert "'\\u72d7\\u72d7 teddy'" in done.stdout.decode("cp1252")
+    assert (tmp_path / "out" / "狗狗-teddy.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", r"\u72d7 teddy"), ("gbk", "狗 teddy"), ("utf-8", "狗 teddy")]
+)
+def test_letters_that_an_output_can_hold_are_written_as_they_are(monkeypatch, encoding, shown):
+    log = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", log)
+    asked = ["--instance_data_dir", str(ROOT / "assets/subject/held_out"), "--instance_prompt", "a 狗 teddy"]
+    assert main(["validate", *asked]) == 2  # the captions there are of another trigger
+    log.flush()
+    assert f"'{shown.split()[0]}'" in log.buffer.getvalue().decode(encoding)
+
+
+def test_a_run_goes_on_where_nobody_listens(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None), monkeypatch.setattr("sys.stderr", None)
+    flags = ["--max_train_steps", "1", "--skip_final_inference", "--output_dir", str(tmp_path / "out")]
+    assert main(["train", *flags]) == 0 and (tmp_path / "out" / "sks-teddy.safetensors").is_file()
+
+
+def test_settings_are_read_as_they_were_written_whatever_the_locale(tmp_path):
+    (tmp_path / "run.toml").write_text('instance_prompt = "a 狗 teddy"', "utf-8")
+    code = "from comcat_diffusion.config import *; from comcat_diffusion.training.config import TrainConfig as T\n"
+    own = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-c", f"{code}print(read_toml(T, {str(tmp_path / 'run.toml')!r}))"]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=own)
+    assert done.stdout.decode().strip() == "{'instance_prompt': 'a 狗 teddy'}", done.stderr
+
+
+def test_in_a_log_a_progress_bar_is_a_line_in_ten_seconds(monkeypatch):
+    """At a terminal it is drawn as before; two hundred steps of a tenth of a second take twenty, by a clock of ours."""
+
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    drawn = {}
+    for kind in (io.StringIO, Screen):
+        clock, stream = itertools.count(0, 0.05), kind()
+        monkeypatch.setattr("tqdm.std.time", lambda clock=clock: next(clock)), monkeypatch.setattr("sys.stderr", stream)
+        terminal = commands._Terminal()
+        for step in range(1, 201):
+            terminal.step(Step(step, 0.1, None, 1e-3, None, 0.1), 200, 1 << 30)
+        terminal.close()
+        drawn[kind] = stream.getvalue().count("\r")
+    assert 2 <= drawn[io.StringIO] <= 5 < 50 < drawn[Screen]

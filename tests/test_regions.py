@@ -179,6 +179,7 @@ def two(tmp_path_factory, randomize):
         if box:
             mask.paste(255, box)
         mask.save(folder / f"{name}.png")
+        Image.merge("LA", [Image.new("L", (64, 64), 255), mask]).save(folder / f"{name}-layer.png")
     Image.new("L", (64, 32)).save(folder / "wide.png")
     (folder / "broken.png").write_bytes(b"x" * 40)
     return folder
@@ -203,7 +204,9 @@ def test_two_subjects_keep_to_their_sides_of_a_picture(two, tmp_path):
     assert np.array_equal(drawn("dog=all.png", "cat=none.png"), dog)
     base = drawn(adapter=[], pretrained_model_name_or_path="embedded")
     assert np.array_equal(drawn("dog=none.png", "cat=none.png"), base)
+    layers = drawn("dog=left-layer.png", "cat=right-layer.png")  # white on transparent
     split, other = drawn("dog=left.png", "cat=right.png"), drawn("dog=right.png", "cat=left.png")
+    assert np.array_equal(layers, split)
     # convolutions and self-attention carry across the border
     near, far = (np.abs(picture - dog)[:, :24].mean() for picture in (split, other))
     assert near < 0.8 * far and np.abs(split - other).max() > 50

@@ -21,10 +21,12 @@ from comcat_diffusion.training import customize as story
 from comcat_diffusion.training import learned, output
 from comcat_diffusion.training import learner as learner_module
 from comcat_diffusion.training.batching import Batch
-from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 from comcat_diffusion.training.customize import customize
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.output import prove, witness
+from comcat_diffusion.training.precision import launched_precision
+from comcat_diffusion.training.validate import validate
 
 SUBJECT = bases.assets() / "subject"
 
@@ -63,7 +65,9 @@ def test_a_run_leaves_exactly_these_files_and_says_what_it_did(config, tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4] == [step.step for step in listener.steps]
     header = read_adapter(outcome.adapter)
     assert (header.notes.trigger, header.notes.class_word, header.base_model) == ("sks", "teddy", "embedded")
-    assert header.notes.training == {"resolution": 64, "steps": 4, "seed": 0, "pictures": 4}
+    threads = torch.get_num_threads()
+    assert header.notes.training == {"resolution": 64, "steps": 4, "seed": 0, "pictures": 4, "threads": threads}
+    assert (tmp_path / "out/run.toml").read_text().startswith(f"# Circumstances: device cpu, threads {threads}.\n")
     assert not outcome.interrupted and any("Learning 'sks teddy' from 4 pictures" in note for note in listener.notes)
 
 
@@ -279,6 +283,49 @@ def test_a_device_that_is_fast_in_bfloat16_trains_in_it_unless_another_is_asked_
     assert story.with_precision(config).mixed_precision == taken
 
 
+@pytest.mark.parametrize(
+    ("launched", "asked", "taken", "told"),
+    [
+        ("bf16", None, "bf16", "The precision is bf16, as accelerate launch says."),
+        ("BF16", None, "bf16", "The precision is bf16, as accelerate launch says."),
+        ("bf16", "no", "no", None),
+        ("no", None, "no", None),
+        ("no", "bf16", "bf16", None),
+    ],
+)
+def test_the_launchers_precision_is_taken_where_none_is_named(
+    config, tmp_path, monkeypatch, launched, asked, taken, told
+):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    listener = Listener()
+    asked_for = config(max_train_steps=1, mixed_precision=asked)
+    outcome = customize(asked_for, listener)
+    assert f'mixed_precision = "{taken}"' in (tmp_path / "out/run.toml").read_text()
+    said = [note for note in listener.notes if "accelerate launch" in note or "launcher" in note]
+    assert said == [told] * bool(told)
+    facts = validate(ValidateConfig(mixed_precision=asked, output_dir="new")).facts
+    assert [fact for fact in facts if "accelerate" in fact] == said
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    named = customize(config(max_train_steps=1, mixed_precision=taken, output_dir=str(tmp_path / "named")))
+    assert named.adapter.read_bytes() == outcome.adapter.read_bytes()
+
+
+def test_a_launchers_precision_that_is_none_is_refused_and_one_that_nobody_asked_for_is_told(config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(
+        ValueError, match="accelerate launch --mixed_precision fp8 is not supported: use no, fp16 or bf16"
+    ):
+        customize(config())
+    assert any("fp8 is not supported" in error for error in validate(ValidateConfig()).errors)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        customize(config())
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which the launcher also says if it was told nothing
+    monkeypatch.setattr(story.bases, "suits_bf16", lambda *asked: True)
+    (told,) = launched_precision(config())
+    assert told == "The precision is bf16, as suits the device; --mixed_precision no keeps the launcher's."
+
+
 def test_each_part_is_on_the_accelerator_while_it_works_and_the_denoiser_in_the_precision_of_its_steps(
     config, monkeypatch
 ):
@@ -338,7 +385,7 @@ def test_stray_files_and_odd_pictures_are_told(config, tmp_path):
     customize(config(instance_data_dir=str(folder), instance_prompt="a photo of sks teddy"), listener)
     said = " ".join(listener.notes)
     assert "Left aside: .DS_Store (a system file)" in said
-    assert "5.png: converted from L to RGB" in said and "5.png is tiny (9 x 9 for 64 pixels)" in said
+    assert "5.png: converted from L to RGB" in said and "5.png (9 x 9) is smaller than the resolution of 64" in said
 
 
 def test_a_prompt_that_is_too_long_is_told(config, tmp_path):

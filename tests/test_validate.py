@@ -2,8 +2,10 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -12,7 +14,9 @@ from comcat_diffusion.cli import main
 from comcat_diffusion.training import validate as module
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 from comcat_diffusion.training.customize import customize
+from comcat_diffusion.training.suitable import refuse_pipeline
 from comcat_diffusion.training.validate import validate
+from tests import tiny_bases
 
 
 @pytest.fixture
@@ -79,9 +83,9 @@ def test_all_that_is_wrong_with_the_pictures_is_told_at_once(pictures):
     Image.open(pictures / "2.png").save(pictures / "turned.jpg", exif=exif)
     report = found(pictures)
     assert [error.split(" cannot")[0].rpartition("/")[2] for error in report.errors] == ["a.png", "b.png"]
-    said = " ".join(report.doubts)
-    assert "twin.png shows the same as 1.png" in said and "turned.jpg: turned upright" in said
-    assert "Left aside: .DS_Store" in said
+    assert "twin.png shows the same as 1.png" in " ".join(report.doubts)
+    said = " ".join(report.facts)
+    assert "turned.jpg: turned upright" in said and "Left aside: .DS_Store" in said
 
 
 def test_captions_prompts_and_pace_are_doubted(pictures):
@@ -114,7 +118,8 @@ def test_a_trigger_that_everybody_uses_is_doubted(pictures, monkeypatch):
 
 def test_small_buckets_are_doubted(pictures):
     Image.open(pictures / "1.png").resize((300, 150)).save(pictures / "wide.png")
-    (told,) = found(pictures, aspect_ratio_buckets=True, train_batch_size=2).doubts
+    doubts = found(pictures, aspect_ratio_buckets=True, train_batch_size=2).doubts
+    (told,) = [doubt for doubt in doubts if "bucket" in doubt]
     assert re.match(r"The bucket \d+ x \d+ holds 1 picture\(s\) for batches of 2", told)
 
 
@@ -129,6 +134,47 @@ def test_small_buckets_are_doubted(pictures):
 )
 def test_what_would_end_the_run_is_an_error(pictures, settings, message):
     assert any(message in error for error in found(pictures, **settings).errors)
+
+
+@pytest.fixture(scope="module")
+def unsuited(tmp_path_factory):
+    """Bases that see a picture, or have no U-Net, beside what can be taught."""
+    root = tmp_path_factory.mktemp("bases")
+    for name, channels in (("inpainting", 9), ("editing", 8), ("depth", 5), ("other", 3), ("text", 4)):
+        pipe = StableDiffusionPipeline.from_pretrained(tiny_bases.sd1(root / name))
+        pipe.unet = tiny_bases.unet(in_channels=channels)
+        pipe.save_pretrained(root / name)
+    StableDiffusionImg2ImgPipeline.from_pretrained(root / "text").save_pretrained(root / "variation")
+    shutil.copytree(root / "text", root / "transformer"), shutil.rmtree(root / "transformer" / "unet")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("inpainting", "its U-Net sees 9 channels, of which the noisy latents are 4, as for inpainting"),
+        ("editing", "its U-Net sees 8 channels"),
+        ("depth", "its U-Net sees 5 channels"),
+        ("other", "does not fit together: its U-Net sees 3 channels, its VAE has 4"),
+        ("variation", "is a StableDiffusionImg2ImgPipeline, which starts from a picture"),
+        ("transformer", r"has no U-Net \(it is a StableDiffusionPipeline\)"),
+    ],
+)
+def test_a_base_that_does_not_draw_from_words_alone_is_refused_by_check_and_run(pictures, unsuited, name, message):
+    report = found(pictures, pretrained_model_name_or_path=str(unsuited / name))
+    (error,) = report.errors
+    assert re.search(message, error) and "\n" not in error
+    own = {"instance_data_dir": str(pictures), "instance_prompt": "a photo of sks teddy"}
+    with pytest.raises(ValueError, match=message):
+        customize(TrainConfig(**own, pretrained_model_name_or_path=str(unsuited / name), max_train_steps=1))
+    assert not Path("out").exists()
+
+
+def test_so_is_one_that_is_known_when_it_is_loaded(unsuited):
+    refuse_pipeline(StableDiffusionPipeline.from_pretrained(unsuited / "text"), "text")
+    for name, message in (("inpainting", "sees 9 channels"), ("variation", "starts from a picture")):
+        with pytest.raises(ValueError, match=message):
+            refuse_pipeline(DiffusionPipeline.from_pretrained(unsuited / name), name)
 
 
 def test_the_real_cost_is_measured_and_nothing_is_left(pictures, tmp_path):

@@ -103,7 +103,7 @@ def default_prompts(model: str) -> list[str]:
     """Those that the embedded base was judged by, or plain ones."""
     if not bases.is_embedded(model):
         return list(PLAIN_PROMPTS)
-    return (bases.assets() / "tiny-sd" / "prompts.txt").read_text().splitlines()[:OWN_PROMPTS]
+    return (bases.assets() / "tiny-sd" / "prompts.txt").read_text("utf-8").splitlines()[:OWN_PROMPTS]
 
 
 def recorded(pipe: object, drawings: list[Drawing], sampling: Sampling) -> tuple[list[Call], list[Image.Image]]:

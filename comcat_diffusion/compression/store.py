@@ -98,7 +98,7 @@ def _read(folder: Path) -> tuple[dict, Plan, dict[str, torch.Tensor]]:
     if not (folder / PLAN).is_file():
         raise ValueError(f"{folder} holds no compressed model: it has no {PLAN}.")
     try:
-        whole = json.loads((folder / PLAN).read_text())
+        whole = json.loads((folder / PLAN).read_text("utf-8"))
         described, sha256, text = whole["model"], whole["sha256"], json.dumps(whole["plan"])
         described["library"], described["class"], described["config"], described["attention"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

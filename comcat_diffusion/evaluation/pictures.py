@@ -80,7 +80,7 @@ def _training_folders(config: EvaluateConfig, chosen: Sequence[Chosen]) -> Itera
 
 def _folders_of(settings: Path) -> list[str]:
     try:
-        told = tomllib.loads(settings.read_text())
+        told = tomllib.loads(settings.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError):
         return []
     found = [table.get("instance_data_dir") for table in (told, *told.get("subjects", ()))]

@@ -48,7 +48,7 @@ class Seen:
 @functools.cache
 def embedded_world() -> World:
     """The world of the embedded base, from the file beside its weights."""
-    told = json.loads((bases.assets() / "tiny-sd" / "world.json").read_text())
+    told = json.loads((bases.assets() / "tiny-sd" / "world.json").read_text("utf-8"))
     colours = {name: tuple(colour) for name, colour in told["backgrounds"].items()}
     return World(colours, told["places"], told["sizes"])
 

@@ -55,7 +55,7 @@ class SamplingSettings(Group):
     """How pictures are drawn"""
 
     negative_prompt: str | None = option(None, "What not to draw.")
-    seed: int = option(0, "First seed. The same seed gives the same picture, whatever the batch size.")
+    seed: int = option(0, "First seed. The same seed gives a machine the same picture, whatever the batch size.")
     num_inference_steps: int = option(25, "Denoising steps.")
     guidance_scale: float | None = option(
         None, "Classifier-free guidance; 1 turns it off. Default: 7.5, on the embedded base 2."

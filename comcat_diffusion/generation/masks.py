@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from comcat_diffusion.adapters.regions import checked_mask, refuse_other_shape
+from comcat_diffusion.training.images import PictureError, read_layer
 
 
 def asked_regions(texts: Sequence[str], adapters: Sequence[Path]) -> dict[int, Image.Image]:
@@ -28,9 +29,8 @@ def asked_regions(texts: Sequence[str], adapters: Sequence[Path]) -> dict[int, I
 
 def _read(name: str, path: Path) -> Image.Image:
     try:
-        with Image.open(path) as opened:
-            mask = opened.convert("L")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"--region: {path} cannot be read as a picture.") from error
+        mask = read_layer(path)
+    except PictureError as error:
+        raise ValueError(f"--region: {error}") from error
     refuse_other_shape(name, checked_mask(name, mask), 1, 1)  # what is drawn here is square
     return mask

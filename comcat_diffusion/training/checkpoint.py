@@ -1,8 +1,8 @@
 """Checkpoints that a run can be trusted to: whole or not there, checked when read, and of the same settings.
 
 `checkpoints/checkpoint-N/` holds what Accelerate saves of optimizer, schedule and scaler, the learned tensors in full
-precision, the adapter file as the run would leave it then, and `checkpoint.json` with the step, the settings and the
-hash of every file.
+precision, the adapter file as the run would leave it then, and `checkpoint.json` with the step, the settings, what was
+learned from (see sources.py), the number of threads and the hash of every file.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from torch import nn
 from comcat_diffusion import atomic
 from comcat_diffusion.training.config import BESIDE, STEADY_SCHEDULES, TrainConfig
 from comcat_diffusion.training.learned import Ema
+from comcat_diffusion.training.sources import PLACES, Sources, changed
 
 RECORD = "checkpoint.json"
 
@@ -31,14 +32,15 @@ class Checkpoints:
     def __init__(
         self,
         config: TrainConfig,
-        pictures: str,
+        learned_from: Sources,
         accelerator: Accelerator,
         parameters: dict[str, nn.Parameter],
         ema: Ema,
     ):
         self.folder, self.limit = Path(config.output_dir).expanduser() / "checkpoints", config.checkpoints_total_limit
         # The rate's course is counted in steps of all processes, so their number is a setting too.
-        self.settings = settings_of(config) | {"pictures": pictures, "processes": accelerator.num_processes}
+        self.settings = settings_of(config) | {"processes": accelerator.num_processes}
+        self.sources = learned_from
         self.accelerator, self.parameters, self.ema = accelerator, parameters, ema
         # The base is not Accelerate's to save: all that changes is in `parameters`.
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
@@ -78,19 +80,21 @@ class Checkpoints:
             if self.ema.mean:
                 save_file({k: v.cpu().contiguous() for k, v in self.ema.tensors().items()}, folder / "ema.safetensors")
             write_adapter(folder, step)
-            record = {"step": step, "settings": self.settings, "files": _digests(folder)}
-            (folder / RECORD).write_text(json.dumps(record, indent=1))
+            record = {"step": step, "settings": self.settings, "sources": self.sources}
+            record |= {"threads": torch.get_num_threads(), "files": _digests(folder)}
+            (folder / RECORD).write_text(json.dumps(record, indent=1), "utf-8")
             _flush(folder)
 
     def _bytes(self) -> int:
         """Of what is learned, of AdamW's two moments of it, and of its running mean."""
         return (4 if self.ema.mean else 3) * sum(p.nbytes for p in self.parameters.values())
 
-    def resume(self, asked: str) -> int:
+    def resume(self, asked: str, note: Callable[[str], None]) -> int:
         """Put everything back as it was at a checkpoint (a folder, or "latest"); returns its step.
 
-        Raises ValueError or FileNotFoundError for a missing or damaged one, naming the last good one, and for settings
-        that are not those of the run, naming them.
+        `note` is told of a number of threads that is not the run's. Raises ValueError or FileNotFoundError for a
+        missing or damaged one, naming the last good one, and for settings, pictures or a base that are not those of the
+        run, naming them.
         """
         folder = self._latest() if asked == "latest" else Path(asked).expanduser()
         problem = damage(folder)
@@ -98,8 +102,15 @@ class Checkpoints:
             good = [path for path in listed(self.folder) if path != folder and damage(path) is None]
             way_out = f"the last good one is {good[-1]}" if good else "there is no good one: start afresh without it"
             raise ValueError(f"--resume_from_checkpoint: {problem}; {way_out}.")
-        record = json.loads((folder / RECORD).read_text())
-        self._refuse_other_settings(record["settings"])
+        record = json.loads((folder / RECORD).read_text("utf-8"))
+        self._refuse_others(record, folder)
+        threads = torch.get_num_threads()
+        if record["threads"] != threads and self.accelerator.device.type == "cpu":
+            note(
+                f"{folder} was written with {record['threads']} threads and goes on with {threads}: sums are rounded "
+                f"otherwise, so the file will differ in its last bits. OMP_NUM_THREADS={record['threads']} would keep "
+                "them."
+            )
         self.accelerator.load_state(str(folder))
         with torch.no_grad():
             for name, tensor in load_file(folder / "learned.safetensors").items():
@@ -120,14 +131,22 @@ class Checkpoints:
             raise FileNotFoundError(f"--resume_from_checkpoint latest: there is no checkpoint in {self.folder}.")
         return there[-1]
 
-    def _refuse_other_settings(self, saved: dict) -> None:
-        names = sorted(saved.keys() | self.settings.keys())
-        changed = [name for name in names if saved.get(name) != self.settings.get(name)]
-        if changed:
-            told = ", ".join(f"{name} (was {saved.get(name)}, is {self.settings.get(name)})" for name in changed[:5])
+    def _refuse_others(self, record: dict, folder: Path) -> None:
+        """Raise ValueError for settings, pictures or a base that are not those of a checkpoint, naming them."""
+        if "sources" not in record:
             raise ValueError(
-                f"--resume_from_checkpoint: the settings have changed: {told}. Give the same ones, or start from the "
-                "weights alone with --init_adapter."
+                f"--resume_from_checkpoint: {folder} is of an earlier version; start from its weights with "
+                "--init_adapter."
+            )
+        saved = record["settings"]
+        names = sorted(saved.keys() | self.settings.keys())
+        other = [name for name in names if saved.get(name) != self.settings.get(name)]
+        told = [f"{name} (was {saved.get(name)}, is {self.settings.get(name)})" for name in other[:5]]
+        told += changed(record["sources"], self.sources)
+        if told:
+            raise ValueError(
+                f"--resume_from_checkpoint: what is learned has changed: {', '.join(told)}. Give the same again, or "
+                "start from the weights alone with --init_adapter."
             )
 
     def _prune(self) -> None:
@@ -137,10 +156,12 @@ class Checkpoints:
 
 
 def settings_of(config: TrainConfig) -> dict:
-    """The settings that decide what is learned, as JSON holds them."""
+    """The settings that decide what is learned, as JSON holds them; where it lies does not."""
     longer = config.lr_scheduler in STEADY_SCHEDULES and config.max_bytes is None  # nothing hangs on the last step
-    beside = set(BESIDE) | ({"max_train_steps"} if longer else set())
-    return json.loads(json.dumps({name: value for name, value in asdict(config).items() if name not in beside}))
+    beside = {*BESIDE, *PLACES, *(("max_train_steps",) if longer else ())}
+    found = {name: value for name, value in asdict(config).items() if name not in beside}
+    found["subjects"] = [{n: v for n, v in one.items() if n not in PLACES} for one in found["subjects"]]
+    return json.loads(json.dumps(found))
 
 
 def listed(folder: Path) -> list[Path]:
@@ -160,7 +181,7 @@ def damage(folder: Path) -> str | None:
     if not folder.is_dir():
         return f"there is no checkpoint {folder}"
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = json.loads((folder / RECORD).read_text("utf-8"))
         files = record["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{folder} has no readable {RECORD}"

@@ -12,6 +12,7 @@ from comcat_diffusion.config import (
     require_finite,
     require_seed,
 )
+from comcat_diffusion.training.names import shown
 from comcat_diffusion.words import places
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -23,13 +24,22 @@ KINDS = {"tied": 1e-2, "foldable": 1e-2, "free": 3e-3}  # with the learning rate
 BESIDE = (
     "output_dir", "name", "overwrite", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
     "validation_prompt", "num_validation_images", "validation_steps", "skip_final_inference", "report_to",
-    "cache_dir", "save_precision", "thumbnail",
+    "cache_dir", "save_precision", "thumbnail", "skip_broken",
 )  # fmt: skip
 
 
 def _require_said(prompt: str | None) -> None:
     said = prompt is None or bool(prompt.strip())
     require(said, "--instance_prompt is empty: say what the pictures show, like 'a photo of sks dog'.")
+
+
+def _require_text(settings: object) -> None:
+    """Raise ValueError, naming the flag, for a name or a text that run.toml, which is UTF-8, could not hold."""
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        for text in value if isinstance(value, list) else [value]:
+            told = f"--{item.name} '{shown(str(text))}' is not UTF-8, as the settings of a run are kept: rename it."
+            require(not isinstance(text, str) or text == text.encode("utf-8", "ignore").decode(), told)
 
 
 def _require_word(prompt: str | None, word: str | None, kind: str = "") -> None:
@@ -56,6 +66,7 @@ class SubjectConfig:
             "has a caption, name the --trigger), or name the --trigger and its --class_word.",
         )
         _require_said(self.instance_prompt)
+        _require_text(self)
         for flag in ("trigger", "class_word"):
             word = getattr(self, flag)
             require(word is None or bool(word.strip()), f"--{flag} is empty: write a word, or leave it out.")
@@ -92,8 +103,9 @@ class PictureSettings(Group):
     aspect_ratio_buckets: bool = option(False, "Cut pictures to the nearest of several shapes instead of a square.")
     center_crop: bool = option(True, "Crop the middle; otherwise four random places of every picture.")
     random_flip: bool = option(False, "Also learn from mirrored pictures.")
-    alpha_mask: bool = option(False, "Use the alpha channel as a mask (PICTURE-mask.png files are always used).")
+    alpha_mask: bool = option(False, "Use the alpha channel as a mask (files like PICTURE-mask.png are always used).")
     unmasked_weight: float = option(0.1, "Weight of what the mask leaves out, where the mask has weight 1.")
+    skip_broken: bool = option(False, "Leave out pictures that cannot be read, instead of refusing the folder.")
     cache_dir: str | None = option(None, "Keep latents in this folder, so that the next run starts faster.")
 
     def check(self) -> None:
@@ -250,13 +262,13 @@ class MachineSettings(Group):
 
     mixed_precision: str | None = option(
         None,
-        "Precision of the frozen base. Default: bf16 where the device is fast in it, else no.",
+        "Precision of the frozen base. Default: that of accelerate launch, else bf16 where the device is fast in it.",
         choices=("no", "fp16", "bf16"),
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     allow_tf32: bool = option(False, "Faster, slightly less exact float32 products on recent GPUs.")
     compile: bool = option(False, "Compile the U-Net: a slow first step, then faster ones.")
-    seed: int = option(0, "Seed of everything random; the same seed gives the same file on a CPU.")
+    seed: int = option(0, "Seed of everything random; a CPU makes the same file of it with the same number of threads.")
 
     def check(self) -> None:
         """The seed is one."""
@@ -325,7 +337,8 @@ class TrainConfig(
     """Settings of a training run. Without any, it teaches the sample subject to the embedded base."""
 
     def check(self) -> None:
-        """The groups fit each other."""
+        """The groups fit each other, and can be kept."""
+        _require_text(self)
         for flag, asked in (("prior", self.prior_kind != "none"), ("train_text_encoder", self.train_text_encoder)):
             require(
                 self.everywhere or not asked,

@@ -34,6 +34,13 @@ def sizes(resolution: int, buckets: bool, multiple: int) -> list[tuple[int, int]
     return generate_aspect_ratio_buckets(resolution, divisibility=multiple)
 
 
+def fitted(size: tuple[int, int], options: list[tuple[int, int]]) -> tuple[tuple[int, int], float]:
+    """(the option nearest in shape to a picture of this width and height, the scale at which the picture fills it)."""
+    width, height = size
+    option = options[find_nearest_bucket(height, width, options)]
+    return option, max(option[0] / height, option[1] / width)
+
+
 def cuts(
     picture: Image.Image,
     mask: Image.Image | None,
@@ -43,8 +50,7 @@ def cuts(
     rng: random.Random,
 ) -> list[Cut]:
     """The picture at the nearest size: its middle, or random places where there is room, and their mirror images."""
-    height, width = options[find_nearest_bucket(picture.height, picture.width, options)]
-    scale = max(height / picture.height, width / picture.width)
+    (height, width), scale = fitted(picture.size, options)
     resized = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
     spare = (resized[0] - width, resized[1] - height)
     corners = [(spare[0] // 2, spare[1] // 2)]

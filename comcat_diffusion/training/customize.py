@@ -5,17 +5,15 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory
@@ -25,19 +23,23 @@ from comcat_diffusion.adapters.terms import read_contents
 from comcat_diffusion.adapters.token import words_of
 from comcat_diffusion.config import to_toml
 from comcat_diffusion.memory import hold, put_away
-from comcat_diffusion.training import learned, output
+from comcat_diffusion.training import learned, output, suitable
 from comcat_diffusion.training.batching import Batching
 from comcat_diffusion.training.checkpoint import Checkpoints, last_good
 from comcat_diffusion.training.config import KINDS, TrainConfig
-from comcat_diffusion.training.dataset import Dataset, read_dataset, remarks
-from comcat_diffusion.training.encode import Material, encode_all, tiny
+from comcat_diffusion.training.crops import sizes
+from comcat_diffusion.training.dataset import Dataset, read_dataset
+from comcat_diffusion.training.encode import Material, encode_all
 from comcat_diffusion.training.initial import with_initial
 from comcat_diffusion.training.judge import Judge
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import Loop, NotFinite, Step
 from comcat_diffusion.training.objective import Objective
+from comcat_diffusion.training.precision import launched_precision, refuse_precision, with_precision
 from comcat_diffusion.training.preview import Preview
 from comcat_diffusion.training.prior import ClassPictures, Teacher
+from comcat_diffusion.training.remarks import look_over, small_doubts
+from comcat_diffusion.training.sources import sketch, sources
 from comcat_diffusion.training.wording import cut_off, well_known
 from comcat_diffusion.words import Subject
 
@@ -94,17 +96,24 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
     """
     watcher = watcher or Silent()
     # Everything that can be wrong with the input is looked at before the base, which is big, is loaded.
+    asked = config
     config = with_precision(with_sample(config))
+    suitable.refuse_folder(config)
     dataset = read_dataset(config)
     config = with_initial(config, dataset.subjects)
+    output.planned(config, dataset.subjects)
+    dataset, found = look_over(config, dataset)
+    if found.errors:
+        more = f" There are {len(found.errors) - 1} more: comcat validate lists them." if found.errors[1:] else ""
+        raise ValueError(found.errors[0] + more)
     target = output.target_of(config, dataset.subjects)
-    for _, text in remarks(dataset):
+    for text in (*launched_precision(asked), *found.facts, *found.doubts):
         watcher.note(text)
     # Accelerate owns the device, the precision and the processes.
     accelerator = _accelerator(config)
     try:
         with output.locked(target.parent) if accelerator.is_main_process else nullcontext():
-            outcome, witness = _run(config, dataset, target, accelerator, watcher)
+            outcome, witness = _run(config, dataset, found.sizes, target, accelerator, watcher)
             accelerator.free_memory()
             free_memory()  # the trained base is gone by now, so a fresh one needs no more room than it did
             if witness is not None:
@@ -117,11 +126,20 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
 
 
 def _run(
-    config: TrainConfig, dataset: Dataset, target: Path, accelerator: Accelerator, watcher: Watcher
+    config: TrainConfig,
+    dataset: Dataset,
+    picture_sizes: Mapping[Path, tuple[int, int]],
+    target: Path,
+    accelerator: Accelerator,
+    watcher: Watcher,
 ) -> tuple[Outcome, output.Witness | None]:
     """All but the proof, which the main process gets a witness for."""
     pipe = bases.asked_base(config, "fp32")
-    config = _resolved(config, pipe, dataset)
+    suitable.refuse_pipeline(pipe, config.pretrained_model_name_or_path)
+    config, base = _resolved(config, pipe, dataset), sketch(pipe)
+    options = sizes(config.resolution, config.aspect_ratio_buckets, bases.grain(pipe))
+    for text in small_doubts(picture_sizes, options, config.resolution):
+        watcher.note(text)
 
     # Pictures and prompts are encoded once, by the bare base, each part on the accelerator for as long as it works; so
     # a GPU never holds more than a step needs. The adapter starts as exactly nothing, so the first step is taken from
@@ -133,8 +151,7 @@ def _run(
     put_away(pipe.vae.parameters())
     learned.prepare(config, pipe, dataset.subjects)
     prompts = [*material.prompts, *config.validation_prompt, ""]
-    doubts = cut_off(pipe.tokenizer, prompts), well_known(pipe.tokenizer, dataset.subjects)
-    for text in (*chain(*doubts), *tiny(material.crops, config.resolution)):
+    for text in (*cut_off(pipe.tokenizer, prompts), *well_known(pipe.tokenizer, dataset.subjects)):
         watcher.note(text)
     train_text = config.train_text_encoder or bool(words_of(pipe))
     learner = Learner(pipe, prompts, train_text, accelerator.device)
@@ -144,8 +161,9 @@ def _run(
     loop = _loop(config, pipe, learner, material, objective, accelerator)
     parameters = learned.learned(learner)
     ema = learned.Ema(list(parameters.values()), config.ema_decay if config.use_ema else None)
-    checkpoints = Checkpoints(config, dataset.digest, accelerator, parameters, ema)
-    done = checkpoints.resume(config.resume_from_checkpoint) if config.resume_from_checkpoint else 0
+    learned_from = sources(config, dataset, material.class_examples, base)
+    checkpoints = Checkpoints(config, learned_from, accelerator, parameters, ema)
+    done = checkpoints.resume(config.resume_from_checkpoint, watcher.note) if config.resume_from_checkpoint else 0
     count = sum(p.numel() for p in parameters.values())
     for subject in dataset.subjects:
         pictures = sum(example.subject == subject for example in dataset.examples)
@@ -161,7 +179,8 @@ def _run(
     if not config.resume_from_checkpoint:
         checkpoints.forget()
     if accelerator.is_main_process:
-        atomic.write_bytes(target.parent / "run.toml", to_toml(config).encode())
+        circumstances = f"# Circumstances: device {accelerator.device.type}, threads {torch.get_num_threads()}.\n"
+        atomic.write_bytes(target.parent / "run.toml", (circumstances + to_toml(config)).encode())
     metrics = target.parent / "metrics.jsonl"
     judge.remember(_lines(metrics, done))
     write = _metrics(metrics, done, accelerator)
@@ -218,30 +237,15 @@ def with_sample(config: TrainConfig) -> TrainConfig:
     if config.instance_data_dir is not None or config.subjects:
         return config
     folder = bases.assets() / "subject"
+    sample = (folder / "sample.txt").read_text("utf-8").splitlines()
     own = config.instance_prompt is not None
     return replace(
         config,
         instance_data_dir=str(folder / "train"),
-        instance_prompt=config.instance_prompt or (folder / "prompt.txt").read_text().strip(),
+        instance_prompt=config.instance_prompt or (folder / "prompt.txt").read_text("utf-8").strip(),
         # The embedded base draws best what it is told everything of: where the thing is, how large and on what.
-        validation_prompt=config.validation_prompt or ([] if own else (folder / "sample.txt").read_text().splitlines()),
+        validation_prompt=config.validation_prompt or ([] if own else sample),
     )
-
-
-def with_precision(config: TrainConfig) -> TrainConfig:
-    """The settings, with the precision that suits the device where none is named."""
-    gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")  # as Accelerate will see it
-    base = config.pretrained_model_name_or_path or bases.EMBEDDED
-    suits = "bf16" if bases.suits_bf16("cuda" if gpu else "cpu", base) else "no"
-    return replace(config, mixed_precision=config.mixed_precision or suits)
-
-
-def refuse_precision(config: TrainConfig) -> None:
-    """Raise ValueError for a precision that the device does not have."""
-    if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
-        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use no or bf16.")
-    if config.mixed_precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise ValueError("--mixed_precision bf16 is not supported by this GPU; use fp16.")
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -337,7 +341,7 @@ def _loop(
 
 def _lines(path: Path, done: int) -> list[dict]:
     """What a resumed run wrote up to the step that it goes on from; a line that a full disk cut short is none."""
-    lines = path.read_text().rpartition("\n")[0].splitlines() if done and path.exists() else []
+    lines = path.read_text("utf-8").rpartition("\n")[0].splitlines() if done and path.exists() else []
     return [record for record in map(json.loads, lines) if record["step"] <= done]
 
 
@@ -350,7 +354,7 @@ def _metrics(path: Path, done: int, accelerator: Accelerator) -> Callable[[dict]
     def write(record: dict) -> None:
         if record:
             line = json.dumps({name: v for name, v in record.items() if v is not None}) + "\n"
-            with atomic.writing(path, len(line)), path.open("a") as file:
+            with atomic.writing(path, len(line)), path.open("a", encoding="utf-8") as file:
                 file.write(line)
 
     return write

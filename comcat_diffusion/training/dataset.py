@@ -1,14 +1,15 @@
 """What is to be learned: the pictures of every subject with their prompts, read and checked before a base is loaded."""
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
 from comcat_diffusion.training import folder, images
 from comcat_diffusion.training.config import SubjectConfig, TrainConfig
+from comcat_diffusion.training.names import shown
 from comcat_diffusion.words import Subject, calls, subject_of
 
 
@@ -22,6 +23,20 @@ class Example:
     mask: Path | None = None
     alpha_mask: bool = False
     repeats: int = 1
+    captioned: bool = False  # or the prompt is that of all the subject's pictures
+
+    @property
+    def name(self) -> str:
+        """The picture's name as it is shown, the same wherever its folder lies and whichever system wrote it."""
+        return shown(self.path.name)
+
+    @property
+    def digest(self) -> str:
+        """A hash over picture, mask, prompt and repeats: what a resumed run must have the same of."""
+        digest = hashlib.sha256(f"{self.name} {self.prompt} {self.repeats} ".encode())
+        for path in filter(None, (self.path, self.mask)):
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
 
     def read(self) -> tuple[Image.Image, Image.Image | None, list[str]]:
         """The picture, its mask, and what had to be done to it. Raises ValueError, naming the file."""
@@ -39,21 +54,18 @@ class Dataset:
     held_out: tuple[Example, ...]
     subjects: tuple[Subject, ...]
     ignored: dict[str, str]
+    doubts: tuple[str, ...] = ()  # of the folders' files
 
-    @property
-    def digest(self) -> str:
-        """A hash over pictures, masks and prompts: what a resumed run must have the same of."""
-        digest = hashlib.sha256()
-        for example in (*self.examples, *self.held_out):
-            digest.update(f"{example.prompt} {example.repeats} ".encode())
-            for path in filter(None, (example.path, example.mask)):
-                digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()
+    def without(self, left_out: Iterable[Path]) -> "Dataset":
+        """All but the pictures of these paths."""
+        gone = set(left_out)
+        examples, held_out = (tuple(e for e in kept if e.path not in gone) for kept in (self.examples, self.held_out))
+        return replace(self, examples=examples, held_out=held_out)
 
 
 def read_dataset(config: TrainConfig) -> Dataset:
-    """List the examples of all subjects; pictures are opened by `remarks` and later. Raises ValueError or OSError."""
-    examples, subjects, ignored = [], [], {}
+    """List the examples of all subjects; pictures are opened by `look_over` and later. Raises ValueError or OSError."""
+    examples, subjects, ignored, doubts = [], [], {}, []
     for one in config.all_subjects():
         subject = subject_of(one.prompt or one.trigger, one.trigger, one.class_word)
         if subject.trigger in {other.trigger for other in subjects}:
@@ -62,25 +74,27 @@ def read_dataset(config: TrainConfig) -> Dataset:
         own = [_example(shot, one, subject, config) for shot in found.shots]
         if not any(calls(example.prompt, subject) for example in own):
             raise ValueError(
-                f"No caption in {one.instance_data_dir} contains '{subject.trigger}': nothing would be learned of it. "
-                "Write it into them, or take them out to learn from the --instance_prompt alone."
+                f"No caption in {shown(one.instance_data_dir)} contains '{subject.trigger}': nothing would be learned "
+                "of it. Write it into them, or take them out to learn from the --instance_prompt alone."
             )
         examples += own
         ignored |= found.ignored
+        doubts += found.doubts
         subjects.append(subject)
     examples, held_out = _split(config, examples)
     if config.validation_data_dir:
         one = config.all_subjects()[0]
         found = folder.find(config.validation_data_dir)
         held_out += [_example(shot, one, subjects[0], config) for shot in found.shots]
-    return Dataset(tuple(examples), tuple(held_out), tuple(subjects), ignored)
+        doubts += found.doubts
+    return Dataset(tuple(examples), tuple(held_out), tuple(subjects), ignored, tuple(doubts))
 
 
 def _example(shot: folder.Shot, one: SubjectConfig, subject: Subject, config: TrainConfig) -> Example:
     prompt = shot.caption or one.prompt
     if not prompt:
-        raise ValueError(f"{shot.path} has no caption and there is no --instance_prompt: write one of the two.")
-    return Example(shot.path, prompt, subject, shot.mask, config.alpha_mask, one.repeats)
+        raise ValueError(f"{shown(shot.path)} has no caption and there is no --instance_prompt: write one of the two.")
+    return Example(shot.path, prompt, subject, shot.mask, config.alpha_mask, one.repeats, bool(shot.caption))
 
 
 def _split(config: TrainConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -93,7 +107,7 @@ def _split(config: TrainConfig, examples: list[Example]) -> tuple[list[Example],
             f"--validation_fraction {config.validation_fraction} of {len(examples)} pictures leaves {count} to judge "
             f"by and {len(examples) - count} to learn from: choose another one or name a --validation_data_dir."
         )
-    names = sorted(examples, key=lambda e: hashlib.sha256(f"{config.seed} {e.path.name}".encode()).digest())
+    names = sorted(examples, key=lambda e: hashlib.sha256(f"{config.seed} {e.name}".encode()).digest())
     kept_out = {example.path for example in names[:count]}
     learned, judged = [e for e in examples if e.path not in kept_out], [e for e in examples if e.path in kept_out]
     for subject in {e.subject for e in judged} - {e.subject for e in learned}:
@@ -102,30 +116,3 @@ def _split(config: TrainConfig, examples: list[Example]) -> tuple[list[Example],
             "another one, or name a --validation_data_dir."
         )
     return learned, judged
-
-
-def remarks(dataset: Dataset, stop: bool = True) -> Iterator[tuple[str, str]]:
-    """What a person should know of their data: ("note" or "error", a sentence). Opens every picture.
-
-    Raises ValueError at the first picture that cannot be used, or, without `stop`, yields it and goes on.
-    """
-    for name, reason in dataset.ignored.items():
-        yield "note", f"Left aside: {name} ({reason})."
-    seen = {}
-    for example in (*dataset.examples, *dataset.held_out):
-        name = example.path.name
-        try:
-            picture, _, notes = example.read()
-        except ValueError as error:
-            if stop:
-                raise
-            yield "error", str(error)
-            continue
-        yield from (("note", f"{name}: {note}.") for note in notes)
-        digest = hashlib.sha256(picture.tobytes()).digest()
-        if digest in seen:
-            yield "note", f"{name} shows the same as {seen[digest]}: it only counts twice."
-        seen.setdefault(digest, name)
-        trigger = example.subject.trigger
-        if not calls(example.prompt, example.subject):
-            yield "note", f"The caption of {name} does not contain '{trigger}': it teaches nothing of the subject."

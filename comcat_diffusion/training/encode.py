@@ -4,7 +4,7 @@ Letters: C latent channels, h x w latent size, B batch.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from comcat_diffusion.training.class_pictures import class_pictures, class_promp
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.crops import Cut, cuts, sizes
 from comcat_diffusion.training.dataset import Dataset, Example
+from comcat_diffusion.training.names import shown
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,6 @@ class Crop:
         return self.mean + self.std * torch.randn(self.mean.shape, generator=generator)
 
 
-SMALL = 0.5  # below this share of the training resolution a picture is called tiny
-
-
 @dataclass(frozen=True)
 class Material:
     """Everything encoded: what is learned, what it is judged by, and the class that is to stay as it is."""
@@ -49,6 +47,7 @@ class Material:
     held_out: list[Crop]
     class_crops: list[Crop]
     class_prompts: dict[str, str]  # the class prompt that goes with each prompt
+    class_examples: Sequence[Example] = ()  # what the class crops were cut from
 
     @property
     def prompts(self) -> list[str]:
@@ -73,14 +72,8 @@ def encode_all(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset, n
         encode(config, pipe.vae, dataset.held_out, options, cache),
         encode(config, pipe.vae, class_examples, square, cache),
         class_prompts,
+        class_examples,
     )
-
-
-def tiny(crops: Sequence[Crop], resolution: int) -> Iterator[str]:
-    """A sentence for every picture that is far smaller than what is trained on."""
-    for name, (high, wide) in {crop.name: crop.frame[:2] for crop in crops}.items():
-        if min(high, wide) < resolution * SMALL:
-            yield f"{name} is tiny ({wide} x {high} for {resolution} pixels): details will be soft."
 
 
 def encode(
@@ -90,16 +83,23 @@ def encode(
     crops = []
     for example in examples:
         picture, mask, _ = example.read()
-        rng = random.Random(f"{config.seed} {example.path.name}")
+        rng = random.Random(f"{config.seed} {example.name}")
         for cut in cuts(picture, mask, sizes, config.center_crop, config.random_flip, rng):
             found = cache.find(cut.image) or cache.keep(cut.image, posterior(vae, images.to_tensor([cut.image])))
             mean, std = found["mean"], found["std"]
             if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
-                raise ValueError(f"The VAE gives latents of {example.path} that are no numbers; encode in fp32.")
+                raise ValueError(f"The VAE gives latents of {shown(example.path)} that are no numbers; encode in fp32.")
             frame = (*cut.original, *cut.corner, *cut.size)
-            weight = weight_map(cut, mean.shape[-2:], config.unmasked_weight) if cut.mask else None
-            crops.append(Crop(mean, std, example.prompt, example.path.name, frame, weight, example.repeats))
+            weight = _weight(cut, mean.shape[-2:], config, example) if cut.mask else None
+            crops.append(Crop(mean, std, example.prompt, example.name, frame, weight, example.repeats))
     return crops
+
+
+def _weight(cut: Cut, size: tuple[int, int], config: TrainConfig, example: Example) -> torch.Tensor:
+    try:
+        return weight_map(cut, size, config.unmasked_weight)
+    except ValueError as error:
+        raise ValueError(f"{shown(example.path)}: {error}") from error
 
 
 def weight_map(cut: Cut, size: tuple[int, int], unmasked_weight: float) -> torch.Tensor:
@@ -111,7 +111,7 @@ def weight_map(cut: Cut, size: tuple[int, int], unmasked_weight: float) -> torch
     share = interpolate(shown, size=tuple(size), mode="area")[0]
     weight = share + (1 - share) * unmasked_weight
     if weight.mean() <= 0:
-        raise ValueError("A mask is black wherever its picture is cut: nothing would be learned from it.")
+        raise ValueError("its mask is black wherever the picture is cut: nothing would be learned from it.")
     return weight / weight.mean()
 
 

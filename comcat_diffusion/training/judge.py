@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
@@ -106,6 +107,7 @@ class Judge:
         """What the file of a step tells its user."""
         config, first = self.config, self.subjects[0]
         training = {"resolution": config.resolution, "steps": step, "seed": config.seed, "pictures": self.pictures}
+        training["threads"] = torch.get_num_threads()  # the same seed gives the same file with as many
         others = [{"trigger": s.trigger, "class_word": s.class_word} for s in self.subjects[1:]]
         prompt = config.all_subjects()[0].prompt or first.phrase
         return Notes(first.trigger, prompt, first.class_word, training, others)

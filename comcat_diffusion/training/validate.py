@@ -6,25 +6,20 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.training_utils import find_nearest_bucket
 from transformers import CLIPTokenizer
 
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.store import expected_shapes
+from comcat_diffusion.training import suitable
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
-from comcat_diffusion.training.crops import sizes
-from comcat_diffusion.training.customize import (
-    Silent,
-    customize,
-    default_batch,
-    refuse_precision,
-    with_precision,
-    with_sample,
-)
-from comcat_diffusion.training.dataset import Dataset, read_dataset, remarks
+from comcat_diffusion.training.crops import fitted, sizes
+from comcat_diffusion.training.customize import Silent, customize, default_batch, with_sample
+from comcat_diffusion.training.dataset import Dataset, read_dataset
 from comcat_diffusion.training.initial import with_initial
 from comcat_diffusion.training.learned import adapter_config, awaited
 from comcat_diffusion.training.output import planned
+from comcat_diffusion.training.precision import launched_precision, refuse_precision, with_precision
+from comcat_diffusion.training.remarks import Remarks, look_over, small_doubts
 from comcat_diffusion.training.wording import cut_off, well_known
 
 MEASURED_STEPS = 3  # the first one warms up and does not count
@@ -48,16 +43,17 @@ def validate(config: ValidateConfig) -> Report:
     except (ValueError, OSError) as error:
         report.errors.append(str(error))
         return report
-    report.facts += _data_facts(dataset)
+    dataset, found = look_over(config, dataset)
+    report.facts += [*_data_facts(dataset), *launched_precision(config), *found.facts]
+    report.doubts += found.doubts
     try:
         config = with_initial(config, dataset.subjects)
     except ValueError as error:
         report.errors.append(str(error))
-    report.errors += _refusals(config, dataset)
-    for kind, text in remarks(dataset, stop=False):
-        (report.errors if kind == "error" else report.doubts).append(text)
+    report.errors += [*_refusals(config, dataset), *found.errors]
     try:
         folder = bases.config_folder(config)
+        suitable.refuse_configurations(folder, config.pretrained_model_name_or_path or bases.EMBEDDED)
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
@@ -71,6 +67,8 @@ def validate(config: ValidateConfig) -> Report:
     batch = config.train_batch_size or default_batch(native, len(dataset.examples))
     config = replace(config, train_batch_size=batch, resolution=config.resolution or native)
     divisible = 2 ** (levels - 1 + len(unet.config.block_out_channels) - 1)
+    options = sizes(config.resolution, config.aspect_ratio_buckets, divisible)
+    report.doubts += small_doubts(found.sizes, options, config.resolution)
     if config.resolution % divisible:
         report.errors.append(f"--resolution {config.resolution} must be a multiple of {divisible} for this base.")
     try:
@@ -80,7 +78,7 @@ def validate(config: ValidateConfig) -> Report:
     report.facts += _pace_facts(config, dataset)
     report.doubts += _pace_doubts(config, dataset)
     if config.aspect_ratio_buckets and not report.errors:
-        report.doubts += _bucket_doubts(config, dataset, sizes(config.resolution, True, divisible))
+        report.doubts += _bucket_doubts(config, dataset, found, options)
     if config.measure and not report.errors:
         report.facts += _measured(config)
     return report
@@ -132,11 +130,12 @@ def _pace_doubts(config: TrainConfig, dataset: Dataset) -> Iterator[str]:
         yield f"--lr_warmup_steps {config.lr_warmup_steps} is more than half of the run."
 
 
-def _bucket_doubts(config: TrainConfig, dataset: Dataset, options: list[tuple[int, int]]) -> Iterator[str]:
+def _bucket_doubts(
+    config: TrainConfig, dataset: Dataset, found: Remarks, options: list[tuple[int, int]]
+) -> Iterator[str]:
     filled: dict[tuple[int, int], int] = {}
     for example in dataset.examples:
-        picture = example.read()[0]
-        size = options[find_nearest_bucket(picture.height, picture.width, options)]
+        size, _ = fitted(found.sizes[example.path], options)
         filled[size] = filled.get(size, 0) + example.repeats
     for (high, wide), count in filled.items():
         if count < config.train_batch_size:
