@@ -26,6 +26,7 @@ from comcat_diffusion.export.config import (
 )
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
+from comcat_diffusion.training.named import with_words
 from comcat_diffusion.ui.config import UiConfig
 
 if typing.TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _quiet() -> None:
 
 def train(parsed: argparse.Namespace) -> int:
     """Learn a subject from a folder of pictures."""
-    config = from_arguments(TrainConfig, parsed)
+    config = from_arguments(TrainConfig, with_words(parsed))
     _quiet()
     from comcat_diffusion.training.customize import customize
 
@@ -99,7 +100,7 @@ def train(parsed: argparse.Namespace) -> int:
 
 def validate(parsed: argparse.Namespace) -> int:
     """Look a training run over before it starts."""
-    config = from_arguments(ValidateConfig, parsed)
+    config = from_arguments(ValidateConfig, with_words(parsed))
     _quiet()
     from comcat_diffusion.training.validate import validate
 
