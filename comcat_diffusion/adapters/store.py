@@ -13,12 +13,13 @@ from torch import nn
 from comcat_diffusion import atomic
 from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.fingerprint import difference, fingerprint, other_weights
+from comcat_diffusion.adapters.fingerprint import fingerprint
 from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes, read_adapter
 from comcat_diffusion.adapters.layer import factor_shapes
 from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors, of_pattern
 from comcat_diffusion.adapters.packing import unpack
 from comcat_diffusion.adapters.parts import components, denoiser
+from comcat_diffusion.adapters.same_base import difference, other_weights
 from comcat_diffusion.adapters.tied import gathered, scattered, sides_of, tied_shapes
 from comcat_diffusion.adapters.token import ENCODERS, put_token, refuse_token
 from comcat_diffusion.adapters.trigger import listen

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from comcat_diffusion.adapters.regions import checked_mask, refuse_other_shape
+from comcat_diffusion.adapters.proportions import refuse_other_shape
 
 
 def asked_regions(texts: Sequence[str], adapters: Sequence[Path]) -> dict[int, Image.Image]:
@@ -32,5 +33,5 @@ def _read(name: str, path: Path) -> Image.Image:
             mask = opened.convert("L")
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"--region: {path} cannot be read as a picture.") from error
-    refuse_other_shape(name, checked_mask(name, mask), 1, 1)  # what is drawn here is square
+    refuse_other_shape(name, np.asarray(mask), 1, 1)  # what is drawn here is square
     return mask

@@ -44,6 +44,19 @@ def sampling_of(config: SamplingSettings, batch_size: int, base: str) -> Samplin
     return Sampling(config.num_inference_steps, guidance, config.negative_prompt, config.resolution, batch_size)
 
 
+def made_by(pipe: DiffusionPipeline, base: str, sampling: Sampling) -> dict:
+    """What a picture says of how it was made, beside its prompt, its seed and its adapters."""
+    return {
+        "negative_prompt": sampling.negative_prompt or "",
+        "num_inference_steps": sampling.num_inference_steps,
+        "guidance_scale": sampling.guidance_scale,
+        "scheduler": type(pipe.scheduler).__name__,
+        "resolution": sampling.resolution,
+        "precision": next(name for name, dtype in bases.PRECISIONS.items() if dtype == pipe.dtype),
+        "base": bases.public_name(base),
+    }
+
+
 def use_sampler(pipe: DiffusionPipeline, name: str | None) -> None:
     """Give a pipeline a sampler of diffusers by name. Raises ValueError if there is none, or it is for other models."""
     if not name:

@@ -28,13 +28,13 @@ from comcat_diffusion.training import learned, output
 from comcat_diffusion.training.batching import Batching
 from comcat_diffusion.training.checkpoint import Checkpoints, last_good
 from comcat_diffusion.training.config import KINDS, TrainConfig
-from comcat_diffusion.training.dataset import Dataset, read_dataset, remarks
+from comcat_diffusion.training.dataset import Dataset, remarks
 from comcat_diffusion.training.encode import Material, encode_all, tiny
-from comcat_diffusion.training.initial import with_initial
 from comcat_diffusion.training.judge import Judge
 from comcat_diffusion.training.learner import Learner, cut_off
 from comcat_diffusion.training.loop import Loop, NotFinite, Step
 from comcat_diffusion.training.objective import Objective
+from comcat_diffusion.training.order import Order, order_of
 from comcat_diffusion.training.preview import Preview
 from comcat_diffusion.training.prior import ClassPictures, Teacher
 from comcat_diffusion.words import Subject
@@ -90,12 +90,14 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
 
     Raises ValueError or OSError for bad input before the first step, NotFinite if the loss or a gradient breaks.
     """
+    return learn(order_of(config), watcher)
+
+
+def learn(order: Order, watcher: Watcher | None = None) -> Outcome:
+    """What is ordered, learned; see `customize`."""
     watcher = watcher or Silent()
     # Everything that can be wrong with the input is looked at before the base, which is big, is loaded.
-    config = with_precision(with_sample(config))
-    dataset = read_dataset(config)
-    config = with_initial(config, dataset.subjects)
-    target = output.target_of(config, dataset.subjects)
+    config, dataset, target = with_precision(order.config), order.dataset, order.target
     for _, text in remarks(dataset):
         watcher.note(text)
     # Accelerate owns the device, the precision and the processes.
@@ -208,21 +210,6 @@ def _run(
             if config.thumbnail and accelerator.is_main_process:
                 judge.save(target, done)
     return Outcome(target, dataset.subjects, done, interrupted, count, judge.sheet), witness
-
-
-def with_sample(config: TrainConfig) -> TrainConfig:
-    """The settings, with the sample subject where no pictures are named."""
-    if config.instance_data_dir is not None or config.subjects:
-        return config
-    folder = bases.assets() / "subject"
-    own = config.instance_prompt is not None
-    return replace(
-        config,
-        instance_data_dir=str(folder / "train"),
-        instance_prompt=config.instance_prompt or (folder / "prompt.txt").read_text().strip(),
-        # The embedded base draws best what it is told everything of: where the thing is, how large and on what.
-        validation_prompt=config.validation_prompt or ([] if own else (folder / "sample.txt").read_text().splitlines()),
-    )
 
 
 def with_precision(config: TrainConfig) -> TrainConfig:

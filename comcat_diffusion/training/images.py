@@ -1,10 +1,14 @@
 """One picture of a subject and its mask: read, checked, turned upright."""
 
+import hashlib
+import typing
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+if typing.TYPE_CHECKING:
+    import torch
 
 MOST_PIXELS = 150_000_000  # above this a picture is more likely a mistake or an attack than a photo
 
@@ -56,7 +60,14 @@ def read_alpha(path: Path) -> Image.Image | None:
         return picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
 
 
-def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
+def content_of(picture: Image.Image) -> str:
+    """A hash of what a picture shows, whatever file it came from."""
+    return hashlib.sha256(f"{picture.mode} {picture.size} ".encode() + picture.tobytes()).hexdigest()
+
+
+def to_tensor(pictures: list[Image.Image]) -> "torch.Tensor":
     """Pictures of one size -> float32 (B, 3, H, W) in [-1, 1]."""
+    import torch  # which nothing else here waits for: pictures are looked at before anything big is loaded
+
     stacked = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures])
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).div(127.5).sub(1)

@@ -19,13 +19,11 @@ from comcat_diffusion.training.customize import (
     default_batch,
     refuse_precision,
     with_precision,
-    with_sample,
 )
 from comcat_diffusion.training.dataset import Dataset, read_dataset, remarks
-from comcat_diffusion.training.initial import with_initial
 from comcat_diffusion.training.learned import adapter_config, awaited
 from comcat_diffusion.training.learner import cut_off
-from comcat_diffusion.training.output import planned
+from comcat_diffusion.training.order import planned, with_initial, with_sample
 
 MEASURED_STEPS = 3  # the first one warms up and does not count
 FREQUENT = 0.5  # CLIP's vocabulary is in order of frequency: below this share of it a word is well known
