@@ -167,6 +167,9 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 def ui(parsed: argparse.Namespace) -> int:
     """Teach and draw in the browser."""
     config = from_arguments(UiConfig, parsed)
+    from comcat_diffusion.ui.port import refuse_taken
+
+    refuse_taken(config)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is imported; it would ask the network
     try:
         import gradio  # noqa: F401
@@ -175,8 +178,8 @@ def ui(parsed: argparse.Namespace) -> int:
     _quiet()
     from comcat_diffusion.ui.page import serve
 
-    print(f"http://{config.host}:{config.port} (Ctrl-C ends it; adapters and pictures are kept in {config.output_dir})")
-    serve(config)
+    told = f"(Ctrl-C ends it; adapters and pictures are kept in {config.output_dir})"
+    serve(config, on_answer=lambda address: print(f"{address} {told}", flush=True))
     return 0
 
 
