@@ -16,7 +16,7 @@ from comcat_diffusion.compression.calibrate import checked
 from comcat_diffusion.compression.config import CompressConfig
 from comcat_diffusion.compression.finetune import Distillation
 from comcat_diffusion.compression.report import Quality
-from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_png
+from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, made_by, save_png
 from comcat_diffusion.generation.sheet import Row, contact_sheet
 
 SHOWN = 4  # prompts on the sheet
@@ -85,8 +85,8 @@ class Diffusion:
 
     def leave(self, folder: Path) -> None:
         """The sheet, and the rest of the base, so that the folder is one."""
-        about = {name: getattr(self.sampling, name) for name in ("num_inference_steps", "guidance_scale")}
-        save_png(self.sheet, folder / "sheet.png", {"prompt": " | ".join(self.prompts[:SHOWN]), **about})
+        about = {"prompt": " | ".join(self.prompts[:SHOWN]), **made_by(self.pipe, self.config.model, self.sampling)}
+        save_png(self.sheet, folder / "sheet.png", about)
         self.pipe.save_config(folder)
         self.model.save_config(folder / "unet")  # what the dense one is; its weights are not there to be mistaken
         for name, part in self.others.items():
