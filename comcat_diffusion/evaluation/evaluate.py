@@ -157,9 +157,11 @@ def _write(report: Report, gallery: Gallery, settings: dict, note: Note) -> None
     prompts = [*report.prompts.calling, *report.prompts.of_class]
     columns = min(SHEET_SEEDS, len(report.seeds))
     rows = [sheet.Row(row.name, _few(gallery, row, prompts, columns)) for row in gallery.rows]
-    adapters = files_of([row.adapter for row in gallery.rows if row.adapter])
-    about = {"prompt": " | ".join(prompts), **settings, "adapters": adapters}
-    save_png(sheet.contact_sheet(rows, prompts, columns), report.folder / "sheet.png", about)
+    settings = settings | {"adapters": files_of([row.adapter for row in gallery.rows if row.adapter])}
+    seeds = list(report.seeds)[:columns]
+    drawn = sheet.contact_sheet(rows, prompts, columns, footer=sheet.footer_of(settings, seeds))
+    about = {"prompt": " | ".join(prompts), "seeds": seeds, **settings}
+    save_png(drawn, report.folder / "sheet.png", about)
     pictures = {"Before, and with every adapter": "sheet.png"}
     try:
         reports.plot(report, report.folder / "plot.png")

@@ -24,7 +24,7 @@ from comcat_diffusion.generation.pictures import (
     slug,
     use_sampler,
 )
-from comcat_diffusion.generation.sheet import Row, contact_sheet
+from comcat_diffusion.generation.sheet import Row, contact_sheet, footer_of
 from comcat_diffusion.words import calls
 
 OnPicture = Callable[[int, int], None]
@@ -77,8 +77,10 @@ def drawn(order: Order, on_picture: OnPicture) -> Pictures:
             before.append(picture)
             on_picture(len(after) + len(before), total)
     rows = [Row("before", before), Row("after", after)] if before else [Row("", after)]
-    about = {"prompt": " | ".join(prompts), **settings}
-    sheet = save_png(contact_sheet(rows, prompts, config.num_images), order.folder / "sheet.png", about, keep=True)
+    seeds = range(config.seed, config.seed + config.num_images)
+    sheet = contact_sheet(rows, prompts, len(seeds), footer=footer_of(settings, seeds))
+    about = {"prompt": " | ".join(prompts), "seeds": list(seeds), **settings}
+    sheet = save_png(sheet, order.folder / "sheet.png", about, keep=True)
     return Pictures(files, sheet)
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from comcat_diffusion import bases
 from comcat_diffusion.generation.pictures import Drawing, Sampling, made_by, save_png
-from comcat_diffusion.generation.sheet import Row, contact_sheet
+from comcat_diffusion.generation.sheet import Row, contact_sheet, footer_of
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learner import Learner
 
@@ -46,8 +46,9 @@ class Preview:
             learner.train(training)
         sheet = self.folder / f"step-{step:06d}.png"
         rows = [Row(f"step {step}", pictures)]
-        about = {"prompt": " | ".join(self.prompts), **settings}
-        save_png(contact_sheet(rows, self.prompts, len(self.seeds)), sheet, about)
+        about = {"prompt": " | ".join(self.prompts), "seeds": list(self.seeds), **settings}
+        drawn = contact_sheet(rows, self.prompts, len(self.seeds), footer=footer_of(settings, self.seeds))
+        save_png(drawn, sheet, about)
         return [*files, sheet]
 
     @torch.no_grad()
