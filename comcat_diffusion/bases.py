@@ -212,7 +212,7 @@ def asked_precision(name: str | None, device: str, base: str) -> str:
 def suits_bf16(device: str, base: str) -> bool:
     """Whether a device has instructions of its own for bfloat16, and a base is large enough to gain by it.
 
-    The embedded one is not, on a CPU; so there it gives the same bytes on all of them, in float32.
+    The embedded one is not, on a CPU: there it stays in float32.
     """
     gains = torch.device(device).type != "cpu" or not is_embedded(dense_name(base))
     return gains and has_bf16(device)

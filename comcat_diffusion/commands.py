@@ -28,6 +28,7 @@ from comcat_diffusion.export.config import (
     ShrinkConfig,
 )
 from comcat_diffusion.generation.config import GenerateConfig
+from comcat_diffusion.markdown import printable, shown
 from comcat_diffusion.places import asked_name, place_of
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 from comcat_diffusion.training.named import with_words
@@ -213,7 +214,7 @@ def info(parsed: argparse.Namespace) -> int:
     }
     width = max(map(len, rows))
     for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
+        print(f"{printable(name):<{width}}  {shown(value)}")
     return 0
 
 

@@ -12,7 +12,7 @@ from comcat_diffusion.evaluation.labels import label_points
 from comcat_diffusion.evaluation.measure import DIGITS, MEANINGS, RULE, score
 from comcat_diffusion.evaluation.metrics import CONFIDENCE, Interval
 from comcat_diffusion.evaluation.prompts import Prompts
-from comcat_diffusion.markdown import table
+from comcat_diffusion.markdown import table, text
 
 if typing.TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,16 +107,16 @@ class Report:
         named = {"score", *(name for row in self.rows for name in row.measures)}
         told = {"score": "learned x (1 - drift), of their means"} | MEANINGS
         facts = [
-            self.verdict,
+            text(self.verdict),
             f"In brackets: {CONFIDENCE:.0%} bootstrap intervals over prompts and, within them, seeds.",
             "\n".join(f"- {name.replace('_', ' ')}: {meaning}." for name, meaning in told.items() if name in named),
             f"Drawn from seeds {self.seeds[0]} to {self.seeds[-1]}, with and without the adapter; compared with "
             f"{self.held_out} held-out and {self.train} training pictures.",
-            *self.notes,
-            "Circumstances: " + ", ".join(f"{name} {value}" for name, value in self.circumstances.items()) + ".",
+            *map(text, self.notes),
+            text("Circumstances: " + ", ".join(f"{name} {value}" for name, value in self.circumstances.items()) + "."),
         ]
         asked = [
-            f"{kind}:\n\n" + "\n".join(f"- {prompt}" for prompt in prompts)
+            f"{kind}:\n\n" + "\n".join(f"- {text(prompt)}" for prompt in prompts)
             for kind, prompts in (
                 ("Prompts for the subject", self.prompts.calling),
                 ("Prompts that do not name it", self.prompts.unrelated),
@@ -125,7 +125,7 @@ class Report:
             if prompts
         ]
         shown = [f"![{caption}]({file})" for caption, file in pictures.items()]
-        title = f"# {self.prompts.subject.phrase or 'The subject'}, evaluated"
+        title = f"# {text(self.prompts.subject.phrase or 'The subject')}, evaluated"
         return "\n\n".join([title, self.table(intervals=True), *facts, *asked, *shown]) + "\n"
 
 
