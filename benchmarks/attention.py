@@ -16,7 +16,6 @@ Expect `comcat` near 1 in every table, and `two_branch` several times slower whe
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -142,9 +141,7 @@ def generation_rows(settings: Settings) -> list[dict]:
         pattern = variants.ATTENTIONS[targets]
         models = {kind: variants.variant(kind, base, pattern, settings.rank) for kind in kinds(FORWARD, targets)}
         forwards = {kind: without_gradient(denoise(model, settings)) for kind, model in models.items()}
-        with ExitStack() as stack:
-            for model in models.values():
-                stack.enter_context(text_once(model))
+        with text_once():
             rows += timed_rows(f"generation, one U-Net forward: {targets}", forwards, models, settings)
     return rows
 

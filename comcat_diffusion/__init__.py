@@ -19,6 +19,7 @@ _HOMES = {
     "unmerge_adapters": "comcat_diffusion.adapters.merge",
     "unload_adapters": "comcat_diffusion.adapters.merge",
     "listen": "comcat_diffusion.adapters.trigger",
+    "remember_prompts": "comcat_diffusion.adapters.trigger",
     "set_regions": "comcat_diffusion.adapters.regions",
 }
 

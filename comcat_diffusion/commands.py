@@ -140,7 +140,7 @@ def generate(parsed: argparse.Namespace) -> int:
     from comcat_diffusion.generation.generate import drawn
 
     with _bar() as shown:
-        made = drawn(order, shown)
+        made = drawn(order, shown, print)
     print(f"{len(made.files)} pictures in {made.sheet.parent}, all on one sheet: {made.sheet}")
     return 0
 
@@ -301,6 +301,8 @@ def combine(parsed: argparse.Namespace) -> int:
     from comcat_diffusion.adapters.combine import combine
 
     made = combine(files, config.output, config.rank, bases.PRECISIONS[config.save_precision])
+    for doubt in made.doubts:
+        print(doubt)
     print(f"Wrote {config.output} ({_size(config.output)}, rank {made.rank}, {made.energy_kept:.2%} of the energy).")
     return 0
 

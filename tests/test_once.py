@@ -9,8 +9,8 @@ from peft import inject_adapter_in_model
 from PIL import Image
 
 from comcat_diffusion import bases, set_regions
+from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.once import text_once
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw
 
@@ -52,29 +52,28 @@ def test_the_same_text_is_read_once_and_another_one_anew(unet, tiny_unet):
     expected = steps(unet, tiny_unet, texts, nullcontext())
     for part in ("k_down", "v_down"):
         calls = called(unet, part)
-        found = steps(unet, tiny_unet, texts, text_once(unet))
+        found = steps(unet, tiny_unet, texts, text_once())
         assert len(calls) == 3 * 4  # three texts, four cross-attentions
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_after_the_block_everything_is_as_before_also_after_an_error(unet, tiny_unet, randomize):
     text = tiny_unet.inputs()["encoder_hidden_states"].double()
-    (before,) = steps(unet, tiny_unet, [text], text_once(unet))
-    with pytest.raises(ValueError, match="stopped"), text_once(unet):
+    (before,) = steps(unet, tiny_unet, [text], text_once())
+    with pytest.raises(ValueError, match="stopped"), text_once():
         raise ValueError("stopped")
-    assert all(layer.memory is None for layer in adapted_layers(unet).values())
+    assert here.texts is None
     randomize(unet, "dog", seed=7)
     (after,) = steps(unet, tiny_unet, [text], nullcontext())
     assert not torch.allclose(before, after)
-    assert torch.equal(steps(unet, tiny_unet, [text], text_once(unet))[0], after)
+    assert torch.equal(steps(unet, tiny_unet, [text], text_once())[0], after)
 
 
 def test_a_copy_made_inside_is_independent(unet, tiny_unet, randomize):
     text = tiny_unet.inputs()["encoder_hidden_states"].double()
-    with text_once(unet):
+    with text_once():
         steps(unet, tiny_unet, [text], nullcontext())
         other = copy.deepcopy(unet)
-        assert all(layer.memory is None for layer in adapted_layers(other).values())
     randomize(other, "dog", seed=7)
     assert not torch.allclose(
         *steps(unet, tiny_unet, [text], nullcontext()), *steps(other, tiny_unet, [text], nullcontext())
@@ -101,5 +100,5 @@ def test_pictures_are_the_same_and_their_prompts_read_once(monkeypatch, randomiz
     calls = called(pipe.unet)
     once = drawn()
     count = len(calls)
-    monkeypatch.setattr("comcat_diffusion.generation.pictures.text_once", lambda model: nullcontext())
+    monkeypatch.setattr("comcat_diffusion.generation.pictures.text_once", nullcontext)
     assert drawn() == once and len(calls) - count == 3 * count  # three steps

@@ -346,8 +346,8 @@ def test_no_subject_is_kept_out_whole(tmp_path):
         for picture in some:
             shutil.copy(picture, tmp_path / name)
     subjects = [
-        SubjectConfig(instance_data_dir=str(tmp_path / name), instance_prompt=f"a photo of {name} teddy")
-        for name in ("one", "two")
+        SubjectConfig(instance_data_dir=str(tmp_path / name), instance_prompt=f"a photo of {word} teddy")
+        for name, word in (("one", "sks"), ("two", "zwx"))
     ]
     with pytest.raises(ValueError, match="keeps out all pictures of"):
         for seed in range(20):

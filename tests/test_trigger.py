@@ -2,24 +2,37 @@
 
 import copy
 import dataclasses
+import gc
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from comcat_diffusion import ComcatConfig, bases, listen, load_adapter, merge_adapters, save_adapter, unload_adapters
+from comcat_diffusion import (
+    ComcatConfig,
+    bases,
+    listen,
+    load_adapter,
+    merge_adapters,
+    remember_prompts,
+    save_adapter,
+    unload_adapters,
+)
 from comcat_diffusion.adapters.combine import combine
-from comcat_diffusion.adapters.gate import Gate
 from comcat_diffusion.adapters.header import AdapterFileError, read_adapter
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.shrink import shrink
+from comcat_diffusion.adapters.texts import texts_of
 from comcat_diffusion.adapters.token import put_token, start_vectors
 from comcat_diffusion.export.checkpoint import merge_to_folder
 from comcat_diffusion.export.lora import export_adapter
+from comcat_diffusion.generation.config import GenerateConfig
+from comcat_diffusion.generation.generate import generate
 from tests import tiny_bases
 from tests.reference import FoldableFactors, FreeFactors, attention
 
@@ -43,7 +56,8 @@ def embedded():
     loaded.set_progress_bar_config(disable=True)
 
     def build() -> StableDiffusionPipeline:
-        parts = {**loaded.components, "unet": copy.deepcopy(loaded.unet)}
+        own = ("unet", "text_encoder", "tokenizer")
+        parts = {**loaded.components, **{name: copy.deepcopy(getattr(loaded, name)) for name in own}}
         pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -91,6 +105,9 @@ def test_the_term_acts_on_the_tokens_from_the_trigger_on(tiny_unet, randomize, k
     class Told:
         """Stands for a gate: the trigger is the third token of the first prompt, and not in the second."""
 
+        def calls(self, trigger):
+            return True
+
         def tokens(self, trigger):
             assert trigger == ("sks",)
             return torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]]).unsqueeze(-1)
@@ -112,32 +129,47 @@ def test_the_term_acts_on_the_tokens_from_the_trigger_on(tiny_unet, randomize, k
     assert_close(got[1], attention(x, context, projections, layer.heads)[1], rtol=0, atol=1e-11)
 
 
-def test_a_gate_finds_the_trigger_as_the_tokenizer_reads_it(embedded):
-    pipe = embedded()
-    gate, states = Gate(pipe.tokenizer), torch.zeros(1, 12, 4)
+def acting(pipe, prompt, *trigger):
+    """One for each of twelve tokens that an adapter acts on, else zero."""
+    return texts_of(pipe.tokenizer).read(prompt, 12).acts(trigger).int().tolist()
 
-    def acts(prompt, *trigger):
-        gate.tell(states, [prompt])
-        return gate.tokens(trigger).flatten().tolist()
 
-    assert acts("a sks teddy", "sks") == [0, 0] + [1] * 10  # after the token that begins every prompt
-    assert acts("a SKS, teddy", "sks") == [0, 0] + [1] * 10
-    assert acts("a red sks teddy and a sks cat", "sks") == [0, 0, 0] + [1] * 9
-    assert acts("a red teddy", "sks") == [0] * 12
-    assert acts("sk ss sksy", "sks") == [0] * 12
-    assert acts("a zwx cat and a sks teddy", "sks", "zwx") == [0, 0] + [1] * 10
-    several = pipe.tokenizer("blorp", add_special_tokens=False).input_ids
-    assert len(several) > 1 and acts("a blorp teddy", "blorp") == [0, 0] + [1] * 10
-    assert acts("a teddy blor", "blorp") == [0] * 12
-    assert acts("a b c d e f g h i j k l m n sks", "sks") == [0] * 12  # cut off: the text encoder never saw it
+@pytest.mark.parametrize(
+    ("prompt", "trigger", "before"),
+    [
+        ("a sks teddy", "sks", 2),  # after the token that begins every prompt
+        ("a SKS, teddy", "sks", 2),
+        ("a red sks teddy and a sks cat", "sks", 3),
+        ("a red teddy", "sks", 12),
+        ("sk ss sksy", "sks", 12),
+        ("a zwx cat and a sks teddy", "sks zwx", 2),
+        ("a blorp teddy", "blorp", 2),  # several tokens
+        ("a teddy blor", "blorp", 12),
+        ("a b c d e f g h i j k l m n sks", "sks", 12),  # cut off: the text encoder never saw it
+        ("a,sks,b", "sks", 3),
+        ("[sks]", "sks", 2),
+        ("(sks:1.2) cat", "sks", 2),
+        ("a sks's cat", "sks", 2),
+        ("sks-teddy", "sks", 1),
+        ("two  \n sks cats", "sks", 2),
+        ("café sks", "café", 1),
+        ("cafe\u0301 sks", "café", 1),  # in another Unicode form
+        ("a masks", "sks", 12),
+        ("a tusks on desks", "sks", 12),
+        ("sks10", "sks1", 12),
+        ("sks10", "sks", 12),
+        ("sks1", "sks1", 1),
+        ("a tiktok", "tok", 12),
+    ],
+)
+def test_the_trigger_is_found_as_a_word_among_the_tokens(embedded, prompt, trigger, before):
+    assert acting(embedded(), prompt, *trigger.split()) == [0] * before + [1] * (12 - before)
 
 
 def test_a_learned_word_of_several_embeddings_is_a_trigger(embedded):
     pipe = copy.deepcopy(embedded())
     put_token(pipe, "<my-cat>", start_vectors(pipe, "cat", 3))
-    gate = Gate(pipe.tokenizer)
-    gate.tell(torch.zeros(1, 12, 4), ["a photo of <my-cat> on red"])
-    assert gate.tokens(("<my-cat>",)).flatten().tolist() == [0] * 4 + [1] * 8
+    assert acting(pipe, "a photo of <my-cat> on red", "<my-cat>") == [0] * 4 + [1] * 8
 
 
 # Pictures
@@ -146,8 +178,7 @@ def test_a_learned_word_of_several_embeddings_is_a_trigger(embedded):
 def test_a_prompt_without_the_trigger_is_the_bases_own(embedded, waiting, kind):
     base, pipe = embedded(), waiting(**kind)
     apart = far(drawn(pipe, WITHOUT), drawn(base, WITHOUT))
-    # A free adapter's heads are wider, so the same sums come in another order.
-    assert apart == 0 if kind else apart < 1e-4
+    assert apart == 0
     assert far(drawn(pipe, WITH), drawn(base, WITH)) > 0.1
 
 
@@ -171,31 +202,66 @@ def test_repeated_stacked_and_given_states_are_known_again(waiting):
     pipe = waiting(foldable=True)
     alone = drawn(pipe, WITH)
     assert far(drawn(pipe, WITH, num_images_per_prompt=2), alone.repeat(2, axis=0)) < 1e-3
-    states, negative = pipe.encode_prompt(WITH, "cpu", 1, True)
-    generator = torch.Generator().manual_seed(0)
-    given = pipe(
-        prompt_embeds=states,
-        negative_prompt_embeds=negative,
-        num_inference_steps=2,
-        generator=generator,
-        output_type="np",
-    ).images
-    assert far(given, alone) < 1e-3
+    assert far(given(pipe, *pipe.encode_prompt(WITH, "cpu", 1, True)), alone) < 1e-3
     without_guidance = drawn(pipe, WITH, guidance_scale=1.0)
     assert far(without_guidance, drawn(pipe, WITHOUT, guidance_scale=1.0)) > 0.05
 
 
-def test_text_states_of_no_known_prompt_are_refused(waiting):
+def given(pipe, states, negative) -> np.ndarray:
+    generator = torch.Generator().manual_seed(0)
+    more = {"num_inference_steps": 2, "generator": generator, "output_type": "np"}
+    return pipe(prompt_embeds=states, negative_prompt_embeds=negative, **more).images
+
+
+def test_states_made_by_the_text_encoder_itself_are_known(waiting):
     pipe = waiting(foldable=True)
-    states, negative = pipe.encode_prompt(WITH, "cpu", 1, True)
-    with pytest.raises(ValueError, match="waits for 'sks', but these text states are of no prompt"):
-        pipe(prompt_embeds=states * 1.1, negative_prompt_embeds=negative, num_inference_steps=1)
-    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
-    picture = torch.zeros(1, 3, 64, 64)
-    with pytest.raises(ValueError, match=r"comcat_diffusion\.listen"):
-        other("a photo of sks thing", picture, num_inference_steps=2)
+
+    def states(text):
+        ids = pipe.tokenizer(text, padding="max_length", return_tensors="pt", truncation=True).input_ids
+        return pipe.text_encoder(ids)[0].detach()
+
+    plain, negative = states(WITH), states("")
+    assert far(given(pipe, plain, negative), drawn(pipe, WITH)) == 0
+    weighted = plain.clone()
+    weighted[:, 4:6] *= 1.3
+    assert far(given(pipe, weighted, negative), given(pipe, plain, negative)) > 1e-3
+    pipe.unet.set_adapter([])
+    bare = given(pipe, weighted, negative)
+    pipe.unet.set_adapter("dog")
+    assert far(given(pipe, weighted, negative), bare) > 0.05
+    for dtype in (torch.bfloat16, torch.float16):
+        assert far(given(pipe, plain.to(dtype).float(), negative.to(dtype).float()), drawn(pipe, WITH)) < 0.1
+
+
+def test_states_of_no_known_prompt_are_refused_until_somebody_says_what_they_are(embedded, waiting):
+    pipe = waiting(foldable=True)
+    one, negative = pipe.encode_prompt(WITH, "cpu", 1, True)
+    between = torch.lerp(one, pipe.encode_prompt(WITH.replace("big", "small"), "cpu", 1, False)[0], 0.5)
+    with pytest.raises(ValueError, match="waits for 'sks', but these text states.*remember_prompts"):
+        given(pipe, between, negative)
+    remember_prompts(pipe, between, WITH)
+    heard = given(pipe, between, negative)
+    assert far(heard, given(embedded(), between, negative)) > 0.05
+    remember_prompts(pipe, between, [WITHOUT])
+    assert far(given(pipe, between, negative), given(embedded(), between, negative)) == 0
+    with pytest.raises(ValueError, match="give one \\(M, E\\) block of text states for each prompt"):
+        remember_prompts(pipe, between, [WITH, WITHOUT])
+
+
+def test_another_pipeline_of_the_same_parts_hears_through_the_text_encoder(waiting):
+    pipe = waiting(foldable=True)
+    other, picture = StableDiffusionImg2ImgPipeline.from_pipe(pipe), torch.zeros(1, 3, 64, 64)
+
+    def once(prompt):
+        generator = torch.Generator().manual_seed(0)
+        return other(prompt, picture, num_inference_steps=2, generator=generator, output_type="np").images
+
+    before = once("a photo of sks thing")
+    pipe.unet.set_adapter([])
+    assert far(once("a photo of sks thing"), before) > 0.01
+    pipe.unet.set_adapter("dog")
     listen(other)
-    assert other("a photo of sks thing", picture, num_inference_steps=2).images
+    assert far(once("a photo of sks thing"), before) == 0
 
 
 def test_without_listening_the_way_out_is_named(embedded):
@@ -217,6 +283,37 @@ def test_two_adapters_wait_for_their_own_words(embedded, waiting):
     cat = drawn(pipe, WITH.replace("sks", "zwx"))
     pipe.set_adapters(["cat"])
     assert far(drawn(pipe, WITH.replace("sks", "zwx")), cat) == 0 and far(cat, dog) > 0.05
+
+
+def test_two_adapters_that_wait_for_one_word_are_told_of(embedded, waiting, tmp_path):
+    for name, word in (("dog", "sks"), ("cat", "SKS"), ("bird", "zwx")):
+        save_adapter(waiting(word, name, foldable=True), tmp_path / f"{name}.safetensors", name, "embedded")
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("dog", "cat", "bird")}
+    pipe = embedded()
+    load_adapter(pipe, files["bird"], "bird")
+    load_adapter(pipe, files["dog"], "dog")
+    with pytest.warns(UserWarning, match=r"'dog' and 'cat' both act from 'sks' on.*another word.*set_regions"):
+        load_adapter(pipe, files["cat"], "cat")
+
+    def told(*names, **settings) -> list[str]:
+        notes = []
+        adapters = [str(files[name]) for name in names]
+        more = {"num_images": 1, "num_inference_steps": 1, "any_prompt": True, **settings}
+        generate(
+            GenerateConfig(adapter=adapters, prompt=["a dog"], output_dir=str(tmp_path), **more), note=notes.append
+        )
+        return notes
+
+    assert [note for note in told("dog", "cat", "bird") if "dog.safetensors and cat.safetensors both act" in note]
+    assert not told("dog", "bird")
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    assert not told("dog", "cat", region=[f"{name}={tmp_path / 'mask.png'}" for name in ("dog", "cat")])
+    save_adapter(waiting("sks", "dog", foldable=True), tmp_path / "third.safetensors", "dog", "embedded")
+    both = combine([(files["dog"], 1.0), (tmp_path / "third.safetensors", 1.0)], tmp_path / "both.safetensors")
+    assert both.doubts == (
+        "dog.safetensors and third.safetensors both act from 'sks' on, so their subjects mix: this word will call the "
+        "sum of both.",
+    )
 
 
 def test_a_region_and_a_trigger_go_together(embedded, waiting):
@@ -245,7 +342,29 @@ def test_unloading_leaves_no_ear(embedded, waiting):
     pipe = waiting(foldable=True)
     drawn(pipe, WITH)
     unload_adapters(pipe)
-    assert not pipe.unet._forward_pre_hooks and not hasattr(pipe, "comcat_gate") and "encode_prompt" not in vars(pipe)
+    assert deaf(pipe) and far(drawn(pipe, WITH), drawn(embedded(), WITH)) == 0
+
+
+def deaf(pipe) -> bool:
+    gc.collect()  # a U-Net refers to itself, and those of other tests share the text encoder
+    hooks = (h for m in (pipe.unet, pipe.text_encoder) for h in (m._forward_pre_hooks, m._forward_hooks))
+    marks = (pipe.unet._forward_pre_hooks_with_kwargs, pipe.unet._forward_hooks_always_called)
+    return not any(hooks) and not any(marks) and not {"comcat_gate", "encode_prompt"} & set(vars(pipe))
+
+
+@pytest.mark.parametrize("verb", ["unload_lora_weights", "delete_adapters", "unload", "new U-Net"])
+def test_no_verb_of_others_leaves_an_ear(embedded, waiting, verb):
+    pipe = waiting(foldable=True)
+    set_regions(pipe, {"dog": torch.ones(8, 8)})
+    drawn(pipe, WITH)
+    if verb == "new U-Net":
+        old, pipe.unet = pipe.unet, embedded().unet
+        del old
+    elif verb == "unload":
+        unload_adapters(pipe)
+    else:
+        getattr(pipe, verb)(*["dog"] * (verb == "delete_adapters"))
+    assert deaf(pipe)
     assert far(drawn(pipe, WITH), drawn(embedded(), WITH)) == 0
 
 

@@ -106,7 +106,10 @@ def test_a_trigger_that_everybody_uses_is_doubted(pictures, monkeypatch):
             return 49_408
 
     monkeypatch.setattr(module, "CLIPTokenizer", Large)
-    assert any("'cat' is a word that the base knows well" in d for d in found(pictures, instance_prompt="a cat").doubts)
+    for trigger in ("cat", "vkp"):  # by our own list, and by the vocabulary
+        told = f"'{trigger}' is a word that the base knows well"
+        report = found(pictures, instance_prompt=None, trigger=trigger, class_word="pet")
+        assert any(doubt.startswith(told) and "--trigger sks --class_word pet" in doubt for doubt in report.doubts)
 
 
 def test_small_buckets_are_doubted(pictures):

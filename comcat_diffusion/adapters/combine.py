@@ -12,7 +12,7 @@ import torch
 
 from comcat_diffusion import heads as maths
 from comcat_diffusion.adapters.alike import refuse_unlike
-from comcat_diffusion.adapters.header import Header, Notes
+from comcat_diffusion.adapters.header import Header, Notes, same_words
 from comcat_diffusion.adapters.store import TOKEN
 from comcat_diffusion.adapters.terms import Contents, Term, read_contents, write_contents
 
@@ -24,6 +24,7 @@ class Combined:
     header: Header
     rank: int  # the largest of any attention
     energy_kept: float  # share of the squared Frobenius norm of all products; 1 if nothing was cut off
+    doubts: tuple[str, ...] = ()  # what the maker should know, sentences
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def combine(
     configs = {part: config for file in reversed(read) for part, config in file.contents.header.config.items()}
     header = replace(read[0].contents.header, config=configs, notes=_notes(read), tokens=words)
     header = write_contents(output, Contents(header, combined, vectors), dtype)
-    return Combined(header, max(term.rank for term in combined), kept / whole if whole else 1.0)
+    named = [(Path(file.path).name, file.contents.header) for file in read]
+    doubts = tuple(f"{text}: this word will call the sum of both." for text in same_words(named))
+    return Combined(header, max(term.rank for term in combined), kept / whole if whole else 1.0, doubts)
 
 
 def concatenated(terms: Sequence[Term]) -> Term:

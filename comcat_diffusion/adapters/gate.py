@@ -1,86 +1,124 @@
 """Which tokens an adapter acts on that waits for its trigger: those from the trigger on.
 
 Text encoders read from left to right, so what stands before the trigger does not know of it, and a prompt without it
-is the base's own: keys and values of its tokens are left alone, and with them the picture. An attention sees text
-states, not words; a `Gate` knows which tokens the states were made of. A self-attention reads no text: there the
-adapter acts on the pictures whose prompt has the trigger.
+is the base's own: the adapter is then not there at all. An attention sees text states, not words; a `Gate` knows which
+prompt the states were made of. A self-attention reads no text: there the adapter acts on the pictures whose prompt has
+the trigger.
 
-Letters: B batch, M context tokens, C channels.
+Letters: B batch, M context tokens, E width of the text states.
 """
 
-from collections import OrderedDict
+import weakref
 from collections.abc import Sequence
 
 import torch
-from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
-_REMEMBERED = 4096  # prompts; the oldest are forgotten
-_CHANNELS = 8  # of every token, by which text states are known again
+from comcat_diffusion.adapters.call import Follower, carry, here
+from comcat_diffusion.adapters.texts import Said, texts_of
 
 
-class Gate:
-    """What the text states of one pipeline say; the layers of its denoiser share the object."""
+class Heard:
+    """What the text states of one forward pass say; None where nobody told."""
 
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._said: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # text states of one prompt -> its ids, (M,)
-        self._states: torch.Tensor | None = None  # what the denoiser was last given, (B, M, C)
-        self._ids: torch.Tensor | None = None  # which tokens that is, (B, M); None: nobody told
-        self._acts: dict[tuple[str, ...], torch.Tensor] = {}  # by trigger: on which of these tokens it lets act
-        self._triggers: set[tuple[str, ...]] = set()  # those that were asked for
+    def __init__(self, gate: "Gate", states: torch.Tensor, said: Sequence[Said] | None) -> None:
+        self.gate, self.said = gate, said
+        self.called: dict[tuple[str, ...], bool] = {}  # whether any of the prompts has the trigger
+        self.acts: dict[tuple[str, ...], torch.Tensor] = {}  # (B, M, 1): one from the trigger on
+        self._states, self._version, self._like = weakref.ref(states), _version(states), states.new_empty(0)
+        for trigger in gate.triggers if said is not None else ():
+            self.find(trigger)  # before the attentions ask, so that a compiled denoiser need not stop for it
 
-    def tell(self, states: torch.Tensor, prompts: Sequence[str]) -> None:
-        """These very text states, (B, M, C), of B prompts come next. For those who hold the states themselves."""
-        self._take(states, torch.stack([self._read(prompt, states.shape[1]) for prompt in prompts]))
-
-    def remember(self, states: torch.Tensor, prompts: Sequence[str]) -> None:
-        """Know the text states (B, M, C) of B prompts again, however a pipeline repeats and stacks them."""
-        for key, prompt in zip(_keys(states), prompts, strict=True):
-            self._said[key] = self._read(prompt, states.shape[1])
-            self._said.move_to_end(key)
-        while len(self._said) > _REMEMBERED:
-            self._said.popitem(last=False)
+    def is_of(self, gate: "Gate", states: torch.Tensor) -> bool:
+        """Whether these are the very states that were heard: a pipeline gives the same object at every step."""
+        return self.gate is gate and self._states() is states and self._version == _version(states) is not None
 
     @torch.compiler.disable
-    def look(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A hook before the denoiser: which tokens its text states are."""
+    def find(self, trigger: tuple[str, ...]) -> None:
+        """Look where a trigger stands."""
+        acts = torch.stack([one.acts(trigger) for one in self.said]).unsqueeze(-1)  # B, M, 1
+        self.called[trigger] = bool(acts.any())
+        self.acts[trigger] = acts.to(self._like)
+
+
+class Gate(Follower):
+    """What prompts call which adapters; the layers of one denoiser share the object, which knows nothing of a call."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.triggers: set[tuple[str, ...]] = set()  # those that adapters wait for
+        self.pipes: weakref.WeakSet = weakref.WeakSet()  # which tell it of their prompts, see adapters/trigger.py
+
+    def made_of(self) -> tuple:
+        """See `Follower`."""
+        return (self.tokenizer,)
+
+    def tell(self, states: torch.Tensor, prompts: Sequence[str]) -> None:
+        """These very text states, (B, M, E), of B prompts come next in this thread. For who holds the states."""
+        read = [texts_of(self.tokenizer).read(prompt, states.shape[1]) for prompt in prompts]
+        here.heard = here.next = Heard(self, states, read)
+
+    @torch.compiler.disable
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The hook before the denoiser: which prompts its text states are of."""
+        carry(model)
         states = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
-        if states is not self._states:  # a pipeline gives the same object at every step
-            found = [self._said.get(key) for key in _keys(states)]
-            self._take(states, None if any(ids is None for ids in found) else torch.stack(found))
-        if self._ids is not None:  # before the attentions ask, so that a compiled denoiser need not stop for it
-            for trigger in self._triggers - self._acts.keys():
-                self._find(trigger)
+        if here.next is None or not here.next.is_of(self, states):
+            here.next = Heard(self, states, texts_of(self.tokenizer).known(states))
+        here.heard = here.next
+
+    @torch.compiler.disable
+    def end(self, model: nn.Module, args: tuple, output: object) -> None:
+        """The hook after the denoiser."""
+        here.heard = None
+
+    def hear(self, encoder: nn.Module | None) -> None:
+        """Be told of what a text encoder reads, for as long as of the denoiser."""
+        if encoder is not None and not any(hook == self.overhear for hook in encoder._forward_hooks.values()):
+            encoder.register_forward_hook(self.overhear, with_kwargs=True)
+            self._models.add(encoder)
+
+    @torch.compiler.disable
+    def overhear(self, encoder: nn.Module, args: tuple, kwargs: dict, output: Sequence[torch.Tensor]) -> None:
+        """A hook after the text encoder, for who makes text states without the pipeline: weighted, or interpolated."""
+        ids, states = args[0] if args else kwargs.get("input_ids"), output[0]
+        if ids is not None and states.ndim == 3:
+            texts = texts_of(self.tokenizer)
+            with texts.lock:
+                read = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                # Not every tokenizer knows how its words end.
+                texts.remember(states, [text.replace("</w>", " ") for text in read], written_out=True)
+
+    def stop(self) -> None:
+        """Listen no longer, to pipelines neither."""
+        super().stop()
+        for pipe in list(self.pipes):
+            for name in ("encode_prompt", "comcat_gate"):
+                vars(pipe).pop(name, None)
+        self.pipes.clear()
+
+    def calls(self, trigger: tuple[str, ...]) -> bool:
+        """Whether any prompt of the pass that this thread is in has a trigger. Raises as `tokens` does."""
+        return self._heard(trigger).called[trigger]
 
     def tokens(self, trigger: tuple[str, ...]) -> torch.Tensor:
         """(B, M, 1): one from the first word of `trigger` on. Raises ValueError if nobody told what the states say."""
-        if self._ids is None:
+        return self._heard(trigger).acts[trigger]
+
+    def _heard(self, trigger: tuple[str, ...]) -> Heard:
+        heard = here.heard
+        if heard is None or heard.gate is not self or heard.said is None:
             raise ValueError(
                 f"An adapter waits for '{trigger[0]}', but these text states are of no prompt that its pipeline has "
-                "encoded: give the pipeline prompts, and call comcat_diffusion.listen on every other that shares them."
+                "encoded: give the pipeline prompts, or say which ones they are of with "
+                "comcat_diffusion.remember_prompts(pipe, prompt_embeds, prompts); another pipeline that shares the "
+                "denoiser needs a comcat_diffusion.listen(pipe) of its own."
             )
-        if trigger not in self._acts:
-            self._find(trigger)
-        return self._acts[trigger]
-
-    @torch.compiler.disable
-    def _find(self, trigger: tuple[str, ...]) -> None:
-        called = sum(_starts(self._ids, self._word(word)) for word in trigger)
-        self._acts[trigger] = (called.cumsum(1) > 0).unsqueeze(-1).to(self._states)
-        self._triggers.add(trigger)
-
-    def _take(self, states: torch.Tensor, ids: torch.Tensor | None) -> None:
-        self._states, self._ids, self._acts = states, ids, {}
-
-    def _read(self, prompt: str, length: int) -> torch.Tensor:
-        """The ids of a prompt, (M,), as the text encoder was given them."""
-        text = _written_out(prompt, self.tokenizer)
-        return torch.tensor(self.tokenizer(text, padding="max_length", max_length=length, truncation=True).input_ids)
-
-    def _word(self, word: str) -> list[int]:
-        return self.tokenizer(_written_out(word, self.tokenizer), add_special_tokens=False).input_ids
+        if trigger not in heard.acts:
+            heard.find(trigger)
+        return heard
 
 
 def spoken(gate: Gate | None, trigger: tuple[str, ...], of_text: bool) -> torch.Tensor:
@@ -94,17 +132,6 @@ def spoken(gate: Gate | None, trigger: tuple[str, ...], of_text: bool) -> torch.
     return tokens if of_text else tokens.amax(dim=1, keepdim=True)
 
 
-def _keys(states: torch.Tensor) -> list[bytes]:
-    some = states[..., :_CHANNELS].detach().float().cpu().contiguous()
-    return [one.numpy().tobytes() for one in some]
-
-
-def _written_out(text: str, tokenizer: CLIPTokenizer) -> str:
-    """A learned word of several embeddings as the several words that diffusers makes of it."""
-    return TextualInversionLoaderMixin().maybe_convert_prompt(text, tokenizer)
-
-
-def _starts(ids: torch.Tensor, word: list[int]) -> torch.Tensor:
-    """Where a word begins: (B, M) ids -> (B, M), one or zero."""
-    there = [ids.roll(-offset, dims=1) == wanted for offset, wanted in enumerate(word)]
-    return torch.stack(there).all(dim=0).long()
+def _version(states: torch.Tensor) -> int | None:
+    """Counts changes in place; None where torch does not."""
+    return None if states.is_inference() else states._version

@@ -1,9 +1,11 @@
 """What an adapter file says of itself, readable without torch: the header of `NAME.safetensors`."""
 
 import base64
+import itertools
 import json
 import re
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -158,6 +160,18 @@ def _parsed(metadata: dict[str, str], path: Path) -> Header:
 def kind_of(config: dict) -> str:
     """What kind of adapter a header's configuration of one part describes: tied, foldable or free."""
     return "tied" if config.get("tied") else "foldable" if config.get("foldable") else "free"
+
+
+def awaited(header: Header) -> set[str]:
+    """The words that the adapter of a file waits for, in small letters; none if it acts everywhere."""
+    return {word.lower() for config in header.config.values() for word in config.get("trigger") or ()}
+
+
+def same_words(headers: Sequence[tuple[str, Header]]) -> Iterator[str]:
+    """A sentence for every two adapters, (name, header) each, that one word calls both of."""
+    for (one, first), (other, second) in itertools.combinations(headers, 2):
+        for word in sorted(awaited(first) & awaited(second)):
+            yield f"{one} and {other} both act from '{word}' on, so their subjects mix"
 
 
 def settings_of_layers(ranks: dict[str, int], common: int) -> dict:

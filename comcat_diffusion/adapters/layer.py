@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.gate import Gate, spoken
 from comcat_diffusion.adapters.tied import OTHER_TEXT
@@ -49,6 +50,7 @@ class _NoBase(nn.Module):
     """Stands for the base layer that a side-car does not have; tools that unwrap adapters put it in our place."""
 
     weight = bias = None
+    live = ()  # it stays in the attention's side-car's place
 
 
 class ComcatLayer(nn.Module, BaseTunerLayer):
@@ -77,7 +79,6 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         self.style = style_of(attention)
         self._owner = (attention,)  # in a tuple, so that the parent is not a submodule of its own child
         self.regions = None  # where in the picture which adapter acts, see adapters/regions.py
-        self.memory = None  # what the text gave, while it cannot change, see adapters/once.py
         self._unmerged: tuple | None = None  # the base's Linears and width, while merged ones stand in their place
 
     # What PEFT and diffusers ask of a layer
@@ -185,6 +186,16 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
         seam.set_projections(self.owner, self.style, base, width_attributes)
         self._unmerged, self.merged_adapters = None, []
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; what followed the denoiser for its sake goes along."""
+        super().delete_adapter(adapter_name)
+        if self.gate is not None and not any(self.trigger.values()):
+            self.gate.leave(self)
+            self.gate = None
+        if self.regions is not None and not self.regions.masks.keys() & self.r.keys():
+            self.regions.leave(self)
+            self.regions = None
+
     def enable_adapters(self, enabled: bool) -> None:
         """As PEFT's; a merged adapter that is disabled is unmerged, as LoRA's layers do."""
         if not enabled:
@@ -231,16 +242,25 @@ class ComcatLayer(nn.Module, BaseTunerLayer):
 
     @property
     def live(self) -> list[str]:
-        """Adapters that act on the next forward pass."""
+        """Adapters that act on the forward pass that this thread is in, without those whose trigger no prompt has."""
         if self._disable_adapters or self.merged_adapters:
             return []
-        return [name for name in self._active() if self.scaling[name] != 0]
+        return [name for name in self._active() if self.scaling[name] != 0 and self._called(name)]
+
+    def _called(self, name: str) -> bool:
+        # What is trained stays in the graph, so that a step without the trigger has gradients, if of zero.
+        if self.gate is None or not self.trigger[name] or self._trained(name):
+            return True
+        return self.gate.calls(self.trigger[name])
+
+    def _trained(self, name: str) -> bool:
+        return torch.is_grad_enabled() and self.comcat_k_down[name].weight.requires_grad
 
     def view(self, names: list[str]) -> seam.View:
         """The attention as its own forward should see it while these adapters act."""
         wide = self._wide_heads(names)
-        if self.memory is not None:
-            self.memory.cover(wide, names)
+        if here.texts is not None and seam.is_cross_attention(self.owner):
+            here.texts.cover(self, wide, names)
         return seam.view_of(self.owner, self.style, wide)
 
     def _active(self) -> list[str]:

@@ -19,30 +19,42 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from comcat_diffusion.adapters.call import Follower, carry, here, take_hooks
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import components, denoiser
 from comcat_diffusion.adapters.proportions import refuse_other_shape
 
 
-class Regions:
+class Regions(Follower):
     """The masks of one pipeline, (height, width) in 0 to 1 by adapter; its layers share the object."""
 
     def __init__(self, masks: dict[str, torch.Tensor]) -> None:
+        super().__init__()
         self.masks = masks
-        self.latent: tuple[int, int] | None = None  # height and width of what is denoised, as last seen
-        self.remove: Callable[[], None] = lambda: None  # takes the hook `look` off again
-        self._shares: dict[int, dict[str, torch.Tensor]] = {}
+        self._shares: dict[tuple, dict[str, torch.Tensor]] = {}  # by the latents' size and the number of tokens
 
-    def look(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A hook before the denoiser: the shape of the picture, without which N tokens are no grid.
+    def made_of(self) -> tuple:
+        """See `Follower`."""
+        return (self.masks,)
+
+    @torch.compiler.disable
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The hook before the denoiser: the shape of the picture, without which N tokens are no grid.
 
         Raises ValueError if a mask has other proportions.
         """
+        carry(model)
         sample = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
-        if sample.shape[-2:] != self.latent:
+        latent = tuple(sample.shape[-2:])
+        if not any(latent == known for known, _ in self._shares):
             for name, mask in self.masks.items():
-                refuse_other_shape(name, mask, *sample.shape[-2:])
-            self.latent, self._shares = tuple(sample.shape[-2:]), {}
+                refuse_other_shape(name, mask, *latent)
+        here.latent = latent
+
+    @torch.compiler.disable
+    def end(self, model: nn.Module, args: tuple, output: object) -> None:
+        """The hook after the denoiser."""
+        here.latent = None
 
     def blend(self, live: list[str], hidden: torch.Tensor, attend: Callable[[list[str]], torch.Tensor]) -> torch.Tensor:
         """The attention's output, (B, N, C), by place; `attend` gives it with only the adapters that are named."""
@@ -59,23 +71,24 @@ class Regions:
 
     def _of_grid(self, tokens: int) -> dict[str, torch.Tensor]:
         """Every adapter's share of each of N places: (N, 1)."""
-        if tokens not in self._shares:
-            grid = self._grid(tokens)
+        if here.latent is None:
+            raise ValueError("Regions act while the whole denoiser runs, which shows them the shape of the picture.")
+        if (here.latent, tokens) not in self._shares:
+            grid = _grid(here.latent, tokens)
             areas = {name: adaptive_avg_pool2d(mask[None], grid).view(-1, 1) for name, mask in self.masks.items()}
             crowd = sum(areas.values()).clamp(min=1)
-            self._shares[tokens] = {name: area / crowd for name, area in areas.items()}
-        return self._shares[tokens]
+            self._shares[here.latent, tokens] = {name: area / crowd for name, area in areas.items()}
+        return self._shares[here.latent, tokens]
 
-    def _grid(self, tokens: int) -> tuple[int, int]:
-        """Height and width of N tokens: the latents', halved and rounded up as a U-Net's levels are."""
-        if self.latent is None:
-            raise ValueError("Regions act while the whole denoiser runs, which shows them the shape of the picture.")
-        height, width = self.latent
-        while height * width > tokens and height * width > 1:
-            height, width = -(-height // 2), -(-width // 2)
-        if height * width != tokens:
-            raise ValueError(f"{tokens} tokens are no level of latents of {self.latent}, so no region fits them.")
-        return height, width
+
+def _grid(latent: tuple[int, int], tokens: int) -> tuple[int, int]:
+    """Height and width of N tokens: the latents', halved and rounded up as a U-Net's levels are."""
+    height, width = latent
+    while height * width > tokens and height * width > 1:
+        height, width = -(-height // 2), -(-width // 2)
+    if height * width != tokens:
+        raise ValueError(f"{tokens} tokens are no level of latents of {latent}, so no region fits them.")
+    return height, width
 
 
 def set_regions(pipe: object, masks: Mapping[str, Image.Image | torch.Tensor]) -> None:
@@ -97,11 +110,11 @@ def set_regions(pipe: object, masks: Mapping[str, Image.Image | torch.Tensor]) -
         raise ValueError("Merged adapters act everywhere: call unmerge_adapters before regions are set.")
     for layer in layers:
         if layer.regions is not None:
-            layer.regions.remove()
+            take_hooks(denoiser(pipe), layer.regions)
             layer.regions = None
     if found:
         regions = Regions(found)
-        regions.remove = denoiser(pipe).register_forward_pre_hook(regions.look, with_kwargs=True).remove
+        regions.follow(denoiser(pipe), layers)
         for layer in layers:
             layer.regions = regions
 

@@ -134,7 +134,7 @@ def adapted(host: type) -> type:
 
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         layer = self.__dict__["_modules"][SIDECAR]
-        live = getattr(layer, "live", ())
+        live = layer.live
 
         def attend(names: list[str]) -> object:
             return host_forward(layer.view(names) if names else self, *args, **kwargs)

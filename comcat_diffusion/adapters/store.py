@@ -130,6 +130,7 @@ def load_adapter(pipe: object, path: str | Path, adapter_name: str = "default", 
         if adapter_name in getattr(parts[part], "peft_config", {}):
             raise ValueError(f"An adapter named '{adapter_name}' is already loaded; give this one another name.")
     _refuse_other_tensors(tensors, parts, configs, path)
+    _warn_of_same_words(parts, configs, adapter_name)
     for part, config in configs.items():
         _attach(parts[part], config, adapter_name, part, tensors)
     for token, vectors in tokens.items():
@@ -148,6 +149,19 @@ def _taken_tokens(tensors: dict[str, torch.Tensor], header: Header, path: str | 
             raise AdapterFileError(f"{path} has unknown tensors: {name}; the file is damaged or was edited.")
         found[header.tokens[int(number)]][encoder] = values
     return found
+
+
+def _warn_of_same_words(parts: dict[str, nn.Module], configs: dict[str, ComcatConfig], adapter_name: str) -> None:
+    for part, config in configs.items():
+        for name in _active_adapters(parts[part]):
+            there = getattr(parts[part].peft_config[name], "trigger", None) or ()
+            both = {word.lower() for word in there} & {word.lower() for word in config.trigger or ()}
+            if both:
+                warnings.warn(
+                    f"'{name}' and '{adapter_name}' both act from '{min(both)}' on, so their subjects mix: train one "
+                    "with another word, give each a part of the picture (set_regions), or activate one of them.",
+                    stacklevel=3,
+                )
 
 
 def _attach(model: nn.Module, config: ComcatConfig, adapter_name: str, part: str, tensors: dict) -> None:

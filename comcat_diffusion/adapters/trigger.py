@@ -2,58 +2,76 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 from diffusers import DiffusionPipeline
 
 from comcat_diffusion.adapters.gate import Gate
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import denoiser
+from comcat_diffusion.adapters.texts import Texts, texts_of
 
 
 def listen(pipe: DiffusionPipeline) -> None:
     """Let adapters that wait for a trigger know what this pipeline's prompts say. Calling it twice does no harm.
 
-    `load_adapter` calls it; do so after `add_adapter` with a trigger, and with another pipeline of the same parts. Of
-    SDXL's two prompts the first is looked at, and text encoders wait for nothing. Raises ValueError for what encodes no
-    prompts.
+    `load_adapter` calls it; do so after `add_adapter` with a trigger, and with another pipeline of the same parts, of
+    which threads may have one each. Of SDXL's two prompts the first is looked at, and text encoders wait for nothing.
+    Raises ValueError for what encodes no prompts.
     """
     waiting = [layer for layer in adapted_layers(denoiser(pipe)).values() if any(layer.trigger.values())]
     if not waiting:
         return
     if not hasattr(pipe, "encode_prompt"):
         raise ValueError("An adapter that waits for its trigger needs a pipeline that encodes prompts.")
-    gate = next((layer.gate for layer in waiting if layer.gate is not None), None)
-    if gate is None:
-        gate = Gate(pipe.tokenizer)
-        denoiser(pipe).register_forward_pre_hook(gate.look, with_kwargs=True)
+    gate = next((layer.gate for layer in waiting if layer.gate is not None), None) or Gate(pipe.tokenizer)
+    gate.triggers |= {words for layer in waiting for words in layer.trigger.values() if words}
+    gate.follow(denoiser(pipe), waiting)
+    gate.hear(pipe.text_encoder)
     for layer in waiting:
         layer.gate = gate
-    pipe.encode_prompt = _remembering(type(pipe).encode_prompt.__get__(pipe), gate)
+    encode_prompt = type(pipe).encode_prompt.__get__(pipe)
+    pipe.encode_prompt = _remembering(encode_prompt, texts_of(pipe.tokenizer))
     pipe.comcat_gate = gate
+    gate.pipes.add(pipe)
 
 
 def stop_listening(pipe: object) -> None:
     """Undo `listen`; without adapters that wait there is nothing to know."""
     if hasattr(pipe, "comcat_gate"):
-        hooks = denoiser(pipe)._forward_pre_hooks
-        for number in [n for n, hook in hooks.items() if hook == pipe.comcat_gate.look]:
-            del hooks[number]
-        del pipe.comcat_gate, pipe.encode_prompt
+        pipe.comcat_gate.stop()
 
 
-def _remembering(encode_prompt: Callable, gate: Gate) -> Callable:
-    """A pipeline's `encode_prompt` that also tells the gate."""
+def remember_prompts(pipe: DiffusionPipeline, prompt_embeds: torch.Tensor, prompts: str | Sequence[str]) -> None:
+    """Say which prompts text states (B, M, E) are of that were made outside of the pipeline: interpolated, or changed.
+
+    An adapter then acts on them from its trigger on, as if the pipeline had made them of these prompts. States that the
+    pipeline or its text encoder has made are known anyhow, also in another precision or with single words weighted.
+    Raises ValueError unless there is one prompt for each.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if prompt_embeds.ndim != 3 or len(prompt_embeds) != len(prompts):
+        raise ValueError(
+            f"prompt_embeds of shape {tuple(prompt_embeds.shape)} for {len(prompts)} prompts: give one (M, E) block of "
+            "text states for each prompt."
+        )
+    texts_of(pipe.tokenizer).remember(prompt_embeds, prompts)
+
+
+def _remembering(encode_prompt: Callable, texts: Texts) -> Callable:
+    """A pipeline's `encode_prompt` that also remembers, one thread at a time where they share a tokenizer."""
 
     @functools.wraps(encode_prompt)
     def encode(*args: object, **kwargs: object) -> tuple:
-        made = encode_prompt(*args, **kwargs)
-        given = inspect.signature(encode_prompt).bind(*args, **kwargs).arguments
-        for states, name in zip(made[:2], ("prompt", "negative_prompt"), strict=True):
-            if states is not None and given.get(f"{name}_embeds") is None:
-                said = given.get(name) or ""
-                texts = [said] if isinstance(said, str) else said
-                gate.remember(states, [text for text in texts for _ in range(len(states) // len(texts))])
+        with texts.lock:
+            made = encode_prompt(*args, **kwargs)
+            given = inspect.signature(encode_prompt).bind(*args, **kwargs).arguments
+            for states, name in zip(made[:2], ("prompt", "negative_prompt"), strict=True):
+                if states is not None and given.get(f"{name}_embeds") is None:
+                    said = given.get(name) or ""
+                    prompts = [said] if isinstance(said, str) else said
+                    texts.remember(states, [text for text in prompts for _ in range(len(states) // len(prompts))])
         return made
 
     return encode

@@ -1,5 +1,6 @@
 """The generation story: a base, adapters and prompts in; pictures and a contact sheet out."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from comcat_diffusion import bases
 from comcat_diffusion.adapters.merge import merge_adapters, unload_adapters
 from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.store import load_adapter
+from comcat_diffusion.adapters.texts import texts_of
 from comcat_diffusion.generation.chosen import Chosen, files_of
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.order import Order, order_of
@@ -38,16 +40,24 @@ class Pictures:
     sheet: Path
 
 
-def generate(config: GenerateConfig, on_picture: OnPicture = lambda done, total: None) -> Pictures:
+def generate(
+    config: GenerateConfig,
+    on_picture: OnPicture = lambda done, total: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Pictures:
     """Draw every prompt from every seed; returns where the pictures and the sheet are.
+
+    `note` is told what is worth knowing, a sentence at a time.
 
     Raises ValueError or OSError for bad input before anything is drawn.
     """
-    return drawn(order_of(config), on_picture)
+    return drawn(order_of(config), on_picture, note)
 
 
-def drawn(order: Order, on_picture: OnPicture) -> Pictures:
+def drawn(order: Order, on_picture: OnPicture, note: Callable[[str], None]) -> Pictures:
     """What is ordered, drawn; see `generate`. Prompts and adapters are checked, but not against the base."""
+    for text in order.notes:
+        note(text)
     config, prompts, chosen = order.config, order.prompts, order.chosen
     pipe = _pipeline(order)
     bases.asked_resolution(pipe, config.resolution)
@@ -86,12 +96,12 @@ def drawn(order: Order, on_picture: OnPicture) -> Pictures:
 
 def _refuse_deaf(tokenizer: CLIPTokenizer, prompt: str, chosen: Sequence[Chosen], any_prompt: bool) -> None:
     """Raise ValueError for a prompt that names the subject only where the text encoder does not read any more."""
-    numbers, most = tokenizer(prompt, truncation=False, verbose=False).input_ids, tokenizer.model_max_length
-    read = tokenizer.decode(numbers[:most], skip_special_tokens=True)
+    read = texts_of(tokenizer).read(prompt, tokenizer.model_max_length)
     named = [subject for one in chosen for subject in one.subjects if calls(prompt, subject)]
-    if len(numbers) > most and named and not any_prompt and not any(calls(read, subject) for subject in named):
+    if named and not any_prompt and not any(read.acts([subject.trigger]).any() for subject in named):
+        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
         raise ValueError(
-            f"The prompt '{prompt[:60]}...' has {len(numbers)} tokens, of which the text encoder reads {most}, and "
+            f"The prompt '{prompt[:60]}...' has {count} tokens, of which the text encoder reads {len(read.ends)}, and "
             f"'{named[0].phrase}' comes later: name it earlier, or allow it with --any_prompt."
         )
 
@@ -106,8 +116,10 @@ def _pipeline(order: Order) -> DiffusionPipeline:
     pipe = bases.asked_base(config, bases.asked_precision(config.precision, device, order.base), order.base)
     use_sampler(pipe, config.scheduler)
     names = [_name(number) for number in range(len(chosen))]
-    for name, one in zip(names, chosen, strict=True):
-        load_adapter(pipe, one.path, name, any_weights=config.any_weights)
+    with warnings.catch_warnings():  # of adapters that wait for one word, which has been said
+        warnings.filterwarnings("ignore", message=".*so their subjects mix")
+        for name, one in zip(names, chosen, strict=True):
+            load_adapter(pipe, one.path, name, any_weights=config.any_weights)
     loras = {f"lora_{number}": lora for number, lora in enumerate(order.loras)}
     for name, (path, _) in loras.items():
         _load_lora(pipe, path, name)

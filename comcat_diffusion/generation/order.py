@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from comcat_diffusion import atomic
+from comcat_diffusion.adapters.header import same_words
 from comcat_diffusion.config import weighted
 from comcat_diffusion.generation.chosen import Chosen, base_of, choose
 from comcat_diffusion.generation.config import GenerateConfig
@@ -26,6 +27,7 @@ class Order:
     loras: Sequence[tuple[Path, float]]  # file and weight
     masks: dict[int, Image.Image]  # by the number of their adapter
     folder: Path
+    notes: Sequence[str]  # what is worth knowing, sentences
 
 
 def order_of(config: GenerateConfig) -> Order:
@@ -42,7 +44,11 @@ def order_of(config: GenerateConfig) -> Order:
     loras = [_lora(text) for text in config.lora]
     base = base_of(config, chosen)
     place_of(base)
-    return Order(config, chosen, base, prompts, loras, masks, atomic.make_folder(config.output_dir, "--output_dir"))
+    everywhere = [(one.path.name, one.header) for number, one in enumerate(chosen) if number not in masks]
+    apart = "train one with another word, or give each a part of the picture with --region."
+    notes = [f"{sentence}: {apart}" for sentence in same_words(everywhere)]
+    folder = atomic.make_folder(config.output_dir, "--output_dir")
+    return Order(config, chosen, base, prompts, loras, masks, folder, notes)
 
 
 def _checked(prompt: str, chosen: Sequence[Chosen], any_prompt: bool) -> str:

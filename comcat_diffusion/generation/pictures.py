@@ -83,7 +83,7 @@ def draw(pipe: StableDiffusionPipeline, drawings: list[Drawing], sampling: Sampl
     for start in range(0, len(drawings), sampling.batch_size):
         batch = drawings[start : start + sampling.batch_size]
         negative = [sampling.negative_prompt] * len(batch) if sampling.negative_prompt else None
-        with text_once(pipe.unet):
+        with text_once():
             drawn = pipe(
                 prompt=[drawing.prompt for drawing in batch],
                 negative_prompt=negative,

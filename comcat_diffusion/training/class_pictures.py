@@ -18,7 +18,7 @@ STEPS = 25
 def class_prompt_of(config: TrainConfig, subject: Subject, subjects: Sequence[Subject]) -> str:
     """The class prompt of a subject: the one given, or its prompt without the trigger. Raises ValueError."""
     one = config.all_subjects()[list(subjects).index(subject)]
-    derived = without_trigger(one.instance_prompt or "", subject)
+    derived = without_trigger(one.prompt or "", subject)
     if one.class_prompt or (subject.class_word and derived):
         return one.class_prompt or derived
     raise ValueError(

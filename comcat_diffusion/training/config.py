@@ -1,6 +1,6 @@
 """The settings of a training run, in groups."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from comcat_diffusion.config import (
     EMBEDDED,
@@ -12,7 +12,7 @@ from comcat_diffusion.config import (
     require_finite,
     require_seed,
 )
-from comcat_diffusion.words import words_in
+from comcat_diffusion.words import places
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 STEADY_SCHEDULES = ("constant", "constant_with_warmup")  # whose rate does not depend on how long the run is
@@ -34,8 +34,7 @@ def _require_said(prompt: str | None) -> None:
 
 def _require_word(prompt: str | None, word: str | None, kind: str = "") -> None:
     if prompt and word:
-        there = word.lower() in (*words_in(prompt), *prompt.lower().split())
-        require(there, f"--instance_prompt '{prompt}' does not contain {kind}'{word}'.")
+        require(bool(places(word, prompt)), f"--instance_prompt '{prompt}' does not contain {kind}'{word}'.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,7 @@ class SubjectConfig:
     instance_data_dir: str
     instance_prompt: str | None = None
     trigger: str | None = None
+    class_word: str | None = None
     class_prompt: str | None = None
     class_data_dir: str | None = None
     repeats: int = 1
@@ -53,11 +53,21 @@ class SubjectConfig:
         require(
             self.instance_prompt is not None or self.trigger is not None,
             f"--instance_prompt is missing: say in words what {self.instance_data_dir} shows (or, where every picture "
-            "has a caption, name the --trigger).",
+            "has a caption, name the --trigger), or name the --trigger and its --class_word.",
         )
         _require_said(self.instance_prompt)
+        for flag in ("trigger", "class_word"):
+            word = getattr(self, flag)
+            require(word is None or bool(word.strip()), f"--{flag} is empty: write a word, or leave it out.")
         require(self.repeats >= 1, f"--repeats must be at least 1, not {self.repeats}.")
         _require_word(self.instance_prompt, self.trigger, "the trigger ")
+
+    @property
+    def prompt(self) -> str | None:
+        """What pictures without a caption show: as was said, or as follows from the names."""
+        if self.instance_prompt or not self.class_word:
+            return self.instance_prompt
+        return f"a photo of {self.trigger} {self.class_word}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +81,14 @@ class PictureSettings(Group):
         None, "A prompt that names the subject, for instance 'a photo of sks dog'.", usual=True
     )
     trigger: str | None = option(
-        None, "The word in the prompt that stands for the subject. Default: found in the prompt."
+        None,
+        "The rare word in the prompt that stands for the subject, for instance sks. Default: found in the prompt.",
+        usual=True,
+    )
+    class_word: str | None = option(
+        None,
+        "What kind of thing the subject is, for instance dog. Default: what stands behind the trigger.",
+        usual=True,
     )
     repeats: int = option(1, "Times that every picture counts in a pass; of use with several subjects.")
     subjects: list[SubjectConfig] = option(
@@ -98,8 +115,8 @@ class PictureSettings(Group):
             "--instance_data_dir and [[subjects]] tables exclude each other: put the folder into a table.",
         )
         require(
-            not (self.subjects and (self.instance_prompt or self.trigger)),
-            "--instance_prompt and --trigger belong into the [[subjects]] tables, where there are any.",
+            not (self.subjects and (self.instance_prompt or self.trigger or self.class_word)),
+            "--instance_prompt, --trigger and --class_word belong into the [[subjects]] tables, where there are any.",
         )
 
 
@@ -367,8 +384,8 @@ class TrainConfig(
 
     def all_subjects(self) -> list[SubjectConfig]:
         """The subjects: those of the tables, or the one that the flags describe."""
-        names = ("instance_data_dir", "instance_prompt", "trigger", "class_prompt", "class_data_dir", "repeats")
-        return list(self.subjects) or [SubjectConfig(**{name: getattr(self, name) for name in names})]
+        own = {item.name: getattr(self, item.name) for item in fields(SubjectConfig)}
+        return list(self.subjects) or [SubjectConfig(**own | {"trigger": self.trigger or self.placeholder_token})]
 
 
 @dataclass(frozen=True, kw_only=True)

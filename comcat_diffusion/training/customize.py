@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -31,12 +32,13 @@ from comcat_diffusion.training.config import KINDS, TrainConfig
 from comcat_diffusion.training.dataset import Dataset, remarks
 from comcat_diffusion.training.encode import Material, encode_all, tiny
 from comcat_diffusion.training.judge import Judge
-from comcat_diffusion.training.learner import Learner, cut_off
+from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import Loop, NotFinite, Step
 from comcat_diffusion.training.objective import Objective
 from comcat_diffusion.training.order import Order, order_of
 from comcat_diffusion.training.preview import Preview
 from comcat_diffusion.training.prior import ClassPictures, Teacher
+from comcat_diffusion.training.wording import cut_off, well_known
 from comcat_diffusion.words import Subject
 
 
@@ -133,7 +135,8 @@ def _run(
     put_away(pipe.vae.parameters())
     learned.prepare(config, pipe, dataset.subjects)
     prompts = [*material.prompts, *config.validation_prompt, ""]
-    for text in (*cut_off(pipe.tokenizer, prompts), *tiny(material.crops, config.resolution)):
+    doubts = cut_off(pipe.tokenizer, prompts), well_known(pipe.tokenizer, dataset.subjects)
+    for text in (*chain(*doubts), *tiny(material.crops, config.resolution)):
         watcher.note(text)
     train_text = config.train_text_encoder or bool(words_of(pipe))
     learner = Learner(pipe, prompts, train_text, accelerator.device)

@@ -55,7 +55,7 @@ def read_dataset(config: TrainConfig) -> Dataset:
     """List the examples of all subjects; pictures are opened by `remarks` and later. Raises ValueError or OSError."""
     examples, subjects, ignored = [], [], {}
     for one in config.all_subjects():
-        subject = subject_of(one.instance_prompt or one.trigger, one.trigger)
+        subject = subject_of(one.prompt or one.trigger, one.trigger, one.class_word)
         if subject.trigger in {other.trigger for other in subjects}:
             raise ValueError(f"Two subjects have the trigger '{subject.trigger}'; give each a word of its own.")
         found = folder.find(one.instance_data_dir)
@@ -77,7 +77,7 @@ def read_dataset(config: TrainConfig) -> Dataset:
 
 
 def _example(shot: folder.Shot, one: SubjectConfig, subject: Subject, config: TrainConfig) -> Example:
-    prompt = shot.caption or one.instance_prompt
+    prompt = shot.caption or one.prompt
     if not prompt:
         raise ValueError(f"{shot.path} has no caption and there is no --instance_prompt: write one of the two.")
     return Example(shot.path, prompt, subject, shot.mask, config.alpha_mask, one.repeats)

@@ -107,5 +107,5 @@ class Judge:
         config, first = self.config, self.subjects[0]
         training = {"resolution": config.resolution, "steps": step, "seed": config.seed, "pictures": self.pictures}
         others = [{"trigger": s.trigger, "class_word": s.class_word} for s in self.subjects[1:]]
-        prompt = config.all_subjects()[0].instance_prompt or first.phrase
+        prompt = config.all_subjects()[0].prompt or first.phrase
         return Notes(first.trigger, prompt, first.class_word, training, others)

@@ -3,12 +3,11 @@
 Letters: B batch, C latent channels, M context tokens, E width of the text states.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
-from transformers import CLIPTokenizer
 
 from comcat_diffusion.adapters.gate import Gate
 
@@ -28,15 +27,6 @@ def text_encoders(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     """The text encoders of a pipeline by name."""
     names = ("text_encoder", "text_encoder_2")
     return {name: getattr(pipe, name) for name in names if getattr(pipe, name, None) is not None}
-
-
-def cut_off(tokenizer: CLIPTokenizer, prompts: Iterable[str]) -> Iterator[str]:
-    """A sentence for every prompt that has more tokens than the text encoder reads."""
-    most = tokenizer.model_max_length
-    for prompt in dict.fromkeys(prompts):
-        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        if count > most:
-            yield f"'{prompt[:60]}' has {count} tokens, of which the text encoder reads {most}: the end is cut off."
 
 
 class Learner(nn.Module):

@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from comcat_diffusion import bases
+from comcat_diffusion.adapters.trigger import remember_prompts
 from comcat_diffusion.generation.pictures import Drawing, Sampling, made_by, save_png
 from comcat_diffusion.generation.sheet import Row, contact_sheet, footer_of
 from comcat_diffusion.training.config import TrainConfig
@@ -62,8 +63,7 @@ class Preview:
                 "pooled_prompt_embeds": pooled[:1],
                 "negative_pooled_prompt_embeds": pooled[1:] * (not zeros),
             }
-        if learner.gate is not None:
-            learner.gate.remember(states, [drawing.prompt, ""])
+        remember_prompts(self.pipe, states, [drawing.prompt, ""])
         unet = learner.unet
         # As its steps are: where text is trained, the pipeline hands the U-Net the encoders' float32.
         with torch.autocast(unet.device.type, unet.dtype, enabled=unet.dtype != torch.float32):

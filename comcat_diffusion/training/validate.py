@@ -22,11 +22,10 @@ from comcat_diffusion.training.customize import (
 )
 from comcat_diffusion.training.dataset import Dataset, read_dataset, remarks
 from comcat_diffusion.training.learned import adapter_config, awaited
-from comcat_diffusion.training.learner import cut_off
 from comcat_diffusion.training.order import planned, with_initial, with_sample
+from comcat_diffusion.training.wording import cut_off, well_known
 
 MEASURED_STEPS = 3  # the first one warms up and does not count
-FREQUENT = 0.5  # CLIP's vocabulary is in order of frequency: below this share of it a word is well known
 
 
 @dataclass
@@ -63,7 +62,8 @@ def validate(config: ValidateConfig) -> Report:
     except (ValueError, OSError) as error:
         report.errors.append(str(error))
         return report
-    report.doubts += _word_doubts(dataset, tokenizer)
+    report.doubts += cut_off(tokenizer, (example.prompt for example in dataset.examples))
+    report.doubts += well_known(tokenizer, dataset.subjects)
     levels = len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"])
     native = unet.config.sample_size * 2 ** (levels - 1)
     batch = config.train_batch_size or default_batch(native, len(dataset.examples))
@@ -100,14 +100,6 @@ def _refusals(config: TrainConfig, dataset: Dataset) -> Iterator[str]:
             refuse()
         except (ValueError, OSError) as error:
             yield str(error)
-
-
-def _word_doubts(dataset: Dataset, tokenizer: CLIPTokenizer) -> Iterator[str]:
-    yield from cut_off(tokenizer, (example.prompt for example in dataset.examples))
-    for subject in dataset.subjects:
-        ids = tokenizer(subject.trigger, add_special_tokens=False).input_ids
-        if len(ids) == 1 and len(tokenizer) > 10_000 and ids[0] < FREQUENT * len(tokenizer):
-            yield f"'{subject.trigger}' is a word that the base knows well: a rare one, like sks, learns faster."
 
 
 def _size_facts(config: TrainConfig, dataset: Dataset, unet: UNet2DConditionModel) -> Iterator[str]:

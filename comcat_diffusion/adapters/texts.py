@@ -1,0 +1,105 @@
+"""Prompts, known again by the text states that were made of them, and where in a prompt a word stands.
+
+States are known by the direction of their last one, which has read the whole prompt: so also in another precision, or
+with single words weighted up. One memory belongs to a tokenizer, and so to all pipelines and threads that share it.
+
+Letters: B batch, M context tokens, E width of the text states.
+"""
+
+import threading
+import unicodedata
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers.loaders import TextualInversionLoaderMixin
+from transformers import PreTrainedTokenizerBase
+
+from comcat_diffusion.words import places
+
+_REMEMBERED = 1024  # prompts; the oldest are forgotten
+_SAME = 1 - 3e-6  # cosine of two last states of one prompt: bfloat16 is off by 2^-9 at most, which leaves 1 - 2e-6
+
+
+@dataclass(frozen=True)
+class Said:
+    """A prompt as a text encoder has read it."""
+
+    text: str
+    ends: torch.Tensor  # (M,) where in the text each token ends; 0 of tokens that are not in it
+
+    def acts(self, words: Sequence[str]) -> torch.Tensor:
+        """(M,) of bool: the tokens from the first of these words on. What was cut off calls nothing."""
+        starts = [start for word in words for start, _ in places(word, self.text)]
+        if not starts:
+            return torch.zeros(len(self.ends), dtype=torch.bool)
+        return (self.ends > min(starts)).cumsum(0) > 0
+
+
+class Texts:
+    """The prompts that a tokenizer's text encoders have read."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.lock = threading.RLock()  # a tokenizer changes its padding at every call: one thread at a time
+        self._tokenizer = weakref.ref(tokenizer)
+        self._said: OrderedDict[bytes, Said] = OrderedDict()  # by the direction of the last state, (E,) of float32
+
+    def remember(self, states: torch.Tensor, prompts: Sequence[str], written_out: bool = False) -> None:
+        """Know the text states (B, M, E) of B prompts again, however a pipeline repeats and stacks them.
+
+        Prompts are `written_out` where each learned word stands as the several words that diffusers makes of it.
+        """
+        with self.lock:
+            for key, prompt in zip(_keys(states), prompts, strict=True):
+                self._said[key] = self.read(prompt, states.shape[1], written_out)
+                self._said.move_to_end(key)
+            while len(self._said) > _REMEMBERED:
+                self._said.popitem(last=False)
+
+    def known(self, states: torch.Tensor) -> list[Said] | None:
+        """The prompts of text states (B, M, E), or None if one of them is of no prompt that is known."""
+        with self.lock:
+            found = [self._nearest(key, states.shape[1]) for key in _keys(states)]
+        return None if any(said is None for said in found) else found
+
+    def read(self, prompt: str, length: int, written_out: bool = False) -> Said:
+        """A prompt as the text encoder is given it, in `length` tokens."""
+        tokenizer = self._tokenizer()
+        with self.lock:
+            text = prompt if written_out else TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
+            text = unicodedata.normalize("NFC", text)  # as tokenizers do before they count
+            how = {"padding": "max_length", "max_length": length, "truncation": True, "return_offsets_mapping": True}
+            return Said(text, torch.tensor([end for _, end in tokenizer(text, **how).offset_mapping]))
+
+    def _nearest(self, key: bytes, length: int) -> Said | None:
+        if not np.frombuffer(key, np.float32).any():  # SDXL's states of no text at all
+            return Said("", torch.zeros(length, dtype=torch.long))
+        if key not in self._said:
+            others = [other for other, said in self._said.items() if len(other) == len(key)]
+            if not others:
+                return None
+            directions = np.frombuffer(b"".join(others), np.float32).reshape(len(others), -1)
+            cosines = directions @ np.frombuffer(key, np.float32)
+            if cosines.max() < _SAME:
+                return None
+            key = others[int(cosines.argmax())]
+        said = self._said[key]
+        return said if len(said.ends) == length else None
+
+
+_KNOWN: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, Texts] = weakref.WeakKeyDictionary()
+
+
+def texts_of(tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """The memory of a tokenizer."""
+    found = _KNOWN.get(tokenizer)
+    return _KNOWN.setdefault(tokenizer, Texts(tokenizer)) if found is None else found
+
+
+def _keys(states: torch.Tensor) -> list[bytes]:
+    last = states[:, -1].detach().float()
+    last = last / last.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return [one.tobytes() for one in last.cpu().numpy()]
