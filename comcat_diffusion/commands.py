@@ -15,7 +15,7 @@ from pathlib import Path
 
 from comcat_diffusion import atomic
 from comcat_diffusion.bench.config import BenchConfig
-from comcat_diffusion.compression.config import CompressConfig
+from comcat_diffusion.compression.config import UNET, CompressConfig
 from comcat_diffusion.config import from_arguments, weighted
 from comcat_diffusion.evaluation.config import EvaluateConfig
 from comcat_diffusion.export.config import (
@@ -343,6 +343,13 @@ def compress(parsed: argparse.Namespace) -> int:
     """Make an image classifier, or a base's attentions, smaller by low-rank heads."""
     config = from_arguments(CompressConfig, parsed)
     atomic.refuse_used(Path(config.output_dir).expanduser())
+    from comcat_diffusion.compression.pictures import folder_of
+
+    for flag in ("calibration_dir", "train_dir", "eval_dir"):
+        if getattr(config, flag) is not None:
+            folder_of(getattr(config, flag), flag)
+    if config.part == UNET:
+        place_of(config.model)
     _quiet()
     from comcat_diffusion.compression.run import run
 

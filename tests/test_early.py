@@ -100,6 +100,8 @@ def test_a_refusal_waits_for_nothing_that_it_does_not_need(adapters, tmp_path):
         ): "there is no file nope.txt",
         ("evaluate", "--run_dir", "nowhere", "--subject_dir", pictures): "there is no folder nowhere",
         ("compress", "--model", "embedded", "--part", "unet-attention", "--output_dir", "docs"): "holds something",
+        ("compress", "--model", "a/b", "--train_dir", "nowhere"): "--train_dir nowhere is no folder",
+        ("compress", "--model", "nowhere", "--part", "unet-attention"): "no base at 'nowhere'",
         ("bench", "--pretrained_model_name_or_path", "nowhere"): "no base at 'nowhere'",
         ("push", "--adapter", "README.md", "--repo_id", "me/x"): "is not a safetensors file",
         ("push", "--adapter", tied, "--repo_id", "me x"): "Repo id must",

@@ -22,6 +22,7 @@ def label_points(
 
     Axes must have their limits by now, and the figure a canvas that draws: where labels fit is counted in its pixels.
     """
+    from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     figure = axes.figure
@@ -40,6 +41,7 @@ def label_points(
         label = axes.annotate(
             name, place, xytext=(offset[0] / dot, offset[1] / dot), textcoords="offset points", fontsize=size,
             ha="center", va="center", arrowprops=line, zorder=5,
+            path_effects=[withStroke(linewidth=2, foreground="white")],  # readable over the lines of an interval too
         )  # fmt: skip
         label.set_in_layout(False)
 
