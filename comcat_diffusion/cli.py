@@ -49,6 +49,7 @@ _NAMED = (
     'comcat {} my_dog/ "sks dog". All else has a default.'
 )
 EVERYTHING = "--help-all"
+TELLING = 4  # letters of a word that says which flags it may be a part of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,7 +128,9 @@ class _Parser(argparse.ArgumentParser):
         """The rest of the sentence about a flag that is none."""
         known = [flag.removeprefix("--") for flag in self._option_string_actions if flag.startswith("--")]
         asked = word.partition("=")[0].lstrip("-–—").lower().replace("-", "_")
-        found = difflib.get_close_matches(asked, known, 1) or [flag for flag in known if asked and asked in flag][:3]
+        found = difflib.get_close_matches(asked, known, 1)
+        if not found and len(asked) >= TELLING:
+            found = [flag for flag in known if asked in flag][:3]
         meant = f": did you mean {' or '.join(f'--{flag}' for flag in found)}?" if found else "."
         return f"{meant} ({self.prog} {EVERYTHING if self.words or 'config' in known else '--help'} shows all.)"
 

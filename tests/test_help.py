@@ -114,6 +114,7 @@ def test_what_is_required_is_marked_and_missed(command, capsys, monkeypatch):
         ("train --steps 3", "did you mean --max_train_steps or"),
         ("generate --promt x", "there is no --promt: did you mean --prompt?"),
         ("pull --zzzzzzz", "there is no --zzzzzzz. (comcat pull --help-all shows all.)"),
+        ("generate -n 4 --prompt x", "there is no -n. (comcat generate --help-all shows all.)"),
         ("info --save x y", "no adapter file y"),
         ("train --rank two", "--rank: invalid int value: 'two'"),
         ("pull --repo_id", "--repo_id: expected one argument"),
