@@ -35,7 +35,7 @@ from comcat_diffusion.training.judge import Judge
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import Loop, NotFinite, Step
 from comcat_diffusion.training.objective import Objective
-from comcat_diffusion.training.order import Order, order_of
+from comcat_diffusion.training.order import Order, order_of, target_of
 from comcat_diffusion.training.preview import Preview
 from comcat_diffusion.training.prior import ClassPictures, Teacher
 from comcat_diffusion.training.wording import cut_off, well_known
@@ -99,8 +99,10 @@ def learn(order: Order, watcher: Watcher | None = None) -> Outcome:
     """What is ordered, learned; see `customize`."""
     watcher = watcher or Silent()
     # Everything that can be wrong with the input is looked at before the base, which is big, is loaded.
-    config, dataset, target = with_precision(order.config), order.dataset, order.target
-    for _, text in remarks(dataset):
+    config, dataset = with_precision(order.config), order.dataset
+    found = [text for _, text in remarks(dataset)]
+    target = target_of(config, dataset.subjects)  # made only now, so that no refusal leaves an empty folder
+    for text in found:
         watcher.note(text)
     # Accelerate owns the device, the precision and the processes.
     accelerator = _accelerator(config)

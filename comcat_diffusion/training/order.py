@@ -16,20 +16,20 @@ TAKEN = ("learned", "ema")  # names of a checkpoint's own tensors, beside which 
 
 @dataclass(frozen=True)
 class Order:
-    """Settings whose pictures are listed, and where the adapter will be."""
+    """Settings whose pictures are listed, and whose folders are looked at."""
 
     config: TrainConfig
     dataset: Dataset
-    target: Path
 
 
 def order_of(config: TrainConfig) -> Order:
-    """List the pictures and look at the folders; that of the run is made. Raises ValueError or OSError."""
+    """List the pictures and look at the folders; nothing is made. Raises ValueError or OSError."""
     config = with_sample(config)
     dataset = read_dataset(config)
     config = with_initial(config, dataset.subjects)
     place_of(asked_name(config))
-    return Order(config, dataset, target_of(config, dataset.subjects))
+    planned(config, dataset.subjects)
+    return Order(config, dataset)
 
 
 def with_sample(config: TrainConfig) -> TrainConfig:
