@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import circumstances as shared
+from comcat_diffusion.evaluation.labels import label_points
 from comcat_diffusion.evaluation.metrics import interval
 
 MEASURES = ("fidelity", "clip", "obedience", "drift", "diversity", "copying")
@@ -125,13 +126,14 @@ def plot(report: dict, across: str, label: str, path: Path) -> None:
         spots, colours = ([v[n] for n in chosen] for v in (places, drifts))
         points = axes.scatter(spots, [means[n] for n in chosen], c=colours, marker=marker, **shade)
     names = []
-    for number, (row, place, mean) in enumerate(zip(rows, places, means, strict=True), start=1):
-        side = (5, 4) if number % 2 else (-13, -9)  # so that the numbers of neighbours do not cover each other
-        axes.annotate(str(number), (place, mean), fontsize=7, xytext=side, textcoords="offset points")
+    for number, row in enumerate(rows, start=1):
         names.append(Line2D([], [], linestyle="", label=f"{number}  {row['method']}"))
     figure.legend(handles=names, loc="outside right upper", handlelength=0, frameon=False, fontsize=7.5)
     told = "drift (less is better); circles: COMCAT, small where another method beats it; squares: others"
     figure.colorbar(points, label=told, location="bottom", shrink=0.6, aspect=40)
     axes.set(xlabel=label, ylabel="fidelity to held-out pictures", xscale="log" if across == "file_bytes" else "linear")
+    numbers = [str(number) for number in range(1, len(rows) + 1)]
+    unnamed = [(row[across], row["fidelity"]["mean"]) for row in small]
+    label_points(axes, list(zip(places, means, strict=True)), numbers, unnamed, size=7)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -129,7 +129,7 @@ def ours(turn: Callable[[], None], settings: Settings, config: TrainConfig) -> d
 def _measured(clock: Clock) -> Iterator[None]:
     """Measure the functions that a run of ours consists of for as long as the block lasts."""
     places = [
-        (LOOK, story, "read_dataset"), (LOOK, story, "look_over"), (LOOK, output, "target_of"),
+        (LOOK, story, "order_of"), (LOOK, story, "look_over"), (LOOK, story, "target_of"),
         (LOAD, bases, "asked_base"),
         (ENCODE, story, "encode_all"), (ENCODE, Learner, "__init__"),
         (ATTACH, learned, "prepare"), (ATTACH, story, "_loop"),

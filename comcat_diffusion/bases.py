@@ -18,40 +18,20 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from comcat_diffusion.config import EMBEDDED, BaseSettings, is_hub_id
+from comcat_diffusion.config import EMBEDDED, BaseSettings  # noqa: F401 - found here too
+from comcat_diffusion.places import (  # noqa: F401 - found here too
+    asked_name,
+    assets,
+    is_embedded,
+    is_of_embedded,
+    place_of,
+    public_name,
+)
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CONFIG_FILES = ("*.json", "*.txt")  # of a diffusers folder: everything but its weights
 EMBEDDED_GUIDANCE = 2.0  # above, colours glare and shapes burst (docs/log.md)
 _NOT_GIVEN = (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
-_PACKAGE = Path(__file__).parent
-
-
-def assets() -> Path:
-    """Where the embedded base and the sample subject are: inside the installed package, or beside it in a checkout."""
-    for folder in (_PACKAGE / "assets", _PACKAGE.parent / "assets"):
-        if (folder / "tiny-sd").is_dir():
-            return folder
-    raise FileNotFoundError(
-        f"The embedded base is missing: neither {_PACKAGE}/assets nor {_PACKAGE.parent}/assets has it."
-    )
-
-
-def is_embedded(name: str) -> bool:
-    """Whether this names the base that comes with the package, by its word or its folder."""
-    return name == EMBEDDED or Path(name).expanduser().resolve() == (assets() / "tiny-sd").resolve()
-
-
-def is_of_embedded(name: str | None) -> bool:
-    """Whether this names the embedded base, as None does, or one that was compressed from it."""
-    plan = Path(name or EMBEDDED).expanduser() / "plan.json"
-    return is_embedded(json.loads(plan.read_text("utf-8"))["plan"]["model_id"] if plan.is_file() else name or EMBEDDED)
-
-
-def public_name(name: str) -> str:
-    """A hub id as it is; of a folder of this machine only its own name, the rest is nobody's business."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.exists() else name
 
 
 def load_base(
@@ -66,7 +46,7 @@ def load_base(
     `base_config` is for single files: a diffusers folder, or the hub id of a cached one, of the same family. Raises
     FileNotFoundError, saying what was looked for, and ValueError for a file that holds no Stable Diffusion.
     """
-    dtype, path = PRECISIONS[precision], _place(name)
+    dtype, path = PRECISIONS[precision], place_of(name)
     if path.is_dir():
         own = _compressed_unet(path, dtype) if _is_compressed(path) else {}
         about = {"torch_dtype": dtype, "variant": variant, "local_files_only": True}
@@ -87,20 +67,9 @@ def _compressed_unet(path: Path, dtype: torch.dtype) -> dict[str, torch.nn.Modul
     return {"unet": load_compressed(path)[0].to(dtype)}
 
 
-def _place(name: str) -> Path:
-    """The folder or file of a base; nothing is there only of a hub id."""
-    path = assets() / "tiny-sd" if is_embedded(name) else Path(name).expanduser()
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise FileNotFoundError(f"{path} is no diffusers folder: it has no model_index.json.")
-    if not (path.is_dir() or path.is_file() or is_hub_id(name)):
-        raise FileNotFoundError(f"There is no base at '{name}': no such folder or file, and a hub id reads owner/name.")
-    return path
-
-
 def asked_base(config: BaseSettings, precision: str, name: str | None = None) -> DiffusionPipeline:
     """The base that the settings of a run name; `name` where they leave it open."""
-    name = config.pretrained_model_name_or_path or name or EMBEDDED
-    return load_base(name, precision, config.revision, config.variant, config.base_config)
+    return load_base(asked_name(config, name), precision, config.revision, config.variant, config.base_config)
 
 
 def config_folder(config: BaseSettings) -> Path:
@@ -108,8 +77,8 @@ def config_folder(config: BaseSettings) -> Path:
 
     Raises FileNotFoundError or ValueError as `load_base` does.
     """
-    name = config.pretrained_model_name_or_path or EMBEDDED
-    path = _place(name)
+    name = asked_name(config)
+    path = place_of(name)
     if path.is_dir():
         return path
     if path.is_file():
@@ -243,7 +212,7 @@ def asked_precision(name: str | None, device: str, base: str) -> str:
 def suits_bf16(device: str, base: str) -> bool:
     """Whether a device has instructions of its own for bfloat16, and a base is large enough to gain by it.
 
-    The embedded one is not, on a CPU; so all of them compute it in float32.
+    The embedded one is not, on a CPU: there it stays in float32.
     """
     gains = torch.device(device).type != "cpu" or not is_of_embedded(base)
     return gains and has_bf16(device)

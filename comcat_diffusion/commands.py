@@ -1,4 +1,7 @@
-"""What every command does and prints. A command imports what it needs itself, so that `--help` waits for nothing."""
+"""What every command does and prints. A command imports what it needs itself, so that `--help` waits for nothing.
+
+What can be refused by flags, headers and folders alone is, before `_quiet` imports the libraries: they take seconds.
+"""
 
 import argparse
 import math
@@ -7,13 +10,13 @@ import shlex
 import sys
 import tempfile
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from comcat_diffusion import atomic
 from comcat_diffusion.bench.config import BenchConfig
-from comcat_diffusion.compression.config import CompressConfig
+from comcat_diffusion.compression.config import UNET, CompressConfig
 from comcat_diffusion.config import from_arguments, weighted
 from comcat_diffusion.evaluation.config import EvaluateConfig
 from comcat_diffusion.export.config import (
@@ -26,7 +29,10 @@ from comcat_diffusion.export.config import (
     ShrinkConfig,
 )
 from comcat_diffusion.generation.config import GenerateConfig
+from comcat_diffusion.markdown import printable, shown
+from comcat_diffusion.places import asked_name, place_of
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
+from comcat_diffusion.training.named import with_words
 from comcat_diffusion.ui.config import UiConfig
 
 if typing.TYPE_CHECKING:
@@ -84,13 +90,16 @@ def _quiet() -> None:
 
 def train(parsed: argparse.Namespace) -> int:
     """Learn a subject from a folder of pictures."""
-    config = from_arguments(TrainConfig, parsed)
+    config = from_arguments(TrainConfig, with_words(parsed))
+    from comcat_diffusion.training.order import order_of
+
+    order = order_of(config)
     _quiet()
-    from comcat_diffusion.training.customize import customize
+    from comcat_diffusion.training.customize import learn
 
     terminal = _Terminal()
     try:
-        outcome = customize(config, terminal)
+        outcome = learn(order, terminal)
     finally:
         terminal.close()
     print(outcome.told)
@@ -105,26 +114,39 @@ def train(parsed: argparse.Namespace) -> int:
 
 def validate(parsed: argparse.Namespace) -> int:
     """Look a training run over before it starts."""
-    config = from_arguments(ValidateConfig, parsed)
+    config = from_arguments(ValidateConfig, with_words(parsed))
+    from comcat_diffusion.training.dataset import read_dataset
+    from comcat_diffusion.training.order import with_sample
+
+    try:
+        read_dataset(with_sample(config))
+    except (ValueError, OSError) as error:
+        return _looked_over(errors=[str(error)])
     _quiet()
     from comcat_diffusion.training.validate import validate
 
-    report = validate(config)
-    for mark, lines in (("  ", report.facts), ("? ", report.doubts), ("! ", report.errors)):
+    return _looked_over(**vars(validate(config)))
+
+
+def _looked_over(facts: Sequence[str] = (), doubts: Sequence[str] = (), errors: Sequence[str] = ()) -> int:
+    for mark, lines in (("  ", facts), ("? ", doubts), ("! ", errors)):
         for line in lines:
             print(mark + line)
-    print("This run would fail." if report.errors else "This run can start.")
-    return BAD_INPUT if report.errors else 0
+    print("This run would fail." if errors else "This run can start.")
+    return BAD_INPUT if errors else 0
 
 
 def generate(parsed: argparse.Namespace) -> int:
     """Draw pictures from prompts, with adapters."""
     config = from_arguments(GenerateConfig, parsed)
+    from comcat_diffusion.generation.order import order_of
+
+    order = order_of(config)
     _quiet()
-    from comcat_diffusion.generation.generate import generate
+    from comcat_diffusion.generation.generate import drawn
 
     with _bar() as shown:
-        made = generate(config, shown, print)
+        made = drawn(order, shown, print)
     print(f"{len(made.files)} pictures in {made.sheet.parent}, all on one sheet: {made.sheet}")
     return 0
 
@@ -152,6 +174,9 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
 def ui(parsed: argparse.Namespace) -> int:
     """Teach and draw in the browser."""
     config = from_arguments(UiConfig, parsed)
+    from comcat_diffusion.ui.port import refuse_taken
+
+    refuse_taken(config)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is imported; it would ask the network
     try:
         import gradio  # noqa: F401
@@ -160,8 +185,8 @@ def ui(parsed: argparse.Namespace) -> int:
     _quiet()
     from comcat_diffusion.ui.page import serve
 
-    print(f"http://{config.host}:{config.port} (Ctrl-C ends it; adapters and pictures are kept in {config.output_dir})")
-    serve(config)
+    told = f"(Ctrl-C ends it; adapters and pictures are kept in {config.output_dir})"
+    serve(config, on_answer=lambda address: print(f"{address} {told}", flush=True))
     return 0
 
 
@@ -195,7 +220,7 @@ def info(parsed: argparse.Namespace) -> int:
     }
     width = max(map(len, rows))
     for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
+        print(f"{printable(name):<{width}}  {shown(value)}")
     return 0
 
 
@@ -221,16 +246,23 @@ def export(parsed: argparse.Namespace) -> int:
     """Write an adapter as an ordinary LoRA file."""
     config = from_arguments(ExportConfig, parsed)
     atomic.refuse_bad_target(config.output, config.overwrite)
+    from comcat_diffusion.adapters.header import read_adapter
+    from comcat_diffusion.export.fit import refuse_foldable, refuse_inexpressible
+
+    header = read_adapter(config.adapter)
+    if config.approximate:
+        refuse_foldable(header, config.adapter)
+        place_of(asked_name(config, header.base_model))
+    else:
+        refuse_inexpressible(header, config.adapter)
     _quiet()
     from comcat_diffusion import bases
-    from comcat_diffusion.adapters.header import read_adapter
     from comcat_diffusion.export.approximate import approximate
     from comcat_diffusion.export.lora import export_adapter
 
     with tempfile.TemporaryDirectory() as folder:
         source = config.adapter
         if config.approximate:
-            header = read_adapter(source)
             prompts = config.prompt or [header.notes.example]
             pipe = bases.asked_base(config, "fp32", header.base_model)
             source = Path(folder) / Path(config.adapter).name
@@ -245,13 +277,18 @@ def export(parsed: argparse.Namespace) -> int:
 def merge(parsed: argparse.Namespace) -> int:
     """Write foldable adapters into their base, as a folder that diffusers loads."""
     config = from_arguments(MergeConfig, parsed)
+    files = [weighted(text) for text in config.adapter]
+    from comcat_diffusion.adapters.header import read_adapter
+    from comcat_diffusion.export.fit import refuse_unmergeable
+
+    refuse_unmergeable(files, config.output_dir)
+    base = asked_name(config, read_adapter(files[0][0]).base_model)
+    place_of(base)
     _quiet()
     from comcat_diffusion import bases
-    from comcat_diffusion.adapters.header import read_adapter
     from comcat_diffusion.export.checkpoint import merge_to_folder
 
-    files = [weighted(text) for text in config.adapter]
-    pipe = bases.asked_base(config, "fp32", read_adapter(files[0][0]).base_model)
+    pipe = bases.asked_base(config, "fp32", base)
     merge_to_folder(pipe, files, config.output_dir, config.any_weights)
     print(f'Wrote {config.output_dir}; load it with DiffusionPipeline.from_pretrained("{config.output_dir}").')
     return 0
@@ -261,11 +298,14 @@ def combine(parsed: argparse.Namespace) -> int:
     """Add several adapters of one base into one file."""
     config = from_arguments(CombineConfig, parsed)
     atomic.refuse_bad_target(config.output, config.overwrite)
+    files = [weighted(text) for text in config.adapter]
+    from comcat_diffusion.adapters.alike import refuse_unlike
+
+    refuse_unlike(files)
     _quiet()
     from comcat_diffusion import bases
     from comcat_diffusion.adapters.combine import combine
 
-    files = [weighted(text) for text in config.adapter]
     made = combine(files, config.output, config.rank, bases.PRECISIONS[config.save_precision])
     for doubt in made.doubts:
         print(doubt)
@@ -277,6 +317,10 @@ def shrink(parsed: argparse.Namespace) -> int:
     """Write an adapter in fewer bytes."""
     config = from_arguments(ShrinkConfig, parsed)
     atomic.refuse_bad_target(config.output, config.overwrite)
+    from comcat_diffusion.adapters.header import read_adapter
+
+    read_adapter(config.adapter)
+    place_of(asked_name(config))
     _quiet()
     from comcat_diffusion.adapters.shrink import shrink
 
@@ -304,6 +348,14 @@ def shrink(parsed: argparse.Namespace) -> int:
 def compress(parsed: argparse.Namespace) -> int:
     """Make an image classifier, or a base's attentions, smaller by low-rank heads."""
     config = from_arguments(CompressConfig, parsed)
+    atomic.refuse_used(Path(config.output_dir).expanduser())
+    from comcat_diffusion.compression.pictures import folder_of
+
+    for flag in ("calibration_dir", "train_dir", "eval_dir"):
+        if getattr(config, flag) is not None:
+            folder_of(getattr(config, flag), flag)
+    if config.part == UNET:
+        place_of(config.model)
     _quiet()
     from comcat_diffusion.compression.run import run
 
@@ -322,13 +374,16 @@ def compress(parsed: argparse.Namespace) -> int:
 def evaluate(parsed: argparse.Namespace) -> int:
     """Judge adapters side by side by held-out pictures of the subject."""
     config = from_arguments(EvaluateConfig, parsed)
+    from comcat_diffusion.evaluation.order import order_of
+
+    order = order_of(config)
     _quiet()
     from tqdm import tqdm
 
-    from comcat_diffusion.evaluation.evaluate import evaluate
+    from comcat_diffusion.evaluation.evaluate import judged
 
     with _bar() as shown:
-        report = evaluate(config, tqdm.write, shown)
+        report = judged(order, tqdm.write, shown)
     if report is not None:  # of several processes, one measures
         for text in (report.table(), *report.notes, report.verdict):
             print(text)
@@ -341,6 +396,7 @@ def bench(parsed: argparse.Namespace) -> int:
     config = from_arguments(BenchConfig, parsed)
     if config.output:
         atomic.refuse_bad_target(config.output, overwrite=True)
+    place_of(asked_name(config))
     _quiet()
     from comcat_diffusion.bench.run import bench
 
@@ -355,8 +411,12 @@ def bench(parsed: argparse.Namespace) -> int:
 def push(parsed: argparse.Namespace) -> int:
     """Share an adapter on the Hugging Face hub, with a card."""
     config = from_arguments(PushConfig, parsed)
+    from comcat_diffusion.export.shareable import refuse_unshareable
+
+    refuse_unshareable(config.repo_id, config.adapter, config.sheet, config.lora)
     _quiet()
-    from comcat_diffusion.export.hub import build_folder, push
+    from comcat_diffusion.export.hub import push
+    from comcat_diffusion.export.share import build_folder
 
     with tempfile.TemporaryDirectory() as folder:
         build_folder(Path(folder), config.repo_id, config.adapter, config.sheet, config.lora)
@@ -368,7 +428,9 @@ def push(parsed: argparse.Namespace) -> int:
 def pull(parsed: argparse.Namespace) -> int:
     """Fetch an adapter from the Hugging Face hub."""
     config = from_arguments(PullConfig, parsed)
-    _quiet()
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(config.repo_id)
     from comcat_diffusion.adapters.header import read_adapter
     from comcat_diffusion.export.hub import pull
 
@@ -381,16 +443,20 @@ def import_(parsed: argparse.Namespace) -> int:
     """Read the paper authors' comcat_weight.pt into an adapter file."""
     config = from_arguments(ImportConfig, parsed)
     atomic.refuse_bad_target(config.output, config.overwrite)
-    _quiet()
-    from comcat_diffusion import bases
     from comcat_diffusion.adapters.header import Notes
-    from comcat_diffusion.export.authors import import_authors_file
+    from comcat_diffusion.export.fit import refuse_missing
     from comcat_diffusion.words import subject_of
 
+    refuse_missing(config.weights)
+    place_of(asked_name(config))
     notes = None
     if config.instance_prompt:
         subject = subject_of(config.instance_prompt)
         notes = Notes(subject.trigger, config.instance_prompt, subject.class_word)
+    _quiet()
+    from comcat_diffusion import bases
+    from comcat_diffusion.export.authors import import_authors_file
+
     pipe, base = bases.asked_base(config, "fp32"), config.pretrained_model_name_or_path
     import_authors_file(pipe, config.weights, config.output, config.strength, base, notes)
     print(f"Wrote {config.output} ({_size(config.output)}).")

@@ -2,7 +2,8 @@
 
 A field's metadata holds its help text; its name is the flag. The settings of a command are put together from groups,
 dataclasses that other commands may share; a group checks its own values when the object is made, and messages name the
-flag.
+flag. Where a command has more settings than fit a screen, its `--help` shows those that are marked as usual, and
+`--help-all` all of them.
 """
 
 import argparse
@@ -16,12 +17,18 @@ import tomli_w
 
 LARGEST = 3e38  # what float32 holds
 STRONGEST = 100.0  # of an adapter's scale: one is what it was trained with
+FEW = 16  # settings that fit a screen: the help of a command with no more than these shows all
 EMBEDDED = "embedded"  # the small base that comes with the package
+_METAVARS = {str: "TEXT", int: "N", float: "NUMBER"}
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # endings of files; "dreamlike-photoreal-2.0" has none
 
 
 def option(default: object, help: str, **more: object) -> typing.Any:
-    """A dataclass field with its help text; `choices` may be given."""
+    """A dataclass field with its help text.
+
+    `choices` may be given, `usual=True` for a setting that people change, and `required`, which says what to do where
+    it is missing.
+    """
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default.copy(), metadata={"help": help, **more})
     return field(default=default, metadata={"help": help, **more})
@@ -58,6 +65,11 @@ class Group:
     """Settings that belong together. `check` looks at them alone; a command's own `check` at how groups fit."""
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            missing = item.metadata.get("required")
+            require(
+                not missing or getattr(self, item.name) not in (None, "", []), f"--{item.name} is missing: {missing}."
+            )
         for item in fields(self):  # a TOML file knows nothing of a flag's choices
             choices, value = item.metadata.get("choices"), getattr(self, item.name)
             known = not choices or value in choices or (value is None and item.default is None)
@@ -72,7 +84,10 @@ class BaseSettings(Group):
     """The base"""
 
     pretrained_model_name_or_path: str | None = option(
-        None, "Base: hub id, diffusers folder, single .safetensors file, or 'embedded'."
+        None,
+        "Base: hub id, diffusers folder, single .safetensors file, or 'embedded'. Default: that of the adapter, else "
+        "'embedded'.",
+        usual=True,
     )
     revision: str | None = option(None, "Branch, tag or commit of a hub base.")
     variant: str | None = option(None, "Variant of the base's weight files, for instance fp16.")
@@ -81,15 +96,36 @@ class BaseSettings(Group):
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser, kind: type) -> None:
-    """One flag per field, under the name of its group, and --config for a TOML file that holds any of them."""
+def add_arguments(parser: argparse.ArgumentParser, kind: type, everything: bool = True) -> int:
+    """One flag per field, under the name of its group, and --config for a TOML file that holds any of them.
+
+    The help shows `everything`, or, where that is too much, what is usual or required; returns how many it leaves out.
+    """
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of these settings; flags win over it.")
-    hints = typing.get_type_hints(kind)
-    for title, items in fields_by_group(kind).items():
+    hints, left_out = typing.get_type_hints(kind), 0
+    groups = {
+        title: [item for item in items if not item.metadata.get("file_only")]
+        for title, items in fields_by_group(kind).items()
+    }
+    everything = everything or sum(map(len, groups.values())) <= FEW
+    for title, items in groups.items():
         shown = parser.add_argument_group(title)
         for item in items:
-            if not item.metadata.get("file_only"):
-                shown.add_argument(f"--{item.name}", default=argparse.SUPPRESS, **_argument(item, hints))
+            settings = _argument(item, hints)
+            if not (everything or item.metadata.get("usual") or item.metadata.get("required")):
+                settings["help"] = argparse.SUPPRESS
+                left_out += 1
+            shown.add_argument(f"--{item.name}", default=argparse.SUPPRESS, **settings)
+    return left_out
+
+
+def required_flags(kind: type) -> list[str]:
+    """What a command cannot do without, as it is written."""
+    return [
+        f"--{item.name} {_METAVARS[value_type(typing.get_type_hints(kind)[item.name])[0]]}"
+        for item in fields(kind)
+        if item.metadata.get("required")
+    ]
 
 
 def fields_by_group(kind: type) -> dict[str, list]:
@@ -104,15 +140,23 @@ def fields_by_group(kind: type) -> dict[str, list]:
 
 def _argument(item: object, hints: dict) -> dict:
     kind, several = value_type(hints[item.name])
-    default = item.default if item.default is not MISSING else item.default_factory()
-    shown = "" if default in (None, [], False) or "Default" in item.metadata["help"] else f" Default: {default}."
-    text = (item.metadata["help"] + shown).replace("%", "%%")
+    text = _told(item).replace("%", "%%")
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction, "help": text}
-    settings = {"type": kind, "help": text, "choices": item.metadata.get("choices"), "metavar": kind.__name__.upper()}
+    settings = {"type": kind, "help": text, "choices": item.metadata.get("choices"), "metavar": _METAVARS[kind]}
     if settings["choices"]:
         settings.pop("metavar")
     return settings | ({"nargs": "+", "action": "extend"} if several else {})
+
+
+def _told(item: object) -> str:
+    """The help of a flag: the field's own, and whether it must be given, or what it is if it is not."""
+    text, default = item.metadata["help"], item.default if item.default is not MISSING else item.default_factory()
+    if item.metadata.get("required"):
+        return f"{text} Required."
+    if default is None or default is False or default == [] or "Default:" in text:
+        return text
+    return f"{text} Default: {'yes' if default is True else default}."
 
 
 def value_type(hint: object) -> tuple[type, bool]:

@@ -6,7 +6,8 @@ Letters: B batch, N tokens, M context tokens, H heads, D head width, R rank, C c
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: two workers share two cores
+# One thread, here and in the processes that tests start: two workers share two cores. `make test-kernels` asks for two.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
 
 import copy
 import gc
@@ -22,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig, ViTModel
 from comcat_diffusion.adapters.model import factors
 from tests.adapter_cases import CASES, TARGETS, Case
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_finish() -> None:

@@ -113,7 +113,7 @@ def test_what_is_no_base_is_told(tmp_path):
         ("cpu", "a/b", {"amx_bf16": True, "avx512_bf16": False}, True),
         ("cpu", "a/b", {"avx512_f": True}, False),
         ("cpu", "a/b", None, False),
-        ("cpu", "embedded", {"avx512_bf16": True}, False),  # the same bytes on every CPU
+        ("cpu", "embedded", {"avx512_bf16": True}, False),  # it would gain nothing
         ("cpu", str(bases.assets() / "tiny-sd"), {"avx512_bf16": True}, False),
         ("cpu:0", "a/b", {"avx512_bf16": True}, True),
         ("cuda", "a/b", {}, True),

@@ -166,6 +166,8 @@ def test_the_two_scripts_are_the_two_commands():
     for script, flag in (("train_customize.py", "--instance_prompt"), ("inference.py", "--adapter")):
         done = run(script, "--help")
         assert done.returncode == 0 and flag in done.stdout
+    done = run("train_customize.py", "nowhere/", "sks dog")
+    assert (done.returncode, done.stderr) == (2, "comcat: There is no folder nowhere.\n")
 
 
 def test_train_generate_and_info_from_any_folder(tmp_path, monkeypatch, capfd):

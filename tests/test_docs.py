@@ -73,8 +73,8 @@ def test_links_and_pictures_of_the_readme_exist():
 
 
 def test_makefile_targets_of_the_readme_exist():
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
-    for name in re.findall(r"`make ([a-z]+)`", README):
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    for name in re.findall(r"`make ([a-z-]+)`", README):
         assert name in targets
 
 

@@ -11,7 +11,7 @@ from comcat_diffusion import bases
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
-from comcat_diffusion.generation.sheet import Row, contact_sheet
+from comcat_diffusion.generation.sheet import Row, contact_sheet, footer_of
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
 from tests.test_adapter_file import edit, rewritten
@@ -170,6 +170,34 @@ def test_the_sheet_holds_every_picture_under_its_prompt():
     for colour in ((255, 0, 0), (0, 128, 0), (0, 0, 255), (0, 0, 0)):
         found = (sheet == colour).all(-1).sum()
         assert found >= 2 * 144 * 144
+
+
+def test_a_sheet_says_below_its_pictures_how_they_were_made(config, adapter):
+    made = generate(config(adapter=[f"{adapter}:0.5"], seed=7, compare=True))
+    told = json.loads(Image.open(made.sheet).text["comcat"])
+    assert told["seeds"] == [7, 8] and told["sampler"] == "DDIM"
+    said = "sks-teddy.safetensors at scale 0.5, base embedded, seeds 7 to 8, 3 steps of DDIM, guidance 2"
+    assert footer_of(told, told["seeds"]) == said
+    assert footer_of(told | {"adapters": [], "loras": ["style.safetensors:2"]}, [3]) == (
+        "LoRA style.safetensors:2, base embedded, seed 3, 3 steps of DDIM, guidance 2"
+    )
+
+
+@pytest.mark.parametrize("text", ["word " * 80, "unbroken" * 80, "a b", "x" * 300 + " y " + "z" * 300])
+@pytest.mark.parametrize("columns", [1, 4])
+def test_no_words_of_a_sheet_run_over_its_pictures_or_its_edges(text, columns):
+    rows = [Row(name, [Image.new("RGB", (64, 64), "red")] * 2 * columns) for name in ("before", "after")]
+    bare, told = (np.asarray(contact_sheet(rows, [text] * 2, columns, footer=footer)) for footer in ("", text))
+    for sheet in (bare, told):
+        assert (sheet == (255, 0, 0)).all(-1).sum() == 4 * columns * 144 * 144
+        assert all((edge == 255).all() for edge in (sheet[:, :6], sheet[:, -6:], sheet[:4], sheet[-4:]))
+    above, below = np.split(told, [len(bare)])
+    assert np.array_equal(above[:, : bare.shape[1]], bare) and (below != 255).any()
+    # prompts stand side by side with a gap between them: no letter crosses from one column into the next
+    red = (bare == (255, 0, 0)).all(-1)
+    left, top = np.flatnonzero(red.any(0))[0], np.flatnonzero(red.any(1))[0]
+    border = left + columns * 150
+    assert (bare[:top, border - 8 : border] == 255).all()
 
 
 def test_a_lora_of_others_is_drawn_with_beside_an_adapter(config, tmp_path):

@@ -20,7 +20,8 @@ from comcat_diffusion.bases import load_base
 from comcat_diffusion.cli import main
 from comcat_diffusion.config import is_hub_id
 from comcat_diffusion.export.card import public_base
-from comcat_diffusion.export.hub import build_folder, copy_adapters
+from comcat_diffusion.export.hub import copy_adapters
+from comcat_diffusion.export.share import build_folder
 from tests import hub_server
 from tests.test_adapter_file import pipeline
 

@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import MISSING, fields
 
 import gradio as gr
+import httpx
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
@@ -20,15 +21,24 @@ from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.ui import page
 from comcat_diffusion.ui.config import UiConfig
 from comcat_diffusion.ui.forms import form
+from comcat_diffusion.ui.port import address_of
 
 TRAIN = bases.assets() / "subject" / "train"
 
 
 @pytest.fixture(scope="module")
-def port():
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def free_port():
+    def find():
+        with closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            return free.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def port(free_port):
+    return free_port()
 
 
 @pytest.fixture(scope="module")
@@ -160,15 +170,42 @@ def test_without_gradio_the_command_says_how_to_get_it(monkeypatch, capsys):
 
 def test_a_port_that_is_taken_is_one_sentence(ask, port, tmp_path, capsys):
     assert main(["ui", "--port", str(port), "--output_dir", str(tmp_path)]) == commands.BAD_INPUT
+    said = capsys.readouterr()
+    assert said.err == f"comcat: Port {port} is taken: name another one, for instance --port {port + 1}.\n"
+    assert "http" not in said.out and not list(tmp_path.iterdir())
+
+
+def test_the_address_is_told_when_the_page_answers(tmp_path, free_port):
+    """Asked from within: what the command prints, it prints of a page that is there."""
+    answers = []
+
+    def ask(address):
+        answers.append((address, httpx.get(address).status_code))
+
+    served = page.serve(UiConfig(output_dir=str(tmp_path), port=free_port()), background=True, on_answer=ask)
+    served.close(verbose=False)
+    assert answers == [(f"http://127.0.0.1:{served.server_port}", 200)]
+
+
+@pytest.mark.parametrize(
+    ("host", "message"), [("nowhere.invalid", "is no address"), ("192.0.2.1", "is no address of this machine")]
+)
+def test_a_host_that_is_none_is_one_sentence(host, message, tmp_path, capsys):
+    assert main(["ui", "--host", host, "--output_dir", str(tmp_path)]) == commands.BAD_INPUT
     (sentence,) = capsys.readouterr().err.splitlines()
-    assert sentence.startswith("comcat: ") and str(port) in sentence
+    assert sentence.startswith(f"comcat: --host {host} ") and message in sentence
 
 
-def test_who_may_come_in_and_whether_a_browser_opens_is_asked_for(tmp_path, monkeypatch):
+def test_the_address_is_one_that_a_browser_takes():
+    for host, shown in (("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("studio.local", "studio.local")):
+        assert address_of(UiConfig(host=host, port=7000)) == f"http://{shown}:7000"
+
+
+def test_who_may_come_in_and_whether_a_browser_opens_is_asked_for(tmp_path, monkeypatch, free_port):
     launched = []
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **settings: launched.append(settings))
     for flags in ([], ["--host", "0.0.0.0", "--open_browser"]):
-        assert main(["ui", "--output_dir", str(tmp_path), *flags]) == 0
+        assert main(["ui", "--port", str(free_port()), "--output_dir", str(tmp_path), *flags]) == 0
     assert [(one["server_name"], one["inbrowser"], one["share"]) for one in launched] == [
         ("127.0.0.1", False, False),
         ("0.0.0.0", True, False),

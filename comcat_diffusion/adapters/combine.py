@@ -4,7 +4,6 @@ Letters: H heads, R rank, C channels.
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,8 @@ from pathlib import Path
 import torch
 
 from comcat_diffusion import heads as maths
-from comcat_diffusion.adapters.fingerprint import difference
-from comcat_diffusion.adapters.header import Header, Notes, kind_of, same_words
+from comcat_diffusion.adapters.alike import refuse_unlike
+from comcat_diffusion.adapters.header import Header, Notes, same_words
 from comcat_diffusion.adapters.store import TOKEN
 from comcat_diffusion.adapters.terms import Contents, Term, read_contents, write_contents
 
@@ -48,15 +47,11 @@ def combine(
     without the base, G' Ak^T and Av G, that is approximated. Raises ValueError for adapters of different bases or
     kinds and for weights without meaning.
     """
-    if not adapters:
-        raise ValueError("Name at least one adapter to combine.")
     if rank is not None and rank < 1:
         raise ValueError(f"The rank must be a whole number of at least 1, not {rank}.")
-    for path, weight in adapters:
-        if not math.isfinite(weight) or weight == 0:
-            raise ValueError(f"The weight of {path} must be a finite number other than zero, not {weight}.")
+    refuse_unlike(adapters)
     read = [_Read(path, weight, read_contents(path)) for path, weight in adapters]
-    _refuse_other_bases(read)
+    _refuse_misfits(read)
     added: dict[str, list[Term]] = {}
     for file in read:
         for term in file.contents.terms:
@@ -100,30 +95,12 @@ def cut(term: Term, rank: int) -> tuple[Term, float, float]:
     return term.rebuilt(*products), whole, kept
 
 
-def _refuse_other_bases(read: list[_Read]) -> None:
+def _refuse_misfits(read: list[_Read]) -> None:
+    """What headers do not say: that factors have the same widths, and that tied adapters are on the same attentions."""
     first_path, first = read[0].path, read[0].contents.header
-    kinds: dict[str, str] = {}
     widths: dict[str, tuple] = {}
     for path, header, terms in ((file.path, file.contents.header, file.contents.terms) for file in read):
-        reason = difference(first.fingerprint, header.fingerprint)
-        if reason is not None:
-            raise ValueError(
-                f"{first_path} ('{first.base_model}') and {path} ('{header.base_model}') are of different bases: "
-                f"for the second, {reason}; combine adapters of one base."
-            )
-        for part, config in header.config.items():
-            if config.get("trigger") != first.config.get(part, config).get("trigger"):
-                raise ValueError(
-                    f"{first_path} and {path} wait for different triggers and cannot be one file; load them side by "
-                    "side instead."
-                )
         for term in terms:
-            kind = kind_of(header.config[term.part])
-            if kinds.setdefault(term.part, kind) != kind:
-                raise ValueError(
-                    f"{first_path} and {path} are of different kinds, {kinds[term.part]} and {kind}, and cannot be one "
-                    "file; load them side by side instead."
-                )
             if widths.setdefault(term.key, _channels(term)) != _channels(term):
                 raise ValueError(f"{first_path} and {path} do not fit each other: {term.key} has other widths.")
         for part in header.config.keys() & first.config.keys():

@@ -1,7 +1,8 @@
 """Which base an adapter belongs to: its architecture, what it predicts, a sketch of its attention weights.
 
 A hash of the weights would change with their precision (fp32, fp16 and bf16 copies of one checkpoint are one base), so
-the fingerprint keeps a few sampled weights and compares them with a tolerance. That reads 64 numbers, not gigabytes.
+the fingerprint keeps a few sampled weights, which same_base.py compares with a tolerance. That reads 64 numbers, not
+gigabytes.
 """
 
 import hashlib
@@ -15,7 +16,6 @@ from comcat_diffusion.adapters.parts import plain_modules
 from comcat_diffusion.attentions import style_of
 
 SAMPLES = 64
-TOLERANCE = 0.02  # relative; bf16 keeps 8 bits of mantissa, so a copy is off by at most 0.004
 
 
 def fingerprint(unet: nn.Module, prediction_type: str) -> dict:
@@ -44,28 +44,3 @@ def _sketch(attentions: list[nn.Module]) -> list[float]:
         picked.append(weight.reshape(-1)[index * 7919 % weight.numel()].float())
     values = torch.stack([value.cpu() for value in picked]) if picked else torch.zeros(0)
     return [float(f"{value:.4g}") for value in values.tolist()]
-
-
-def difference(trained: dict, present: dict) -> str | None:
-    """Why two bases are not the same, as the end of a sentence; None if they are."""
-    for key, words in (
-        ("class", "another kind of model ({} instead of {})"),
-        ("cross_attention_dim", "text states of another width ({} instead of {})"),
-        ("heads", "other attention heads ({} instead of {})"),
-        ("layout", "another layout of attentions ({} instead of {})"),
-        ("prediction_type", "another prediction type ({} instead of {})"),
-    ):
-        if trained.get(key) != present.get(key):
-            return "it has " + words.format(present.get(key), trained.get(key))
-    if other_weights(trained, present):
-        return "it has the same shape but other weights"
-    return None
-
-
-def other_weights(trained: dict, present: dict) -> bool:
-    """Whether the sampled weights differ by more than a change of precision."""
-    before, now = (torch.tensor(side.get("sketch", []), dtype=torch.float64) for side in (trained, present))
-    if before.shape != now.shape or not len(before):
-        return True
-    floor = 1e-3 * float(before.abs().mean())
-    return not torch.allclose(before, now, rtol=TOLERANCE, atol=floor)

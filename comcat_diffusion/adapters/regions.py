@@ -23,8 +23,7 @@ from comcat_diffusion.adapters.call import Follower, carry, here, take_hooks
 from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import components, denoiser
-
-LOOSE = 0.01  # how far the proportions of a mask may be off: a pixel in a hundred
+from comcat_diffusion.adapters.proportions import refuse_other_shape
 
 
 class Regions(Follower):
@@ -91,15 +90,6 @@ def _grid(latent: tuple[int, int], tokens: int) -> tuple[int, int]:
     if height * width != tokens:
         raise ValueError(f"{tokens} tokens are no level of latents of {latent}, so no region fits them.")
     return height, width
-
-
-def refuse_other_shape(name: str, mask: torch.Tensor, height: int, width: int) -> None:
-    """Raise ValueError if a mask has other proportions than a picture."""
-    if abs(mask.shape[1] * height / (mask.shape[0] * width) - 1) > LOOSE:
-        raise ValueError(
-            f"The mask of '{name}' is {mask.shape[1]} x {mask.shape[0]} pixels, which are not the proportions of the "
-            f"picture ({width} : {height})."
-        )
 
 
 def set_regions(pipe: object, masks: Mapping[str, Image.Image | torch.Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from comcat_diffusion import atomic
 from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.fingerprint import difference, fingerprint, other_weights
+from comcat_diffusion.adapters.fingerprint import fingerprint
 from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes, read_adapter
 from comcat_diffusion.adapters.layer import factor_shapes
 from comcat_diffusion.adapters.model import (
@@ -27,6 +27,7 @@ from comcat_diffusion.adapters.model import (
 from comcat_diffusion.adapters.packing import unpack
 from comcat_diffusion.adapters.parts import COMPONENTS, components, denoiser, plain_modules
 from comcat_diffusion.adapters.placing import active_adapters, add_active, part_of, refuse_wrapper, take_out
+from comcat_diffusion.adapters.same_base import difference, other_weights
 from comcat_diffusion.adapters.tied import gathered, scattered, sides_of, tied_shapes
 from comcat_diffusion.adapters.token import ENCODERS, LearnedWord, put_token, refuse_token
 from comcat_diffusion.adapters.trigger import listen

@@ -10,8 +10,8 @@ from comcat_diffusion.training.config import AdapterShape
 class TimingSettings(Group):
     """The timing"""
 
-    resolution: int | None = option(None, "Side of the pictures in pixels. Default: the base's own.")
-    train_batch_size: int = option(1, "Pictures a step.")
+    resolution: int | None = option(None, "Side of the pictures in pixels. Default: the base's own.", usual=True)
+    train_batch_size: int = option(1, "Pictures a step.", usual=True)
     lora_rank: int = option(
         4, "Rank of the LoRA to compare with; it adapts every attention, as diffusers' recipe does."
     )
@@ -20,9 +20,10 @@ class TimingSettings(Group):
         None,
         "Precision of the base. Default: fp16 on a GPU, bf16 on a CPU that is fast in it, else fp32.",
         choices=("fp32", "fp16", "bf16"),
+        usual=True,
     )
-    device: str | None = option(None, "cpu, cuda, mps, ... Default: the fastest that is there.")
-    output: str | None = option(None, "Also write the numbers to this JSON file.")
+    device: str | None = option(None, "cpu, cuda, mps, ... Default: the fastest that is there.", usual=True)
+    output: str | None = option(None, "Also write the numbers to this JSON file.", usual=True)
 
     def check(self) -> None:
         """Counts are positive."""

@@ -16,15 +16,18 @@ class ModelSettings(Group):
         None,
         "Image classifier of transformers (ViT, DeiT) as hub id or folder; or a Stable Diffusion base: hub id, folder, "
         "or 'embedded'.",
+        required="name the model to compress",
     )
     revision: str | None = option(None, "Branch, tag or commit of a hub model.")
     part: str = option(
-        VISION, "A whole image classifier, or the attentions of a Stable Diffusion base.", choices=(VISION, UNET)
+        VISION,
+        "A whole image classifier, or the attentions of a Stable Diffusion base.",
+        choices=(VISION, UNET),
+        usual=True,
     )
 
     def check(self) -> None:
-        """There is a model, and it can have this part."""
-        require(bool(self.model), "--model is missing: name the model to compress.")
+        """The model can have this part."""
         require(
             self.model != EMBEDDED or self.part == UNET,
             f"--model {EMBEDDED} is a Stable Diffusion base: compress its attentions with --part {UNET}.",
@@ -36,13 +39,16 @@ class RankSettings(Group):
     """The ranks"""
 
     reduction: float = option(
-        0.44, "Fraction of parameters to remove at least: of the whole classifier, or of a base's attentions."
+        0.44,
+        "Fraction of parameters to remove at least: of the whole classifier, or of a base's attentions.",
+        usual=True,
     )
     method: str = option(
         "energy",
         "How ranks are chosen: by energy under one threshold, by the paper's search, all alike, or by energy of every "
         "matrix without regard to heads.",
         choices=METHODS,
+        usual=True,
     )
     multiple: int = option(1, "Ranks are multiples of this; 8 suits the kernels of a GPU.")
     search_steps: int = option(300, "Steps of the search.")
@@ -61,13 +67,17 @@ class DataSettings(Group):
     """The data"""
 
     calibration_dir: str | None = option(
-        None, "Folder of pictures like those to come, nested as you like. Default: --train_dir, if there is one."
+        None,
+        "Folder of pictures like those to come, nested as you like. Default: --train_dir, if there is one.",
+        usual=True,
     )
     calibration_pictures: int | None = option(
         None, "Pictures to take from it, at random. Default: 256; for a search 1024."
     )
-    train_dir: str | None = option(None, "One folder of pictures per class, to search and fine-tune on.")
-    eval_dir: str | None = option(None, "One folder of pictures per class, to measure top-1 on before and after.")
+    train_dir: str | None = option(None, "One folder of pictures per class, to search and fine-tune on.", usual=True)
+    eval_dir: str | None = option(
+        None, "One folder of pictures per class, to measure top-1 on before and after.", usual=True
+    )
     calibration_prompt: list[str] = option(
         [], "Of a Stable Diffusion base: prompts like those to come. Default: a few plain ones."
     )
@@ -84,7 +94,7 @@ class DataSettings(Group):
 class FinetuneSettings(Group):
     """The fine-tuning"""
 
-    finetune_epochs: int = option(0, "Passes over the training data, the dense model being the teacher.")
+    finetune_epochs: int = option(0, "Passes over the training data, the dense model being the teacher.", usual=True)
     learning_rate: float | None = option(None, "Peak learning rate. Default: 1e-4; of a Stable Diffusion base 1e-5.")
 
     def check(self) -> None:
@@ -97,7 +107,9 @@ class FinetuneSettings(Group):
 class RunSettings(Group):
     """What is written"""
 
-    output_dir: str = option("compressed", "Folder for the compressed model and its report; it must be new or empty.")
+    output_dir: str = option(
+        "compressed", "Folder for the compressed model and its report; it must be new or empty.", usual=True
+    )
     seed: int = option(0, "Seed of everything random.")
 
 

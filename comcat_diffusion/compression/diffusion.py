@@ -16,8 +16,8 @@ from comcat_diffusion.compression.calibrate import checked
 from comcat_diffusion.compression.config import CompressConfig
 from comcat_diffusion.compression.finetune import Distillation
 from comcat_diffusion.compression.report import Quality
-from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_png
-from comcat_diffusion.generation.sheet import Row, contact_sheet
+from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, made_by, save_png
+from comcat_diffusion.generation.sheet import Row, contact_sheet, footer_of
 
 SHOWN = 4  # prompts on the sheet
 OWN_PROMPTS = 16  # of the embedded base's
@@ -48,6 +48,7 @@ class Diffusion:
         self.sampling = Sampling(config.num_inference_steps, guidance, batch_size=config.at_once)
         self.calls: list[Call] = []
         self.sheet: Image.Image | None = None
+        self.about: dict[str, object] = {}  # what the sheet says of itself
 
     def calibration(self) -> tuple[Sequence[Call], str]:
         """The calls of the U-Net while every prompt is drawn once, and what they are."""
@@ -80,13 +81,15 @@ class Diffusion:
             after = list(draw(self.pipe, drawings, self.sampling))
         finally:
             self.pipe.unet = self.model
-        self.sheet = contact_sheet([Row("before", before), Row("after", after)], prompts, 1)
+        self.about = {"prompt": " | ".join(prompts), "seeds": [drawing.seed for drawing in drawings]}
+        self.about |= made_by(self.pipe, self.config.model, self.sampling)
+        footer = footer_of(self.about, self.about["seeds"])
+        self.sheet = contact_sheet([Row("before", before), Row("after", after)], prompts, 1, footer=footer)
         return Quality(drift=off, judged_on=f"{len(calls)} U-Net calls of {len(prompts)} prompts")
 
     def leave(self, folder: Path) -> None:
         """The sheet, and the rest of the base, so that the folder is one."""
-        about = {name: getattr(self.sampling, name) for name in ("num_inference_steps", "guidance_scale")}
-        save_png(self.sheet, folder / "sheet.png", {"prompt": " | ".join(self.prompts[:SHOWN]), **about})
+        save_png(self.sheet, folder / "sheet.png", self.about)
         self.pipe.save_config(folder)
         self.model.save_config(folder / "unet")  # what the dense one is; its weights are not there to be mistaken
         for name, part in self.others.items():

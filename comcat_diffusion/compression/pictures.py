@@ -4,17 +4,20 @@ Letters: B pictures of a batch, h and w what the model's image processor makes o
 """
 
 import random
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from comcat_diffusion.training import images
 from comcat_diffusion.training.folder import SUFFIXES
 
-Processor = Callable[..., Mapping[str, torch.Tensor]]  # of transformers
+if typing.TYPE_CHECKING:
+    import torch
+
+Processor = Callable[..., Mapping[str, "torch.Tensor"]]  # of transformers
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,18 @@ class Shot:
     label: int | None = None
 
 
-def find(folder: str | Path, flag: str) -> list[Shot]:
-    """Every picture below a folder, in order of path. Raises FileNotFoundError or ValueError if there is none."""
-    folder = Path(folder).expanduser()
+def folder_of(name: str | Path, flag: str) -> Path:
+    """The folder of this name. Raises FileNotFoundError if there is none."""
+    folder = Path(name).expanduser()
     if not folder.is_dir():
         problem = "is a file; give the folder that holds it" if folder.exists() else "is no folder"
         raise FileNotFoundError(f"--{flag} {folder} {problem}.")
+    return folder
+
+
+def find(folder: str | Path, flag: str) -> list[Shot]:
+    """Every picture below a folder, in order of path. Raises FileNotFoundError or ValueError if there is none."""
+    folder = folder_of(folder, flag)
     found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
     shown = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
     if not shown:
@@ -106,8 +115,10 @@ class Batches(Sequence):
     def __len__(self) -> int:
         return self.epochs * self.each
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, "torch.Tensor"]:
         """pixel_values (B, 3, h, w) and labels (B,). Raises ValueError, naming the file, for one that is no picture."""
+        import torch  # which folders are not looked at with: what is wrong with them is known before
+
         if not 0 <= index < len(self):
             raise IndexError(index)
         epoch, place = divmod(index, self.each)

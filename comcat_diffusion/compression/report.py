@@ -9,7 +9,7 @@ import torch
 
 from comcat_diffusion import timing
 from comcat_diffusion.compression.plan import Plan
-from comcat_diffusion.markdown import table
+from comcat_diffusion.markdown import table, text
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ class Report:
             *([f"Quality was measured on {self.quality.judged_on}."] if self.quality.judged_on else []),
             *([_told(self.finetuning)] if self.finetuning else []),
             "Seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items()) + ".",
-            "Circumstances: " + ", ".join(f"{name} {value}" for name, value in self.circumstances.items()) + ".",
-            *(f"Left as it is: {name} ({reason})." for name, reason in self.plan.skipped.items()),
+            text("Circumstances: " + ", ".join(f"{name} {value}" for name, value in self.circumstances.items()) + "."),
+            *(text(f"Left as it is: {name} ({reason}).") for name, reason in self.plan.skipped.items()),
         ]
         shown = [f"![{caption}]({file})" for caption, file in pictures.items()]
         code = f"```python\n{usage}\n```"
-        return "\n\n".join([f"# {self.plan.model_id}, compressed", self.table(), *facts, code, *shown]) + "\n"
+        return "\n\n".join([f"# {text(self.plan.model_id)}, compressed", self.table(), *facts, code, *shown]) + "\n"
 
 
 def circumstances_of(inputs: Mapping[str, torch.Tensor], batch: int, rounds: int) -> dict[str, object]:

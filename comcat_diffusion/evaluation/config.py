@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from comcat_diffusion.config import BaseSettings, Group, option, require, require_at_least
-from comcat_diffusion.generation.config import AdapterFiles, MachineSettings, SamplingSettings
+from comcat_diffusion.generation.config import ADAPTERS, AdapterFiles, MachineSettings, SamplingSettings
 
 NONE = "none"
 
@@ -12,27 +12,33 @@ NONE = "none"
 class SubjectSettings(Group):
     """What is asked for"""
 
-    run_dir: str | None = option(None, "Folder of a training run: its checkpoints and its adapter, side by side.")
-    subject_dir: str | None = option(None, "Folder with pictures of the subject that nothing was trained on.")
+    run_dir: str | None = option(
+        None, "Folder of a training run: its checkpoints and its adapter, side by side.", usual=True
+    )
+    subject_dir: str | None = option(
+        None,
+        "Folder with pictures of the subject that nothing was trained on.",
+        required="name a folder with pictures of the subject that no adapter was trained on",
+    )
     instance_data_dir: str | None = option(
         None, "Folder with the training pictures. Default: the one that run.toml beside an adapter names."
     )
     force: bool = option(False, "Allow training pictures in --subject_dir; the report says so.")
     prompts: str | None = option(
-        None, "Text file of prompts for the subject, one a line, with {subject} or its trigger. Default: a few."
+        None,
+        "Text file of prompts for the subject, one a line, with {subject} or its trigger. Default: a few.",
+        usual=True,
     )
     drift_prompts: str | None = option(
         None, "Text file of prompts that have nothing to do with the subject. Default: a few."
     )
-    class_prompt: str | None = option(None, "Prompt of the class. Default: the instance prompt without the trigger.")
-    seeds: int = option(4, "Pictures per prompt, from consecutive seeds.")
+    class_prompt: str | None = option(
+        None, "Prompt of the class. Default: the instance prompt without the trigger.", usual=True
+    )
+    seeds: int = option(4, "Pictures per prompt, from consecutive seeds.", usual=True)
 
     def check(self) -> None:
-        """There are pictures to compare with, and seeds."""
-        require(
-            self.subject_dir is not None,
-            "--subject_dir is missing: name a folder with pictures of the subject that no adapter was trained on.",
-        )
+        """There are seeds, and words for the class."""
         require(self.class_prompt is None or bool(self.class_prompt.strip()), "--class_prompt is empty: say the class.")
         require_at_least(self, 1, "seeds")
 
@@ -58,7 +64,8 @@ class FeatureSettings(Group):
 class EvaluateConfig(MachineSettings, FeatureSettings, SamplingSettings, SubjectSettings, BaseSettings, AdapterFiles):
     """Settings of an evaluation: adapters side by side, prompts x seeds. The base is the first adapter's."""
 
-    output_dir: str = option("evaluation", "Folder for the report, its pictures and the features.")
+    adapter: list[str] = option([], f"{ADAPTERS} Required, unless there is a --run_dir.", usual=True)
+    output_dir: str = option("evaluation", "Folder for the report, its pictures and the features.", usual=True)
 
     def check(self) -> None:
         """There is an adapter to judge."""

@@ -11,8 +11,6 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from comcat_diffusion import atomic, bases
-from comcat_diffusion.adapters.fingerprint import difference
-from comcat_diffusion.adapters.header import AdapterFileError
 from comcat_diffusion.adapters.merge import unload_adapters
 from comcat_diffusion.adapters.store import library_versions, present_base
 from comcat_diffusion.config import EMBEDDED
@@ -22,47 +20,50 @@ from comcat_diffusion.evaluation.features import Features, load_features
 from comcat_diffusion.evaluation.gallery import Gallery, Row, draw_tasks, rows_of, with_adapter
 from comcat_diffusion.evaluation.measure import Measures, Shown
 from comcat_diffusion.evaluation.metrics import interval
-from comcat_diffusion.evaluation.pictures import subject_pictures
-from comcat_diffusion.evaluation.prompts import Prompts, prompts_of
+from comcat_diffusion.evaluation.order import Order, order_of
+from comcat_diffusion.evaluation.prompts import Prompts
 from comcat_diffusion.evaluation.report import Judged, Report
 from comcat_diffusion.generation import sheet
-from comcat_diffusion.generation.chosen import Chosen, base_of, choose, made_by
-from comcat_diffusion.generation.pictures import sampling_of, save_png, use_sampler
+from comcat_diffusion.generation.chosen import Chosen, files_of
+from comcat_diffusion.generation.pictures import made_by, sampling_of, save_png, use_sampler
 
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dinov2-small"
 SHEET_SEEDS = 2  # columns of a prompt on the sheet
 Note = Callable[[str], None]
+OnPicture = Callable[[int, int], None]
 
 
 def evaluate(
-    config: EvaluateConfig, note: Note = lambda text: None, on_picture: Callable[[int, int], None] = lambda d, t: None
+    config: EvaluateConfig, note: Note = lambda text: None, on_picture: OnPicture = lambda done, total: None
 ) -> Report | None:
     """Judge adapters side by side; returns the report, or None on a process that only helped to draw.
 
     Raises ValueError or OSError for bad input before anything is drawn.
     """
+    return judged(order_of(config), note, on_picture)
+
+
+def judged(order: Order, note: Note, on_picture: OnPicture) -> Report | None:
+    """What is ordered, drawn and measured; see `evaluate`."""
     accelerator = Accelerator()  # owns the device and the processes, of which one speaks
     if not accelerator.is_main_process:
         note, on_picture = (lambda text: None), (lambda done, total: None)
-    # Adapters, prompts and pictures are checked before anything big is loaded.
-    chosen = _adapters(config, note)
-    base = base_of(config, chosen)
-    embedded = bases.is_embedded(base)
-    prompts = prompts_of(config, chosen, embedded)
-    subject = subject_pictures(config, chosen)
+    for text in order.notes:
+        note(text)
+    config, chosen, base, prompts, subject = order.config, order.chosen, order.base, order.prompts, order.subject
     config = replace(config, cache_dir=config.cache_dir or str(Path(config.output_dir) / "features"))
 
-    # So are the feature models and whether every adapter fits the base.
+    # The feature models, and whether every adapter fits the base, are known before anything is drawn.
     device = bases.asked_device(config.device or str(accelerator.device))
     config = replace(config, precision=bases.asked_precision(config.precision, device, base))
-    clip, judge = _features(config, embedded, device)
+    clip, judge = _features(config, order.embedded, device)
     pipe = _pipeline(config, base, chosen, device)
     folder = atomic.make_folder(config.output_dir, "--output_dir")
 
     # The same prompts and seeds with and without every adapter; what is there from a cut run is not drawn again.
     sampling = sampling_of(config, config.batch_size, base)
     seeds = range(config.seed, config.seed + config.seeds)
-    settings = made_by(pipe, base, [], sampling) | {"base_digest": _digest_of(pipe)}
+    settings = made_by(pipe, base, sampling) | {"base_digest": _digest_of(pipe)}
     gallery = Gallery(folder / "pictures", rows_of(chosen), prompts.all, seeds, settings)
     missing = gallery.missing()
     accelerator.wait_for_everyone()  # nobody draws before everybody knows what is missing
@@ -76,56 +77,14 @@ def evaluate(
         return None
 
     # One process measures and writes.
-    measures = Measures(clip, judge, subject, prompts, embedded)
+    measures = Measures(clip, judge, subject, prompts, order.embedded)
     before = _shown(gallery, gallery.rows[0], prompts)
     rows = [_judged(row, measures.of(_shown(gallery, row, prompts), before, len(seeds))) for row in gallery.rows]
-    notes = [*subject.notes, *_world_notes(embedded)]
+    notes = [*subject.notes, *_world_notes(order.embedded)]
     around = _circumstances(clip, judge, device, base, settings)
     report = Report(folder, rows, prompts, seeds, len(subject.held_out), len(subject.train), notes, around)
     _write(report, gallery, settings, note)
     return report
-
-
-def _adapters(config: EvaluateConfig, note: Note) -> list[Chosen]:
-    """The adapters that are named, then those of a run. Raises ValueError if their bases differ."""
-    chosen = [choose(text, config.scale) for text in config.adapter]
-    if config.run_dir is not None:
-        folder = Path(config.run_dir).expanduser()
-        found = _of_run(folder, config.scale)
-        if not found:
-            raise ValueError(f"--run_dir {config.run_dir} holds no adapter file.")
-        names = ", ".join(str(one.path.relative_to(folder)) for one in found)
-        note(f"{len(found)} adapters in {config.run_dir}: {names}.")
-        chosen += found
-    for one in chosen[1:]:
-        reason = difference(chosen[0].header.fingerprint, one.header.fingerprint)
-        if reason is not None and not config.any_weights:
-            raise AdapterFileError(
-                f"{chosen[0].path} was trained on '{chosen[0].header.base_model}' and {one.path} on "
-                f"'{one.header.base_model}': their bases differ, evaluate them apart."
-            )
-    return chosen
-
-
-def _of_run(folder: Path, scale: float) -> list[Chosen]:
-    """The adapters of the checkpoints by their steps, then those that the run itself left."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--run_dir: there is no folder {folder}.")
-    found = []
-    for path in sorted(folder.rglob("*.safetensors")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts):  # a checkpoint that was never finished
-            continue
-        try:
-            found.append(choose(str(path), scale))
-        except AdapterFileError:  # weights of another kind: a checkpoint's, an exported LoRA's
-            continue
-
-    def place(one: Chosen) -> tuple:
-        own = one.path.parent == folder
-        steps = 0 if own else one.header.notes.training.get("steps", 0)
-        return own, steps, one.path.stem  # the stem, so that NAME is before NAME-best
-
-    return sorted(found, key=place)
 
 
 def _features(config: EvaluateConfig, embedded: bool, device: str) -> tuple[Features, Features]:
@@ -198,8 +157,11 @@ def _write(report: Report, gallery: Gallery, settings: dict, note: Note) -> None
     prompts = [*report.prompts.calling, *report.prompts.of_class]
     columns = min(SHEET_SEEDS, len(report.seeds))
     rows = [sheet.Row(row.name, _few(gallery, row, prompts, columns)) for row in gallery.rows]
-    about = {"prompt": " | ".join(prompts), **settings}
-    save_png(sheet.contact_sheet(rows, prompts, columns), report.folder / "sheet.png", about)
+    settings = settings | {"adapters": files_of([row.adapter for row in gallery.rows if row.adapter])}
+    seeds = list(report.seeds)[:columns]
+    drawn = sheet.contact_sheet(rows, prompts, columns, footer=sheet.footer_of(settings, seeds))
+    about = {"prompt": " | ".join(prompts), "seeds": seeds, **settings}
+    save_png(drawn, report.folder / "sheet.png", about)
     pictures = {"Before, and with every adapter": "sheet.png"}
     try:
         reports.plot(report, report.folder / "plot.png")

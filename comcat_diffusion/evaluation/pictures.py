@@ -10,7 +10,6 @@ from PIL import Image
 from comcat_diffusion.evaluation.config import EvaluateConfig
 from comcat_diffusion.generation.chosen import Chosen
 from comcat_diffusion.training import folder, images
-from comcat_diffusion.training.cache import content_of
 
 SETTINGS = "run.toml"  # what a training run leaves beside its adapter
 
@@ -40,8 +39,8 @@ def subject_pictures(config: EvaluateConfig, chosen: Sequence[Chosen]) -> Subjec
             "Where the training pictures are is not known (no --instance_data_dir, no run.toml beside the adapter), so "
             "copying was not measured, and nothing says that the held-out pictures were held out."
         )
-    contents = {content_of(picture) for picture in train.values()}
-    seen = [path.name for path, picture in held_out.items() if content_of(picture) in contents]
+    contents = {images.content_of(picture) for picture in train.values()}
+    seen = [path.name for path, picture in held_out.items() if images.content_of(picture) in contents]
     if seen and not config.force:
         more = f" and {len(seen) - 1} more" if len(seen) > 1 else ""
         raise ValueError(

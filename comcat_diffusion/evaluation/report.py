@@ -1,15 +1,25 @@
 """What an evaluation says: every measure of every row with its interval, as JSON, a table, a page and a plot."""
 
 import json
+import textwrap
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from comcat_diffusion.evaluation.gallery import BEFORE
+from comcat_diffusion.evaluation.labels import label_points
 from comcat_diffusion.evaluation.measure import DIGITS, MEANINGS, RULE, score
 from comcat_diffusion.evaluation.metrics import CONFIDENCE, Interval
 from comcat_diffusion.evaluation.prompts import Prompts
-from comcat_diffusion.markdown import table
+from comcat_diffusion.markdown import table, text
+
+if typing.TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LEAST_RANGE = 0.05  # of an axis of the plot: differences that are none do not fill it
+EDGE = 0.06  # of an axis, free at both of its ends
+WIDEST_NAME = 40  # letters of a line beside the plot
 
 
 @dataclass(frozen=True)
@@ -97,16 +107,16 @@ class Report:
         named = {"score", *(name for row in self.rows for name in row.measures)}
         told = {"score": "learned x (1 - drift), of their means"} | MEANINGS
         facts = [
-            self.verdict,
+            text(self.verdict),
             f"In brackets: {CONFIDENCE:.0%} bootstrap intervals over prompts and, within them, seeds.",
             "\n".join(f"- {name.replace('_', ' ')}: {meaning}." for name, meaning in told.items() if name in named),
             f"Drawn from seeds {self.seeds[0]} to {self.seeds[-1]}, with and without the adapter; compared with "
             f"{self.held_out} held-out and {self.train} training pictures.",
-            *self.notes,
-            "Circumstances: " + ", ".join(f"{name} {value}" for name, value in self.circumstances.items()) + ".",
+            *map(text, self.notes),
+            text("Circumstances: " + ", ".join(f"{name} {value}" for name, value in self.circumstances.items()) + "."),
         ]
         asked = [
-            f"{kind}:\n\n" + "\n".join(f"- {prompt}" for prompt in prompts)
+            f"{kind}:\n\n" + "\n".join(f"- {text(prompt)}" for prompt in prompts)
             for kind, prompts in (
                 ("Prompts for the subject", self.prompts.calling),
                 ("Prompts that do not name it", self.prompts.unrelated),
@@ -115,7 +125,7 @@ class Report:
             if prompts
         ]
         shown = [f"![{caption}]({file})" for caption, file in pictures.items()]
-        title = f"# {self.prompts.subject.phrase or 'The subject'}, evaluated"
+        title = f"# {text(self.prompts.subject.phrase or 'The subject')}, evaluated"
         return "\n\n".join([title, self.table(intervals=True), *facts, *asked, *shown]) + "\n"
 
 
@@ -132,20 +142,53 @@ def _number(value: float) -> str:
 
 def plot(report: Report, path: Path) -> None:
     """Subject fidelity against drift, a point for every row with its intervals. Raises ImportError."""
-    from matplotlib.figure import Figure
+    figure_of(report).savefig(path)
 
-    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for row in report.rows:
-        across, up = row.measures["drift"], row.measures["subject_fidelity"]
+
+def figure_of(report: Report) -> "Figure":
+    """The plot; see `plot`. Numbers stand beside the points and names beside the axes, where they may be long."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    names = [textwrap.fill(f"{n}  {row.name}", WIDEST_NAME) for n, row in enumerate(report.rows, start=1)]
+    lines = sum(name.count("\n") + 1 for name in names)
+    figure = Figure(figsize=(9, max(5, 1 + 0.2 * lines)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, named = figure.subplots(), []
+    drifts, fidelities = ([_shown(row.measures[m]) for row in report.rows] for m in ("drift", "subject_fidelity"))
+    for across, up, name in zip(drifts, fidelities, names, strict=True):
         reach = {"xerr": _reach(across), "yerr": _reach(up)}
-        axes.errorbar(across.mean, up.mean, **reach, fmt="o", capsize=3, elinewidth=0.8, label=row.name)
-        axes.annotate(row.name, (across.mean, up.mean), xytext=(6, 6), textcoords="offset points", fontsize=9)
+        (point, *_) = axes.errorbar(across.mean, up.mean, **reach, fmt="o", capsize=3, elinewidth=0.8)
+        named.append(Line2D([], [], linestyle="", marker="o", color=point.get_color(), label=name))
+    axes.set_xlim(_limits(drifts, floor=0))
+    axes.set_ylim(_limits(fidelities))
     axes.set_xlabel("drift of prompts that do not name the subject (less is better)")
     axes.set_ylabel("subject fidelity (more is better)")
     axes.set_title(f"{report.prompts.subject.phrase}: what is learned, and what it costs", fontsize=11)
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+    figure.legend(handles=named, loc="outside right upper", frameon=False, fontsize=8)
+    places = [(across.mean, up.mean) for across, up in zip(drifts, fidelities, strict=True)]
+    label_points(axes, places, [str(number) for number in range(1, len(places) + 1)])
+    return figure
+
+
+def _shown(found: Interval) -> Interval:
+    """As the table has it: what is only rounding is nothing."""
+    return Interval(*(round(value, DIGITS) + 0.0 for value in (found.mean, found.low, found.high)))
+
+
+def _limits(intervals: Sequence[Interval], floor: float | None = None) -> tuple[float, float]:
+    """Of an axis that shows all intervals and at least LEAST_RANGE, from `floor` on where there is one."""
+    low = min(min(found.low, found.mean) for found in intervals)
+    high = max(max(found.high, found.mean) for found in intervals)
+    missing = max(0.0, LEAST_RANGE - (high - low))
+    if floor is None:
+        low, high = low - missing / 2, high + missing / 2
+    else:
+        low, high = min(low, floor), max(high, floor + LEAST_RANGE)
+    edge = EDGE * (high - low)
+    return low - edge, high + edge
 
 
 def _reach(found: Interval) -> list[list[float]]:

@@ -31,7 +31,7 @@ from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.adapters.terms import Term, assembled, read_contents
 from comcat_diffusion.attentions import style_of
-from comcat_diffusion.export.lora import refuse_trigger
+from comcat_diffusion.export.fit import refuse_foldable
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,7 @@ def approximate(
     foldable already or acts on a text encoder, ValueError if the error is above `largest_error`.
     """
     contents = read_contents(adapter)
-    refuse_trigger(contents.header, adapter)
-    if any(term.foldable for term in contents.terms):
-        raise AdapterFileError(f"{adapter} is foldable already and exports exactly; nothing has to be approximated.")
-    others = sorted({term.part for term in contents.terms} - {"unet", "transformer"})
-    if others:
-        raise AdapterFileError(f"{adapter} also adapts {', '.join(others)}, for which no approximation is offered.")
+    refuse_foldable(contents.header, adapter)
     if not any((left @ right).any() for term in contents.terms for left, right in term.products()):
         raise AdapterFileError(f"{adapter} adds nothing to its base, since all its products are zero; train it first.")
     if layers_of(pipe):

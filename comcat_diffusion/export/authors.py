@@ -22,6 +22,7 @@ from comcat_diffusion.adapters.layer import factor_shapes
 from comcat_diffusion.adapters.parts import components
 from comcat_diffusion.adapters.store import library_versions, plain_config, present_base, serialized
 from comcat_diffusion.attentions import style_of
+from comcat_diffusion.export.fit import refuse_missing
 
 FACTORS = ("q_down", "k_down", "v_down", "out_up")
 _ATTENTION = re.compile(
@@ -69,8 +70,7 @@ def authors_order(unet: nn.Module) -> list[str]:
 
 
 def _read_list(path: Path) -> list[torch.Tensor]:
-    if not path.is_file():
-        raise AdapterFileError(f"There is no file {path}.")
+    refuse_missing(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

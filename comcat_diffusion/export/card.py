@@ -1,8 +1,10 @@
 """The model card of a shared adapter: what it is, its base, its trigger, and the lines that use it. Text alone."""
 
-import json
+import shlex
 from dataclasses import dataclass
+from urllib.parse import quote
 
+from comcat_diffusion import markdown
 from comcat_diffusion.adapters.header import Header, kind_of
 from comcat_diffusion.config import EMBEDDED, is_hub_id
 
@@ -13,7 +15,7 @@ _CARD = """\
 
 # {title}
 
-A [COMCAT](https://arxiv.org/abs/2305.17235) adapter of {base}. Write **{phrase}** in a prompt to call what it learned.
+A [COMCAT](https://arxiv.org/abs/2305.17235) adapter of {base}. Write {phrase} in a prompt to call what it learned.
 {sheet}
 ## Use
 
@@ -36,7 +38,7 @@ With diffusers alone:
     pipe({prompt}).images[0]
 """
 _COMFY = """
-With ComfyUI, A1111 or Forge: put `{file}` into the folder of LoRAs, choose it with strength 1, and write `{phrase}`.
+With ComfyUI, A1111 or Forge: put {file} into the folder of LoRAs, choose it with strength 1, and write {phrase}.
 """
 
 
@@ -56,25 +58,26 @@ class Shared:
 def card(header: Header, shared: Shared) -> str:
     """The README.md of a model repository; the same file gives the same text."""
     notes, base = header.notes, public_base(header)
-    phrase = f"{notes.trigger} {notes.class_word}".strip() or "the prompt that it was trained with"
-    prompt = json.dumps(notes.example, ensure_ascii=False)
+    words = f"{notes.trigger} {notes.class_word}".strip()
+    phrase = markdown.code(words) if words else "the prompt that it was trained with"
     others = ""
     if shared.diffusers_lora:
-        quoted = {"base": base or "BASE", "repo_id": shared.repo_id, "file": shared.diffusers_lora}
-        others += _DIFFUSERS.format(**{name: json.dumps(text) for name, text in quoted.items()}, prompt=prompt)
+        named = {"base": base or "BASE", "repo_id": shared.repo_id, "file": shared.diffusers_lora}
+        named["prompt"] = notes.example
+        others += _DIFFUSERS.format(**{name: markdown.quoted(value) for name, value in named.items()})
     if shared.kohya_lora:
-        others += _COMFY.format(file=shared.kohya_lora, phrase=phrase)
+        others += _COMFY.format(file=markdown.code(shared.kohya_lora), phrase=phrase)
     if shared.words:
-        others += f"\nIts new words are embeddings of their own: {', '.join(f'`{file}`' for file in shared.words)}.\n"
+        others += f"\nIts new words are embeddings of their own: {', '.join(map(markdown.code, shared.words))}.\n"
     return _CARD.format(
         front=_front(header, base),
-        title=phrase if notes.trigger else shared.adapter.removesuffix(".safetensors"),
-        base=f"[{base}](https://huggingface.co/{base})" if base else _unpublished(header),
+        title=markdown.text(words or shared.adapter.removesuffix(".safetensors")),
+        base=f"[{markdown.text(base)}](https://huggingface.co/{quote(base)})" if base else _unpublished(header),
         phrase=phrase,
         sheet=f"\n![Samples]({shared.sheet})\n" if shared.sheet else "",
         repo_id=shared.repo_id,
-        file=shared.adapter,
-        prompt=prompt,
+        file=_argument(shared.adapter),
+        prompt=_argument(notes.example, always=True),
         others=others,
         facts="\n".join(f"| {name} | {value} |" for name, value in _facts(header, shared).items()),
     )
@@ -90,19 +93,27 @@ def _unpublished(header: Header) -> str:
     return "the embedded base of comcat-diffusion" if embedded else "a base that is not on the hub"
 
 
+def _argument(words: str, always: bool = False) -> str:
+    """Words as a shell reads them: bare where they can be, in double quotes unless these would not keep them."""
+    line = markdown.printable(words)
+    if any(letter in line for letter in "$`\\!"):
+        return shlex.quote(line)
+    return markdown.quoted(line) if always or shlex.quote(line) != line else line
+
+
 def _front(header: Header, base: str) -> str:
-    """The YAML of the card; JSON strings are YAML strings."""
-    lines = [f"base_model: {json.dumps(base)}"] if base else []
+    """The YAML of the card."""
+    lines = [f"base_model: {markdown.quoted(base)}"] if base else []
     lines += ["library_name: diffusers", "pipeline_tag: text-to-image"]
-    lines += [f"instance_prompt: {json.dumps(header.notes.example)}", "tags:"]
+    lines += [f"instance_prompt: {markdown.quoted(header.notes.example)}", "tags:"]
     return "\n".join([*lines, *(f"- {tag}" for tag in ("comcat", "text-to-image", "stable-diffusion"))])
 
 
 def _facts(header: Header, shared: Shared) -> dict[str, str]:
-    facts = {"file": f"`{shared.adapter}`, {shared.bytes:,} bytes"}
+    facts = {"file": f"{markdown.code(shared.adapter, in_table=True)}, {shared.bytes:,} bytes"}
     for part, config in header.config.items():
         most = " at most" * (part in header.head_ranks)
-        facts[f"adapter of {part}"] = f"{kind_of(config)}, rank {config.get('r')}{most}"
-    facts["training"] = ", ".join(f"{key} {value}" for key, value in header.notes.training.items()) or "not said"
-    facts["written by"] = ", ".join(f"{name} {version}" for name, version in header.versions.items())
+        facts[f"adapter of {markdown.text(part)}"] = markdown.text(f"{kind_of(config)}, rank {config.get('r')}{most}")
+    for name, told in (("training", header.notes.training), ("written by", header.versions)):
+        facts[name] = markdown.text(", ".join(f"{key} {value}" for key, value in told.items())) or "not said"
     return facts

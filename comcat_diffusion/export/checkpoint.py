@@ -7,10 +7,10 @@ from diffusers import DiffusionPipeline
 
 from comcat_diffusion import atomic, bases
 from comcat_diffusion.adapters import seam
-from comcat_diffusion.adapters.header import AdapterFileError, Header, read_adapter
+from comcat_diffusion.adapters.header import Header
 from comcat_diffusion.adapters.merge import bake_adapters, layers_of, unload_adapters
 from comcat_diffusion.adapters.store import load_adapter
-from comcat_diffusion.export.lora import refuse_trigger
+from comcat_diffusion.export.fit import refuse_unmergeable
 
 
 def merge_to_folder(
@@ -26,11 +26,7 @@ def merge_to_folder(
     something already, AdapterFileError for a free adapter or another base, OSError if it cannot be written.
     """
     output = Path(output).expanduser()
-    atomic.refuse_used(output)
-    if not adapters:
-        raise ValueError("Name at least one adapter to merge.")
-    for path, _ in adapters:
-        _refuse_free(read_adapter(path), path)
+    refuse_unmergeable(adapters, output)
     if any(seam.is_adapted(module) for part in pipe.components.values() for module in _modules(part)):
         raise ValueError("The pipeline carries adapters already; merge into a freshly loaded base.")
     if any(hasattr(module, "comcat_width") for module in _modules(pipe.unet)):
@@ -42,16 +38,6 @@ def merge_to_folder(
 
 def _modules(part: object) -> list:
     return list(part.modules()) if hasattr(part, "modules") else []
-
-
-def _refuse_free(header: Header, path: str | Path) -> None:
-    refuse_trigger(header, path)
-    free = sorted(part for part, fields in header.config.items() if not fields.get("foldable"))
-    if free:
-        raise AdapterFileError(
-            f"{path} is a free adapter ({', '.join(free)}), which folds into no stock checkpoint: train it again with "
-            "--kind foldable, or use it as it is with comcat-diffusion."
-        )
 
 
 def _folded(pipe: DiffusionPipeline, adapters: Sequence[tuple[str | Path, float]], any_weights: bool) -> list[Header]:

@@ -1,68 +1,18 @@
-"""Sharing adapters through the Hugging Face hub: a folder is built here, and carried there and back by huggingface_hub.
+"""Sharing adapters through the Hugging Face hub, to which huggingface_hub carries folders that share.py builds.
 
 Who may write is huggingface_hub's business (`hf auth login` or HF_TOKEN): no token passes through this code.
 """
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import create_repo, snapshot_download, upload_folder
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
-from PIL import Image
-from safetensors.torch import load
 
 from comcat_diffusion import atomic
-from comcat_diffusion.adapters.header import AdapterFileError, Header, read_adapter
-from comcat_diffusion.adapters.store import serialized
-from comcat_diffusion.config import EMBEDDED
-from comcat_diffusion.export.card import Shared, card, public_base
-from comcat_diffusion.export.lora import export_adapter
-
-
-def build_folder(
-    folder: Path, repo_id: str, adapter: str | Path, sheet: str | Path | None = None, lora: bool = False
-) -> None:
-    """Fill a folder with all that is shared: the adapter, the card, the sheet of samples, and it as LoRAs.
-
-    Raises AdapterFileError for what is no adapter, or, with `lora`, a free one, ValueError for a sheet that is no
-    picture or an id that is none.
-    """
-    validate_repo_id(repo_id)
-    adapter = Path(adapter)
-    header, loras, words = read_adapter(adapter), {}, []
-    content = _without_folders(adapter.read_bytes(), header)
-    if sheet is not None:
-        atomic.write_bytes(folder / "sheet.png", _png(Path(sheet)))
-    for name, form in (("diffusers_lora", "diffusers-lora"), ("kohya_lora", "kohya")) if lora else ():
-        made = export_adapter(adapter, folder / f"{adapter.stem}-{form.removesuffix('-lora')}-lora.safetensors", form)
-        loras[name] = made.files[0].name
-        words += [file.name for file in made.files[1:]]
-    atomic.write_bytes(folder / adapter.name, content)
-    there = "sheet.png" if sheet is not None else ""
-    shared = Shared(repo_id, adapter.name, len(content), there, **loras, words=tuple(words))
-    atomic.write_bytes(folder / "README.md", card(header, shared).encode())
-
-
-def _without_folders(content: bytes, header: Header) -> bytes:
-    """An adapter file that, of a base in somebody's folder, names the folder alone."""
-    if header.base_model == EMBEDDED or public_base(header) or not header.base_model:
-        return content
-    return serialized(load(content), replace(header, base_model=Path(header.base_model).name))
-
-
-def _png(path: Path) -> bytes:
-    """The picture anew: what a file says beside its pixels (prompts, paths) stays at home."""
-    try:
-        content = io.BytesIO()
-        with Image.open(path) as opened:
-            opened.convert("RGB").save(content, "PNG")
-        return content.getvalue()
-    except OSError as error:
-        raise ValueError(f"--sheet {path} cannot be read as a picture.") from error
+from comcat_diffusion.adapters.header import AdapterFileError, read_adapter
 
 
 def push(folder: Path, repo_id: str, private: bool) -> str:

@@ -25,9 +25,9 @@ from comcat_diffusion.adapters.header import KEY, AdapterFileError, Header
 from comcat_diffusion.adapters.store import TOKEN, safetensors_bytes
 from comcat_diffusion.adapters.terms import Contents, Term, read_contents
 from comcat_diffusion.config import is_hub_id
+from comcat_diffusion.export.fit import PROJECTIONS, refuse_inexpressible
 
 FORMATS = ("diffusers-lora", "kohya")
-_PROJECTIONS = {"unet": ("to_k", "to_v"), "text_encoder": ("k_proj", "v_proj"), "text_encoder_2": ("k_proj", "v_proj")}
 _CLIPS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _WIDTH_SDXL, _SDXL_BLOCK = 2048, 3  # width of SDXL's text states; attentions and a resampler per block of its U-Net
 _BASE_VERSIONS = {768: "sd_v1", 1024: "sd_v2", _WIDTH_SDXL: "sdxl_base_v1-0"}
@@ -71,7 +71,7 @@ def export_adapter(
         raise ValueError(f"The format must be one of {', '.join(FORMATS)}, not '{format}'.")
     contents = read_contents(adapter)
     header = contents.header
-    _refuse_inexpressible(header, contents.terms, adapter)
+    refuse_inexpressible(header, adapter)
     loras = [lora for term in contents.terms for lora in as_loras(term)]
     if not loras:
         raise AdapterFileError(f"{adapter} adds nothing to its base, since all its products are zero; train it first.")
@@ -88,42 +88,13 @@ def as_loras(term: Term) -> list[Lora]:
     factors = {name: factor.double() for name, factor in term.factors.items()}
     loras = []
     for projection, down, core in zip(
-        _PROJECTIONS[term.part], ("k_down", "v_down"), ("q_core", "out_core"), strict=True
+        PROJECTIONS[term.part], ("k_down", "v_down"), ("q_core", "out_core"), strict=True
     ):
         up = torch.block_diag(*maths.in_factors(factors[core], term.heads)) * term.scale  # H*D, K
         acts = (up != 0).any(dim=0) & (factors[down] != 0).any(dim=1)  # K: columns of heads that were cut act nothing
         if acts.any():
             loras.append(Lora(term.part, f"{term.attention}.{projection}", factors[down][acts], up[:, acts]))
     return loras
-
-
-def refuse_trigger(header: Header, adapter: str | Path) -> None:
-    """Raise AdapterFileError if an adapter acts on some tokens only: weights act on all."""
-    waiting = [config["trigger"][0] for config in header.config.values() if config.get("trigger")]
-    if waiting:
-        raise AdapterFileError(
-            f"{adapter} acts from '{waiting[0]}' on, which weights cannot tell: train it again with --everywhere and "
-            "--kind foldable, or use it as it is with comcat-diffusion."
-        )
-
-
-def _refuse_inexpressible(header: Header, terms: list[Term], adapter: str | Path) -> None:
-    refuse_trigger(header, adapter)
-    if any(term.tied for term in terms):
-        raise AdapterFileError(f"{adapter} is tied, of which no LoRA is written: train it again with --kind foldable.")
-    if not all(term.foldable for term in terms):
-        raise AdapterFileError(
-            f"{adapter} is a free adapter, which no LoRA can express: train it again with --kind foldable, or use it "
-            "as it is with comcat-diffusion."
-        )
-    other = sorted({term.part for term in terms} - set(_PROJECTIONS))
-    kind = header.fingerprint.get("class")
-    if other or kind != "UNet2DConditionModel":
-        told = f"adapts {', '.join(other)}" if other else f"is for a {kind}"
-        raise AdapterFileError(
-            f"{adapter} {told}; LoRA files are written for the U-Net and the text encoders of Stable Diffusion 1.x, "
-            "2.x and XL."
-        )
 
 
 def _word_files(contents: Contents, output: Path) -> dict[Path, bytes]:

@@ -1,16 +1,16 @@
-"""The adapters that a user names: a file each, its scale, what it says of itself; and what a picture says of them."""
+"""The adapters that a user names: a file each, its scale, what it says of itself; and what a picture says of them.
+
+Nothing here imports torch: what headers and words say is known before anything is waited for.
+"""
 
 import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
-
-from comcat_diffusion import bases
 from comcat_diffusion.adapters.header import Header, read_adapter
-from comcat_diffusion.config import EMBEDDED, BaseSettings, weighted
-from comcat_diffusion.generation.pictures import Sampling
+from comcat_diffusion.config import BaseSettings, weighted
+from comcat_diffusion.places import asked_name
 from comcat_diffusion.words import Subject
 
 
@@ -42,21 +42,7 @@ def choose(text: str, default_scale: float) -> Chosen:
 
 def base_of(config: BaseSettings, chosen: list[Chosen]) -> str:
     """The base that is asked for, or the one that the first adapter was trained on."""
-    return config.pretrained_model_name_or_path or (chosen[0].header.base_model if chosen else "") or EMBEDDED
-
-
-def made_by(pipe: DiffusionPipeline, base: str, chosen: list[Chosen], sampling: Sampling) -> dict:
-    """What a picture says of how it was made, beside its prompt and seed."""
-    return {
-        "negative_prompt": sampling.negative_prompt or "",
-        "num_inference_steps": sampling.num_inference_steps,
-        "guidance_scale": sampling.guidance_scale,
-        "scheduler": type(pipe.scheduler).__name__,
-        "resolution": sampling.resolution,
-        "precision": next(name for name, dtype in bases.PRECISIONS.items() if dtype == pipe.dtype),
-        "base": bases.public_name(base),
-        "adapters": files_of(chosen),
-    }
+    return asked_name(config, chosen[0].header.base_model if chosen else None)
 
 
 def files_of(chosen: list[Chosen]) -> list[dict]:

@@ -13,6 +13,7 @@ from comcat_diffusion.config import (
     require_seed,
 )
 
+ADAPTERS = "Adapter files, each with a scale after a colon if wanted: dog.safetensors:0.8."
 TRAINED_STEPS = 1000  # the noise levels that a base knows
 
 
@@ -20,8 +21,8 @@ TRAINED_STEPS = 1000  # the noise levels that a base knows
 class AdapterFiles(Group):
     """The adapters"""
 
-    adapter: list[str] = option([], "Adapter files, each with a scale after a colon if wanted: dog.safetensors:0.8.")
-    scale: float = option(1.0, "Scale of the adapters that name none.")
+    adapter: list[str] = option([], ADAPTERS, usual=True)
+    scale: float = option(1.0, "Scale of the adapters that name none.", usual=True)
     any_weights: bool = option(False, "Allow a base of the same shape with other weights (a fine-tune).")
 
     def check(self) -> None:
@@ -33,10 +34,13 @@ class AdapterFiles(Group):
 class AdapterSettings(AdapterFiles):
     """What goes with them"""
 
-    lora: list[str] = option([], "LoRA files of others (LCM, styles, ...), each with a weight after a colon if wanted.")
+    lora: list[str] = option(
+        [], "LoRA files of others (LCM, styles, ...), each with a weight after a colon if wanted.", usual=True
+    )
     region: list[str] = option(
         [],
         "Where an adapter acts: the name of its file without the ending, and a mask that is white there: dog=left.png.",
+        usual=True,
     )
     merge: bool = option(False, "Merge the adapters into the weights before drawing.")
 
@@ -54,14 +58,16 @@ class AdapterSettings(AdapterFiles):
 class SamplingSettings(Group):
     """How pictures are drawn"""
 
-    negative_prompt: str | None = option(None, "What not to draw.")
-    seed: int = option(0, "First seed. The same seed gives a machine the same picture, whatever the batch size.")
-    num_inference_steps: int = option(25, "Denoising steps.")
+    negative_prompt: str | None = option(None, "What not to draw.", usual=True)
+    seed: int = option(
+        0, "First seed. The same seed gives a machine the same picture, whatever the batch size.", usual=True
+    )
+    num_inference_steps: int = option(25, "Denoising steps.", usual=True)
     guidance_scale: float | None = option(
-        None, "Classifier-free guidance; 1 turns it off. Default: 7.5, on the embedded base 2."
+        None, "Classifier-free guidance; 1 turns it off. Default: 7.5, on the embedded base 2.", usual=True
     )
     scheduler: str | None = option(
-        None, "Sampler class of diffusers, for instance EulerDiscreteScheduler. Default: the base's."
+        None, "Sampler class of diffusers, for instance EulerDiscreteScheduler. Default: the base's.", usual=True
     )
     resolution: int | None = option(None, "Side of the pictures in pixels. Default: the base's own.")
 
@@ -80,14 +86,17 @@ class SamplingSettings(Group):
 class DrawingSettings(SamplingSettings):
     """The pictures"""
 
-    prompt: list[str] = option([], "What to draw; {subject} stands for the first adapter's trigger and class.")
+    prompt: list[str] = option(
+        [],
+        "What to draw; {subject} stands for the first adapter's trigger and class.",
+        required="say what to draw",
+    )
     any_prompt: bool = option(False, "Allow prompts without the adapter's trigger.")
-    num_images: int = option(4, "Pictures per prompt, from consecutive seeds.")
-    compare: bool = option(False, "Also draw every picture without adapters, as the row above.")
+    num_images: int = option(4, "Pictures per prompt, from consecutive seeds.", usual=True)
+    compare: bool = option(False, "Also draw every picture without adapters, as the row above.", usual=True)
 
     def check(self) -> None:
-        """There is something to draw."""
-        require(bool(self.prompt), "--prompt is missing: say what to draw.")
+        """Prompts say something."""
         require(all(p.strip() for p in self.prompt), "--prompt is empty: say what to draw.")
         require_at_least(self, 1, "num_images")
 
@@ -103,7 +112,7 @@ class MachineSettings(Group):
         choices=("fp32", "fp16", "bf16"),
     )
     device: str | None = option(None, "cpu, cuda, mps, ... Default: the fastest that is there.")
-    output_dir: str = option("pictures", "Folder for the pictures and the contact sheet.")
+    output_dir: str = option("pictures", "Folder for the pictures and the contact sheet.", usual=True)
 
     def check(self) -> None:
         """A batch holds at least one picture."""
@@ -113,6 +122,10 @@ class MachineSettings(Group):
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(MachineSettings, DrawingSettings, BaseSettings, AdapterSettings):
     """Settings of a generation run: prompts x seeds, with any number of adapters. The base is the first adapter's."""
+
+    adapter: list[str] = option(
+        [], f"{ADAPTERS} Required, unless a --pretrained_model_name_or_path is to draw alone.", usual=True
+    )
 
     def check(self) -> None:
         """There is a base to draw with."""

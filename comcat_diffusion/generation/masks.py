@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from comcat_diffusion.adapters.regions import checked_mask, refuse_other_shape
+from comcat_diffusion.adapters.proportions import refuse_other_shape
 from comcat_diffusion.training.images import PictureError, read_layer
 
 
@@ -32,5 +33,5 @@ def _read(name: str, path: Path) -> Image.Image:
         mask = read_layer(path)
     except PictureError as error:
         raise ValueError(f"--region: {error}") from error
-    refuse_other_shape(name, checked_mask(name, mask), 1, 1)  # what is drawn here is square
+    refuse_other_shape(name, np.asarray(mask), 1, 1)  # what is drawn here is square
     return mask

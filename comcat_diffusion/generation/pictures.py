@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from comcat_diffusion import atomic, bases
 from comcat_diffusion.adapters.once import text_once
 from comcat_diffusion.generation.config import SamplingSettings
+from comcat_diffusion.generation.infotext import infotext, sampler_name
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,20 @@ def sampling_of(config: SamplingSettings, batch_size: int, base: str) -> Samplin
     """How a run draws; the guidance that it leaves open is the one that suits the base."""
     guidance = bases.default_guidance(base) if config.guidance_scale is None else config.guidance_scale
     return Sampling(config.num_inference_steps, guidance, config.negative_prompt, config.resolution, batch_size)
+
+
+def made_by(pipe: DiffusionPipeline, base: str, sampling: Sampling) -> dict:
+    """What a picture says of how it was made, beside its prompt, its seed and its adapters."""
+    return {
+        "negative_prompt": sampling.negative_prompt or "",
+        "num_inference_steps": sampling.num_inference_steps,
+        "guidance_scale": sampling.guidance_scale,
+        "scheduler": type(pipe.scheduler).__name__,
+        "sampler": sampler_name(type(pipe.scheduler).__name__, pipe.scheduler.config),
+        "resolution": sampling.resolution,
+        "precision": next(name for name, dtype in bases.PRECISIONS.items() if dtype == pipe.unet.dtype),
+        "base": bases.public_name(base),
+    }
 
 
 def use_sampler(pipe: DiffusionPipeline, name: str | None) -> None:
@@ -96,12 +111,13 @@ def data_uri(path: Path, most_bytes: int = 15_000) -> str:
 
 
 def save_png(picture: Image.Image, path: Path, made_by: dict, keep: bool = False) -> Path:
-    """Write a PNG whose text chunks say what made it: `parameters` for people, `comcat` as JSON for programs.
+    """Write a PNG whose text chunks say what made it: `parameters` as other tools read it, `comcat` all of it as JSON.
 
     Returns where it is: with `keep`, a picture of that name that is another one stays, and this one gets a number.
     """
     info = PngInfo()
-    info.add_text("parameters", f"{made_by.get('prompt', '')}\nSeed: {made_by.get('seed', '')}")
+    if told := infotext(made_by, picture.size):
+        info.add_text("parameters", told)
     info.add_text("comcat", json.dumps(made_by, sort_keys=True))
     content = io.BytesIO()
     picture.save(content, "PNG", pnginfo=info)

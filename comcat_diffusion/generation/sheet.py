@@ -1,12 +1,14 @@
-"""A contact sheet: pictures in rows and columns, with the prompts above and the rows named at the left."""
+"""A contact sheet: pictures in rows and columns, prompts above, names of rows at the left, how it was made below."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
 CELL = 144  # least side of a picture on the sheet, pixels
-GAP = 6
-INK, PAPER, QUIET = (25, 25, 30), (255, 255, 255), (120, 120, 128)
+LEAST_WIDTH = 460  # of a sheet that says how it was made
+GAP, LINE = 6, 18
+INK, PAPER, QUIET = (25, 25, 30), (255, 255, 255), (95, 95, 103)
 
 
 @dataclass(frozen=True)
@@ -17,28 +19,50 @@ class Row:
     pictures: list[Image.Image]
 
 
-def contact_sheet(rows: list[Row], prompts: list[str], seeds: int, title: str = "") -> Image.Image:
+def contact_sheet(rows: list[Row], prompts: list[str], seeds: int, footer: str = "") -> Image.Image:
     """Rows of pictures; the columns are prompts, each `seeds` pictures wide."""
     side = max(CELL, rows[0].pictures[0].width)
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     group = seeds * (side + GAP)
     heads = [_wrapped(prompt, small, group - 2 * GAP) for prompt in prompts]
     left = max((int(font.getlength(row.name)) for row in rows), default=0) + 4 * GAP
-    top = (34 if title else GAP) + 18 * max(len(lines) for lines in heads) + 2 * GAP
-    sheet = Image.new("RGB", (left + len(prompts) * (group + GAP), top + len(rows) * (side + GAP) + GAP), PAPER)
+    top = GAP + LINE * max(len(lines) for lines in heads) + 2 * GAP
+    width = max(left + len(prompts) * (group + GAP), LEAST_WIDTH if footer else 0)
+    told = _wrapped(footer, small, width - 4 * GAP) if footer else []
+    bottom = top + len(rows) * (side + GAP) + GAP
+    sheet = Image.new("RGB", (width, bottom + len(told) * LINE + GAP * bool(told)), PAPER)
     pen = ImageDraw.Draw(sheet)
-    if title:
-        pen.text((2 * GAP, GAP), title, INK, ImageFont.load_default(18))
     for index, lines in enumerate(heads):
         across = left + index * (group + GAP)
-        pen.multiline_text((across, top - 2 * GAP - 18 * len(lines)), "\n".join(lines), INK, small, spacing=4)
+        _write(pen, (across, top - 2 * GAP - LINE * len(lines)), lines, INK, small)
     for number, row in enumerate(rows):
         down = top + number * (side + GAP)
         pen.text((2 * GAP, down + side // 2 - 9), row.name, QUIET, font)
         for column, picture in enumerate(row.pictures):
             across = left + column * (side + GAP) + (column // seeds) * GAP
             sheet.paste(_enlarged(picture, side), (across, down))
+    _write(pen, (2 * GAP, bottom), told, QUIET, small)
     return sheet
+
+
+def footer_of(made_by: Mapping[str, object], seeds: Sequence[int]) -> str:
+    """How the pictures of a sheet were made, for people, from what a picture says of it."""
+    several = len(seeds) > 1
+    told = [f"{one['file']} at scale {one['scale']:g}" for one in made_by.get("adapters", ())]
+    told += [f"LoRA {text}" for text in made_by.get("loras", ())]
+    if "step" in made_by:
+        told.append(f"after step {made_by['step']}")
+    told.append(f"base {made_by['base']}")
+    told.append(f"seeds {seeds[0]} to {seeds[-1]}" if several else f"seed {seeds[0]}")
+    told.append(f"{made_by['num_inference_steps']} steps of {made_by['sampler']}")
+    return ", ".join([*told, f"guidance {made_by['guidance_scale']:g}"])
+
+
+def _write(
+    pen: ImageDraw.ImageDraw, place: tuple[int, int], lines: list[str], colour: tuple, font: ImageFont.FreeTypeFont
+) -> None:
+    for number, line in enumerate(lines):
+        pen.text((place[0], place[1] + number * LINE), line, colour, font)
 
 
 def _enlarged(picture: Image.Image, side: int) -> Image.Image:
@@ -46,11 +70,17 @@ def _enlarged(picture: Image.Image, side: int) -> Image.Image:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of at most `width` pixels; what is wider without a space is broken where it must be."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
+        if font.getlength(longer) <= width:
             lines[-1] = longer
-        else:
-            lines.append(word)
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
     return lines

@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from comcat_diffusion import atomic
+from comcat_diffusion.training.images import content_of
 
 Tensors = dict[str, torch.Tensor]
 
@@ -44,11 +45,6 @@ class Cache:
     def _place_of(self, picture: Image.Image) -> Path:
         name = hashlib.sha256(f"{self.digest} {content_of(picture)}".encode()).hexdigest()
         return self.folder / f"{name}.safetensors"
-
-
-def content_of(picture: Image.Image) -> str:
-    """A hash of what a picture shows, whatever file it came from."""
-    return hashlib.sha256(f"{picture.mode} {picture.size} ".encode() + picture.tobytes()).hexdigest()
 
 
 def _digest_of(model: nn.Module) -> str:

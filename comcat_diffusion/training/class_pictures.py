@@ -6,7 +6,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from comcat_diffusion import atomic, bases
-from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_png
+from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, made_by, save_png
 from comcat_diffusion.training import folder
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.dataset import Example
@@ -44,8 +44,9 @@ def class_pictures(
             pipe.to(pipe.vae.device)  # drawing takes all of it
         guidance = bases.default_guidance(config.pretrained_model_name_or_path)
         sampling = Sampling(STEPS, guidance, resolution=config.resolution)
+        settings = made_by(pipe, config.pretrained_model_name_or_path, sampling)
         for drawing, picture in zip(missing, draw(pipe, missing, sampling), strict=True):
-            save_png(picture, place / _name(drawing), {"prompt": prompt, "seed": drawing.seed})
+            save_png(picture, place / _name(drawing), {"prompt": prompt, "seed": drawing.seed, **settings})
         shots = folder.find(place).shots[: config.num_class_images]
         examples += [Example(shot.path, prompt, subject) for shot in shots]
     return examples

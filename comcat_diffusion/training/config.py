@@ -86,20 +86,28 @@ class PictureSettings(Group):
     """The pictures"""
 
     instance_data_dir: str | None = option(
-        None, "Folder with the pictures of the subject. Default: the sample subject."
+        None, "Folder with the pictures of the subject. Default: the sample subject.", usual=True
     )
-    instance_prompt: str | None = option(None, "A prompt that names the subject, for instance 'a photo of sks dog'.")
+    instance_prompt: str | None = option(
+        None, "A prompt that names the subject, for instance 'a photo of sks dog'.", usual=True
+    )
     trigger: str | None = option(
-        None, "The rare word in the prompt that stands for the subject, for instance sks. Default: found in the prompt."
+        None,
+        "The rare word in the prompt that stands for the subject, for instance sks. Default: found in the prompt.",
+        usual=True,
     )
     class_word: str | None = option(
-        None, "What kind of thing the subject is, for instance dog. Default: what stands behind the trigger."
+        None,
+        "What kind of thing the subject is, for instance dog. Default: what stands behind the trigger.",
+        usual=True,
     )
     repeats: int = option(1, "Times that every picture counts in a pass; of use with several subjects.")
     subjects: list[SubjectConfig] = option(
         [], "Several subjects, each a [[subjects]] table with the settings above.", file_only=True
     )
-    resolution: int | None = option(None, "Side in pixels of the training pictures. Default: the base's own.")
+    resolution: int | None = option(
+        None, "Side in pixels of the training pictures. Default: the base's own.", usual=True
+    )
     aspect_ratio_buckets: bool = option(False, "Cut pictures to the nearest of several shapes instead of a square.")
     center_crop: bool = option(True, "Crop the middle; otherwise four random places of every picture.")
     random_flip: bool = option(False, "Also learn from mirrored pictures.")
@@ -128,7 +136,7 @@ class PictureSettings(Group):
 class AdapterShape(Group):
     """The adapter"""
 
-    rank: int = option(8, "Rank added to each head's two products.")
+    rank: int = option(8, "Rank added to each head's two products.", usual=True)
     alpha: float | None = option(None, "Strength: the term is scaled by alpha / rank. Default: rank.")
     kind: str = option(
         "tied",
@@ -136,9 +144,12 @@ class AdapterShape(Group):
         "into stock weights. Tied: a foldable one whose text side all heads share, and that of a self-attention its "
         "own, for the smallest file.",
         choices=tuple(KINDS),
+        usual=True,
     )
     everywhere: bool = option(
-        False, "Act on the whole of every prompt. Default: from the trigger on; without it, the base is as it was."
+        False,
+        "Act on the whole of every prompt. Default: from the trigger on; without it, the base is as it was.",
+        usual=True,
     )
     target_modules: list[str] | None = option(
         None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention."
@@ -222,10 +233,12 @@ class ObjectiveSettings(Group):
 class PaceSettings(Group):
     """The pace"""
 
-    max_train_steps: int = option(400, "Number of optimizer steps.")
-    train_batch_size: int | None = option(None, "Pictures a step. Default: 1; on the embedded base, all up to 4.")
+    max_train_steps: int = option(400, "Number of optimizer steps.", usual=True)
+    train_batch_size: int | None = option(
+        None, "Pictures a step. Default: 1; on the embedded base, all up to 4.", usual=True
+    )
     gradient_accumulation_steps: int = option(1, "Batches whose gradients are added up before a step.")
-    learning_rate: float | None = option(None, "Peak learning rate. Default: 1e-2; of free adapters 3e-3.")
+    learning_rate: float | None = option(None, "Peak learning rate. Default: 1e-2; of free adapters 3e-3.", usual=True)
     text_encoder_lr: float | None = option(None, "That of the text encoders' adapters. Default: a tenth of the other.")
     token_lr: float | None = option(None, "That of a new token. Default: the learning rate.")
     lr_scheduler: str = option("linear", "Course of the learning rate.", choices=SCHEDULES)
@@ -268,7 +281,11 @@ class MachineSettings(Group):
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     allow_tf32: bool = option(False, "Faster, slightly less exact float32 products on recent GPUs.")
     compile: bool = option(False, "Compile the U-Net: a slow first step, then faster ones.")
-    seed: int = option(0, "Seed of everything random; a CPU makes the same file of it with the same number of threads.")
+    seed: int = option(
+        0,
+        "Seed of everything random. On one machine, a CPU with as many threads gives the same file again.",
+        usual=True,
+    )
 
     def check(self) -> None:
         """The seed is one."""
@@ -279,15 +296,17 @@ class MachineSettings(Group):
 class RunSettings(Group):
     """What is written"""
 
-    output_dir: str = option("out", "Folder for the adapter, its settings, metrics and samples.")
+    output_dir: str = option("out", "Folder for the adapter, its settings, metrics and samples.", usual=True)
     name: str | None = option(None, "Name of the adapter file. Default: the trigger and class words.")
-    overwrite: bool = option(False, "Replace an adapter of the same name in --output_dir.")
+    overwrite: bool = option(False, "Replace an adapter of the same name in --output_dir.", usual=True)
     save_precision: str = option("fp16", "Precision of the adapter file.", choices=("fp16", "bf16", "fp32"))
     checkpointing_steps: int | None = option(None, "Steps between checkpoints. Default: only one, at Ctrl-C.")
     checkpoints_total_limit: int | None = option(None, "Checkpoints to keep; the oldest go. Default: all.")
     resume_from_checkpoint: str | None = option(None, "Go on from this checkpoint folder, or from the latest.")
     max_bytes: int | None = option(
-        None, "The most bytes of the file. Late in the run it is shrunk to them; the last steps make up for it."
+        None,
+        "The most bytes of the file. Late in the run it is shrunk to them; the last steps make up for it.",
+        usual=True,
     )
     thumbnail: bool = option(False, "Put a small sample into the file's header, where galleries look for one.")
     report_to: list[str] = option([], "Trackers that Accelerate knows, for instance tensorboard.")
@@ -301,7 +320,9 @@ class RunSettings(Group):
 class ValidationSettings(Group):
     """How it is judged"""
 
-    validation_prompt: list[str] = option([], "Prompts that samples are drawn from. Default: the instance prompt.")
+    validation_prompt: list[str] = option(
+        [], "Prompts that samples are drawn from. Default: the instance prompt.", usual=True
+    )
     num_validation_images: int = option(4, "Samples per prompt, from fixed seeds.")
     validation_steps: int | None = option(None, "Steps between samples and held-out losses. Default: only at the end.")
     skip_final_inference: bool = option(False, "Draw no samples at the end.")
@@ -384,4 +405,4 @@ class TrainConfig(
 class ValidateConfig(TrainConfig):
     """The check"""
 
-    measure: bool = option(False, "Also run a few real steps: seconds per step and the peak of the memory.")
+    measure: bool = option(False, "Also run a few real steps: seconds per step and the peak of the memory.", usual=True)

@@ -28,13 +28,13 @@ from comcat_diffusion.training.batching import Batching
 from comcat_diffusion.training.checkpoint import Checkpoints, last_good
 from comcat_diffusion.training.config import KINDS, TrainConfig
 from comcat_diffusion.training.crops import sizes
-from comcat_diffusion.training.dataset import Dataset, read_dataset
+from comcat_diffusion.training.dataset import Dataset
 from comcat_diffusion.training.encode import Material, encode_all
-from comcat_diffusion.training.initial import with_initial
 from comcat_diffusion.training.judge import Judge
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import Loop, NotFinite, Step
 from comcat_diffusion.training.objective import Objective
+from comcat_diffusion.training.order import Order, order_of, target_of
 from comcat_diffusion.training.precision import launched_precision, refuse_precision, with_precision
 from comcat_diffusion.training.preview import Preview
 from comcat_diffusion.training.prior import ClassPictures, Teacher
@@ -94,19 +94,20 @@ def customize(config: TrainConfig, watcher: Watcher | None = None) -> Outcome:
 
     Raises ValueError or OSError for bad input before the first step, NotFinite if the loss or a gradient breaks.
     """
+    return learn(order_of(config), watcher)
+
+
+def learn(order: Order, watcher: Watcher | None = None) -> Outcome:
+    """What is ordered, learned; see `customize`."""
     watcher = watcher or Silent()
     # Everything that can be wrong with the input is looked at before the base, which is big, is loaded.
-    asked = config
-    config = with_precision(with_sample(config))
+    asked, config = order.config, with_precision(order.config)
     suitable.refuse_folder(config)
-    dataset = read_dataset(config)
-    config = with_initial(config, dataset.subjects)
-    output.planned(config, dataset.subjects)
-    dataset, found = look_over(config, dataset)
+    dataset, found = look_over(config, order.dataset)
     if found.errors:
         more = f" There are {len(found.errors) - 1} more: comcat validate lists them." if found.errors[1:] else ""
         raise ValueError(found.errors[0] + more)
-    target = output.target_of(config, dataset.subjects)
+    target = target_of(config, dataset.subjects)  # made only now, so that no refusal leaves an empty folder
     for text in (*launched_precision(asked), *found.facts, *found.doubts):
         watcher.note(text)
     # Accelerate owns the device, the precision and the processes.
@@ -230,22 +231,6 @@ def _run(
             if config.thumbnail and accelerator.is_main_process:
                 judge.save(target, done)
     return Outcome(target, dataset.subjects, done, interrupted, count, judge.sheet), witness
-
-
-def with_sample(config: TrainConfig) -> TrainConfig:
-    """The settings, with the sample subject where no pictures are named."""
-    if config.instance_data_dir is not None or config.subjects:
-        return config
-    folder = bases.assets() / "subject"
-    sample = (folder / "sample.txt").read_text("utf-8").splitlines()
-    own = config.instance_prompt is not None
-    return replace(
-        config,
-        instance_data_dir=str(folder / "train"),
-        instance_prompt=config.instance_prompt or (folder / "prompt.txt").read_text("utf-8").strip(),
-        # The embedded base draws best what it is told everything of: where the thing is, how large and on what.
-        validation_prompt=config.validation_prompt or ([] if own else sample),
-    )
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -1,5 +1,6 @@
 """One picture of a subject and its mask: read, checked, turned upright."""
 
+import hashlib
 import typing
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from comcat_diffusion.training.colours import GREYS, eight_bits, srgb
 from comcat_diffusion.training.names import shown
+
+if typing.TYPE_CHECKING:
+    import torch
 
 if typing.TYPE_CHECKING:
     import torch
@@ -73,6 +77,11 @@ def read_alpha(path: Path) -> Image.Image | None:
     """The alpha channel of a picture, upright, or None if it has none. Raises PictureError if it cannot be read."""
     picture, _, _ = _upright(path)
     return picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+
+
+def content_of(picture: Image.Image) -> str:
+    """A hash of what a picture shows, whatever file it came from."""
+    return hashlib.sha256(f"{picture.mode} {picture.size} ".encode() + picture.tobytes()).hexdigest()
 
 
 def to_tensor(pictures: list[Image.Image]) -> "torch.Tensor":

@@ -1,44 +1,14 @@
 """Learning on from an adapter file: what of it stays, and what does not go with it."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from comcat_diffusion.adapters.header import kind_of, read_adapter
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.adapters.token import words_of
-from comcat_diffusion.training.config import LearningSettings, TrainConfig
-from comcat_diffusion.words import Subject
-
-
-def with_initial(config: TrainConfig, subjects: Sequence[Subject]) -> TrainConfig:
-    """The settings, with the shape of the adapter that is learned on. Raises ValueError for settings that it is not of.
-
-    AdapterFileError among them, for a file that is no adapter.
-    """
-    path = config.init_adapter
-    parts = read_adapter(path).config if path else {}
-    if "unet" not in parts:
-        return config
-    found = parts["unet"]
-    words = found.get("trigger") or []
-    shape = {"kind": kind_of(found), "rank": found["r"], "alpha": found.get("alpha"), "everywhere": not words}
-    shape["train_text_encoder"] = len(parts) > 1  # what was adapted goes on being so
-    untouched = LearningSettings()
-    for name, value in shape.items():
-        if getattr(config, name) not in (getattr(untouched, name), value):
-            raise ValueError(f"--init_adapter {path} stays what it is, with {name} {value}: leave --{name} out.")
-    missed = [subject.trigger for subject in subjects if subject.trigger not in words]
-    if words and missed:
-        raise ValueError(
-            f"--init_adapter {path} acts from '{words[-1]}' on, which is not in the prompts of '{missed[0]}': call the "
-            "subject as it does."
-        )
-    return replace(config, **shape)
+from comcat_diffusion.training.config import TrainConfig
 
 
 def load(config: TrainConfig, pipe: DiffusionPipeline, name: str, targets: list[str] | str | None) -> None:

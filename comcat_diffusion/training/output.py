@@ -1,9 +1,9 @@
-"""The folder of a run: looked at before the base is loaded, locked while the run lasts, and the adapter file in it."""
+"""The folder of a run: locked while the run lasts, and the adapter file in it."""
 
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,50 +20,8 @@ from comcat_diffusion.training.batching import Batch
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learned import ADAPTER, embeddings
 from comcat_diffusion.training.learner import Learner
-from comcat_diffusion.words import Subject
 
 LOCK = ".lock"
-TAKEN = ("learned", "ema")  # names of a checkpoint's own tensors, beside which the adapter file stands too
-
-
-def target_of(config: TrainConfig, subjects: Sequence[Subject]) -> Path:
-    """Where the adapter will be; its folder is there and can be written to. Raises OSError, or as `planned` does."""
-    target = planned(config, subjects)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=target.parent):  # better known now than after the training
-            pass
-    except OSError as error:
-        raise OSError(error.errno, f"--output_dir {target.parent} cannot be written to ({error.strerror}).") from error
-    return target
-
-
-def planned(config: TrainConfig, subjects: Sequence[Subject]) -> Path:
-    """Where the adapter is to be. Raises ValueError if what is there must not be replaced, or the name is taken."""
-    folder = Path(config.output_dir).expanduser()
-    target = folder / f"{_stem(config.name, subjects)}.safetensors"
-    if target.stem in TAKEN:
-        raise ValueError(f"--name {target.stem} is what a checkpoint calls a file of its own; choose another name.")
-    if target.exists() and not (config.overwrite or config.resume_from_checkpoint):
-        raise ValueError(
-            f"{target} is there already: choose another --output_dir or --name, or replace it with --overwrite."
-        )
-    if (folder / "run.toml").exists() and not (config.overwrite or config.resume_from_checkpoint):
-        raise ValueError(
-            f"{folder} holds another run, whose settings, metrics and checkpoints would be replaced: choose another "
-            "--output_dir, go on with that one (--resume_from_checkpoint latest), or replace it with --overwrite."
-        )
-    return target
-
-
-def _stem(name: str | None, subjects: Sequence[Subject]) -> str:
-    """The file's name: the one asked for, which must be one, or the subjects' words."""
-    if name is None:
-        words = "-".join(subject.phrase.replace(" ", "-") for subject in subjects)
-        return "".join(c for c in words if c.isalnum() or c in "-_.").strip("-.") or "adapter"
-    if any(not (c.isalnum() or c in "-_. ") for c in name) or name.strip()[:1] in ("", ".", "-"):
-        raise ValueError(f"--name '{name}' makes no file name: use letters, digits, '-', '_' and '.', a letter first.")
-    return name.strip().replace(" ", "-")
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from PIL import Image
 
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.trigger import remember_prompts
-from comcat_diffusion.generation.pictures import Drawing, save_png
-from comcat_diffusion.generation.sheet import Row, contact_sheet
+from comcat_diffusion.generation.pictures import Drawing, Sampling, made_by, save_png
+from comcat_diffusion.generation.sheet import Row, contact_sheet, footer_of
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learner import Learner
 
@@ -21,7 +21,8 @@ class Preview:
 
     def __init__(self, config: TrainConfig, pipe: DiffusionPipeline):
         self.pipe, self.prompts, self.side = pipe, config.validation_prompt, config.resolution
-        self.guidance = bases.default_guidance(config.pretrained_model_name_or_path)
+        self.base = config.pretrained_model_name_or_path
+        self.guidance = bases.default_guidance(self.base)
         self.folder = Path(config.output_dir).expanduser() / "samples"
         self.seeds = range(config.seed, config.seed + config.num_validation_images)
 
@@ -31,13 +32,14 @@ class Preview:
         learner.eval()
         self.pipe.vae.to(learner.unet.device)
         files, pictures = [], []
+        settings = made_by(self.pipe, self.base, Sampling(STEPS, self.guidance, resolution=self.side)) | {"step": step}
         try:
             for number, prompt in enumerate(self.prompts):
                 for seed in self.seeds:
                     picture = self._one(learner, Drawing(prompt, seed))
                     path = self.folder / f"step-{step:06d}-{number:02d}-{seed}.png"
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    save_png(picture, path, {"prompt": prompt, "seed": seed, "step": step})
+                    save_png(picture, path, {"prompt": prompt, "seed": seed, **settings})
                     files.append(path)
                     pictures.append(picture)
         finally:
@@ -45,7 +47,9 @@ class Preview:
             learner.train(training)
         sheet = self.folder / f"step-{step:06d}.png"
         rows = [Row(f"step {step}", pictures)]
-        save_png(contact_sheet(rows, self.prompts, len(self.seeds)), sheet, {"prompt": " | ".join(self.prompts)})
+        about = {"prompt": " | ".join(self.prompts), "seeds": list(self.seeds), **settings}
+        drawn = contact_sheet(rows, self.prompts, len(self.seeds), footer=footer_of(settings, self.seeds))
+        save_png(drawn, sheet, about)
         return [*files, sheet]
 
     @torch.no_grad()

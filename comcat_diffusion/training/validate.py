@@ -13,11 +13,10 @@ from comcat_diffusion.adapters.store import expected_shapes
 from comcat_diffusion.training import suitable
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 from comcat_diffusion.training.crops import fitted, sizes
-from comcat_diffusion.training.customize import Silent, customize, default_batch, with_sample
+from comcat_diffusion.training.customize import Silent, customize, default_batch
 from comcat_diffusion.training.dataset import Dataset, read_dataset
-from comcat_diffusion.training.initial import with_initial
 from comcat_diffusion.training.learned import adapter_config, awaited
-from comcat_diffusion.training.output import planned
+from comcat_diffusion.training.order import planned, with_initial, with_sample
 from comcat_diffusion.training.precision import launched_precision, refuse_precision, with_precision
 from comcat_diffusion.training.remarks import Remarks, look_over, small_doubts
 from comcat_diffusion.training.wording import cut_off, well_known

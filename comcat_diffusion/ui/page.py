@@ -16,6 +16,7 @@ from comcat_diffusion.training.customize import customize
 from comcat_diffusion.training.loop import NotFinite, Step
 from comcat_diffusion.ui.config import UiConfig
 from comcat_diffusion.ui.forms import Form, form
+from comcat_diffusion.ui.port import address_of, refuse_taken
 
 # What the page asks for in its own way or decides itself: every run has a new folder.
 _OWN_OF_TRAIN = ("instance_data_dir", "output_dir", "name", "overwrite", "resume_from_checkpoint")
@@ -24,15 +25,21 @@ _ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # two mode
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the network
 
 
-def serve(config: UiConfig, background: bool = False) -> gr.Blocks:
-    """Serve the page until Ctrl-C, or in the background. Raises OSError if the port or the folder cannot be had."""
+def serve(
+    config: UiConfig, background: bool = False, on_answer: Callable[[str], None] = lambda address: None
+) -> gr.Blocks:
+    """Serve the page until Ctrl-C, or in the background; `on_answer` is told its address when it answers.
+
+    Raises OSError if the port or the folder cannot be had.
+    """
+    refuse_taken(config)
     atomic.make_folder(config.output_dir, "--output_dir")
     page = build(Path(config.output_dir))
     page.launch(
         server_name=config.host,
         server_port=config.port,
         inbrowser=config.open_browser,
-        prevent_thread_lock=background,
+        prevent_thread_lock=True,
         allowed_paths=[config.output_dir],
         theme=gr.themes.Default(**_FONTS),
         share=False,
@@ -40,6 +47,9 @@ def serve(config: UiConfig, background: bool = False) -> gr.Blocks:
         footer_links=[],
         quiet=True,
     )
+    on_answer(address_of(config))
+    if not background:
+        page.block_thread()
     return page
 
 

@@ -1,0 +1,34 @@
+"""What can be shared on the hub, by its header, its picture and its name: nothing here waits for torch."""
+
+import io
+from pathlib import Path
+
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
+
+from comcat_diffusion.adapters.header import read_adapter
+from comcat_diffusion.export.fit import refuse_inexpressible
+
+
+def refuse_unshareable(repo_id: str, adapter: str | Path, sheet: str | Path | None = None, lora: bool = False) -> None:
+    """Raise ValueError for an id that is none and a sheet that is no picture, AdapterFileError for what is no adapter.
+
+    With `lora` also for one that no LoRA can express.
+    """
+    validate_repo_id(repo_id)
+    header = read_adapter(adapter)
+    if sheet is not None:
+        as_png(Path(sheet))
+    if lora:
+        refuse_inexpressible(header, adapter)
+
+
+def as_png(path: Path) -> bytes:
+    """The picture anew: what a file says beside its pixels (prompts, paths) stays at home. Raises ValueError."""
+    try:
+        content = io.BytesIO()
+        with Image.open(path) as opened:
+            opened.convert("RGB").save(content, "PNG")
+        return content.getvalue()
+    except OSError as error:
+        raise ValueError(f"--sheet {path} cannot be read as a picture.") from error
