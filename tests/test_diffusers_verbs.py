@@ -327,6 +327,19 @@ def test_an_unfused_model_saves_its_base_again(tiny_unet, live, tmp_path):
     assert torch.equal(tiny_unet.run(UNet2DConditionModel.from_pretrained(tmp_path)), tiny_unet.run(tiny_unet()))
 
 
+@torch.no_grad()
+def test_a_copy_saves_itself_and_not_what_it_is_a_copy_of(tiny_unet, live, randomize, tmp_path):
+    unet = live(torch.float32)
+    twin = copy.deepcopy(unet)
+    twin.conv_out.weight += 1
+    twin.save_pretrained(tmp_path)
+    assert torch.equal(UNet2DConditionModel.from_pretrained(tmp_path).conv_out.weight, twin.conv_out.weight)
+    twin.unload_lora()
+    assert "save_pretrained" in vars(unet) and "save_pretrained" not in vars(twin)
+    block = copy.deepcopy(unet.mid_block)  # copies no more than itself
+    assert all(layer.belongings.model is None for layer in adapted_layers(block).values())
+
+
 # IP-Adapters
 
 
