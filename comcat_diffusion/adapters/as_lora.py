@@ -37,12 +37,12 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, to
         ):
             down, core = down[adapter_name].weight.detach(), core[adapter_name].weight.detach()
             found[f"{path}.{projection}.lora_A.weight"] = down.clone()
-            found[f"{path}.{projection}.lora_B.weight"] = _up(core, len(down), layer.heads, scale)
+            found[f"{path}.{projection}.lora_B.weight"] = up_of(core, len(down), layer.heads, scale)
     return found
 
 
-def _up(core: torch.Tensor, rank: int, heads: int, scale: float) -> torch.Tensor:
-    """G as H*R rows of width D -> (H*D, H*R), or, where all heads share the text side, (H*D, R)."""
+def up_of(core: torch.Tensor, rank: int, heads: int, scale: float) -> torch.Tensor:
+    """G as H*R rows of width D -> (H*D, H*R), or, where all heads share the `rank` rows of the text side, (H*D, R)."""
     per_head = maths.in_factors(scale * core, heads)  # H, D, R
     if rank < len(core):
         return per_head.flatten(0, 1).contiguous()

@@ -40,6 +40,7 @@ def put_token(pipe: DiffusionPipeline, token: str, vectors: dict[str, torch.Tens
     Raises ValueError, before anything is touched, as `refuse_token` does.
     """
     refuse_token(pipe, token, vectors)
+    earlier = words_of(pipe)
     for encoder, values in vectors.items():
         tokenizer = getattr(pipe, ENCODERS[encoder])
         model = bare(getattr(pipe, encoder))
@@ -49,7 +50,7 @@ def put_token(pipe: DiffusionPipeline, token: str, vectors: dict[str, torch.Tens
         )
         # diffusers would find the word inside of others as well: "sks dog" in "two masks dogs wear".
         tokenizer.add_tokens([AddedToken(name, single_word=True) for name in names_of(token, len(values))])
-    pipe.comcat_tokens = [*words_of(pipe), token]
+    pipe.comcat_tokens = [*earlier, token]
 
 
 def words_of(pipe: object) -> list[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from comcat_diffusion import atomic
-from comcat_diffusion import heads as maths
+from comcat_diffusion.adapters.as_lora import text_encoder_name, up_of
 from comcat_diffusion.adapters.header import KEY, AdapterFileError, Header
 from comcat_diffusion.adapters.store import TOKEN, safetensors_bytes
 from comcat_diffusion.adapters.terms import Contents, Term, read_contents
@@ -90,7 +90,7 @@ def as_loras(term: Term) -> list[Lora]:
     for projection, down, core in zip(
         PROJECTIONS[term.part], ("k_down", "v_down"), ("q_core", "out_core"), strict=True
     ):
-        up = torch.block_diag(*maths.in_factors(factors[core], term.heads)) * term.scale  # H*D, K
+        up = up_of(factors[core], len(factors[down]), term.heads, term.scale)  # H*D, K
         acts = (up != 0).any(dim=0) & (factors[down] != 0).any(dim=1)  # K: columns of heads that were cut act nothing
         if acts.any():
             loras.append(Lora(term.part, f"{term.attention}.{projection}", factors[down][acts], up[:, acts]))
@@ -115,15 +115,10 @@ def _word_files(contents: Contents, output: Path) -> dict[Path, bytes]:
 def _diffusers(loras: list[Lora], header: Header) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     tensors = {}
     for lora in loras:
-        name = lora.projection if lora.part == "unet" else _text_name(lora.projection)
+        name = lora.projection if lora.part == "unet" else text_encoder_name(lora.projection)
         tensors[f"{lora.part}.{name}.lora_A.weight"] = lora.down
         tensors[f"{lora.part}.{name}.lora_B.weight"] = lora.up
     return tensors, _modelspec(header)
-
-
-def _text_name(projection: str) -> str:
-    """Text encoders as LoRA files name them, whether or not this version of transformers has a `text_model`."""
-    return "text_model." + projection.removeprefix("text_model.")
 
 
 def _modelspec(header: Header) -> dict[str, str]:
@@ -170,7 +165,7 @@ def _kohya_name(lora: Lora, sdxl: bool) -> str:
         path = _original_name(lora.projection) if sdxl else lora.projection
         return "lora_unet_" + path.replace(".", "_")
     prefix = {"text_encoder": "lora_te1_" if sdxl else "lora_te_", "text_encoder_2": "lora_te2_"}[lora.part]
-    return prefix + _text_name(lora.projection).replace(".", "_")
+    return prefix + text_encoder_name(lora.projection).replace(".", "_")
 
 
 def _original_name(name: str) -> str:
