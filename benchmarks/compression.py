@@ -35,8 +35,8 @@ from benchmarks import circumstances as shared
 from benchmarks import classify
 from benchmarks.compression_report import ATTENTION, PARTS, plot, tables
 from comcat_diffusion.compression import SearchSettings, Settings, compress, cost, search_ranks
-from comcat_diffusion.compression.compress import count
 from comcat_diffusion.compression.finetune import Distillation, Finetune
+from comcat_diffusion.compression.planning import count
 from comcat_diffusion.compression.rank_search import RankSearch
 
 METHODS = ("energy", "search", "uniform")

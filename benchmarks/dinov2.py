@@ -58,7 +58,13 @@ def processing() -> dict[str, object]:
     """How a picture becomes the model's input."""
     size = {"do_resize": True, "size": {"shortest_edge": 256}, "resample": 3}
     crop = {"do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "do_convert_rgb": True}
-    numbers = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": MEAN, "image_std": STD}
+    numbers = {
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
     return {"image_processor_type": "BitImageProcessor"} | size | crop | numbers
 
 

@@ -435,7 +435,7 @@ def test_models_that_cannot_be_compressed(classifier, sd1, ask, tmp_path):
         model.vit.layers[1].mlp.fc2.weight.data[0, 0] = torch.nan
 
     refused(ask, tmp_path, r"vit\.layers\.1\.mlp\.fc2\.weight", spoiled(classifier, tmp_path / "nan", bad_weight))
-    refused(ask, tmp_path, "no classifier at 'nowhere'", "nowhere")
+    refused(ask, tmp_path, "no model at 'nowhere'", "nowhere")
     refused(ask, tmp_path, "check the name and the connection", "owner/name")
     refused(ask, tmp_path, "with --part unet-attention", sd1)
     refused(ask, tmp_path, "no model_index.json", classifier, part=UNET)

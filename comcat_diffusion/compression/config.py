@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from comcat_diffusion.config import EMBEDDED, Group, option, require, require_at_least, require_finite
 
-METHODS = ("energy", "search", "uniform", "matrix")
+BY_OUTPUT = "output"
+METHODS = (BY_OUTPUT, "energy", "search", "uniform", "matrix")
 VISION, UNET = "vision", "unet-attention"
 
 
@@ -14,12 +15,12 @@ class ModelSettings(Group):
 
     model: str | None = option(
         None,
-        "Image classifier of transformers (ViT, DeiT) as hub id or folder; or a Stable Diffusion base: hub id, folder, "
-        "or 'embedded'.",
+        "Vision model of transformers, classifier or feature extractor (ViT, DeiT, DINOv2, the picture half of CLIP or "
+        "SigLIP) as hub id or folder; or a Stable Diffusion base: hub id, folder, or 'embedded'.",
     )
     revision: str | None = option(None, "Branch, tag or commit of a hub model.")
     part: str = option(
-        VISION, "A whole image classifier, or the attentions of a Stable Diffusion base.", choices=(VISION, UNET)
+        VISION, "A whole vision model, or the attentions of a Stable Diffusion base.", choices=(VISION, UNET)
     )
 
     def check(self) -> None:
@@ -36,12 +37,13 @@ class RankSettings(Group):
     """The ranks"""
 
     reduction: float = option(
-        0.44, "Fraction of parameters to remove at least: of the whole classifier, or of a base's attentions."
+        0.44, "Fraction of parameters to remove at least: of the whole model, or of a base's attentions."
     )
-    method: str = option(
-        "energy",
-        "How ranks are chosen: by energy under one threshold, by the paper's search, all alike, or by energy of every "
-        "matrix without regard to heads.",
+    method: str | None = option(
+        None,
+        "How widths are chosen: by what the output loses on pictures, by energy under one threshold, by the paper's "
+        "search, all alike, or by energy of every matrix without regard to heads. Default: output where a vision model "
+        "has pictures to calibrate on, else energy.",
         choices=METHODS,
     )
     multiple: int = option(1, "Ranks are multiples of this; 8 suits the kernels of a GPU.")
@@ -67,7 +69,10 @@ class DataSettings(Group):
         None, "Pictures to take from it, at random. Default: 256; for a search 1024."
     )
     train_dir: str | None = option(None, "One folder of pictures per class, to search and fine-tune on.")
-    eval_dir: str | None = option(None, "One folder of pictures per class, to measure top-1 on before and after.")
+    eval_dir: str | None = option(
+        None,
+        "One folder of pictures per class, to measure top-1 on before and after; of a feature extractor any pictures.",
+    )
     calibration_prompt: list[str] = option(
         [], "Of a Stable Diffusion base: prompts like those to come. Default: a few plain ones."
     )

@@ -16,6 +16,7 @@ from comcat_diffusion.attentions import style_of
 from comcat_diffusion.compression import hosts
 
 PARTS = ("attention", "mlp", "classifier")
+BLOCK_PARTS = PARTS[:2]  # what lies in the blocks of a transformer
 Widths = Mapping[str, int | None]  # by the name of a unit
 
 
@@ -25,7 +26,7 @@ class Unit:
 
     name: str  # key of a plan: "layers.0.attention:qk", "layers.0.mlp.fc1"
     module: str  # path in the model
-    product: str  # "qk", "vo", "both" or "linear"
+    product: str  # "qk", "vo", "both", "linear" or "neurons"
     part: str  # one of PARTS
     heads: int
     full: int  # largest width; at it nothing is lost
@@ -69,6 +70,46 @@ def units(model: nn.Module, parts: Iterable[str] = PARTS, per_matrix: bool = Fal
         raise ValueError(f"There is nothing to compress in this {type(model).__name__}: {_why_nothing(model, parts)}.")
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     return sorted(found, key=lambda unit: order[unit.module])
+
+
+def sites(model: nn.Module, parts: Iterable[str] = PARTS) -> list[list[list[Unit]]]:
+    """Every place that can be compressed, in the model's order, with its alternatives, of which one is to be taken.
+
+    An attention: by heads, or matrix by matrix. An MLP: fewer neurons, or low rank of each layer. Other Linears: low
+    rank. Raises ValueError as `units` does.
+    """
+    by_heads, by_matrix = units(model, parts), {unit.name: unit for unit in units(model, parts, per_matrix=True)}
+    mlps = hosts.mlps(model) if "mlp" in parts else {}
+    places: dict[str, list[list[Unit]]] = {}
+    for unit in by_heads:
+        if unit.product != "linear":
+            style = style_of(model.get_submodule(unit.module))
+            if unit.module not in places:
+                places[unit.module] = [[], [by_matrix[f"{unit.module}.{path}"] for path in style.names]]
+            places[unit.module][0].append(unit)
+            continue
+        owner = unit.module.rpartition(".")[0]
+        if owner in mlps:
+            places.setdefault(owner, [[_neurons(owner, mlps[owner])], []])[1].append(unit)
+        else:
+            places[unit.module] = [[unit]]
+    return list(places.values())
+
+
+def named(model: nn.Module, parts: Iterable[str], names: Iterable[str]) -> list[Unit]:
+    """The units of these names: of each site the alternative that has its names, else the first."""
+    names, found = set(names), []
+    for alternatives in sites(model, parts):
+        found += next((units for units in alternatives if names.issuperset(u.name for u in units)), alternatives[0])
+    return found
+
+
+def _neurons(name: str, mlp: hosts.Mlp) -> Unit:
+    bias = 0 if mlp.into[0].bias is None else 1
+    per_width = len(mlp.into) * (mlp.into[0].in_features + bias) + mlp.out.out_features
+    fixed = 0 if mlp.out.bias is None else mlp.out.out_features
+    dense = fixed + mlp.neurons * per_width
+    return Unit(f"{name}:neurons", name, "neurons", "mlp", 1, mlp.neurons, 0, per_width, fixed, dense)
 
 
 def skipped(model: nn.Module, parts: Iterable[str]) -> dict[str, str]:

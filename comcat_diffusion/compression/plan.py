@@ -12,7 +12,8 @@ from comcat_diffusion.compression.config import METHODS
 from comcat_diffusion.compression.cost import PARTS, Unit
 from comcat_diffusion.versions import versions_with
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knew neither the method "output" nor neurons; it is read for ever
+READABLE = (1, 2)
 COUNTED = ("model", "parts")
 SAMPLES = 64  # weights kept to recognise a model by
 
@@ -21,7 +22,9 @@ SAMPLES = 64  # weights kept to recognise a model by
 class Settings:
     """How a model is compressed."""
 
-    method: str = "energy"  # how widths are chosen; "matrix" takes every matrix by itself, without heads
+    # How widths are chosen; "matrix" takes every matrix by itself, without heads. None: by the output where there are
+    # calibration batches and the model is a chain of blocks, else by energy.
+    method: str | None = None
     parts: tuple[str, ...] | None = None  # of PARTS; None: all, of a diffusers model the attention
     counted: str = "model"  # whether the reduction is a fraction of the whole model or of the chosen parts
     multiple: int = 1  # widths are multiples of this; 8 suits the kernels of a GPU
@@ -29,7 +32,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value, known in (("method", self.method, METHODS), ("counted", self.counted, COUNTED)):
-            if value not in known:
+            if value not in known and (name, value) != ("method", None):
                 raise ValueError(f"The {name} of a compression is one of {', '.join(known)}, not {value!r}.")
         if not isinstance(self.multiple, int) or self.multiple < 1:
             raise ValueError(f"Widths must be multiples of a whole number from 1 up, not of {self.multiple!r}.")
@@ -72,9 +75,9 @@ class Plan:
         except json.JSONDecodeError as error:
             raise ValueError(f"This is not a plan but broken JSON ({error}).") from error
         known = {f.name for f in fields(cls)}
-        if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        if not isinstance(content, dict) or content.get("format_version") not in READABLE:
             found = content.get("format_version") if isinstance(content, dict) else None
-            raise ValueError(f"This plan has format version {found!r}, this program reads {FORMAT_VERSION}.")
+            raise ValueError(f"This plan has format version {found!r}, this program reads 1 and 2.")
         for problem, names in (("unknown", content.keys() - known), ("missing", known - content.keys())):
             if names:
                 raise ValueError(f"This plan has {problem} entries: {', '.join(sorted(names)[:3])}.")

@@ -18,6 +18,8 @@ class Quality:
 
     top1_before: float | None = None  # percent
     top1_after: float | None = None
+    cosine_first: float | None = None  # of an extractor's first token (the class token) to the dense model's
+    cosine_rest: float | None = None  # of its other tokens (the patches)
     drift: float | None = None  # of a U-Net's output, relative to its norm
     judged_on: str | None = None
 
@@ -86,6 +88,9 @@ class Report:
         if quality.top1_before is not None:
             lost = quality.top1_after - quality.top1_before
             rows.append(("top-1, %", f"{quality.top1_before:.2f}", f"{quality.top1_after:.2f}", f"{lost:+.2f}"))
+        for what, cosine in (("first token", quality.cosine_first), ("other tokens", quality.cosine_rest)):
+            if cosine is not None:
+                rows.append((f"cosine of the features, {what}", "1", f"{cosine:.4f}", f"{cosine - 1:+.4f}"))
         if quality.drift is not None:
             rows.append(("drift of the U-Net's output", "0 %", f"{quality.drift:.2%}", ""))
         return table(rows)
