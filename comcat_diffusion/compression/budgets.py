@@ -1,4 +1,4 @@
-"""What a budget counts: parameters, multiply-adds, or the time that layers of each width take on this machine."""
+"""What a budget counts, and how much of it the units of all sites may have together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from comcat_diffusion.compression import allocate
-from comcat_diffusion.compression.calibrate import Batch
 from comcat_diffusion.compression.choices import Cost, parameters_of
 from comcat_diffusion.compression.cost import Unit
 from comcat_diffusion.compression.plan import Settings
@@ -21,15 +20,8 @@ class Budget:
     cost: Cost
 
 
-def of(
-    model: nn.Module,
-    sites: Sequence[Sequence[Sequence[Unit]]],
-    reduction: float,
-    settings: Settings,
-    _: Sequence[Batch],
-) -> Budget:
+def of(model: nn.Module, sites: Sequence[Sequence[Sequence[Unit]]], reduction: float, settings: Settings) -> Budget:
     """The budget that a reduction leaves. Raises ValueError if it cannot be reached; the message says what can."""
     first = [unit for site in sites for unit in site[0]]
-    least = {unit.name: unit.parameters(unit.options(settings.multiple)[0]) for unit in first}
-    total = counted(model, first, settings)
-    return Budget(allocate.budget_of(first, reduction, total, settings.multiple), parameters_of) if least else None
+    amount = allocate.budget_of(first, reduction, counted(model, first, settings), settings.multiple)
+    return Budget(amount, parameters_of)

@@ -1,12 +1,17 @@
 """Compression by what the output loses: choices measured, one Lagrangian allocation, and a fit block by block."""
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from comcat_diffusion.compression import budgets, chain, choices, cost, hosts, losses
 from comcat_diffusion.compression.calibrate import Batch
 from comcat_diffusion.compression.chain import Call
+from comcat_diffusion.compression.config import BY_OUTPUT
 from comcat_diffusion.compression.cost import Unit
 from comcat_diffusion.compression.plan import Plan, Settings, refuse_other_model
 from comcat_diffusion.compression.planning import plan_of, units_of
@@ -38,33 +43,70 @@ def compressed(
 
     Raises ValueError if the model is no chain of blocks, if the pictures are too few, or the budget cannot be reached.
     """
-    parts = plan.parts if plan else settings.parts or cost.BLOCK_PARTS
-    sites = cost.sites(model, parts)
-    found = chain.blocks_of(model, every_unit(sites))
-    if found is None:
-        raise ValueError(
-            f"The layers of this {type(model).__name__} do not lie in one list of blocks, so what its output loses is "
-            "not measured block by block: choose the method energy."
-        )
     if plan is not None:
         refuse_other_model(plan, model, units_of(model, plan))
-    budget = None if plan else budgets.of(model, sites, reduction, settings, batches)
+        return Measured(model, batches, plan.parts).fitted(plan), plan
+    parts = settings.parts or cost.BLOCK_PARTS
+    budgets.of(model, cost.sites(model, parts), reduction, settings)  # so that nobody waits for a refusal
+    measured = Measured(model, batches, parts)
+    plan = measured.plan(reduction, settings)
+    return measured.fitted(plan), plan
+
+
+class Measured:
+    """A model with its calibration pictures: what has been measured once serves every budget.
+
+    Raises ValueError if the model is no chain of blocks or the pictures are too few.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], parts: Sequence[str] = cost.BLOCK_PARTS) -> None:
+        self.model, self.parts = model, tuple(parts)
+        self.units = every_unit(cost.sites(model, parts))
+        found = chain.blocks_of(model, self.units)
+        if found is None:
+            raise ValueError(
+                f"The layers of this {type(model).__name__} do not lie in one list of blocks, so what its output loses "
+                "is not measured block by block: choose the method energy."
+            )
+        self.blocks = found[1]
+        with evaluating(model):
+            self.calls = chain.recorded(model, self.blocks, batches)
+            _refuse_few(self.calls)
+            self.groups = losses.groups_of(self.calls, GROUPS)
+
+    @functools.cached_property
+    def curves(self) -> dict[str, torch.Tensor]:
+        """What the output loses by unit and width."""
+        with evaluating(self.model):
+            return losses.curves(self.model, self.blocks, self.units, self.calls, self.groups)
+
+    def plan(self, reduction: float, settings: Settings) -> Plan:
+        """The choices that lose least. `settings` may name fewer parts than were measured."""
+        parts = settings.parts or self.parts
+        sites = cost.sites(self.model, parts)
+        budget = budgets.of(self.model, sites, reduction, settings)
+        options = [choices.choices_of(site, self.curves, budget.cost, settings.multiple) for site in sites]
+        widths = choices.chosen(options, budget.amount)
+        settings = dataclasses.replace(settings, method=BY_OUTPUT, parts=tuple(parts))
+        return plan_of(self.model, cost.named(self.model, parts, widths), widths, reduction, settings)
+
+    def fitted(self, plan: Plan) -> nn.Module:
+        """A copy of the model that follows the plan."""
+        with evaluating(self.model):
+            units = units_of(self.model, plan)
+            small = fitted(self.model, self.blocks, units, plan.widths, self.calls, self.groups)
+        return small.train(self.model.training)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the model is in evaluation mode."""
     training = model.training
     model.eval()
     try:
-        calls = chain.recorded(model, found[1], batches)
-        _refuse_few(calls)
-        groups = losses.groups_of(calls, GROUPS)
-        if plan is None:
-            curves = losses.curves(model, found[1], every_unit(sites), calls, groups)
-            options = [choices.choices_of(site, curves, budget.cost, settings.multiple) for site in sites]
-            widths = choices.chosen(options, budget.amount)
-            units = cost.named(model, parts, widths)
-            plan = plan_of(model, units, widths, reduction, settings)
-        small = fitted(model, found[1], units_of(model, plan), plan.widths, calls, groups)
+        yield
     finally:
         model.train(training)
-    return small.train(training), plan
 
 
 def _refuse_few(calls: Sequence[Call]) -> None:

@@ -15,7 +15,7 @@ from comcat_diffusion.compression.calibrate import Batch, checked
 from comcat_diffusion.compression.cost import Unit
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """What was looked for has been seen: the rest of the pass is not needed."""
 
 
@@ -69,7 +69,7 @@ def _ends(model: nn.Module, blocks: Sequence[nn.Module], inputs: dict, whole: bo
         hidden = arguments[0] if arguments else named.pop("hidden_states")
         seen["first"] = (hidden, arguments[1:], named)
         if not whole:
-            raise _Reached
+            raise Reached
 
     def leave(_: nn.Module, __: tuple, output: object) -> None:
         seen["last"] = output
@@ -77,7 +77,7 @@ def _ends(model: nn.Module, blocks: Sequence[nn.Module], inputs: dict, whole: bo
     with ExitStack() as stack:
         stack.callback(blocks[0].register_forward_pre_hook(enter, with_kwargs=True).remove)
         stack.callback(blocks[-1].register_forward_hook(leave).remove)
-        with suppress(_Reached):
+        with suppress(Reached):
             model(**inputs)
     if whole and not isinstance(seen.get("last"), torch.Tensor):
         raise ValueError(f"The blocks of this {type(model).__name__} do not hand on one tensor.")
@@ -95,11 +95,11 @@ def inputs_to(block: nn.Module, layer: nn.Module, call: Call, hidden: torch.Tens
 
     def look(_: nn.Module, arguments: tuple) -> None:
         seen.append(arguments[0])
-        raise _Reached
+        raise Reached
 
     handle = layer.register_forward_pre_hook(look)
     try:
-        with suppress(_Reached):
+        with suppress(Reached):
             run(block, call, hidden)
     finally:
         handle.remove()

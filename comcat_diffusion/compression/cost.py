@@ -75,21 +75,19 @@ def units(model: nn.Module, parts: Iterable[str] = PARTS, per_matrix: bool = Fal
 def sites(model: nn.Module, parts: Iterable[str] = PARTS) -> list[list[list[Unit]]]:
     """Every place that can be compressed, in the model's order, with its alternatives, of which one is to be taken.
 
-    An attention: by heads, or matrix by matrix. An MLP: fewer neurons, or low rank of each layer. Other Linears: low
-    rank. Raises ValueError as `units` does.
+    Queries and keys, and values and output: by heads, or matrix by matrix. An MLP: fewer neurons, or low rank of each
+    layer. Other Linears: low rank. Raises ValueError as `units` does.
     """
     by_heads, by_matrix = units(model, parts), {unit.name: unit for unit in units(model, parts, per_matrix=True)}
     mlps = hosts.mlps(model) if "mlp" in parts else {}
     places: dict[str, list[list[Unit]]] = {}
     for unit in by_heads:
-        if unit.product != "linear":
-            style = style_of(model.get_submodule(unit.module))
-            if unit.module not in places:
-                places[unit.module] = [[], [by_matrix[f"{unit.module}.{path}"] for path in style.names]]
-            places[unit.module][0].append(unit)
-            continue
         owner = unit.module.rpartition(".")[0]
-        if owner in mlps:
+        if unit.product != "linear":
+            names = style_of(model.get_submodule(unit.module)).names
+            names = {"qk": names[:2], "vo": names[2:], "both": names}[unit.product]
+            places[unit.name] = [[unit], [by_matrix[f"{unit.module}.{name}"] for name in names]]
+        elif owner in mlps:
             places.setdefault(owner, [[_neurons(owner, mlps[owner])], []])[1].append(unit)
         else:
             places[unit.module] = [[unit]]

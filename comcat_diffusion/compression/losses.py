@@ -7,17 +7,18 @@ that the unit's own decomposition predicts (singular values, or what the neurons
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import nn
 
 from comcat_diffusion.compression.calibrate import refuse_unseen
-from comcat_diffusion.compression.chain import Call, run, starting_at
+from comcat_diffusion.compression.chain import Call, Reached, run, starting_at
 from comcat_diffusion.compression.cost import Unit
 from comcat_diffusion.compression.decompose import Decomposed, Seen, decomposed, lost, put, watched
 from comcat_diffusion.compression.factor import Moments, Narrowing
 
-PROBED = (0.35, 0.7)  # of the widths that are cheaper than dense
+PROBED = (0.25, 0.6)  # of the widths that are cheaper than dense
 PROBED_ALONE = (0.5,)  # of a matrix by itself: there are many, and each is part of a choice only
 TINY = 1e-9  # of a curve: below it nothing is left to lose
 PICTURES = 8  # that losses are measured on
@@ -110,21 +111,31 @@ def curves(
 def seen_by(
     model: nn.Module, units: Sequence[Unit], block: nn.Module, calls: Sequence[Call], hidden: list, rows: list
 ) -> Seen:
-    """What the layers of a block are given by these rows of each batch (B,)."""
-    seen, handles, keep = {}, [], [None]
-    for key in dict.fromkeys(key for unit in units for key in watched(model, unit)):
+    """What the layers of a block are given by these rows of each batch (B,); the block is run no further than that."""
+    keys = dict.fromkeys(key for unit in units for key in watched(model, unit))
+    seen, handles, keep, waiting = {}, [], [None], set()
+
+    def look(key: tuple[str, bool], arguments: tuple, output: torch.Tensor | None = None) -> None:
+        given = arguments[0][keep[0]]
+        seen[key].add(given) if output is None else seen[key].add(given, output[keep[0]])
+        waiting.discard(key)
+        if not waiting:
+            raise Reached
+
+    for key in keys:
         layer = model.get_submodule(key[0])
         if key[1] and layer.in_features > layer.out_features:
             seen[key] = Narrowing.zero(layer.in_features, layer.out_features, layer.weight)
-            hook = layer.register_forward_hook(lambda _, a, out, m=seen[key]: m.add(a[0][keep[0]], out[keep[0]]))
+            handles.append(layer.register_forward_hook(lambda _, a, out, k=key: look(k, a, out)))
         else:
             seen[key] = Moments.zero(layer.in_features, layer.weight)
-            hook = layer.register_forward_pre_hook(lambda _, a, m=seen[key]: m.add(a[0][keep[0]]))
-        handles.append(hook)
+            handles.append(layer.register_forward_pre_hook(lambda _, a, k=key: look(k, a)))
     try:
         for call, features, keep[0] in zip(calls, hidden, rows, strict=True):
+            waiting.update(keys)
             if keep[0].any():
-                run(block, call, features)
+                with suppress(Reached):
+                    run(block, call, features)
     finally:
         for handle in handles:
             handle.remove()

@@ -134,25 +134,21 @@ def replace_vo(attention: nn.Module, factors: Factors, folded: bool = True) -> N
     setattr(attention, style.out, _linear_like(out, maths.out_weight(factors.up), _bias(factors, folded)))
 
 
-def replace_neurons(
-    mlp: nn.Module, into: Weights, out: tuple[torch.Tensor, torch.Tensor | None], fewer: bool = True
-) -> None:
+def replace_neurons(mlp: nn.Module, into: Weights, out: tuple[torch.Tensor, torch.Tensor | None]) -> None:
     """Put other Linears in the place of an MLP's: (weight, bias) of each layer in, and of the one out."""
     parts = mlp_of(mlp)
     for name, layer, values in zip(parts.names, (*parts.into, parts.out), (*into, out), strict=True):
         setattr(mlp, name, _linear_like(layer, *values))
-    if fewer:
-        mlp.comcat_neurons = parts.neurons  # how many there were
+    mlp.comcat_neurons = parts.neurons  # how many there were
 
 
-def replace_out(attention: nn.Module, v: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Put another output projection (E, H*R) in its place and, where they become fewer, values (H*R, C)."""
+def replace_out(attention: nn.Module, v: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Put fewer values (H*R, C), which get no bias, and their output projection (E, H*R) in place of the old."""
     style = style_of(attention)
-    value, out = style.projections(attention)[2:]
-    if v is not None:
-        become_low_rank(attention)
-        setattr(attention, style.v, _linear_like(value, v, None))
-    setattr(attention, style.out, _linear_like(out, weight, bias))
+    value, ending = style.projections(attention)[2:]
+    become_low_rank(attention)
+    setattr(attention, style.v, _linear_like(value, v, None))
+    setattr(attention, style.out, _linear_like(ending, out, bias))
 
 
 def replace_both(attention: nn.Module, qk: Factors, vo: Factors, width: int, folded: bool = True) -> None:

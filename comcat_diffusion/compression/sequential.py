@@ -9,6 +9,7 @@ Letters: B pictures, N tokens, C channels, H heads, R values kept a head, M neur
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -50,26 +51,38 @@ class _Block:
 
     def __init__(self, model: nn.Module, name: str, units: Sequence[Unit], widths: Widths,
                  calls: Sequence[Call], groups: list[torch.Tensor]) -> None:  # fmt: skip
-        self.model, self.units, self.widths = model, units, widths
+        self.model, self.name, self.units, self.widths = model, name, units, widths
         self.calls, self.groups, self.count = calls, groups, 1 + max(int(g.max()) for g in groups)
         self.small = model.get_submodule(name)
 
     def fit(self, wanted: Streams, have: Streams) -> tuple[Streams, Streams]:
         """The streams after the dense block, and after the small one, which is now in the model."""
-        attention, mlp = self._owner("vo"), self._owner("neurons")
-        outs = {} if attention is None else {"attention": style_of(attention).projections(attention)[3]}
-        outs |= {} if mlp is None else {"mlp": mlp_of(mlp).out}
-        after, given = self._dense(wanted, outs)
-        self._truncate(("qk", "linear"), have)
-        if attention is not None:
-            self._fit_values(attention, have, given["attention"])
-        if mlp is not None:
-            self._fit_neurons(mlp, have, given["mlp"])
+        outs = self._outs()
+        after, given = self._dense(wanted, {part: end.out for part, end in outs.items()})
+        found = {unit: self.model.get_submodule(unit.module) for unit in self.units}
+        ending = {part: [unit for unit, module in found.items() if module is end.out] for part, end in outs.items()}
+        last = [unit for units in ending.values() for unit in units]  # fitted before they are truncated, if they are
+        self._truncate([u for u in self.units if u.product in ("qk", "linear") and u not in last], have)
+        for part, end in outs.items():
+            fit = self._fit_values if part == "attention" else self._fit_neurons
+            fit(end, have, given[part])
+            self._truncate(ending[part], have)
         return after, [run(self.small, call, x) for call, x in zip(self.calls, have, strict=True)]
 
-    def _owner(self, product: str) -> nn.Module | None:
-        """The module, in the small model, of the unit of this kind that is chosen here."""
-        return next((self.model.get_submodule(u.module) for u in self.units if u.product == product), None)
+    def _outs(self) -> dict[str, "End"]:
+        """By part what is compressed here, and the Linear that ends it."""
+        found = {}
+        for path, module in self.small.named_modules(prefix=self.name):
+            if not any(unit.module == path or unit.module.startswith(f"{path}.") for unit in self.units):
+                continue
+            if style_of(module) is not None:
+                found["attention"] = End(module, style_of(module).projections(module)[3])
+            elif mlp_of(module) is not None:
+                found["mlp"] = End(module, mlp_of(module).out, mlp_of(module).into)
+        return found
+
+    def _unit(self, product: str) -> Unit | None:
+        return next((unit for unit in self.units if unit.product == product), None)
 
     def _dense(self, wanted: Streams, outs: dict[str, nn.Linear]) -> tuple[Streams, dict]:
         """The dense block on its own stream: what comes out, and by part what each `out` Linear is to give."""
@@ -81,46 +94,49 @@ class _Block:
                 given[part].append(Given.of(part, x, after[-1], seen, list(_norms(self.small))))
         return after, given
 
-    def _truncate(self, products: tuple[str, ...], have: Streams) -> None:
+    def _truncate(self, units: Sequence[Unit], have: Streams) -> None:
         """What needs no more than moments of its input."""
-        chosen = [u for u in self.units if u.product in products and self.widths[u.name] is not None]
+        chosen = [unit for unit in units if self.widths[unit.name] is not None]
+        if not chosen:
+            return
         rows = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in have]
         seen = seen_by(self.model, chosen, self.small, self.calls, have, rows)
         for unit in chosen:
             found = decomposed(self.model, unit, {key: seen[key] for key in watched(self.model, unit)})
             put(self.model, unit, found, self.widths[unit.name])
 
-    def _fit_values(self, attention: nn.Module, have: Streams, given: list["Given"]) -> None:
-        unit = next(u for u in self.units if u.product == "vo")
-        v, out = style_of(attention).projections(attention)[2:]
-        (v_weight, v_bias), (weight, bias) = weights_of(v), weights_of(out)
-        biased, width = v_bias is not None or bias is not None, self.widths[unit.name]
-        if width is None and bias is None:
-            return  # a layer that stays gets no bias that it did not have
-        seen = self._regression(out, have, given)
-        fit, offset = seen.solve(weight.mT, biased)  # H*D, E; E
-        values = None
-        if width is not None:
-            basis = mixtures.bases(seen.covariance, fit, unit.heads, width)  # H*D, H*R
-            prior = mixtures.onto(basis, seen.covariance, fit)
-            fit, offset = seen.through(basis).solve(prior, biased)  # H*R, E
-            values = basis.mT @ v_weight  # H*R, C
-            gain = (fit.norm(dim=1) / values.norm(dim=1).clamp_min(1e-12)).clamp(1e-6, 1e6).sqrt()  # balanced
-            if v_bias is not None:  # attention weights sum to one: what the values lose, the output gets
-                offset = offset + (v_bias @ basis) @ fit
-            values, fit = values * gain.unsqueeze(1), fit / gain.unsqueeze(1)
-        modules.replace_out(attention, values, fit.mT, offset)
+    def _fit_values(self, end: "End", have: Streams, given: list["Given"]) -> None:
+        """The output projection anew and, where fewer are kept, the values."""
+        unit = self._unit("vo")
+        width = None if unit is None else self.widths[unit.name]
+        weight, bias = weights_of(end.out)
+        seen = self._regression(end.out, have, given)
+        if width is None:
+            _refit(end.out, *seen.solve(weight.mT, bias is not None))
+            return
+        v_weight, v_bias = weights_of(style_of(end.owner).projections(end.owner)[2])
+        biased = v_bias is not None or bias is not None
+        fit, _ = seen.solve(weight.mT, biased)  # H*D, E
+        basis = mixtures.bases(seen.covariance, fit, unit.heads, width)  # H*D, H*R
+        fit, offset = seen.through(basis).solve(mixtures.onto(basis, seen.covariance, fit), biased)  # H*R, E; E
+        if v_bias is not None:  # attention weights sum to one: what the values lose, the output gets
+            offset = offset + (v_bias @ basis) @ fit
+        values = basis.mT @ v_weight  # H*R, C
+        gain = (fit.norm(dim=1) / values.norm(dim=1).clamp_min(1e-12)).clamp(1e-6, 1e6).sqrt()  # both of one size
+        modules.replace_out(end.owner, values * gain.unsqueeze(1), (fit / gain.unsqueeze(1)).mT, offset)
 
-    def _fit_neurons(self, module: nn.Module, have: Streams, given: list["Given"]) -> None:
-        unit = next(u for u in self.units if u.product == "neurons")
-        mlp, width = mlp_of(module), self.widths[unit.name]
-        weight, bias = weights_of(mlp.out)
-        seen = self._regression(mlp.out, have, given)
-        kept = torch.arange(mlp.neurons)
-        if width is not None:
-            kept = neurons.order(seen.covariance, neurons.gains(weight))[0][:width].sort().values
+    def _fit_neurons(self, end: "End", have: Streams, given: list["Given"]) -> None:
+        """The neurons that stay, and the layer out of them anew."""
+        unit = self._unit("neurons")
+        width = None if unit is None else self.widths[unit.name]
+        weight, bias = weights_of(end.out)
+        seen = self._regression(end.out, have, given)
+        if width is None:
+            _refit(end.out, *seen.solve(weight.mT, bias is not None))
+            return
+        kept = neurons.order(seen.covariance, neurons.gains(weight))[0][:width].sort().values
         fit, offset = seen.only(kept).solve(weight.mT[kept], bias is not None)
-        modules.replace_neurons(module, rows_of(mlp.into, kept), (fit.mT, offset), width is not None)
+        modules.replace_neurons(end.owner, rows_of(end.into, kept), (fit.mT, offset))
 
     def _regression(self, layer: nn.Linear, have: Streams, given: list["Given"]) -> Regression:
         """Of what a layer of the small block is to give on what it sees."""
@@ -132,6 +148,22 @@ class _Block:
             stream = passed[list(norms)[-1]][0] if target.part == "mlp" and norms else x
             seen.add(features, target.less(stream), group)
         return seen
+
+
+@dataclass(frozen=True)
+class End:
+    """An attention or an MLP, the Linear that ends it and, of an MLP, those into its neurons."""
+
+    owner: nn.Module
+    out: nn.Linear
+    into: tuple[nn.Linear, ...] = ()
+
+
+def _refit(out: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Other numbers, (C, E) and (E,), in a Linear of the same shape."""
+    out.weight.copy_(weight.mT)
+    if bias is not None:
+        out.bias.copy_(bias)
 
 
 class Given:
