@@ -203,3 +203,29 @@ def test_too_few_pictures_for_least_squares_are_refused():
 def test_the_method_output_needs_pictures():
     with pytest.raises(ValueError, match="give calibration batches"):
         compress(built("vit"), 0.3, settings=Settings(method="output"))
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2-swiglu"])
+def test_a_budget_of_multiply_adds_holds_and_every_unit_is_counted_as_it_runs(kind):
+    model, one = built(kind), {"pixel_values": pictures(1)}
+    whole = cost.multiply_adds(model, one)
+    small, plan = compress(model, 0.3, batches(4), settings=Settings(budget="multiply-adds"))
+    assert plan.budget == "multiply-adds" and cost.multiply_adds(small, one) <= 0.7 * whole
+    model, sites, blocks, calls, groups = streams(kind)
+    units = [unit for site in sites for unit in site[0]]
+    for widths in ({u.name: None for u in units}, {u.name: max(2, u.full // 2) for u in units}):
+        low = sequential.fitted(model, blocks, units, widths, calls, groups)
+        more = sum(cost.work(model, u, widths[u.name], 5) - cost.work(model, u, None, 5) for u in units)
+        assert cost.multiply_adds(low, one) == whole + more
+
+
+def test_a_budget_of_time_makes_a_faster_model_and_says_what_cannot_be_had():
+    model = built("vit", hidden_size=192, intermediate_size=768, num_hidden_layers=1).float()
+    seen = batches(2, dtype=torch.float32)
+    small, plan = compress(model, 0.1, seen, settings=Settings(budget="latency"))
+    one = {"pixel_values": pictures(1, dtype=torch.float32)}
+    assert cost.multiply_adds(small, one) < cost.multiply_adds(model, one) and plan.budget == "latency"
+    with pytest.raises(ValueError, match="0.999 of the latency cannot be reached.*ask for at most"):
+        compress(model, 0.999, seen, settings=Settings(budget="latency"))
+    with pytest.raises(ValueError, match="energy counts parameters"):
+        Settings(method="energy", budget="latency")

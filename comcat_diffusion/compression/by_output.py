@@ -47,7 +47,7 @@ def compressed(
         refuse_other_model(plan, model, units_of(model, plan))
         return Measured(model, batches, plan.parts).fitted(plan), plan
     parts = settings.parts or cost.BLOCK_PARTS
-    budgets.of(model, cost.sites(model, parts), reduction, settings)  # so that nobody waits for a refusal
+    budgets.refuse_unreachable(model, cost.sites(model, parts), reduction, settings)
     measured = Measured(model, batches, parts)
     plan = measured.plan(reduction, settings)
     return measured.fitted(plan), plan
@@ -84,7 +84,8 @@ class Measured:
         """The choices that lose least. `settings` may name fewer parts than were measured."""
         parts = settings.parts or self.parts
         sites = cost.sites(self.model, parts)
-        budget = budgets.of(self.model, sites, reduction, settings)
+        with evaluating(self.model):
+            budget = budgets.of(self.model, self.blocks, sites, reduction, settings, self.calls[0])
         options = [choices.choices_of(site, self.curves, budget.cost, settings.multiple) for site in sites]
         widths = choices.chosen(options, budget.amount)
         settings = dataclasses.replace(settings, method=BY_OUTPUT, parts=tuple(parts))

@@ -27,11 +27,6 @@ class Choice:
     loss: float
 
 
-def parameters_of(unit: Unit, width: int | None) -> float:
-    """The cost that a budget of parameters counts."""
-    return unit.parameters(width)
-
-
 def choices_of(site: Sequence[Sequence[Unit]], curves: Curves, cost: Cost, multiple: int = 1) -> list[Choice]:
     """Every choice of a site that no other beats in both cost and loss, by ascending cost."""
     found = [choice for units in site for choice in _path(units, curves, cost, multiple)]
@@ -108,4 +103,8 @@ def _options(unit: Unit, curve: torch.Tensor, cost: Cost, multiple: int) -> list
     step = max(1, -(-len(widths) // FEW))
     picked = [*widths[:1], *widths[step - 1 :: step]] if step > 1 else widths
     lost = [(width, float(cost(unit, width)), float(curve[width])) for width in dict.fromkeys(picked)]
-    return [*lost, (dense, float(cost(unit, dense)), 0.0)]
+    ascending = sorted([*lost, (dense, float(cost(unit, dense)), 0.0)], key=lambda option: option[1:])
+    best = ascending[:1]
+    for option in ascending:  # measured times need not rise with the width
+        best += [option] if option[2] < best[-1][2] else []
+    return best

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from comcat_diffusion.attentions import style_of
-from comcat_diffusion.compression import allocate, by_output, cost, hosts, modules
+from comcat_diffusion.compression import allocate, by_output, cost, modules
 from comcat_diffusion.compression.calibrate import Batch, Seen, calibrate, inputs_of
-from comcat_diffusion.compression.config import BY_OUTPUT
+from comcat_diffusion.compression.config import BY_OUTPUT, PARAMETERS
 from comcat_diffusion.compression.cost import Unit
 from comcat_diffusion.compression.decompose import decomposed, lost, put, watched
 from comcat_diffusion.compression.plan import Plan, Settings, refuse_bad_weights, refuse_other_model
@@ -68,6 +68,8 @@ def resolved(model: nn.Module, settings: Settings, calibrated: bool) -> Settings
     """The settings with the method that suits the model and the data, if none was asked for."""
     if settings.method is not None:
         return settings
+    if settings.budget != PARAMETERS:
+        return dataclasses.replace(settings, method=BY_OUTPUT)
     return dataclasses.replace(
         settings, method=BY_OUTPUT if calibrated and by_output.fits(model, settings) else "energy"
     )
@@ -119,7 +121,7 @@ def replaced(
     """
     uses = Counter(path for unit in units for path in inputs_of(model, unit))
     chosen = [unit for unit in units if widths[unit.name] is not None]
-    gone = [p for unit in chosen for linear in linears_of(model, unit) for p in linear.parameters()]
+    gone = [p for unit in chosen for linear in cost.linears_of(model, unit) for p in linear.parameters()]
     smaller = copy.deepcopy(model, memo={id(parameter): parameter for parameter in gone})
     with torch.no_grad():
         for unit in chosen:
@@ -131,18 +133,6 @@ def replaced(
                     moments.pop(path, None)
             give_back()
     return smaller
-
-
-def linears_of(model: nn.Module, unit: Unit) -> tuple[nn.Linear, ...]:
-    """The dense layers that the unit stands for."""
-    module = model.get_submodule(unit.module)
-    if unit.product == "linear":
-        return (module,)
-    if unit.product == "neurons":
-        mlp = hosts.mlp_of(module)
-        return (*mlp.into, mlp.out)
-    projections = style_of(module).projections(module)
-    return {"qk": projections[:2], "vo": projections[2:], "both": projections}[unit.product]
 
 
 def refuse_other_functions(model: nn.Module, units: Sequence[Unit]) -> None:

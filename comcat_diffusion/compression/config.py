@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from comcat_diffusion.config import EMBEDDED, Group, option, require, require_at_least, require_finite
 
 BY_OUTPUT = "output"
+BUDGETS = PARAMETERS, MULTIPLY_ADDS, LATENCY = "parameters", "multiply-adds", "latency"
 METHODS = (BY_OUTPUT, "energy", "search", "uniform", "matrix")
 VISION, UNET = "vision", "unet-attention"
 
@@ -39,6 +40,12 @@ class RankSettings(Group):
     reduction: float = option(
         0.44, "Fraction of parameters to remove at least: of the whole model, or of a base's attentions."
     )
+    budget: str = option(
+        PARAMETERS,
+        "What the reduction is a fraction of: parameters, the multiply-adds of a picture, or the time of a pass, "
+        "measured on this machine. The last two are for the method output.",
+        choices=BUDGETS,
+    )
     method: str | None = option(
         None,
         "How widths are chosen: by what the output loses on pictures, by energy under one threshold, by the paper's "
@@ -56,6 +63,10 @@ class RankSettings(Group):
             f"--reduction must lie between 0 and 1 (0.44 removes 44 % of the parameters), not {self.reduction}.",
         )
         require_at_least(self, 1, "multiple", "search_steps")
+        require(
+            self.budget == PARAMETERS or self.method in (None, BY_OUTPUT),
+            f"--budget {self.budget} is for --method {BY_OUTPUT}; the method {self.method} counts parameters.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

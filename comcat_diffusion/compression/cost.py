@@ -195,6 +195,46 @@ def multiply_adds(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
     return total
 
 
+def linears_of(model: nn.Module, unit: Unit) -> tuple[nn.Linear, ...]:
+    """The dense layers that the unit stands for."""
+    module = model.get_submodule(unit.module)
+    if unit.product == "linear":
+        return (module,)
+    if unit.product == "neurons":
+        mlp = hosts.mlp_of(module)
+        return (*mlp.into, mlp.out)
+    projections = style_of(module).projections(module)
+    return {"qk": projections[:2], "vo": projections[2:], "both": projections}[unit.product]
+
+
+def work(model: nn.Module, unit: Unit, width: int | None, tokens: int) -> int:
+    """Multiply-adds of a unit on so many tokens of one picture, in a transformer's self-attention or MLP.
+
+    Of a product of an attention also those of the mixing: N^2 H W for the logits, and as many for the mixture.
+    """
+    layers = linears_of(model, unit)
+    if unit.product == "linear":
+        weights = layers[0].weight.numel() if width is None else width * unit.per_width
+        return tokens * (weights + _mixing(model, unit, tokens))
+    mixed = unit.heads * tokens if unit.product in ("qk", "vo") else 0  # a token, for every column of a head
+    if width is None:
+        return tokens * (sum(layer.weight.numel() for layer in layers) + mixed * (unit.full - unit.key_bias))
+    if unit.product == "neurons":
+        each = sum(layer.in_features for layer in layers[:-1]) + layers[-1].out_features
+    else:
+        each = unit.per_width
+    constant = unit.fixed if unit.product == "qk" else 0  # the constant column of queries is no product
+    return tokens * (width * (each + mixed) + constant)
+
+
+def _mixing(model: nn.Module, unit: Unit, tokens: int) -> int:
+    """What a token's mixing costs where the matrices of an attention are compressed one by one: as much as before."""
+    owner, _, name = unit.module.rpartition(".")
+    style = style_of(model.get_submodule(owner))
+    mixes = style is not None and name in (style.q, style.v)  # the logits count with queries, the mixture with values
+    return tokens * model.get_submodule(unit.module).out_features if mixes else 0
+
+
 def parameters(found: Iterable[Unit], widths: Widths) -> int:
     """Parameters of these units at these widths."""
     return sum(unit.parameters(widths[unit.name]) for unit in found)

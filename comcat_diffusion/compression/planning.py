@@ -46,6 +46,7 @@ def plan_of(model: nn.Module, units: Sequence[Unit], widths: cost.Widths, reduct
         reduction=reduction,
         parameters_before=before,
         parameters_after=before - sum(u.dense for u in units) + cost.parameters(units, widths),
+        budget=settings.budget,
         model_id=settings.model_id,
         skipped=cost.skipped(model, parts),
         versions=library_versions(),

@@ -16,7 +16,7 @@ from comcat_diffusion import atomic
 from comcat_diffusion.bases import public_name
 from comcat_diffusion.compression import allocate, cost
 from comcat_diffusion.compression.compress import compress, refuse_other_functions, refuse_unfit, resolved
-from comcat_diffusion.compression.config import BY_OUTPUT, VISION, CompressConfig
+from comcat_diffusion.compression.config import BY_OUTPUT, PARAMETERS, VISION, CompressConfig
 from comcat_diffusion.compression.diffusion import Diffusion
 from comcat_diffusion.compression.finetune import Distillation, Finetune
 from comcat_diffusion.compression.plan import Plan, Settings
@@ -82,7 +82,7 @@ def _run(config: CompressConfig, folder: Path, note: Note) -> Report:
     with clock("load"):
         task = Vision(config) if config.part == VISION else Diffusion(config)
     dense, name = task.model, public_name(config.model)
-    settings = Settings(config.method, task.parts, task.counted, config.multiple, name)
+    settings = Settings(config.method, task.parts, task.counted, config.multiple, name, config.budget)
     settings = resolved(dense, settings, bool(getattr(task, "seen", ())))
     total = _refuse_unplanable(dense, config.reduction, settings)
 
@@ -144,7 +144,8 @@ def _refuse_unplanable(model: nn.Module, reduction: float, settings: Settings) -
     else:
         units = cost.units(model, parts, settings.method == "matrix")
     total = counted(model, units, settings)
-    allocate.budget_of(units, reduction, total, settings.multiple)
+    if settings.budget == PARAMETERS:
+        allocate.budget_of(units, reduction, total, settings.multiple)
     refuse_other_functions(model, units)
     return total
 

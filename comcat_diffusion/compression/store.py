@@ -16,8 +16,7 @@ from torch import nn
 
 from comcat_diffusion import atomic
 from comcat_diffusion.compression import modules
-from comcat_diffusion.compression.compress import linears_of
-from comcat_diffusion.compression.cost import Unit
+from comcat_diffusion.compression.cost import Unit, linears_of
 from comcat_diffusion.compression.decompose import put
 from comcat_diffusion.compression.factor import Product
 from comcat_diffusion.compression.hosts import mlp_of
