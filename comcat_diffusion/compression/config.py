@@ -124,20 +124,30 @@ class CompressConfig(RunSettings, FinetuneSettings, DataSettings, RankSettings, 
     def check(self) -> None:
         """The data are of the kind that the part needs, and there are enough."""
         folders = [flag for flag in ("calibration_dir", "train_dir", "eval_dir") if getattr(self, flag) is not None]
+        by_output = self.method == BY_OUTPUT or self.budget != PARAMETERS
+        asked = f"--budget {self.budget}" if self.budget != PARAMETERS else f"--method {BY_OUTPUT}"
         if self.part == UNET:
             require(
+                not by_output,
+                f"{asked} is for vision models, whose blocks follow one another: of a base take --method energy.",
+            )
+            require(
                 not folders and self.calibration_pictures is None,
-                f"--{(folders or ['calibration_pictures'])[0]} is for classifiers: a Stable Diffusion base is "
+                f"--{(folders or ['calibration_pictures'])[0]} is for vision models: a Stable Diffusion base is "
                 "calibrated with --calibration_prompt.",
             )
             return
         require(
             not self.calibration_prompt,
-            f"--calibration_prompt is for --part {UNET}: a classifier is calibrated with --calibration_dir.",
+            f"--calibration_prompt is for --part {UNET}: a vision model is calibrated with --calibration_dir.",
         )
         require(
             self.method != "search" or {"train_dir", "calibration_dir"} & set(folders),
             "--method search needs pictures to search on: name a --train_dir (or a --calibration_dir).",
+        )
+        require(
+            not by_output or {"train_dir", "calibration_dir"} & set(folders),
+            f"{asked} needs pictures to measure on: name a --calibration_dir (or a --train_dir).",
         )
         require(
             not self.finetune_epochs or "train_dir" in folders,
@@ -146,7 +156,7 @@ class CompressConfig(RunSettings, FinetuneSettings, DataSettings, RankSettings, 
 
     @property
     def pictures_seen(self) -> int:
-        """How many pictures calibrate a classifier."""
+        """How many pictures calibrate a vision model."""
         return self.calibration_pictures or (1024 if self.method == "search" else 256)
 
     @property

@@ -26,7 +26,7 @@ class Regression:
     def add(self, x: torch.Tensor, y: torch.Tensor, groups: torch.Tensor) -> None:
         """Count in the activations (B, ..., C), what is wanted of them (B, ..., E), and the pictures' groups (B,)."""
         each = x[0].numel() // x.shape[-1]  # tokens of a picture
-        x, y = x.detach().flatten(0, -2).cpu(), y.detach().flatten(0, -2).cpu()  # N, C; N, E
+        x, y = (_precise(values) for values in (x, y))  # N, C; N, E
         if self.pivots is None:
             self.pivots = x.mean(0).double(), y.mean(0).double()
             size, into, outof = len(self.tokens), x.shape[-1], y.shape[-1]
@@ -93,6 +93,11 @@ class Regression:
                     error = error + ((other_y - y) - (other_x - x) @ weight).square().sum()
                 losses[place] += self.tokens[group] * error
         return RIDGES[int(losses.argmin())]
+
+
+def _precise(values: torch.Tensor) -> torch.Tensor:
+    """(B, ..., C) as (N, C) on the CPU, in at least float32."""
+    return values.detach().flatten(0, -2).to("cpu", torch.promote_types(values.dtype, torch.float32))
 
 
 def _fit(xx: torch.Tensor, xy: torch.Tensor, prior: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -68,7 +68,7 @@ class Report:
         """As text, the plan's ranks included; the folder is where the text will be."""
         content = {name: value for name, value in asdict(self).items() if name not in ("folder", "plan")}
         about = {"model": self.plan.model_id, "model_class": self.plan.model_class, "method": self.plan.method}
-        wanted = {"reduction": self.plan.reduction, "removed": self.removed}
+        wanted = {"reduction": self.plan.reduction, "budget": self.plan.budget, "removed": self.removed}
         more = {"widths": self.plan.widths, "skipped": self.plan.skipped, "versions": self.plan.versions}
         return json.dumps(about | wanted | content | more, indent=1) + "\n"
 
@@ -99,7 +99,7 @@ class Report:
         """The whole report as markdown; `usage` is Python, `pictures` are files by caption."""
         facts = [
             f"Ranks: method {self.plan.method}, calibrated on {self.calibrated_on}. Asked for a reduction of "
-            f"{self.plan.reduction}; {self.removed:.2%} of {self.counted:,} parameters are gone.",
+            f"{self.plan.reduction} of the {self.plan.budget}; of {self.counted:,} parameters {self.removed:.2%} are gone.",
             *([f"Quality was measured on {self.quality.judged_on}."] if self.quality.judged_on else []),
             *([_told(self.finetuning)] if self.finetuning else []),
             "Seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items()) + ".",
