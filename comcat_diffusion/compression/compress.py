@@ -40,12 +40,12 @@ def compress(
     refuse_unfit(model)
     settings = resolved(model, settings, calibration is not None)
     if (plan.method if plan else settings.method) == BY_OUTPUT and calibration is not None:
+        parts = plan.parts if plan else parts_of(model, settings)
+        refuse_other_functions(model, by_output.every_unit(cost.sites(model, parts)))
         return by_output.compressed(model, reduction, list(calibration), plan, settings)
     # What there is
-    if plan is not None:
-        units = units_of(model, plan)
-    else:
-        units = cost.units(model, parts_of(model, settings), settings.method == "matrix")
+    matrices = settings.method == "matrix"
+    units = units_of(model, plan) if plan else cost.units(model, parts_of(model, settings), matrices)
     if plan is not None:
         refuse_other_model(plan, model, units)
     elif settings.method == BY_OUTPUT:

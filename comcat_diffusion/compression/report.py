@@ -98,8 +98,8 @@ class Report:
     def page(self, usage: str, pictures: Mapping[str, str]) -> str:
         """The whole report as markdown; `usage` is Python, `pictures` are files by caption."""
         facts = [
-            f"Ranks: method {self.plan.method}, calibrated on {self.calibrated_on}. Asked for a reduction of "
-            f"{self.plan.reduction} of the {self.plan.budget}; of {self.counted:,} parameters {self.removed:.2%} are gone.",
+            f"Widths: method {self.plan.method}, calibrated on {self.calibrated_on}. Asked for a reduction of "
+            f"{self.plan.reduction} of the {self.plan.budget}; {self.removed:.2%} of {self.counted:,} parameters went.",
             *([f"Quality was measured on {self.quality.judged_on}."] if self.quality.judged_on else []),
             *([_told(self.finetuning)] if self.finetuning else []),
             "Seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items()) + ".",
