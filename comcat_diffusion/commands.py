@@ -346,7 +346,7 @@ def shrink(parsed: argparse.Namespace) -> int:
 
 
 def compress(parsed: argparse.Namespace) -> int:
-    """Make an image classifier, or a base's attentions, smaller by low-rank heads."""
+    """Make a vision model, or a base's attentions, smaller: low-rank heads and matrices, fewer neurons."""
     config = from_arguments(CompressConfig, parsed)
     atomic.refuse_used(Path(config.output_dir).expanduser())
     from comcat_diffusion.compression.pictures import folder_of
@@ -362,7 +362,7 @@ def compress(parsed: argparse.Namespace) -> int:
     made = run(config, print)
     print(made.table())
     sheet = made.folder / "sheet.png"
-    base = sheet.exists()  # and not a classifier
+    base = sheet.exists()  # and not a vision model
     more = f"; pictures before and after: {sheet}" if base else ""
     how = f'comcat_diffusion.compression.load_compressed("{made.folder}")'
     how = f"use it as a base: --pretrained_model_name_or_path {made.folder}" if base else f"load it with {how}"

@@ -7,6 +7,12 @@ from transformers import (
     CLIPVisionModel,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -20,16 +26,22 @@ def _sizes(**more) -> dict:
 
 
 def built(kind: str = "vit", seed: int = 0, **more) -> nn.Module:
-    """A tiny model of random weights in float64; `kind` is vit, vit-nobias, deit, deit-nobias or clip."""
+    """A tiny model of random weights in float64; `kind` is vit, vit-nobias, deit, deit-nobias, clip,
+    siglip, dinov2, dinov2-swiglu or registers."""
     family, _, plain = kind.partition("-")
     classes = {
         "vit": (ViTConfig, ViTForImageClassification),
         "deit": (DeiTConfig, DeiTForImageClassificationWithTeacher),
         "clip": (CLIPVisionConfig, CLIPVisionModel),
+        "siglip": (SiglipVisionConfig, SiglipVisionModel),
+        "dinov2": (Dinov2Config, Dinov2Model),
+        "registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersModel),
     }
     config, model = classes[family]
-    if family != "clip":
+    if family in ("vit", "deit"):
         more = {"qkv_bias": plain != "nobias"} | more
+    if family in ("dinov2", "registers"):
+        more = {"mlp_ratio": 2, "layerscale_value": 0.5, "use_swiglu_ffn": plain == "swiglu"} | more
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = model(config(**_sizes(**more))).eval()

@@ -58,3 +58,34 @@ def attention(x, c, projections, heads: int, qk_rank: int, vo_rank: int) -> torc
 def mixture(matrix: torch.Tensor, ranks, chances) -> torch.Tensor:
     """The authors' form: a weighted sum of truncations, each made by itself."""
     return sum(chance * truncated(matrix, rank) for rank, chance in zip(ranks, chances, strict=True))
+
+
+def ridge_regression(x: torch.Tensor, y: torch.Tensor, prior: torch.Tensor, ridge: float, biased: bool):
+    """min mean |y - x W - b|^2 + r |W - W_0|^2, token by token in one stacked problem: W (C, E), b (E,)."""
+    middle, goal = (x.mean(0), y.mean(0)) if biased else (torch.zeros(x.shape[1]), torch.zeros(y.shape[1]))
+    x, y = x.double() - middle, y.double() - goal
+    amount = ridge * x.square().mean()
+    rows = torch.cat([x / len(x) ** 0.5, amount.sqrt() * torch.eye(x.shape[1], dtype=torch.float64)])
+    wanted = torch.cat([y / len(y) ** 0.5, amount.sqrt() * prior])
+    weight = torch.linalg.lstsq(rows, wanted).solution
+    return weight, goal - middle @ weight if biased else None
+
+
+def greedy_neurons(covariance: torch.Tensor, gains: torch.Tensor, ridge: float):
+    """Neurons one by one, what is left unexplained computed anew from the Schur complement each time."""
+    covariance = covariance + ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+    picked, lost = [], [float(covariance.diagonal() @ gains)]
+    for _ in range(len(covariance)):
+        left = unexplained(covariance, picked)
+        free = [i for i in range(len(covariance)) if i not in picked]
+        picked.append(max(free, key=lambda i: float(left[i] * gains[i])))
+        lost.append(float(unexplained(covariance, picked) @ gains))
+    return picked, lost
+
+
+def unexplained(covariance: torch.Tensor, picked: list[int]) -> torch.Tensor:
+    """(M,): variance of each neuron given the picked ones."""
+    if not picked:
+        return covariance.diagonal()
+    inner = torch.linalg.inv(covariance[picked][:, picked])
+    return covariance.diagonal() - (covariance[:, picked] @ inner @ covariance[picked]).diagonal()

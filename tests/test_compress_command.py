@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch.testing import assert_close
-from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification
+from transformers import AutoImageProcessor, BertConfig, BertModel, ResNetConfig, ResNetForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from comcat_diffusion import ComcatConfig, bases
@@ -28,7 +28,7 @@ from comcat_diffusion.compression.run import run
 from comcat_diffusion.config import read_toml
 from comcat_diffusion.generation.pictures import Drawing, Sampling
 from tests import tiny_bases
-from tests.compression_models import CLASSES, built
+from tests.compression_models import CLASSES, built, out
 
 FILES = {"compressed.safetensors", "plan.json", "report.json", "report.md", "run.toml", "ranks.png"}
 
@@ -350,8 +350,12 @@ def test_folders_are_classes_by_name_by_number_or_in_order():
         ({"method": "search"}, "name a --train_dir"),
         ({"calibration_prompt": ["a fox"]}, "is for --part unet-attention"),
         ({"model": "embedded"}, "with --part unet-attention"),
-        ({"part": UNET, "eval_dir": "x"}, "--eval_dir is for classifiers"),
-        ({"part": UNET, "calibration_pictures": 9}, "--calibration_pictures is for classifiers"),
+        ({"part": UNET, "eval_dir": "x"}, "--eval_dir is for vision models"),
+        ({"part": UNET, "method": "output"}, "--method output is for vision models"),
+        ({"part": UNET, "budget": "latency"}, "--budget latency is for vision models"),
+        ({"method": "output"}, "--method output needs pictures to measure on"),
+        ({"budget": "latency", "method": "energy", "train_dir": "x"}, "--budget latency is for --method output"),
+        ({"part": UNET, "calibration_pictures": 9}, "--calibration_pictures is for vision models"),
         ({"part": UNET, "calibration_prompt": [" "]}, "--calibration_prompt is empty"),
     ],
 )
@@ -435,14 +439,43 @@ def test_models_that_cannot_be_compressed(classifier, sd1, ask, tmp_path):
         model.vit.layers[1].mlp.fc2.weight.data[0, 0] = torch.nan
 
     refused(ask, tmp_path, r"vit\.layers\.1\.mlp\.fc2\.weight", spoiled(classifier, tmp_path / "nan", bad_weight))
-    refused(ask, tmp_path, "no classifier at 'nowhere'", "nowhere")
+    refused(ask, tmp_path, "no model at 'nowhere'", "nowhere")
     refused(ask, tmp_path, "check the name and the connection", "owner/name")
     refused(ask, tmp_path, "with --part unet-attention", sd1)
     refused(ask, tmp_path, "no model_index.json", classifier, part=UNET)
-    built("clip").float().save_pretrained(tmp_path / "clip")
-    refused(ask, tmp_path, "could not be loaded as an image classifier|no trained image classifier", tmp_path / "clip")
-    built("vit").float().vit.save_pretrained(tmp_path / "headless")
-    refused(ask, tmp_path, "no trained image classifier.*classifier.bias", tmp_path / "headless")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=9, **sizes)).save_pretrained(tmp_path / "text")
+    refused(ask, tmp_path, "a BertModel, which takes no pictures", tmp_path / "text")
+    spoiled(classifier, tmp_path / "half", lambda model: delattr(model, "classifier"))
+    refused(ask, tmp_path, "no trained ViTForImageClassification.*classifier.bias", tmp_path / "half")
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "clip"])
+def test_a_feature_extractor_is_compressed_and_judged_by_its_features(kind, pictures, ask, tmp_path):
+    dense, said = built(kind).float(), []
+    dense.save_pretrained(tmp_path / kind)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / kind)
+    folders = {"calibration_dir": str(pictures), "eval_dir": str(pictures)}
+    report = ask(tmp_path / kind, said.append, reduction=0.3, batch_size=16, **folders)
+    small, plan = load_compressed(report.folder)
+    assert plan.method == "output" and type(small) is type(dense)
+    assert 0.5 < report.quality.cosine_first < 0.9999 and report.quality.top1_after is None
+    assert "cosine of the features, first token" in report.table()
+    assert any("has no classes" in text for text in said)
+    pixels = AutoImageProcessor.from_pretrained(report.folder, backend="pil")
+    shots = [pixels(Image.open(path), return_tensors="pt")["pixel_values"] for path in sorted(pictures.rglob("*.png"))]
+    found, wanted = (out(model, torch.cat(shots))[:, 0] for model in (small, dense))
+    assert report.quality.cosine_first == pytest.approx(float(torch.cosine_similarity(found, wanted).mean()), abs=1e-5)
+
+
+def test_a_feature_extractor_learns_back_from_pictures_without_classes(pictures, ask, tmp_path):
+    built("dinov2").float().save_pretrained(tmp_path / "dinov2")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "dinov2")
+    report = ask(
+        tmp_path / "dinov2", reduction=0.5, train_dir=str(pictures), eval_dir=str(pictures), batch_size=12,
+        finetune_epochs=6, learning_rate=1e-3,
+    )  # fmt: skip
+    assert report.finetuning.last_loss < report.finetuning.first_loss
 
 
 def test_models_with_nothing_to_compress(sd1, ask, tmp_path):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from comcat_diffusion.compression import Settings, allocate, compress, cost
-from comcat_diffusion.compression.compress import count, replaced
+from comcat_diffusion.compression.compress import replaced
 from comcat_diffusion.compression.cost import Unit
+from comcat_diffusion.compression.planning import count
 from tests.compression_models import batches, built, out, pictures
 
 KINDS = ["vit", "vit-nobias", "deit", "deit-nobias", "clip"]

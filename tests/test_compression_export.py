@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from comcat_diffusion.compression import Settings, compress, load_compressed, save_compressed
-from comcat_diffusion.compression.compress import count
+from comcat_diffusion.compression.planning import count
 from tests.compression_models import batches, built, out, pictures
 
 INPUTS = ("sample", "timestep", "encoder_hidden_states")  # of a U-Net

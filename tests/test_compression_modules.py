@@ -9,8 +9,9 @@ from torch.testing import assert_close
 
 from comcat_diffusion.compression import Settings, compress, cost
 from comcat_diffusion.compression.calibrate import calibrate
-from comcat_diffusion.compression.compress import count, replaced
+from comcat_diffusion.compression.compress import replaced
 from comcat_diffusion.compression.modules import LowRankAttention, LowRankLinear, is_compressed
+from comcat_diffusion.compression.planning import count
 from tests import reference_compression as slow
 from tests.compression_models import batches, built, out, pictures
 

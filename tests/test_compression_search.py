@@ -14,9 +14,10 @@ from torch.testing import assert_close
 
 from comcat_diffusion.compression import SearchSettings, Settings, compress, cost, search_ranks
 from comcat_diffusion.compression.calibrate import calibrate
-from comcat_diffusion.compression.compress import count, replaced
+from comcat_diffusion.compression.compress import replaced
 from comcat_diffusion.compression.finetune import Distillation
 from comcat_diffusion.compression.gates import Gate, candidate_widths
+from comcat_diffusion.compression.planning import count
 from comcat_diffusion.compression.rank_search import RankSearch, split
 from tests import reference_compression as slow
 from tests.compression_models import batches, built, out, pictures

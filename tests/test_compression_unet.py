@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from comcat_diffusion import ComcatConfig
 from comcat_diffusion.compression import Settings, compress, cost, load_compressed, save_compressed
 from comcat_diffusion.compression.calibrate import calibrate
-from comcat_diffusion.compression.compress import count, replaced
+from comcat_diffusion.compression.compress import replaced
+from comcat_diffusion.compression.planning import count
 
 PARTS = Settings(counted="parts")
 SINGLE = {"rtol": 0.0, "atol": 2e-5}

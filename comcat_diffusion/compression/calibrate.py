@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from comcat_diffusion.attentions import style_of
 from comcat_diffusion.compression.cost import Unit
+from comcat_diffusion.compression.decompose import watched
 from comcat_diffusion.compression.factor import Moments, Narrowing
 from comcat_diffusion.memory import give_back
 
@@ -21,12 +21,7 @@ Seen = dict[str, Moments | Narrowing]  # by path of a Linear
 
 def inputs_of(model: nn.Module, unit: Unit) -> tuple[str, ...]:
     """Paths of the Linears whose input counts: for queries and for the context, or of the one layer."""
-    if unit.product == "linear":
-        return (unit.module,)
-    style = style_of(model.get_submodule(unit.module))
-    if not style.diffusers:  # self-attention: queries, keys and values are made of the same
-        return (f"{unit.module}.{style.q}",)
-    return (f"{unit.module}.{style.q}", f"{unit.module}.{style.k}")
+    return tuple(path for path, _ in watched(model, unit))
 
 
 def calibrate(model: nn.Module, units: Sequence[Unit], batches: Iterable[Batch]) -> Seen:
@@ -52,7 +47,7 @@ def calibrate(model: nn.Module, units: Sequence[Unit], batches: Iterable[Batch])
         model.train(training)
         for handle in handles:
             handle.remove()
-    _refuse_unseen(moments)
+    refuse_unseen(moments)
     give_back()
     return moments
 
@@ -107,7 +102,8 @@ def _like(value: torch.Tensor | Mapping, parameter: torch.Tensor) -> torch.Tenso
     return value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
 
 
-def _refuse_unseen(moments: Seen) -> None:
+def refuse_unseen(moments: Seen) -> None:
+    """Raises ValueError, naming the layer, if one saw nothing or no numbers."""
     for path, found in moments.items():
         seen = found.inputs if isinstance(found, Narrowing) else found
         if not seen.tokens:

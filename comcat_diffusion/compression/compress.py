@@ -1,26 +1,21 @@
 """The story of a compression: what there is, what the data uses of it, which widths fit, the smaller model."""
 
 import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
-from comcat_diffusion.attentions import DIFFUSERS, style_of
-from comcat_diffusion.compression import allocate, cost, hosts, modules
+from comcat_diffusion.attentions import style_of
+from comcat_diffusion.compression import allocate, by_output, cost, modules
 from comcat_diffusion.compression.calibrate import Batch, Seen, calibrate, inputs_of
+from comcat_diffusion.compression.config import BY_OUTPUT, PARAMETERS
 from comcat_diffusion.compression.cost import Unit
-from comcat_diffusion.compression.factor import Product, linear_product, qk_product, vo_product
-from comcat_diffusion.compression.plan import (
-    Plan,
-    Settings,
-    layout_of,
-    library_versions,
-    refuse_bad_weights,
-    refuse_other_model,
-    sketch_of,
-)
+from comcat_diffusion.compression.decompose import decomposed, lost, put, watched
+from comcat_diffusion.compression.plan import Plan, Settings, refuse_bad_weights, refuse_other_model
+from comcat_diffusion.compression.planning import counted, parts_of, plan_of, units_of
 from comcat_diffusion.memory import give_back
 
 DEFAULT = Settings()
@@ -43,13 +38,18 @@ def compress(
     if (reduction is None) == (plan is None):
         raise ValueError("Give either a reduction or a plan.")
     refuse_unfit(model)
-    parts, per_matrix = (
-        (plan.parts, plan.per_matrix) if plan else (parts_of(model, settings), settings.method == "matrix")
-    )
+    settings = resolved(model, settings, calibration is not None)
+    if (plan.method if plan else settings.method) == BY_OUTPUT and calibration is not None:
+        parts = plan.parts if plan else parts_of(model, settings)
+        refuse_other_functions(model, by_output.every_unit(cost.sites(model, parts)))
+        return by_output.compressed(model, reduction, list(calibration), plan, settings)
     # What there is
-    units = cost.units(model, parts, per_matrix)
+    matrices = settings.method == "matrix"
+    units = units_of(model, plan) if plan else cost.units(model, parts_of(model, settings), matrices)
     if plan is not None:
         refuse_other_model(plan, model, units)
+    elif settings.method == BY_OUTPUT:
+        raise ValueError("What the output loses can only be measured on pictures: give calibration batches.")
     elif settings.method == "search":
         raise ValueError("A search needs training batches: call search_ranks, and compress with the plan it gives.")
     else:  # before the calibration, so that nobody waits for a refusal
@@ -64,9 +64,15 @@ def compress(
     return replaced(model, units, moments, plan.widths), plan
 
 
-def parts_of(model: nn.Module, settings: Settings) -> tuple[str, ...]:
-    """The parts that the settings choose, or the default for this kind of model."""
-    return settings.parts or (("attention",) if hosts.is_diffusers(model) else cost.PARTS)
+def resolved(model: nn.Module, settings: Settings, calibrated: bool) -> Settings:
+    """The settings with the method that suits the model and the data, if none was asked for."""
+    if settings.method is not None:
+        return settings
+    if settings.budget != PARAMETERS:
+        return dataclasses.replace(settings, method=BY_OUTPUT)
+    return dataclasses.replace(
+        settings, method=BY_OUTPUT if calibrated and by_output.fits(model, settings) else "energy"
+    )
 
 
 def refuse_unfit(model: nn.Module) -> None:
@@ -74,16 +80,6 @@ def refuse_unfit(model: nn.Module) -> None:
     if any(modules.is_compressed(module) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is compressed already; start from the dense model.")
     refuse_bad_weights(model)
-
-
-def counted(model: nn.Module, units: Sequence[Unit], settings: Settings) -> int:
-    """Of how many parameters the reduction is a fraction."""
-    return sum(u.dense for u in units) if settings.counted == "parts" else count(model)
-
-
-def count(model: nn.Module) -> int:
-    """Parameters of a model."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def planned(model: nn.Module, units: Sequence[Unit], moments: Seen, reduction: float, settings: Settings) -> Plan:
@@ -97,44 +93,6 @@ def planned(model: nn.Module, units: Sequence[Unit], moments: Seen, reduction: f
     return plan_of(model, units, widths, reduction, settings)
 
 
-def plan_of(model: nn.Module, units: Sequence[Unit], widths: cost.Widths, reduction: float, settings: Settings) -> Plan:
-    """The widths with everything that a plan says of its model."""
-    before, parts = count(model), parts_of(model, settings)
-    return Plan(
-        widths=dict(widths),
-        model_class=type(model).__name__,
-        layout=layout_of(units),
-        sketch=sketch_of(model, units),
-        method=settings.method,
-        parts=tuple(parts),
-        reduction=reduction,
-        parameters_before=before,
-        parameters_after=before - sum(u.dense for u in units) + cost.parameters(units, widths),
-        model_id=settings.model_id,
-        skipped=cost.skipped(model, parts),
-        versions=library_versions(),
-    )
-
-
-def products_of(model: nn.Module, unit: Unit, moments: Seen) -> tuple[Product, ...]:
-    """The decomposition of a unit, of both products if they share their width."""
-    seen = [moments.get(path) for path in inputs_of(model, unit)]
-    module = model.get_submodule(unit.module)
-    if unit.product == "linear":
-        return (linear_product(*_weights(module), seen[0]),)
-    style = style_of(module)
-    q, k, v, out = style.projections(module)
-    query, context = seen[0], seen[-1]
-    qk = qk_product(*_weights(q), _weights(k)[0], unit.heads, query, context) if unit.product != "vo" else None
-    vo = vo_product(*_weights(v), *_weights(out), unit.heads, context) if unit.product != "qk" else None
-    return tuple(product for product in (qk, vo) if product is not None)
-
-
-def _weights(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    bias = None if linear.bias is None else linear.bias.detach().cpu().double()
-    return linear.weight.detach().cpu().double(), bias
-
-
 def energies_of(model: nn.Module, units: Sequence[Unit], moments: Seen) -> allocate.Energies:
     """The kept energy of every unit, with no more memory held than one decomposition takes."""
     energies = {}
@@ -145,12 +103,13 @@ def energies_of(model: nn.Module, units: Sequence[Unit], moments: Seen) -> alloc
 
 
 def energy_of(model: nn.Module, unit: Unit, moments: Seen) -> torch.Tensor:
-    """(full + 1,): kept energy by width; the column of a key bias keeps nothing that is counted."""
-    energies = [product.energy for product in products_of(model, unit, moments)]
-    for place, product in enumerate(energies):
-        if unit.key_bias and place == 0:
-            energies[0] = torch.cat([product.new_zeros(1), product])
-    return torch.stack([energy[: unit.full + 1] for energy in energies]).mean(0)
+    """(full + 1,): kept energy by width."""
+    return 1 - lost(unit, decomposed(model, unit, of_unit(model, unit, moments)))
+
+
+def of_unit(model: nn.Module, unit: Unit, moments: Seen) -> dict:
+    """What the layers of one unit have seen, as decompose.py wants it."""
+    return {key: moments[key[0]] for key in watched(model, unit) if key[0] in moments}
 
 
 def replaced(
@@ -162,41 +121,18 @@ def replaced(
     """
     uses = Counter(path for unit in units for path in inputs_of(model, unit))
     chosen = [unit for unit in units if widths[unit.name] is not None]
-    gone = [p for unit in chosen for linear in linears_of(model, unit) for p in linear.parameters()]
+    gone = [p for unit in chosen for linear in cost.linears_of(model, unit) for p in linear.parameters()]
     smaller = copy.deepcopy(model, memo={id(parameter): parameter for parameter in gone})
     with torch.no_grad():
         for unit in chosen:
-            replace(smaller, unit, products_of(model, unit, moments), widths[unit.name], folded)
+            found = decomposed(model, unit, of_unit(model, unit, moments))
+            put(smaller, unit, found, widths[unit.name], folded)
             for path in inputs_of(model, unit):
                 uses[path] -= 1
                 if not uses[path]:
                     moments.pop(path, None)
             give_back()
     return smaller
-
-
-def linears_of(model: nn.Module, unit: Unit) -> tuple[nn.Linear, ...]:
-    """The dense layers that the unit stands for."""
-    module = model.get_submodule(unit.module)
-    if unit.product == "linear":
-        return (module,)
-    projections = style_of(module).projections(module)
-    return {"qk": projections[:2], "vo": projections[2:], "both": projections}[unit.product]
-
-
-def replace(model: nn.Module, unit: Unit, products: tuple[Product, ...], width: int, folded: bool = True) -> None:
-    """Put a unit's factors of this width in the place of its layers."""
-    attention = model.get_submodule(unit.module)
-    if unit.product == "linear":
-        modules.replace_linear(model, unit.module, products[0].truncated(width), folded)
-    elif unit.product == "qk":
-        modules.replace_qk(attention, products[0].truncated(width - unit.key_bias), folded)
-    elif unit.product == "vo":
-        modules.replace_vo(attention, products[0].truncated(width), folded)
-    else:
-        qk, vo = products[0].truncated(width - unit.key_bias), products[1].truncated(width)
-        dense = DIFFUSERS.projections(attention)[0].out_features // unit.heads
-        modules.replace_both(attention, qk, vo, dense, folded)
 
 
 def refuse_other_functions(model: nn.Module, units: Sequence[Unit]) -> None:

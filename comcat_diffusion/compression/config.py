@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from comcat_diffusion.config import EMBEDDED, Group, option, require, require_at_least, require_finite
 
-METHODS = ("energy", "search", "uniform", "matrix")
+BY_OUTPUT = "output"
+BUDGETS = PARAMETERS, MULTIPLY_ADDS, LATENCY = "parameters", "multiply-adds", "latency"
+METHODS = (BY_OUTPUT, "energy", "search", "uniform", "matrix")
 VISION, UNET = "vision", "unet-attention"
 
 
@@ -14,14 +16,14 @@ class ModelSettings(Group):
 
     model: str | None = option(
         None,
-        "Image classifier of transformers (ViT, DeiT) as hub id or folder; or a Stable Diffusion base: hub id, folder, "
-        "or 'embedded'.",
+        "Vision model of transformers, classifier or feature extractor (ViT, DeiT, DINOv2, the picture half of CLIP or "
+        "SigLIP) as hub id or folder; or a Stable Diffusion base: hub id, folder, or 'embedded'.",
         required="name the model to compress",
     )
     revision: str | None = option(None, "Branch, tag or commit of a hub model.")
     part: str = option(
         VISION,
-        "A whole image classifier, or the attentions of a Stable Diffusion base.",
+        "A whole vision model, or the attentions of a Stable Diffusion base.",
         choices=(VISION, UNET),
         usual=True,
     )
@@ -39,14 +41,19 @@ class RankSettings(Group):
     """The ranks"""
 
     reduction: float = option(
-        0.44,
-        "Fraction of parameters to remove at least: of the whole classifier, or of a base's attentions.",
-        usual=True,
+        0.44, "Fraction of parameters to remove at least: of the whole model, or of a base's attentions.", usual=True
     )
-    method: str = option(
-        "energy",
-        "How ranks are chosen: by energy under one threshold, by the paper's search, all alike, or by energy of every "
-        "matrix without regard to heads.",
+    budget: str = option(
+        PARAMETERS,
+        "What the reduction is a fraction of: parameters, the multiply-adds of a picture, or the time of a pass, "
+        "measured on this machine. The last two are for the method output.",
+        choices=BUDGETS,
+    )
+    method: str | None = option(
+        None,
+        "How widths are chosen: by what the output loses on pictures, by energy under one threshold, by the paper's "
+        "search, all alike, or by energy of every matrix without regard to heads. Default: output where a vision model "
+        "has pictures to calibrate on, else energy.",
         choices=METHODS,
         usual=True,
     )
@@ -60,6 +67,10 @@ class RankSettings(Group):
             f"--reduction must lie between 0 and 1 (0.44 removes 44 % of the parameters), not {self.reduction}.",
         )
         require_at_least(self, 1, "multiple", "search_steps")
+        require(
+            self.budget == PARAMETERS or self.method in (None, BY_OUTPUT),
+            f"--budget {self.budget} is for --method {BY_OUTPUT}; the method {self.method} counts parameters.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +87,9 @@ class DataSettings(Group):
     )
     train_dir: str | None = option(None, "One folder of pictures per class, to search and fine-tune on.", usual=True)
     eval_dir: str | None = option(
-        None, "One folder of pictures per class, to measure top-1 on before and after.", usual=True
+        None,
+        "One folder of pictures per class, to measure top-1 on before and after; of a feature extractor any pictures.",
+        usual=True,
     )
     calibration_prompt: list[str] = option(
         [], "Of a Stable Diffusion base: prompts like those to come. Default: a few plain ones."
@@ -120,20 +133,30 @@ class CompressConfig(RunSettings, FinetuneSettings, DataSettings, RankSettings, 
     def check(self) -> None:
         """The data are of the kind that the part needs, and there are enough."""
         folders = [flag for flag in ("calibration_dir", "train_dir", "eval_dir") if getattr(self, flag) is not None]
+        by_output = self.method == BY_OUTPUT or self.budget != PARAMETERS
+        asked = f"--budget {self.budget}" if self.budget != PARAMETERS else f"--method {BY_OUTPUT}"
         if self.part == UNET:
             require(
+                not by_output,
+                f"{asked} is for vision models, whose blocks follow one another: of a base take --method energy.",
+            )
+            require(
                 not folders and self.calibration_pictures is None,
-                f"--{(folders or ['calibration_pictures'])[0]} is for classifiers: a Stable Diffusion base is "
+                f"--{(folders or ['calibration_pictures'])[0]} is for vision models: a Stable Diffusion base is "
                 "calibrated with --calibration_prompt.",
             )
             return
         require(
             not self.calibration_prompt,
-            f"--calibration_prompt is for --part {UNET}: a classifier is calibrated with --calibration_dir.",
+            f"--calibration_prompt is for --part {UNET}: a vision model is calibrated with --calibration_dir.",
         )
         require(
             self.method != "search" or {"train_dir", "calibration_dir"} & set(folders),
             "--method search needs pictures to search on: name a --train_dir (or a --calibration_dir).",
+        )
+        require(
+            not by_output or {"train_dir", "calibration_dir"} & set(folders),
+            f"{asked} needs pictures to measure on: name a --calibration_dir (or a --train_dir).",
         )
         require(
             not self.finetune_epochs or "train_dir" in folders,
@@ -142,7 +165,7 @@ class CompressConfig(RunSettings, FinetuneSettings, DataSettings, RankSettings, 
 
     @property
     def pictures_seen(self) -> int:
-        """How many pictures calibrate a classifier."""
+        """How many pictures calibrate a vision model."""
         return self.calibration_pictures or (1024 if self.method == "search" else 256)
 
     @property

@@ -16,6 +16,7 @@ from comcat_diffusion.attentions import style_of
 from comcat_diffusion.compression import hosts
 
 PARTS = ("attention", "mlp", "classifier")
+BLOCK_PARTS = PARTS[:2]  # what lies in the blocks of a transformer
 Widths = Mapping[str, int | None]  # by the name of a unit
 
 
@@ -25,7 +26,7 @@ class Unit:
 
     name: str  # key of a plan: "layers.0.attention:qk", "layers.0.mlp.fc1"
     module: str  # path in the model
-    product: str  # "qk", "vo", "both" or "linear"
+    product: str  # "qk", "vo", "both", "linear" or "neurons"
     part: str  # one of PARTS
     heads: int
     full: int  # largest width; at it nothing is lost
@@ -69,6 +70,44 @@ def units(model: nn.Module, parts: Iterable[str] = PARTS, per_matrix: bool = Fal
         raise ValueError(f"There is nothing to compress in this {type(model).__name__}: {_why_nothing(model, parts)}.")
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     return sorted(found, key=lambda unit: order[unit.module])
+
+
+def sites(model: nn.Module, parts: Iterable[str] = PARTS) -> list[list[list[Unit]]]:
+    """Every place that can be compressed, in the model's order, with its alternatives, of which one is to be taken.
+
+    Queries and keys, and values and output: by heads, or matrix by matrix. An MLP: fewer neurons, or low rank of each
+    layer. Other Linears: low rank. Raises ValueError as `units` does.
+    """
+    by_heads, by_matrix = units(model, parts), {unit.name: unit for unit in units(model, parts, per_matrix=True)}
+    mlps = hosts.mlps(model) if "mlp" in parts else {}
+    places: dict[str, list[list[Unit]]] = {}
+    for unit in by_heads:
+        owner = unit.module.rpartition(".")[0]
+        if unit.product != "linear":
+            names = style_of(model.get_submodule(unit.module)).names
+            names = {"qk": names[:2], "vo": names[2:], "both": names}[unit.product]
+            places[unit.name] = [[unit], [by_matrix[f"{unit.module}.{name}"] for name in names]]
+        elif owner in mlps:
+            places.setdefault(owner, [[_neurons(owner, mlps[owner])], []])[1].append(unit)
+        else:
+            places[unit.module] = [[unit]]
+    return list(places.values())
+
+
+def named(model: nn.Module, parts: Iterable[str], names: Iterable[str]) -> list[Unit]:
+    """The units of these names: of each site the alternative that has its names, else the first."""
+    names, found = set(names), []
+    for alternatives in sites(model, parts):
+        found += next((units for units in alternatives if names.issuperset(u.name for u in units)), alternatives[0])
+    return found
+
+
+def _neurons(name: str, mlp: hosts.Mlp) -> Unit:
+    bias = 0 if mlp.into[0].bias is None else 1
+    per_width = len(mlp.into) * (mlp.into[0].in_features + bias) + mlp.out.out_features
+    fixed = 0 if mlp.out.bias is None else mlp.out.out_features
+    dense = fixed + mlp.neurons * per_width
+    return Unit(f"{name}:neurons", name, "neurons", "mlp", 1, mlp.neurons, 0, per_width, fixed, dense)
 
 
 def skipped(model: nn.Module, parts: Iterable[str]) -> dict[str, str]:
@@ -154,6 +193,46 @@ def multiply_adds(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> int:
         for handle in handles:
             handle.remove()
     return total
+
+
+def linears_of(model: nn.Module, unit: Unit) -> tuple[nn.Linear, ...]:
+    """The dense layers that the unit stands for."""
+    module = model.get_submodule(unit.module)
+    if unit.product == "linear":
+        return (module,)
+    if unit.product == "neurons":
+        mlp = hosts.mlp_of(module)
+        return (*mlp.into, mlp.out)
+    projections = style_of(module).projections(module)
+    return {"qk": projections[:2], "vo": projections[2:], "both": projections}[unit.product]
+
+
+def work(model: nn.Module, unit: Unit, width: int | None, tokens: int) -> int:
+    """Multiply-adds of a unit on so many tokens of one picture, in a transformer's self-attention or MLP.
+
+    Of a product of an attention also those of the mixing: N^2 H W for the logits, and as many for the mixture.
+    """
+    layers = linears_of(model, unit)
+    if unit.product == "linear":
+        weights = layers[0].weight.numel() if width is None else width * unit.per_width
+        return tokens * (weights + _mixing(model, unit, tokens))
+    mixed = unit.heads * tokens if unit.product in ("qk", "vo") else 0  # a token, for every column of a head
+    if width is None:
+        return tokens * (sum(layer.weight.numel() for layer in layers) + mixed * (unit.full - unit.key_bias))
+    if unit.product == "neurons":
+        each = sum(layer.in_features for layer in layers[:-1]) + layers[-1].out_features
+    else:
+        each = unit.per_width
+    constant = unit.fixed if unit.product == "qk" else 0  # the constant column of queries is no product
+    return tokens * (width * (each + mixed) + constant)
+
+
+def _mixing(model: nn.Module, unit: Unit, tokens: int) -> int:
+    """What a token's mixing costs where the matrices of an attention are compressed one by one: as much as before."""
+    owner, _, name = unit.module.rpartition(".")
+    style = style_of(model.get_submodule(owner))
+    mixes = style is not None and name in (style.q, style.v)  # the logits count with queries, the mixture with values
+    return tokens * model.get_submodule(unit.module).out_features if mixes else 0
 
 
 def parameters(found: Iterable[Unit], widths: Widths) -> int:

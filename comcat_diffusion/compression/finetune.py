@@ -34,15 +34,18 @@ class Distillation:
             raise ValueError(f"The temperature of the distillation must be above zero, not {self.temperature}.")
 
     def of(self, student: nn.Module, teacher: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss on a batch; a model without classes (a U-Net) is judged by the relative error of its sample."""
+        """The loss on a batch; a model without classes is judged by its sample (a U-Net) or its features."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         hidden = {"output_hidden_states": True} if self.align else {}
         seen, wanted = student(**inputs, **hidden), None
-        if self.hard or self.soft or self.align or hasattr(seen, "sample"):  # labels alone need no teacher
+        features = not hasattr(seen, "logits") and hasattr(seen, "last_hidden_state")
+        if self.hard or self.soft or self.align or features or hasattr(seen, "sample"):  # labels alone need no teacher
             with torch.no_grad():
                 wanted = teacher(**inputs, **hidden)
         if hasattr(seen, "sample"):
             return functional.mse_loss(seen.sample, wanted.sample) / wanted.sample.square().mean()
+        if features:
+            return features_loss(seen.last_hidden_state, wanted.last_hidden_state)
         return self.loss(seen, wanted, batch.get("labels"))
 
     def loss(self, student: object, teacher: object | None, labels: torch.Tensor | None) -> torch.Tensor:
@@ -67,6 +70,13 @@ class Distillation:
             chosen = {block % len(errors) for block in self.blocks if -len(errors) <= block < len(errors)}
             total = total + self.align * sum(errors[block] for block in sorted(chosen))
         return total
+
+
+def features_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Of features (B, N, C): 1 - cosine, the first token as much as all others, and the relative square error."""
+    off = 1 - functional.cosine_similarity(found, wanted, dim=-1)  # B, N
+    off = off.mean() if off.shape[1] == 1 else (off[:, 0].mean() + off[:, 1:].mean()) / 2
+    return off + functional.mse_loss(found, wanted) / wanted.square().mean()
 
 
 def insist_labels(labels: torch.Tensor | None, classes: int) -> torch.Tensor:

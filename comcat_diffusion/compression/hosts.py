@@ -7,11 +7,13 @@ added keys) makes it another function than a product per head, and it is refused
 
 import inspect
 import sys
+from dataclasses import dataclass
 
 from torch import nn
 
 from comcat_diffusion.attentions import DIFFUSERS, Style, style_of
 
+_MLPS = (("fc1", "fc2"), ("gate_proj", "up_proj", "down_proj"))  # ViT and its kin; gated ones (SwiGLU)
 _TAKEN = {"self", "hidden_states", "attention_mask", "kwargs"}  # what the forward that we replace may ask for
 
 
@@ -74,6 +76,40 @@ def linears(model: nn.Module) -> dict[str, tuple[str, nn.Linear]]:
             repeated = any(piece.isdecimal() for piece in name.split("."))
             found[name] = ("mlp" if repeated else "classifier", module)
     return found
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """The layers of an MLP whose neurons can be left out: into them, one or two side by side, and out of them."""
+
+    into: tuple[nn.Linear, ...]
+    out: nn.Linear
+    names: tuple[str, ...]  # of `into`, then of `out`
+
+    @property
+    def neurons(self) -> int:
+        """Width M of the hidden layer."""
+        return self.out.in_features
+
+
+def mlp_of(module: nn.Module) -> Mlp | None:
+    """The MLP that a module is, or None: its own layers and nothing else with weights, of which one is fed by one."""
+    for names in _MLPS:
+        layers = [getattr(module, name, None) for name in names]
+        if all(type(layer) is nn.Linear for layer in layers):
+            *into, out = layers
+            held = {id(parameter) for layer in layers for parameter in layer.parameters()}
+            alone = all(id(parameter) in held for parameter in module.parameters())
+            fits = all((i.out_features, i.in_features) == (out.in_features, out.out_features) for i in into)
+            if alone and fits and all((i.bias is None) == (into[0].bias is None) for i in into):
+                return Mlp(tuple(into), out, names)
+    return None
+
+
+def mlps(model: nn.Module) -> dict[str, Mlp]:
+    """Every MLP of the blocks by its path."""
+    found = {name: mlp_of(module) for name, module in model.named_modules()}
+    return {n: mlp for n, mlp in found.items() if mlp is not None and any(p.isdecimal() for p in n.split("."))}
 
 
 def is_diffusers(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ Letters: B batch, N tokens, H heads, D dense head width, R rank, W columns of qu
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -19,7 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from comcat_diffusion import heads as maths
 from comcat_diffusion.attentions import DIFFUSERS, style_of
 from comcat_diffusion.compression.factor import Factors
+from comcat_diffusion.compression.hosts import mlp_of
 
+Weights = Sequence[tuple[torch.Tensor, torch.Tensor | None]]
 SEVERAL_WIDTHS = ("eager", "sdpa")  # attention functions whose queries and values may differ in width
 
 
@@ -95,7 +97,8 @@ def low_rank_class(host: type) -> type:
 
 def is_compressed(module: nn.Module) -> bool:
     """Whether this is one of the layers that compression makes."""
-    return isinstance(module, (LowRankLinear, LowRankAttention)) or getattr(module, "comcat_width", None) is not None
+    marked = any(getattr(module, name, None) is not None for name in ("comcat_width", "comcat_neurons"))
+    return marked or isinstance(module, (LowRankLinear, LowRankAttention))
 
 
 def replace_linear(model: nn.Module, path: str, factors: Factors, folded: bool = True) -> None:
@@ -129,6 +132,23 @@ def replace_vo(attention: nn.Module, factors: Factors, folded: bool = True) -> N
     become_low_rank(attention)
     setattr(attention, style.v, _linear_like(v, maths.in_weight(factors.down), _offset(factors, folded)))
     setattr(attention, style.out, _linear_like(out, maths.out_weight(factors.up), _bias(factors, folded)))
+
+
+def replace_neurons(mlp: nn.Module, into: Weights, out: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    """Put other Linears in the place of an MLP's: (weight, bias) of each layer in, and of the one out."""
+    parts = mlp_of(mlp)
+    for name, layer, values in zip(parts.names, (*parts.into, parts.out), (*into, out), strict=True):
+        setattr(mlp, name, _linear_like(layer, *values))
+    mlp.comcat_neurons = parts.neurons  # how many there were
+
+
+def replace_out(attention: nn.Module, v: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Put fewer values (H*R, C), which get no bias, and their output projection (E, H*R) in place of the old."""
+    style = style_of(attention)
+    value, ending = style.projections(attention)[2:]
+    become_low_rank(attention)
+    setattr(attention, style.v, _linear_like(value, v, None))
+    setattr(attention, style.out, _linear_like(ending, out, bias))
 
 
 def replace_both(attention: nn.Module, qk: Factors, vo: Factors, width: int, folded: bool = True) -> None:

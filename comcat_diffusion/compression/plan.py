@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 from torch import nn
 
-from comcat_diffusion.compression.config import METHODS
+from comcat_diffusion.compression.config import BUDGETS, BY_OUTPUT, METHODS, PARAMETERS
 from comcat_diffusion.compression.cost import PARTS, Unit
 from comcat_diffusion.versions import versions_with
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knew neither the method "output" nor neurons; it is read for ever
+READABLE = (1, 2)
 COUNTED = ("model", "parts")
 SAMPLES = 64  # weights kept to recognise a model by
 
@@ -21,16 +22,24 @@ SAMPLES = 64  # weights kept to recognise a model by
 class Settings:
     """How a model is compressed."""
 
-    method: str = "energy"  # how widths are chosen; "matrix" takes every matrix by itself, without heads
+    # How widths are chosen; "matrix" takes every matrix by itself, without heads. None: by the output where there are
+    # calibration batches and the model is a chain of blocks, else by energy.
+    method: str | None = None
     parts: tuple[str, ...] | None = None  # of PARTS; None: all, of a diffusers model the attention
     counted: str = "model"  # whether the reduction is a fraction of the whole model or of the chosen parts
     multiple: int = 1  # widths are multiples of this; 8 suits the kernels of a GPU
     model_id: str = ""  # hub id or folder of the dense model, for the plan to name
+    budget: str = PARAMETERS  # what the reduction is a fraction of; the others are for the method "output"
 
     def __post_init__(self) -> None:
-        for name, value, known in (("method", self.method, METHODS), ("counted", self.counted, COUNTED)):
-            if value not in known:
+        known_values = (("method", METHODS), ("counted", COUNTED), ("budget", BUDGETS))
+        for name, value, known in ((name, getattr(self, name), known) for name, known in known_values):
+            if value not in known and (name, value) != ("method", None):
                 raise ValueError(f"The {name} of a compression is one of {', '.join(known)}, not {value!r}.")
+        if self.budget != PARAMETERS and self.method not in (None, BY_OUTPUT):
+            raise ValueError(
+                f"A budget of {self.budget} is for the method {BY_OUTPUT}; {self.method} counts parameters."
+            )
         if not isinstance(self.multiple, int) or self.multiple < 1:
             raise ValueError(f"Widths must be multiples of a whole number from 1 up, not of {self.multiple!r}.")
         if self.parts is not None and (not self.parts or set(self.parts) - set(PARTS)):
@@ -50,6 +59,7 @@ class Plan:
     reduction: float  # as asked for
     parameters_before: int  # of the whole model
     parameters_after: int
+    budget: str = PARAMETERS
     model_id: str = ""
     skipped: dict[str, str] = field(default_factory=dict)  # attentions that stay, with the reason
     versions: dict[str, str] = field(default_factory=dict)
@@ -72,9 +82,11 @@ class Plan:
         except json.JSONDecodeError as error:
             raise ValueError(f"This is not a plan but broken JSON ({error}).") from error
         known = {f.name for f in fields(cls)}
-        if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        if not isinstance(content, dict) or content.get("format_version") not in READABLE:
             found = content.get("format_version") if isinstance(content, dict) else None
-            raise ValueError(f"This plan has format version {found!r}, this program reads {FORMAT_VERSION}.")
+            raise ValueError(f"This plan has format version {found!r}, this program reads 1 and 2.")
+        if content["format_version"] == 1:
+            content = {"budget": PARAMETERS} | content
         for problem, names in (("unknown", content.keys() - known), ("missing", known - content.keys())):
             if names:
                 raise ValueError(f"This plan has {problem} entries: {', '.join(sorted(names)[:3])}.")

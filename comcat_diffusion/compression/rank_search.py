@@ -24,19 +24,12 @@ from comcat_diffusion import atomic
 from comcat_diffusion.attentions import style_of
 from comcat_diffusion.compression import allocate, cost, hosts
 from comcat_diffusion.compression.calibrate import Batch, calibrate, checked
-from comcat_diffusion.compression.compress import (
-    counted,
-    energies_of,
-    parts_of,
-    plan_of,
-    refuse_other_functions,
-    refuse_unfit,
-    replaced,
-)
+from comcat_diffusion.compression.compress import energies_of, refuse_other_functions, refuse_unfit, replaced
 from comcat_diffusion.compression.cost import Unit
 from comcat_diffusion.compression.finetune import Distillation
 from comcat_diffusion.compression.gates import Gate, Masked, candidate_widths
 from comcat_diffusion.compression.plan import Plan, Settings, layout_of, sketch_of
+from comcat_diffusion.compression.planning import counted, parts_of, plan_of
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ class Quality:
 
     top1_before: float | None = None  # percent
     top1_after: float | None = None
+    cosine_first: float | None = None  # of an extractor's first token (the class token) to the dense model's
+    cosine_rest: float | None = None  # of its other tokens (the patches)
     drift: float | None = None  # of a U-Net's output, relative to its norm
     judged_on: str | None = None
 
@@ -66,7 +68,7 @@ class Report:
         """As text, the plan's ranks included; the folder is where the text will be."""
         content = {name: value for name, value in asdict(self).items() if name not in ("folder", "plan")}
         about = {"model": self.plan.model_id, "model_class": self.plan.model_class, "method": self.plan.method}
-        wanted = {"reduction": self.plan.reduction, "removed": self.removed}
+        wanted = {"reduction": self.plan.reduction, "budget": self.plan.budget, "removed": self.removed}
         more = {"widths": self.plan.widths, "skipped": self.plan.skipped, "versions": self.plan.versions}
         return json.dumps(about | wanted | content | more, indent=1) + "\n"
 
@@ -86,6 +88,9 @@ class Report:
         if quality.top1_before is not None:
             lost = quality.top1_after - quality.top1_before
             rows.append(("top-1, %", f"{quality.top1_before:.2f}", f"{quality.top1_after:.2f}", f"{lost:+.2f}"))
+        for what, cosine in (("first token", quality.cosine_first), ("other tokens", quality.cosine_rest)):
+            if cosine is not None:
+                rows.append((f"cosine of the features, {what}", "1", f"{cosine:.4f}", f"{cosine - 1:+.4f}"))
         if quality.drift is not None:
             rows.append(("drift of the U-Net's output", "0 %", f"{quality.drift:.2%}", ""))
         return table(rows)
@@ -93,8 +98,8 @@ class Report:
     def page(self, usage: str, pictures: Mapping[str, str]) -> str:
         """The whole report as markdown; `usage` is Python, `pictures` are files by caption."""
         facts = [
-            f"Ranks: method {self.plan.method}, calibrated on {self.calibrated_on}. Asked for a reduction of "
-            f"{self.plan.reduction}; {self.removed:.2%} of {self.counted:,} parameters are gone.",
+            f"Widths: method {self.plan.method}, calibrated on {self.calibrated_on}. Asked for a reduction of "
+            f"{self.plan.reduction} of the {self.plan.budget}; {self.removed:.2%} of {self.counted:,} parameters went.",
             *([f"Quality was measured on {self.quality.judged_on}."] if self.quality.judged_on else []),
             *([_told(self.finetuning)] if self.finetuning else []),
             "Seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items()) + ".",

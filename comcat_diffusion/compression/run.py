@@ -15,18 +15,12 @@ from torch import nn
 from comcat_diffusion import atomic
 from comcat_diffusion.bases import public_name
 from comcat_diffusion.compression import allocate, cost
-from comcat_diffusion.compression.compress import (
-    compress,
-    count,
-    counted,
-    parts_of,
-    refuse_other_functions,
-    refuse_unfit,
-)
-from comcat_diffusion.compression.config import VISION, CompressConfig
+from comcat_diffusion.compression.compress import compress, refuse_other_functions, refuse_unfit, resolved
+from comcat_diffusion.compression.config import BY_OUTPUT, PARAMETERS, VISION, CompressConfig
 from comcat_diffusion.compression.diffusion import Diffusion
 from comcat_diffusion.compression.finetune import Distillation, Finetune
 from comcat_diffusion.compression.plan import Plan, Settings
+from comcat_diffusion.compression.planning import count, counted, parts_of, units_of
 from comcat_diffusion.compression.rank_search import SearchSettings, search_ranks
 from comcat_diffusion.compression.ranks import picture_of_ranks
 from comcat_diffusion.compression.report import Finetuning, Quality, Report, Size, circumstances_of
@@ -88,8 +82,9 @@ def _run(config: CompressConfig, folder: Path, note: Note) -> Report:
     with clock("load"):
         task = Vision(config) if config.part == VISION else Diffusion(config)
     dense, name = task.model, public_name(config.model)
-    settings = Settings(config.method, task.parts, task.counted, config.multiple, name)
-    units, total = _planable(dense, config.reduction, settings)
+    settings = Settings(config.method, task.parts, task.counted, config.multiple, name, config.budget)
+    settings = resolved(dense, settings, bool(getattr(task, "seen", ())))
+    total = _refuse_unplanable(dense, config.reduction, settings)
 
     # What the data use of the weights, and the ranks that follow from it.
     with clock("compress"):
@@ -119,7 +114,7 @@ def _run(config: CompressConfig, folder: Path, note: Note) -> Report:
         finetuning=done,
         **measured,
     )
-    _write(config, task, small, units, report)
+    _write(config, task, small, units_of(dense, plan), report)
     return report
 
 
@@ -137,17 +132,22 @@ def _measured(task: Task, small: nn.Module, note: Note) -> dict[str, object]:
     return found | {"quality": quality, "circumstances": around}
 
 
-def _planable(model: nn.Module, reduction: float, settings: Settings) -> tuple[list[cost.Unit], int]:
-    """What can be compressed, and of how many parameters the reduction is a fraction.
+def _refuse_unplanable(model: nn.Module, reduction: float, settings: Settings) -> int:
+    """Of how many parameters the reduction is a fraction.
 
     Raises ValueError if the model is unfit or the reduction cannot be reached.
     """
     refuse_unfit(model)
-    units = cost.units(model, parts_of(model, settings), settings.method == "matrix")
+    parts = parts_of(model, settings)
+    if settings.method == BY_OUTPUT:
+        units = [unit for site in cost.sites(model, parts) for unit in site[0]]
+    else:
+        units = cost.units(model, parts, settings.method == "matrix")
     total = counted(model, units, settings)
-    allocate.budget_of(units, reduction, total, settings.multiple)
+    if settings.budget == PARAMETERS:
+        allocate.budget_of(units, reduction, total, settings.multiple)
     refuse_other_functions(model, units)
-    return units, total
+    return total
 
 
 def _smaller(

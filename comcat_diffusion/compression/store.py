@@ -15,11 +15,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from comcat_diffusion import atomic
-from comcat_diffusion.compression import cost
-from comcat_diffusion.compression.compress import count, linears_of, replace
-from comcat_diffusion.compression.cost import Unit
+from comcat_diffusion.compression import modules
+from comcat_diffusion.compression.cost import Unit, linears_of
+from comcat_diffusion.compression.decompose import put
 from comcat_diffusion.compression.factor import Product
+from comcat_diffusion.compression.hosts import mlp_of
 from comcat_diffusion.compression.plan import Plan, refuse_bad_weights, refuse_other_model
+from comcat_diffusion.compression.planning import count, units_of
 
 TENSORS, PLAN = "compressed.safetensors", "plan.json"
 _BASES = {"transformers": "PreTrainedModel", "diffusers": "ModelMixin"}
@@ -56,12 +58,12 @@ def load_compressed(folder: str | Path) -> tuple[nn.Module, Plan]:
     described, plan, tensors = _read(folder)
     with torch.random.fork_rng(devices=[]):  # the random weights that are replaced below come from nobody's seed
         model = _stock(described, folder).eval()
-    units = cost.units(model, plan.parts, plan.per_matrix)
+    units = units_of(model, plan)
     refuse_other_model(plan, model, units)
     with torch.no_grad():
         for unit in units:
             if plan.widths[unit.name] is not None:
-                replace(model, unit, _blank_products(unit, model), plan.widths[unit.name])
+                _put_blank(model, unit, plan.widths[unit.name])
     _refuse_other_tensors(tensors, model.state_dict(), folder / TENSORS)
     model.load_state_dict(tensors, assign=True)
     return model, plan
@@ -113,6 +115,21 @@ def _read(folder: Path) -> tuple[dict, Plan, dict[str, torch.Tensor]]:
         return described, plan, safetensors.torch.load(content)
     except SafetensorError as error:
         raise ValueError(f"{folder / TENSORS} is damaged ({error}); get the folder again.") from error
+
+
+def _put_blank(model: nn.Module, unit: Unit, width: int) -> None:
+    """Layers of the unit's shapes in place, for the tensors of the file to take theirs."""
+    if unit.product != "neurons":
+        put(model, unit, _blank_products(unit, model), width)
+        return
+    mlp = mlp_of(model.get_submodule(unit.module))
+    into = [_zeros(width, layer.in_features, layer.bias is not None) for layer in mlp.into]
+    out = _zeros(mlp.out.out_features, width, mlp.out.bias is not None)
+    modules.replace_neurons(model.get_submodule(unit.module), into, out)
+
+
+def _zeros(outof: int, into: int, biased: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return torch.zeros(outof, into), torch.zeros(outof) if biased else None
 
 
 def _blank_products(unit: Unit, model: nn.Module) -> tuple[Product, ...]:

@@ -1,4 +1,7 @@
-"""An image classifier as something to compress: its pictures, what it learns from, and how well it still classifies."""
+"""A vision model as something to compress: its pictures, what it learns from, and how well it still does.
+
+A classifier is judged by its top-1; a feature extractor, which knows no classes, by the cosine of its features.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +11,7 @@ from torch import nn
 
 from comcat_diffusion import bases
 from comcat_diffusion.compression.calibrate import checked
-from comcat_diffusion.compression.classifier import load_classifier
+from comcat_diffusion.compression.classifier import is_classifier, load_classifier
 from comcat_diffusion.compression.config import CompressConfig
 from comcat_diffusion.compression.finetune import Distillation
 from comcat_diffusion.compression.pictures import Batches, Shot, chosen, find, find_labelled, refuse_unreadable
@@ -16,18 +19,20 @@ from comcat_diffusion.compression.report import Quality
 
 
 class Vision:
-    """A classifier, and the folders of a run; all of them are looked at when it is made, only pictures are read later.
+    """A model, and the folders of a run; all of them are looked at when it is made, only pictures are read later.
 
     Raises ValueError or OSError for a model or folder that is not what it should be.
     """
 
     sample, counted, parts = "picture", "model", None
-    distillation = Distillation(labels=0.5, hard=0.5)  # the labels and the dense model's classes, as in the paper
 
     def __init__(self, config: CompressConfig) -> None:
         self.config = config
         loaded = load_classifier(config.model, config.revision)
         self.model, self.processor = loaded.model.to(bases.fastest_device()), loaded.processor
+        self.classifies = is_classifier(self.model)
+        # The labels and the dense model's classes, as in the paper; of features there is one loss.
+        self.distillation = Distillation(labels=0.5, hard=0.5) if self.classifies else Distillation()
         self.others: dict[str, object] = {}
         self.train_shots = self._labelled("train_dir")
         self.eval_shots = self._labelled("eval_dir")
@@ -41,7 +46,11 @@ class Vision:
 
     def _labelled(self, flag: str) -> list[Shot]:
         folder, about = getattr(self.config, flag), self.model.config
-        return [] if folder is None else find_labelled(folder, flag, about.label2id, about.num_labels)
+        if folder is None:
+            return []
+        if not self.classifies:  # folders are no classes to it
+            return find(folder, flag)
+        return find_labelled(folder, flag, about.label2id, about.num_labels)
 
     def calibration(self) -> tuple[Sequence | None, str]:
         """The batches that say what the model uses of its weights, and what they are; None without pictures.
@@ -71,11 +80,15 @@ class Vision:
         shape = (self.config.at_once, self.model.config.num_channels, height, width)
         return next(checked(self.model, [torch.randn(shape, generator=made)]))
 
-    def judge(self, small: nn.Module, _: Callable[[str], None]) -> Quality:
-        """Top-1 of both over the same pictures, if there are labelled ones."""
+    def judge(self, small: nn.Module, note: Callable[[str], None]) -> Quality:
+        """Top-1 of both over the same pictures, or how alike their features are, if there are any."""
         if not self.eval_shots:
             return Quality()
         batches = Batches(self.eval_shots, self.config.at_once, self.processor)
+        if not self.classifies:
+            note(f"A {type(self.model).__name__} has no classes: the folders of --eval_dir count as pictures only.")
+            first, rest = alike(self.model, small, batches)
+            return Quality(cosine_first=first, cosine_rest=rest, judged_on=f"{len(self.eval_shots)} pictures")
         before, after = top1((self.model, small), batches)
         return Quality(top1_before=before, top1_after=after, judged_on=f"{len(self.eval_shots)} pictures")
 
@@ -92,6 +105,21 @@ class Vision:
             f'model, plan = load_compressed("{folder}")',
         ]
         return "\n".join(lines)
+
+
+@torch.no_grad()
+def alike(dense: nn.Module, small: nn.Module, batches: Sequence) -> tuple[float, float]:
+    """Mean cosine of both models' features over the pictures: of the first (class) token, and of all others."""
+    first, rest, seen = 0.0, 0.0, 0
+    for batch in checked(dense, batches):
+        wanted, found = (m(pixel_values=batch["pixel_values"]).last_hidden_state for m in (dense, small))  # B, N, C
+        cosine = torch.cosine_similarity(found.double(), wanted.double(), dim=-1)  # B, N
+        first, rest, seen = (
+            first + float(cosine[:, 0].sum()),
+            rest + float(cosine[:, 1:].mean(1).sum()),
+            seen + len(cosine),
+        )
+    return first / seen, rest / seen
 
 
 @torch.no_grad()

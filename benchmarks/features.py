@@ -1,0 +1,149 @@
+"""How much of DINOv2-small's features is left, on photographs of which nothing was calibrated on.
+
+    python -m benchmarks.features --methods output energy uniform matrix       # make dinov2 photographs, once before
+
+Every way of choosing gets the same crops of the same photographs. Judged are the cosines of the class token and of the
+patches to the dense model's, on crops of other photographs, and k-NN: whether the nearest class token among all other
+test crops is one of the same photograph. What is measured stays in the JSON whatever happens to the rest.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from benchmarks import circumstances as shared
+from benchmarks import dinov2, photographs
+from comcat_diffusion.compression import Settings, compress, cost
+from comcat_diffusion.compression.by_output import Measured
+from comcat_diffusion.compression.planning import count
+
+BATCH, PIXELS = 16, 224
+BUDGETS = (("attention", 0.4), ("attention", 0.6), ("model", 0.44), ("model", 0.61))
+METHODS = ("output", "energy", "uniform", "matrix")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, write the JSON, print the table."""
+    flags = command_line().parse_args(arguments)
+    if flags.show:
+        print("\n\n".join(table(json.loads(path.read_text())) for path in flags.show))
+        return
+    shared.use_threads(flags.threads)
+    device = torch.device(flags.device)
+    path = flags.output or shared.results_path("features-dinov2", device)
+    sets = {name: sorted((photographs.FOLDER / name).iterdir()) for name in ("calibration", "test")}
+    report = {"circumstances": shared.circumstances(device, torch.float32), "rows": []}
+    report |= {"crops": flags.crops, "photographs": {name: len(found) for name, found in sets.items()}}
+    for row in rows(flags, sets, device):
+        report["rows"].append(row)
+        shared.write_json(path, report)
+    print(table(report))
+
+
+def command_line() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.features", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
+    parser.add_argument("--parts", nargs="+", choices=("attention", "model"), default=("attention", "model"))
+    parser.add_argument("--crops", type=int, default=24, help="of each calibration photograph (default: %(default)s)")
+    parser.add_argument("--test_crops", type=int, default=4, help="of each test photograph (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: as many as torch finds)")
+    parser.add_argument("--output", type=Path, help="the JSON (default: one in benchmarks/results)")
+    parser.add_argument("--show", type=Path, nargs="+", metavar="JSON", help="print the tables of earlier runs")
+    return parser
+
+
+def rows(flags: argparse.Namespace, sets: dict[str, list[Path]], device: torch.device) -> Iterator[dict]:
+    """A row for every budget and method."""
+    dense = dinov2.dense().to(device)
+    seen = crops(sets["calibration"], flags.crops, seed=0).to(device).split(BATCH)
+    test = crops(sets["test"], flags.test_crops, seed=1).to(device).split(BATCH)
+    whose = torch.arange(len(sets["test"])).repeat(flags.test_crops)
+    wanted = features(dense, test)
+    yield {"part": "dense", "neighbours": neighbours(wanted, whose)} | work(dense)
+    measured = Measured(dense, seen) if "output" in flags.methods else None
+    for part, removed in BUDGETS:
+        for method in flags.methods if part in flags.parts else ():
+            parts = {"parts": ("attention",), "counted": "parts"} if part == "attention" else {}
+            settings, started = Settings(method=method, **parts), time.perf_counter()
+            if method == "output":  # what was measured serves every budget
+                plan = measured.plan(removed, settings)
+                small = measured.fitted(plan)
+            else:
+                small, plan = compress(dense, removed, seen, settings=settings)
+            row = {"part": part, "removed": removed, "method": method, "seconds": time.perf_counter() - started}
+            found = features(small, test)
+            cosine = torch.cosine_similarity(found, wanted, dim=-1)  # pictures, tokens
+            row |= {"class_token": float(cosine[:, 0].mean()), "patches": float(cosine[:, 1:].mean())}
+            yield row | {"neighbours": neighbours(found, whose)} | work(small) | {"widths": plan.widths}
+
+
+@torch.no_grad()
+def features(model: nn.Module, batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(pictures, tokens, channels)."""
+    return torch.cat([model(pixel_values=batch).last_hidden_state.cpu() for batch in batches])
+
+
+def crops(paths: Sequence[Path], each: int, seed: int) -> torch.Tensor:
+    """(each * photographs, 3, 224, 224): squares of half to all of the shorter side, of each in turn."""
+    chance, made = random.Random(seed), []
+    pictures = [Image.open(path).convert("RGB") for path in paths]
+    mean, std = (np.array(values, np.float32) for values in (dinov2.MEAN, dinov2.STD))
+    for _ in range(each):
+        for picture in pictures:
+            side = min(picture.size) * chance.uniform(0.5, 1.0)
+            x, y = (chance.uniform(0, length - side) for length in picture.size)
+            square = picture.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+            made.append(torch.from_numpy((np.asarray(square, np.float32) / 255 - mean) / std).permute(2, 0, 1))
+    return torch.stack(made)
+
+
+def neighbours(found: torch.Tensor, whose: torch.Tensor) -> float:
+    """The part of the crops whose nearest other crop, by class token, is of the same photograph."""
+    tokens = nn.functional.normalize(found[:, 0], dim=-1)
+    near = (tokens @ tokens.mT).fill_diagonal_(-1).argmax(-1)
+    return float((whose[near] == whose).float().mean())
+
+
+def work(model: nn.Module) -> dict[str, float]:
+    """Parameters and multiply-adds of one picture."""
+    one = {"pixel_values": torch.zeros(1, 3, PIXELS, PIXELS, device=next(model.parameters()).device)}
+    return {"parameters": count(model), "multiply_adds": cost.multiply_adds(model, one)}
+
+
+def table(report: dict) -> str:
+    """As markdown, with the circumstances."""
+    columns = ["removed", "chosen by", "class token", "patches", "neighbours", "M parameters", "G multiply-adds", "s"]
+    cells = []
+    for row in report["rows"]:
+        size = [f"{row['parameters'] / 1e6:.2f}", f"{row['multiply_adds'] / 1e9:.2f}"]
+        near = f"{row['neighbours']:.0%}"
+        if row["part"] == "dense":
+            cells.append(["nothing", "", "1", "1", near, *size, ""])
+            continue
+        whose = "of the attentions" if row["part"] == "attention" else "of the model"
+        alike_ = [f"{row['class_token']:.3f}", f"{row['patches']:.3f}"]
+        cells.append([f"{row['removed']:.0%} {whose}", row["method"], *alike_, near, *size, f"{row['seconds']:.0f}"])
+    sets = report["photographs"]
+    title = (
+        f"DINOv2-small, no fine-tuning; calibrated on {report['crops']} crops of each of {sets['calibration']} "
+        f"photographs, judged on {sets['test']} others:"
+    )
+    return "\n\n".join(
+        [title, shared.markdown_table(columns, cells), shared.circumstances_text(report["circumstances"])]
+    )
+
+
+if __name__ == "__main__":
+    main()
