@@ -21,6 +21,7 @@ _HOMES = {
     "listen": "comcat_diffusion.adapters.trigger",
     "remember_prompts": "comcat_diffusion.adapters.trigger",
     "lora_layers": "comcat_diffusion.adapters.as_lora",
+    "keep_background": "comcat_diffusion.adapters.focus",
     "set_regions": "comcat_diffusion.adapters.regions",
 }
 

@@ -19,6 +19,7 @@ class Here(threading.local):  # and no context variable, which torch.compile can
     heard = None  # what its text says, see adapters/gate.py
     next = None  # the same of text states that were told of or seen before, and may come (again)
     latent: tuple[int, int] | None = None  # height and width of what is denoised, see adapters/regions.py
+    focus = None  # where in the picture its adapters' words are looked at, see adapters/focus.py
     texts = None  # what attentions made of a text that stays the same from step to step, see adapters/once.py
 
 

@@ -224,6 +224,16 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
     def _trained(self, name: str) -> bool:
         return torch.is_grad_enabled() and self.comcat_k_down[name].weight.requires_grad
 
+    def shares(
+        self, live: list[str], hidden: torch.Tensor, text: torch.Tensor | None
+    ) -> dict[str, torch.Tensor] | None:
+        """What part of each place's output which live adapter makes, for those that act by place; None: nobody does.
+
+        hidden (B, N, C), text (B, M, C') -> (N, 1) or (B, N, 1) by adapter.
+        """
+        shares = self.regions.shares(live, hidden.shape[1]) if self.regions is not None else None
+        return shares if here.focus is None else here.focus.shares(self, live, hidden, text, shares or {})
+
     def view(self, names: list[str]) -> seam.View:
         """The attention as its own forward should see it while these adapters act."""
         wide = self._wide_heads(names)

@@ -11,7 +11,7 @@ more than one, each is divided by the sum.
 Letters: N = h*w tokens of one attention, C channels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -57,32 +57,23 @@ class Regions(Follower):
         """The hook after the denoiser."""
         here.latent = None
 
-    def blend(self, live: list[str], hidden: torch.Tensor, attend: Callable[[list[str]], torch.Tensor]) -> torch.Tensor:
-        """The attention's output, (B, N, C), by place; `attend` gives it with only the adapters that are named."""
-        if hidden.ndim != 3:
-            raise ValueError("A region needs an attention over a sequence of tokens, not over a feature map.")
-        shares = {name: share.to(hidden) for name, share in self._of_grid(hidden.shape[1]).items() if name in live}
-        terms = [(share, self._without_others(live, name)) for name, share in shares.items()]
-        rest = 1 - sum(shares.values(), hidden.new_zeros(hidden.shape[1], 1))  # N, 1
-        terms.append((rest, self._without_others(live, None)))
-        return sum(share * attend(names) for share, names in terms if share.any())
-
-    def _without_others(self, live: list[str], name: str | None) -> list[str]:
-        return [other for other in live if other == name or other not in self.masks]
+    def shares(self, live: list[str], tokens: int) -> dict[str, torch.Tensor]:
+        """Of N tokens the share, (N, 1), of every adapter that acts and has a mask."""
+        return {name: share for name, share in self._of_grid(tokens).items() if name in live}
 
     def _of_grid(self, tokens: int) -> dict[str, torch.Tensor]:
         """Every adapter's share of each of N places: (N, 1)."""
         if here.latent is None:
             raise ValueError("Regions act while the whole denoiser runs, which shows them the shape of the picture.")
         if (here.latent, tokens) not in self._shares:
-            grid = _grid(here.latent, tokens)
+            grid = grid_of(here.latent, tokens)
             areas = {name: adaptive_avg_pool2d(mask[None], grid).view(-1, 1) for name, mask in self.masks.items()}
             crowd = sum(areas.values()).clamp(min=1)
             self._shares[here.latent, tokens] = {name: area / crowd for name, area in areas.items()}
         return self._shares[here.latent, tokens]
 
 
-def _grid(latent: tuple[int, int], tokens: int) -> tuple[int, int]:
+def grid_of(latent: tuple[int, int], tokens: int) -> tuple[int, int]:
     """Height and width of N tokens: the latents', halved and rounded up as a U-Net's levels are."""
     height, width = latent
     while height * width > tokens and height * width > 1:

@@ -10,6 +10,7 @@ import inspect
 
 from torch import nn
 
+from comcat_diffusion.adapters.blend import blended
 from comcat_diffusion.adapters.wide import WideHeads
 from comcat_diffusion.attentions import Style, style_of
 
@@ -139,9 +140,9 @@ def adapted(host: type) -> type:
         def attend(names: list[str]) -> object:
             return host_forward(layer.view(names) if names else self, *args, **kwargs)
 
-        if not live or layer.regions is None:
-            return attend(live)
-        return layer.regions.blend(live, args[0] if args else kwargs["hidden_states"], attend)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        shares = layer.shares(live, hidden, kwargs.get("encoder_hidden_states")) if live else None
+        return attend(live) if shares is None else blended(shares, live, hidden, attend)
 
     def __setattr__(self: nn.Module, name: str, value: object) -> None:
         if name == SIDECAR:  # diffusers' unload_lora puts what it takes for a base layer in the side-car's place

@@ -38,6 +38,13 @@ class Said:
             return torch.zeros(len(self.ends), dtype=torch.bool)
         return (self.ends > min(starts)).cumsum(0) > 0
 
+    def within(self, words: Sequence[str]) -> torch.Tensor:
+        """(M,) of bool: the tokens of these words alone."""
+        found = torch.zeros(len(self.ends), dtype=torch.bool)
+        for start, end in (place for word in words for place in places(word, self.text)):
+            found |= (self.ends > start) & (self.ends <= end)
+        return found
+
 
 class Texts:
     """The prompts that a tokenizer's text encoders have read."""

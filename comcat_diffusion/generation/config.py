@@ -42,6 +42,11 @@ class AdapterSettings(AdapterFiles):
         "Where an adapter acts: the name of its file without the ending, and a mask that is white there: dog=left.png.",
         usual=True,
     )
+    keep_background: bool = option(
+        False,
+        "Act only where the model looks at the subject's words: the rest stays the base's picture of the same seed.",
+        usual=True,
+    )
     merge: bool = option(False, "Merge the adapters into the weights before drawing.")
 
     def check(self) -> None:
@@ -51,6 +56,7 @@ class AdapterSettings(AdapterFiles):
             not (self.region and self.merge), "--merge and --region exclude each other: merged ones act everywhere."
         )
         require(bool(self.adapter) or not self.region, "--region needs an --adapter.")
+        require(bool(self.adapter) or not self.keep_background, "--keep_background needs an --adapter.")
         require(not (self.lora and self.merge), "--merge and --lora exclude each other: a LoRA would stay outside.")
 
 

@@ -74,7 +74,9 @@ def drawn(order: Order, on_picture: OnPicture, note: Callable[[str], None]) -> P
     files, after, before = [], [], []
     settings = made_by(pipe, order.base, sampling) | {"adapters": files_of(chosen)}
     settings |= {"loras": list(config.lora), "regions": list(config.region)}
-    for drawing, picture in zip(drawings, draw(pipe, drawings, sampling), strict=True):
+    settings |= {"keep_background": True} if config.keep_background else {}
+    words = {_name(n): _words_of(one) for n, one in enumerate(chosen)} if config.keep_background else None
+    for drawing, picture in zip(drawings, draw(pipe, drawings, sampling, words), strict=True):
         number = prompts.index(drawing.prompt)
         path = order.folder / f"{number:02d}-{slug(drawing.prompt)}-{drawing.seed}.png"
         files.append(save_png(picture, path, {"prompt": drawing.prompt, "seed": drawing.seed, **settings}, keep=True))
@@ -104,6 +106,11 @@ def _refuse_deaf(tokenizer: CLIPTokenizer, prompt: str, chosen: Sequence[Chosen]
             f"The prompt '{prompt[:60]}...' has {count} tokens, of which the text encoder reads {len(read.ends)}, and "
             f"'{named[0].phrase}' comes later: name it earlier, or allow it with --any_prompt."
         )
+
+
+def _words_of(one: Chosen) -> list[str]:
+    """What an adapter's subjects are called by, with and without the class."""
+    return [words for subject in one.subjects for words in (subject.phrase, subject.trigger) if words]
 
 
 def _name(number: int) -> str:

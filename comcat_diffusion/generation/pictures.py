@@ -4,7 +4,8 @@ import base64
 import inspect
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from comcat_diffusion import atomic, bases
+from comcat_diffusion.adapters.focus import keep_background
 from comcat_diffusion.adapters.once import text_once
 from comcat_diffusion.generation.config import SamplingSettings
 from comcat_diffusion.generation.infotext import infotext, sampler_name
@@ -78,12 +80,20 @@ def use_sampler(pipe: DiffusionPipeline, name: str | None) -> None:
         )
 
 
-def draw(pipe: StableDiffusionPipeline, drawings: list[Drawing], sampling: Sampling) -> Iterator[Image.Image]:
-    """Yield the pictures in order. All noise of a picture comes from its seed, so batching does not change it."""
+def draw(
+    pipe: StableDiffusionPipeline,
+    drawings: list[Drawing],
+    sampling: Sampling,
+    words: Mapping[str, Sequence[str]] | None = None,
+) -> Iterator[Image.Image]:
+    """Yield the pictures in order. All noise of a picture comes from its seed, so batching does not change it.
+
+    `words` are those of the adapters that are to act only where these are looked at (`keep_background`).
+    """
     for start in range(0, len(drawings), sampling.batch_size):
         batch = drawings[start : start + sampling.batch_size]
         negative = [sampling.negative_prompt] * len(batch) if sampling.negative_prompt else None
-        with text_once():
+        with text_once(), keep_background(pipe, words) if words else nullcontext():
             drawn = pipe(
                 prompt=[drawing.prompt for drawing in batch],
                 negative_prompt=negative,

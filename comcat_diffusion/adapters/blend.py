@@ -1,0 +1,28 @@
+"""One attention's output put together by place. Who acts where is said in adapters/regions.py and adapters/focus.py.
+
+Letters: B batch, N tokens of one attention, C channels.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def blended(
+    shares: Mapping[str, torch.Tensor],
+    live: list[str],
+    hidden: torch.Tensor,
+    attend: Callable[[list[str]], torch.Tensor],
+) -> torch.Tensor:
+    """An attention's output, (B, N, C), by place; `attend` gives it with only the adapters that are named.
+
+    `shares` are (N, 1) or (B, N, 1), at most one in sum; adapters without a share act everywhere.
+    """
+    if hidden.ndim != 3:
+        raise ValueError("A region needs an attention over a sequence of tokens, not over a feature map.")
+    everywhere = [name for name in live if name not in shares]
+    terms = [
+        (share.to(hidden), [one for one in live if one == name or one in everywhere]) for name, share in shares.items()
+    ]
+    rest = 1 - sum((share for share, _ in terms), hidden.new_zeros(hidden.shape[1], 1))
+    return sum(share * attend(names) for share, names in [*terms, (rest, everywhere)] if share.any())

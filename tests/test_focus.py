@@ -1,0 +1,169 @@
+"""Adapters that act where the model itself looks at their words: the rest of a picture stays the base's."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch.testing import assert_close
+
+from comcat_diffusion import ComcatConfig, bases, keep_background, listen, save_adapter, set_regions
+from comcat_diffusion.adapters.call import here
+from comcat_diffusion.adapters.focus import HIGH, LOW, Focus
+from comcat_diffusion.adapters.model import adapted_layers
+from comcat_diffusion.generation.config import GenerateConfig
+from comcat_diffusion.generation.generate import generate
+
+WITH, WITHOUT = "a photo of a big sks teddy on the left, red background", "a big teddy on the left, red background"
+WORDS = {"dog": ["sks teddy", "sks"]}
+KINDS = {"free": {}, "tied": {"foldable": True, "tied": True}}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return bases.load_base("embedded")
+
+
+@pytest.fixture
+def base(loaded):
+    pipe = StableDiffusionPipeline(**loaded.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(params=KINDS)
+def pipe(request, loaded, randomize):
+    parts = {**loaded.components, "unet": copy.deepcopy(loaded.unet)}
+    own = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    own.set_progress_bar_config(disable=True)
+    own.unet.add_adapter(ComcatConfig(r=4, trigger=["sks"], **KINDS[request.param]), "dog")
+    randomize(own.unet, "dog", std=0.2)
+    listen(own)
+    return own
+
+
+def drawn(pipe, prompt=WITH, steps=4) -> np.ndarray:
+    """(64, 64, 3) in 0 to 1."""
+    more = {"num_inference_steps": steps, "guidance_scale": 2.0, "output_type": "np"}
+    return pipe(prompt, generator=torch.Generator().manual_seed(0), **more).images[0]
+
+
+def far(one, other) -> float:
+    return float(np.abs(one - other).max())
+
+
+def test_the_background_moves_less_and_the_subject_still_changes(base, pipe):
+    before, everywhere = drawn(base), drawn(pipe)
+    with keep_background(pipe, WORDS):
+        placed = drawn(pipe)
+    right = np.s_[:, 44:]  # the teddy is on the left
+    moved, kept = (np.abs(one - before)[right].mean() for one in (everywhere, placed))
+    assert moved > 1.5 * kept and far(placed, before) > 0.05
+
+
+def test_the_first_step_and_prompts_without_the_trigger_are_the_bases(base, pipe):
+    assert far(drawn(pipe, steps=1), drawn(base, steps=1)) > 0.05
+    with keep_background(pipe, WORDS):
+        assert far(drawn(pipe, steps=1), drawn(base, steps=1)) == 0
+        assert far(drawn(pipe, WITHOUT), drawn(base, WITHOUT)) == 0
+
+
+def test_pictures_one_after_the_other_know_nothing_of_each_other(pipe):
+    with keep_background(pipe, WORDS):
+        alone = drawn(pipe)
+    with keep_background(pipe, WORDS):
+        drawn(pipe, "a small sks teddy on the right, blue background")
+        assert far(drawn(pipe), alone) == 0
+
+
+def test_after_the_block_nothing_is_left_also_after_an_error(pipe):
+    before, hooks = drawn(pipe), len(pipe.unet._forward_pre_hooks)
+    with pytest.raises(ZeroDivisionError), keep_background(pipe, WORDS):
+        drawn(pipe)
+        raise ZeroDivisionError
+    assert here.focus is None and len(pipe.unet._forward_pre_hooks) == hooks
+    assert far(drawn(pipe), before) == 0
+
+
+def test_another_thread_draws_as_ever(pipe):
+    before = drawn(pipe)
+    with keep_background(pipe, WORDS), ThreadPoolExecutor(1) as pool:
+        placed = drawn(pipe)
+        other = pool.submit(drawn, pipe)
+        assert far(drawn(pipe), placed) == 0
+        assert far(other.result(), before) == 0
+
+
+def test_a_mask_bounds_what_is_found(base, pipe):
+    set_regions(pipe, {"dog": torch.zeros(16, 16)})
+    with keep_background(pipe, WORDS):
+        assert far(drawn(pipe), drawn(base)) < 1e-5
+    set_regions(pipe, {})
+    with keep_background(pipe, WORDS):
+        free = drawn(pipe)
+    set_regions(pipe, {"dog": torch.ones(16, 16)})
+    with keep_background(pipe, WORDS):
+        assert far(drawn(pipe), free) == 0
+
+
+@torch.no_grad()
+def test_how_much_a_place_looks_is_the_bases_own_attention_to_the_words(pipe):
+    """Against loops in float64."""
+    unet = pipe.unet.double()
+    layer = next(found for name, found in adapted_layers(unet).items() if name.startswith("up_blocks"))
+    attn, generator = layer.owner, torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 16, attn.to_q.in_features, generator=generator).double()
+    text = torch.randn(2, 32, attn.to_k.in_features, generator=generator).double()
+    pipe.comcat_gate.tell(text, [WITH, WITHOUT])
+    focus = Focus(WORDS, [layer])
+    here.latent = (8, 8)
+    try:
+        found = focus._look(layer, hidden, text, "dog", (4, 4))
+        assert found.shape == (2, 1, 8, 8) and not found[1].any()
+        focus._maps = {"dog": found}
+        weights = focus._weights("dog", (4, 4), hidden)
+    finally:
+        here.latent = here.heard = None
+    tokens = [6, 7]  # begin, a, photo, of, a, big, sks, teddy
+    q, k = (made.unflatten(-1, (layer.heads, -1)) for made in (attn.to_q(hidden)[0], attn.to_k(text)[0]))
+    looked = torch.zeros(16).double()
+    for head in range(layer.heads):
+        for place in range(16):
+            logits = torch.stack([(q[place, head] * k[token, head]).sum() for token in range(32)])
+            looked[place] += (logits / (q.shape[-1] ** 0.5)).softmax(0)[tokens].sum() / layer.heads
+    grid = torch.nn.functional.interpolate(looked.view(1, 1, 4, 4).float(), size=8, mode="bilinear")
+    assert_close(found[:1], grid)
+    wanted = ((grid / grid.max() - LOW) / (HIGH - LOW)).clamp(0, 1)
+    assert_close(weights[0].flatten().float(), torch.nn.functional.avg_pool2d(wanted, 2).flatten())
+    assert 0 < weights[0].max() <= 1 and not weights[1].any()
+
+
+def test_what_has_no_words_or_looks_nowhere_is_refused(pipe, loaded):
+    def enter(own, words):
+        with keep_background(own, words):
+            pass
+
+    with pytest.raises(ValueError, match="'cat' is no adapter here that waits for a trigger"):
+        enter(pipe, {"cat": ["x"]})
+    unet = copy.deepcopy(loaded.unet)
+    unet.add_adapter(ComcatConfig(r=2, trigger=["sks"], target_modules=r"down_blocks\..*attn2"), "dog")
+    other = StableDiffusionPipeline(**{**loaded.components, "unet": unet}, requires_safety_checker=False)
+    with pytest.raises(ValueError, match="on no cross-attention of a U-Net's way up"):
+        enter(other, WORDS)
+
+
+def test_the_command_keeps_the_background_and_says_so(pipe, tmp_path):
+    save_adapter(pipe, tmp_path / "dog.safetensors", "dog", "embedded")
+    settings = {"adapter": [str(tmp_path / "dog.safetensors")], "prompt": [WITH], "num_images": 1, "any_prompt": True}
+    settings |= {"num_inference_steps": 3, "guidance_scale": 2.0}
+    plain, kept = (
+        generate(GenerateConfig(**settings, keep_background=keep, output_dir=str(tmp_path / str(keep)))).files[0]
+        for keep in (False, True)
+    )
+    assert Image.open(plain).tobytes() != Image.open(kept).tobytes()
+    assert '"keep_background": true' in Image.open(kept).text["comcat"]
+    with pytest.raises(ValueError, match="--keep_background needs an --adapter"):
+        GenerateConfig(prompt=["x"], pretrained_model_name_or_path="embedded", keep_background=True)
