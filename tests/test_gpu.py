@@ -14,7 +14,7 @@ from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.training import customize as story
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
-from tests.test_adapter_battery import Case, case  # noqa: F401 - a fixture
+from tests.adapter_cases import Case
 from tests.test_training import Listener
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
