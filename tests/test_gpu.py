@@ -14,7 +14,7 @@ from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.training import customize as story
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
-from tests.test_adapter_battery import Case, case  # noqa: F401 - a fixture
+from tests.adapter_cases import Case
 from tests.test_training import Listener
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -28,7 +28,7 @@ def exact_products(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
-def on_gpu(case: Case, model: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:  # noqa: F811
+def on_gpu(case: Case, model: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
     inputs = {n: t.to("cuda", dtype if t.is_floating_point() else t.dtype) for n, t in case.tiny.inputs().items()}
     return model.to("cuda", dtype)(**inputs)[0]
 
@@ -37,7 +37,7 @@ def on_gpu(case: Case, model: torch.nn.Module, dtype: torch.dtype) -> torch.Tens
 @pytest.mark.parametrize(
     ("dtype", "atol"), [(torch.float32, 1e-4), (torch.bfloat16, None), (torch.float16, None)], ids=str
 )
-def test_a_gpu_computes_what_a_cpu_computes(case, dtype, atol, merged):  # noqa: F811
+def test_a_gpu_computes_what_a_cpu_computes(case, dtype, atol, merged):
     model = case.adapted("a", dtype=torch.float32)
     wanted = case.run(model)
     if merged:
@@ -49,7 +49,7 @@ def test_a_gpu_computes_what_a_cpu_computes(case, dtype, atol, merged):  # noqa:
     assert_close(found, wanted, atol=atol or 6 * own + 1e-3, rtol=0)
 
 
-def test_gradients_of_a_gpu_are_those_of_a_cpu(case):  # noqa: F811
+def test_gradients_of_a_gpu_are_those_of_a_cpu(case):
     def gradients(device: str) -> dict[str, torch.Tensor]:
         model = case.adapted("a", dtype=torch.float32).train()
         output = on_gpu(case, model, torch.float32) if device == "cuda" else case.run(model)
