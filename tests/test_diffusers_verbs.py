@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 import json
 
 import pytest
@@ -315,6 +316,20 @@ def test_wider_heads_of_transformers_are_not_saved_either(tiny_vit, randomize, t
     back = get_peft_model(tiny_vit(), ComcatConfig(r=2), "dog").unload()
     back.save_pretrained(tmp_path)
     assert torch.equal(tiny_vit.run(type(back).from_pretrained(tmp_path, add_pooling_layer=False)), tiny_vit.run(back))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tiny", ["tiny_unet", "tiny_vit"])
+def test_a_merged_model_is_pickled_without_a_word_of_ours(request, randomize, tiny):
+    tiny = request.getfixturevalue(tiny)
+    merged = randomize(get_peft_model(tiny(), ComcatConfig(r=2), "dog"), "dog").merge_and_unload().eval()
+    buffer = io.BytesIO()
+    torch.save(merged, buffer)
+    assert b"comcat_diffusion" not in buffer.getvalue()
+    loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    assert torch.equal(tiny.run(loaded), tiny.run(merged))
+    with pytest.raises(ValueError, match="heads are wider"):
+        copy.deepcopy(merged).save_pretrained("nowhere")
 
 
 @torch.no_grad()

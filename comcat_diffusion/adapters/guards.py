@@ -5,10 +5,12 @@ carries adapters answers some of its verbs through a `Guard`, an attribute of th
 class. All go with the last side-car, unless free adapters stay merged.
 """
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 from diffusers.loaders.lora_base import LoraBaseMixin
 from peft.utils import ModulesToSaveWrapper
@@ -35,6 +37,14 @@ class Guard:
     @property
     def _own(self) -> Callable:
         return getattr(type(self.model), self.verb).__get__(self.model)
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        return type(self)(copy.deepcopy(self.model, memo), self.verb)
+
+    def __reduce__(self) -> tuple:
+        if any(seam.is_adapted(module) for module in self.model.modules()):
+            return Guard, (self.model, self.verb)
+        return functools.partial, (getattr(type(self.model), self.verb), self.model)  # a merged model needs none of us
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         return _ANSWERS[self.verb](self._own, self.model, *args, **kwargs)
