@@ -21,6 +21,7 @@ def test_fewer_bytes_change_more(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "PROMPTS", benchmark.PROMPTS[:1])
     monkeypatch.setattr(benchmark.shared, "results_path", lambda name, device: tmp_path / f"{name}.json")
     monkeypatch.setattr(benchmark.shared, "use_threads", lambda count: None)
+    threads = torch.get_num_threads()
     benchmark.main()
     rows = json.loads((tmp_path / "bytes.json").read_text())["rows"]
     whole = (tmp_path / "runs" / "tied" / "sks-teddy.safetensors").stat().st_size
@@ -29,4 +30,4 @@ def test_fewer_bytes_change_more(tmp_path, monkeypatch):
     for share, row in found.items():
         assert row["bytes"] <= share * whole and row["whole_bytes"] == whole and row["header_bytes"] < row["bytes"]
     assert found[1.0]["change"] < found[0.5]["change"] < 0.1
-    assert (tmp_path / "bytes.png").stat().st_size > 1000 and torch.get_num_threads() == 1
+    assert (tmp_path / "bytes.png").stat().st_size > 1000 and torch.get_num_threads() == threads
