@@ -25,6 +25,7 @@ from comcat_diffusion.config import to_toml
 from comcat_diffusion.memory import hold, put_away
 from comcat_diffusion.training import learned, output, suitable
 from comcat_diffusion.training.batching import Batching
+from comcat_diffusion.training.becomes import becomes
 from comcat_diffusion.training.checkpoint import Checkpoints, last_good
 from comcat_diffusion.training.config import KINDS, TrainConfig
 from comcat_diffusion.training.crops import sizes
@@ -170,6 +171,7 @@ def _run(
         pictures = sum(example.subject == subject for example in dataset.examples)
         watcher.note(f"Learning '{subject.phrase}' from {pictures} pictures.")
     watcher.note(f"Training {count:,} parameters on {len(material.crops)} crops.")
+    watcher.note(becomes(config, pipe.unet))
 
     judge = Judge(
         config, dataset.subjects, len(dataset.examples), target, pipe, learner, material.held_out, objective, ema,
