@@ -48,8 +48,8 @@ def test_every_case_is_timed_on_a_base_that_carries_nothing_else(base, monkeypat
     seen, predict = [], run._predict
 
     def watched(learner, batch):
-        kinds = {"COMCAT" for m in learner.unet.modules() if isinstance(m, ComcatLayer)}
-        kinds |= {"LoRA" for m in learner.unet.modules() if isinstance(m, LoraLayer)}
+        kinds = {"COMCAT" for m in learner.denoiser.modules() if isinstance(m, ComcatLayer)}
+        kinds |= {"LoRA" for m in learner.denoiser.modules() if isinstance(m, LoraLayer)}
         made = predict(learner, batch)
         seen.append((kinds, made.requires_grad, tuple(batch.prompts)))
         return made

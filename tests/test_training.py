@@ -367,7 +367,7 @@ def test_the_trained_base_is_gone_before_the_proof_loads_another(config, monkeyp
     taken, proved = output.witness, output.prove
 
     def watched(learner, batch):
-        trained.append(weakref.ref(learner.unet))
+        trained.append(weakref.ref(learner.denoiser))
         return taken(learner, batch)
 
     def watching(*arguments):

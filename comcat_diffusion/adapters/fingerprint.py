@@ -18,17 +18,17 @@ from comcat_diffusion.attentions import style_of
 SAMPLES = 64
 
 
-def fingerprint(unet: nn.Module, prediction_type: str) -> dict:
+def fingerprint(denoiser: nn.Module, prediction_type: str) -> dict:
     """What identifies a base: plain JSON, about a kilobyte."""
-    attentions = {name: module for name, module in plain_modules(unet).items() if seam.why_not(module) is None}
+    attentions = {name: module for name, module in plain_modules(denoiser).items() if seam.why_not(module) is None}
     layout = []
     for name, module in attentions.items():
         style = style_of(module)
         q, k = (seam.plain(p) for p in style.projections(module)[:2])
         layout.append([name, style.head_count(module), q.in_features, k.in_features, q.out_features])
     return {
-        "class": type(unet).__name__,
-        "cross_attention_dim": getattr(getattr(unet, "config", None), "cross_attention_dim", None),
+        "class": type(denoiser).__name__,
+        "cross_attention_dim": getattr(getattr(denoiser, "config", None), "cross_attention_dim", None),
         "heads": sorted({entry[1] for entry in layout}),
         "prediction_type": prediction_type,
         "layout": hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:16],
