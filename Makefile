@@ -15,6 +15,7 @@ demo: .venv/installed
 	$(BIN)/python inference.py --config assets/subject/demo.toml --adapter $(DEMO)/sks-teddy.safetensors --output_dir $(DEMO)/pictures
 
 # On the CPU, also where there is a GPU: the suite asks for the same bytes from the same seed. tests/test_gpu.py has the rest.
+# What takes long and is marked slow runs in `make test-kernels` alone.
 SUITE = CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --dist worksteal
 test: .venv/installed
 	$(SUITE) -n 2
@@ -23,7 +24,7 @@ test: .venv/installed
 # workers of one thread, and with those of 2013 in one worker of two threads. No tolerance may be what one machine gave.
 OLDER = ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 test-kernels: .venv/installed
-	ATEN_CPU_CAPABILITY=default $(OLDER) $(SUITE) -n 2
+	ATEN_CPU_CAPABILITY=default $(OLDER) $(SUITE) -n 2 -m ''
 	ATEN_CPU_CAPABILITY=avx2 $(OLDER) TEST_THREADS=2 $(SUITE) -n 1
 
 lint: .venv/installed

@@ -22,7 +22,6 @@ from comcat_diffusion.evaluation import metrics, world
 from comcat_diffusion.evaluation.features import Features
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, slug
 from comcat_diffusion.memory import hold
-from comcat_diffusion.training import images
 from comcat_diffusion.training.batching import Batching
 from comcat_diffusion.training.encode import Crop, posterior
 from comcat_diffusion.training.learner import Learner
@@ -128,7 +127,7 @@ def _held(unet: nn.Module, mixed_precision: str) -> Iterator[None]:
 def crop_of(pipe: DiffusionPipeline, photo: Image.Image, prompt: str) -> Crop:
     """A picture as the U-Net sees it."""
     side = bases.native_resolution(pipe)
-    found = posterior(pipe.vae, images.to_tensor([photo.resize((side, side), Image.Resampling.LANCZOS)]))
+    found = posterior(pipe, photo.resize((side, side), Image.Resampling.LANCZOS))
     return Crop(**found, prompt=prompt, name="", frame=(side, side, 0, 0, side, side))
 
 

@@ -18,7 +18,10 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.config import EMBEDDED, BaseSettings  # noqa: F401 - found here too
+from comcat_diffusion.families.family import Family
+from comcat_diffusion.families.known import family_of
 from comcat_diffusion.places import (  # noqa: F401 - found here too
     asked_name,
     assets,
@@ -57,7 +60,7 @@ def load_base(
 
 
 def _is_compressed(path: Path) -> bool:
-    """Whether this is a base that `comcat compress` has left: its U-Net is in files of its own."""
+    """Whether this is a base that `comcat compress` has left: its denoiser is in files of its own."""
     return (path / "plan.json").is_file()
 
 
@@ -162,12 +165,12 @@ def _nowhere(name: str) -> FileNotFoundError:
 
 def native_resolution(pipe: DiffusionPipeline) -> int:
     """Side in pixels at which the base was trained."""
-    return pipe.unet.config.sample_size * pipe.vae_scale_factor
+    return family_of(pipe).native(denoiser(pipe).config, pipe.vae_scale_factor)
 
 
 def grain(pipe: DiffusionPipeline) -> int:
     """Pixels that the sides of its pictures must be multiples of."""
-    return pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    return family_of(pipe).grain(denoiser(pipe).config, pipe.vae_scale_factor)
 
 
 def asked_resolution(pipe: DiffusionPipeline, resolution: int | None) -> int:
@@ -178,9 +181,14 @@ def asked_resolution(pipe: DiffusionPipeline, resolution: int | None) -> int:
     return resolution
 
 
-def default_guidance(name: str | None) -> float:
-    """The strength of classifier-free guidance that suits a base: Stable Diffusion's own, or the embedded one's."""
-    return EMBEDDED_GUIDANCE if is_of_embedded(name) else 7.5
+def default_guidance(name: str | None, pipe: DiffusionPipeline | None = None) -> float:
+    """The strength of classifier-free guidance that suits a base: its family's, or the embedded one's.
+
+    Without its pipeline it counts as a Stable Diffusion.
+    """
+    if is_of_embedded(name):
+        return EMBEDDED_GUIDANCE
+    return (Family if pipe is None else family_of(pipe)).guidance
 
 
 def forget_folder(config: Path) -> None:

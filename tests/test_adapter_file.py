@@ -106,6 +106,7 @@ def test_diffusers_refuses_the_file_loudly(fresh, file):
         fresh.load_lora_weights(str(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False], indirect=True, ids=["free"])
 def test_same_inputs_same_bytes_in_every_process(file):
     code = (

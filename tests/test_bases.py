@@ -54,6 +54,7 @@ def test_a_folder_trains_and_draws(tmp_path, kind):
     assert drawn(outcome, tmp_path / "drawn").files
 
 
+@pytest.mark.slow
 def test_a_single_file_is_the_same_base_as_its_folder(tmp_path, sd1):
     file = tiny_bases.single_file(sd1, tmp_path / "sd1.safetensors")
     whole, single = bases.load_base(str(sd1)), bases.load_base(str(file), base_config=str(sd1))
@@ -83,6 +84,7 @@ def test_a_damaged_single_file_is_refused(tmp_path, sd1):
             bases.load_base(str(half), base_config=config)
 
 
+@pytest.mark.slow
 def test_a_variant_is_loaded_where_it_is_asked_for(tmp_path, sd1):
     pipe = DiffusionPipeline.from_pretrained(sd1)
     pipe.save_pretrained(tmp_path / "fp16", variant="fp16")

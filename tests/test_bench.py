@@ -48,8 +48,8 @@ def test_every_case_is_timed_on_a_base_that_carries_nothing_else(base, monkeypat
     seen, predict = [], run._predict
 
     def watched(learner, batch):
-        kinds = {"COMCAT" for m in learner.unet.modules() if isinstance(m, ComcatLayer)}
-        kinds |= {"LoRA" for m in learner.unet.modules() if isinstance(m, LoraLayer)}
+        kinds = {"COMCAT" for m in learner.denoiser.modules() if isinstance(m, ComcatLayer)}
+        kinds |= {"LoRA" for m in learner.denoiser.modules() if isinstance(m, LoraLayer)}
         made = predict(learner, batch)
         seen.append((kinds, made.requires_grad, tuple(batch.prompts)))
         return made
@@ -67,6 +67,7 @@ def test_every_case_is_timed_on_a_base_that_carries_nothing_else(base, monkeypat
     assert all(row.seconds > 0 for row in made.rows) and made.rows[0].ratio == made.rows[3].ratio == 1
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_adapters(base):
     config = BenchConfig(pretrained_model_name_or_path=base, rounds=1, rank=3, lora_rank=2)
     made = run.bench(config)
@@ -77,11 +78,13 @@ def test_sizes_are_those_of_the_adapters(base):
     assert [row.parameters for row in made.rows] == [0, mine, lora] * 2 and mine > 0
 
 
+@pytest.mark.slow
 def test_a_base_with_two_text_encoders(tmp_path):
     made = run.bench(BenchConfig(pretrained_model_name_or_path=str(tiny_bases.sdxl(tmp_path / "base")), rounds=1))
     assert len(made.rows) == 6 and made.rows[1].parameters > 0
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_writes_the_numbers(base, tmp_path, capsys):
     file = tmp_path / "bench.json"
     asked = ["--pretrained_model_name_or_path", base, "--rounds", "2", "--output", str(file)]

@@ -15,6 +15,8 @@ from comcat_diffusion.adapters.model import factors
 
 HERE = ["layer", "step", "generation", "use", "growth", "bytes"]  # what needs no process of its own
 
+pytestmark = pytest.mark.slow  # what is measured is not what a change of the package can break
+
 
 def settings(*flags):
     return speed.settings_of(speed.command_line().parse_args(flags))

@@ -13,6 +13,8 @@ from benchmarks import circumstances, training, training_clock, training_report
 
 CPU, STEPS = torch.device("cpu"), 3
 
+pytestmark = pytest.mark.slow  # what is measured is not what a change of the package can break
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):

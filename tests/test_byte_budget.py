@@ -67,6 +67,7 @@ def test_the_file_fits_and_the_last_steps_move_what_was_kept_alone(config, cuts,
     assert cut > 0.2 * sum(x.numel() for x in after_the_cut.values())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(config, tmp_path):
     """Cut off before, at and after the cut of the ranks."""
     settings = {"use_ema": True, "max_train_steps": 5, "checkpointing_steps": 1}

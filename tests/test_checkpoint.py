@@ -92,6 +92,7 @@ def kept(three, tmp_path_factory):
     return customize(TrainConfig(**settings)).adapter, checkpoint.listed(output / "checkpoints")
 
 
+@pytest.mark.slow
 def test_so_does_one_in_bfloat16(config, tmp_path, unbroken):
     whole = customize(config(tmp_path / "whole", mixed_precision="bf16")).adapter.read_bytes()
     customize(config(tmp_path / "cut", mixed_precision="bf16"), Stop(4))
@@ -99,6 +100,7 @@ def test_so_does_one_in_bfloat16(config, tmp_path, unbroken):
     assert resumed.adapter.read_bytes() == whole != unbroken
 
 
+@pytest.mark.slow
 def test_a_run_that_replaces_another_has_its_own_checkpoints_alone(config, tmp_path):
     customize(config(tmp_path, checkpointing_steps=4))
     more = {"overwrite": True, "seed": 1, "checkpointing_steps": 2, "checkpoints_total_limit": 1}
@@ -210,6 +212,7 @@ def test_other_settings_or_pictures_are_refused_by_name(config, tmp_path, two, t
         assert "instance_data_dir" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_same_pictures_in_another_place_are_the_same(config, tmp_path, three, unbroken, monkeypatch):
     """A slash at the end, a relative path, another folder, names in another Unicode form: it goes on, to the byte."""
     first = tmp_path / "Café"
@@ -226,6 +229,7 @@ def test_the_same_pictures_in_another_place_are_the_same(config, tmp_path, three
         assert again.adapter.read_bytes() == whole != unbroken
 
 
+@pytest.mark.slow
 def test_a_base_or_an_adapter_that_has_moved_is_the_same(config, tmp_path):
     first = customize(config(tmp_path / "first", max_train_steps=1, lr_warmup_steps=0)).adapter
     shutil.copytree(bases.assets() / "tiny-sd", tmp_path / "base")
@@ -248,6 +252,7 @@ def test_a_base_or_an_adapter_that_has_moved_is_the_same(config, tmp_path):
         customize(config(tmp_path / "out", **there, resume_from_checkpoint="latest"))
 
 
+@pytest.mark.slow
 def test_so_are_pictures_of_the_class_and_those_to_judge_by(config, tmp_path, three):
     shutil.copytree(three, tmp_path / "class"), shutil.copytree(three, tmp_path / "judge")
     own = {"class_data_dir": "class", "validation_data_dir": "judge", "num_class_images": 3, "everywhere": True}
@@ -306,6 +311,7 @@ def test_a_steady_schedule_can_be_made_longer(config, tmp_path):
     assert watcher.seen == [3]
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_writes_leaves_the_checkpoint_before(tmp_path):
     """A checkpoint is written at every step; the kill comes as soon as a write is seen that is not the first."""
     command = [sys.executable, "train_customize.py", "--max_train_steps", "4000", "--output_dir", str(tmp_path)]

@@ -220,6 +220,7 @@ def test_a_free_adapter_is_not_exported_as_if_it_were_foldable(tmp_path, capsys,
     assert main([*export, "--approximate", "--force"]) == 0 and (tmp_path / "x.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_does_not_end_over_letters_that_its_output_cannot_hold(tmp_path):
     flags = ["--max_train_steps", "1", "--skip_final_inference", "--output_dir", str(tmp_path / "out")]
     flags += ["--instance_data_dir", str(tmp_path / "雪"), "--instance_prompt", "a photo of 狗狗 teddy"]

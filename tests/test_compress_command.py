@@ -518,6 +518,7 @@ def test_a_folder_that_holds_something_is_left_alone(classifier, ask, tmp_path):
     assert "cannot be made" in refusal.value.strerror
 
 
+@pytest.mark.slow
 def test_the_settings_import_no_torch_and_the_function_keeps_its_name():
     code = (
         "import sys, comcat_diffusion.compression.config\nassert 'torch' not in sys.modules\n"

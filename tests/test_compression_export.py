@@ -47,6 +47,7 @@ def test_a_loaded_classifier_becomes_an_onnx_file_for_any_batch_size(loaded, tmp
         assert_close(torch.from_numpy(logits), out(loaded, inputs), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_compressed_unet_exports(tiny_unet):
     low, _ = compress(tiny_unet(), 0.4, settings=Settings(counted="parts"))
     # diffusers' upsampling takes another path from 64 pictures on, so the batch has a bound.

@@ -156,6 +156,7 @@ def test_what_is_there_is_not_drawn_again(report, config):
     assert (report.folder / "report.json").read_bytes() == content
 
 
+@pytest.mark.slow
 def test_a_cut_evaluation_goes_on_and_makes_the_same_report(report, config, tmp_path):
     shutil.copytree(report.folder, tmp_path / "cut")
     first, second, *_ = sorted((tmp_path / "cut/pictures/teddy").iterdir())
@@ -172,6 +173,7 @@ def test_a_cut_evaluation_goes_on_and_makes_the_same_report(report, config, tmp_
     assert count(halved) == 8  # four prompts, two seeds; the base's pictures are there
 
 
+@pytest.mark.slow
 def test_a_run_is_its_checkpoints_by_their_steps_and_then_its_own_files(config, tmp_path):
     run = tmp_path / "run"
     settings = {"max_train_steps": 10, "train_batch_size": 1, "checkpointing_steps": 5, "skip_final_inference": True}

@@ -83,6 +83,7 @@ def test_scale_zero_is_the_base_and_scales_differ(config, adapter):
     assert np.abs(full - base).max() > 2 and np.abs(full - half).max() > 0
 
 
+@pytest.mark.slow
 def test_merging_first_draws_the_same_pictures(config, tmp_path):
     with pytest.raises(ValueError, match=r"--merge: .*sks-teddy.safetensors acts from its trigger on.*--everywhere"):
         generate(config(merge=True))
@@ -200,6 +201,7 @@ def test_no_words_of_a_sheet_run_over_its_pictures_or_its_edges(text, columns):
     assert (bare[:top, border - 8 : border] == 255).all()
 
 
+@pytest.mark.slow
 def test_a_lora_of_others_is_drawn_with_beside_an_adapter(config, tmp_path):
     """The LoRA is an exported foldable adapter, so that it is known to do something."""
     outcome = customize(

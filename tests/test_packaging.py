@@ -36,6 +36,7 @@ def test_the_wheel_carries_the_base_the_subject_and_the_console_script(wheel):
     assert "comcat = comcat_diffusion.cli:main" in zipfile.ZipFile(wheel).read(script).decode()
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_trains_without_the_checkout(wheel, tmp_path):
     """The wheel's own files alone on the path: the base is found inside the package."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")

@@ -70,6 +70,7 @@ def test_the_budget_is_used(file, tmp_path):
     assert 0.99 * 7_000 < made.bytes <= 7_000 and made.energy_kept < 1
 
 
+@pytest.mark.slow
 def test_four_attempts_use_the_budget(tiny_unet, randomize, tmp_path, monkeypatch):
     """A tied adapter has few directions of long rows: many budgets make one file, and some of them one too large."""
     monkeypatch.setattr("comcat_diffusion.adapters.shrink._ATTEMPTS", 4)

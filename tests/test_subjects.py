@@ -165,6 +165,7 @@ def test_two_subjects_in_one_run_from_a_file(tmp_path, pictures):
         run(tmp_path / "b", subjects=[config.subjects[0], config.subjects[0]])
 
 
+@pytest.mark.slow
 def test_the_teachers_loss_is_zero_at_the_start_and_then_holds_the_class(tmp_path):
     def class_drift(name, **settings):
         settings |= {"kind": "free", "everywhere": True, "learning_rate": 2e-3, "lr_scheduler": "constant"}
@@ -185,6 +186,7 @@ def test_the_teachers_loss_is_zero_at_the_start_and_then_holds_the_class(tmp_pat
     assert 0 < held < 0.9 * free
 
 
+@pytest.mark.slow
 def test_class_pictures_are_drawn_once_counted_and_learned(tmp_path):
     settings = {"with_prior_preservation": True, "class_data_dir": str(tmp_path / "class"), "num_class_images": 3}
     settings |= {"everywhere": True}
@@ -230,6 +232,7 @@ def test_a_new_token_travels_with_the_adapter(tmp_path, vectors):
     assert generate(GenerateConfig(adapter=[str(outcome.adapter)], prompt=["a photo of {subject}"], **drawn)).files
 
 
+@pytest.mark.slow
 def test_the_name_of_a_subject_can_be_learned_as_one_word(tmp_path):
     pipe = bases.load_base("embedded")
     class_ids = pipe.tokenizer("teddy", add_special_tokens=False).input_ids
@@ -354,6 +357,7 @@ def test_no_subject_is_kept_out_whole(tmp_path):
             read_dataset(TrainConfig(subjects=subjects, validation_fraction=0.5, seed=seed))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_replace_its_best_adapter_by_a_worse_one(tmp_path):
     settings = {"max_train_steps": 4, "validation_fraction": 0.25, "validation_steps": 2, "num_validation_images": 1}
     run(tmp_path, **settings, checkpointing_steps=2)
@@ -367,6 +371,7 @@ def test_a_resumed_run_does_not_replace_its_best_adapter_by_a_worse_one(tmp_path
         assert (best.read_bytes() == b"the best so far") == kept
 
 
+@pytest.mark.slow
 def test_pictures_of_another_folder_can_be_the_judge_and_prompts_are_drawn_in_order(tmp_path, pictures):
     prompts = ["sks teddy on the left", "a teddy"]
     settings = {"validation_data_dir": str(pictures.parent / "judges"), "validation_prompt": prompts}
@@ -396,6 +401,7 @@ def test_the_running_mean_is_what_is_saved(tmp_path):
     assert plain.adapter.read_bytes() != mean.adapter.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_cache_gives_the_same_run_and_notices_a_changed_picture(tmp_path, pictures):
     cached = {"cache_dir": str(tmp_path / "cache"), "instance_data_dir": str(pictures)}
     first, _ = run(tmp_path / "a", **cached)
@@ -428,6 +434,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     run(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_with_the_larger_batch_learns(tmp_path):
     settings = {"max_train_steps": 2, "save_precision": "fp32", "skip_final_inference": True}
     # A large epsilon makes AdamW's step a smooth function of the gradient: otherwise the sign of a gradient that is

@@ -124,6 +124,7 @@ def test_gradient_checkpointing_runs_blocks_again_in_the_call_that_they_were_of(
             assert_close(again, once, rtol=1e-4, atol=1e-5 * float(once.abs().max()))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_denoiser_hears_every_prompt(shared, tiny_unet, randomize):
     unet = tiny_unet(torch.float64)

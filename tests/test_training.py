@@ -78,19 +78,20 @@ def test_the_same_seed_gives_the_same_bytes_and_the_written_settings_repeat_the_
     assert digest(first) != digest(customize(config(seed=1, output_dir=str(tmp_path / "other"))).adapter)
 
 
-def test_the_pictures_are_fitted(config, tmp_path):
+@pytest.mark.parametrize(
+    "kind", ["tied", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("foldable", "free"))]
+)
+def test_the_pictures_are_fitted(config, tmp_path, kind):
     """All runs see the same pictures and noise step by step; the one that hardly moves tells what the base does."""
 
-    def losses(kind, rate):
+    def losses(rate):
         settings = {"max_train_steps": 32, "lr_scheduler": "constant", "learning_rate": rate, "kind": kind}
-        customize(config(**settings, output_dir=str(tmp_path / f"{kind}-{rate}")), listener := Listener())
+        customize(config(**settings, output_dir=str(tmp_path / f"{rate}")), listener := Listener())
         return [step.loss for step in listener.steps]
 
-    base = losses("tied", 1e-12)
-    for kind in ("tied", "foldable", "free"):
-        learned = losses(kind, 4e-3)
-        assert learned[0] == pytest.approx(base[0], rel=1e-5)
-        assert sum(learned[-15:]) < 0.9 * sum(base[-15:])
+    base, learned = losses(1e-12), losses(4e-3)
+    assert learned[0] == pytest.approx(base[0], rel=1e-5)
+    assert sum(learned[-15:]) < 0.9 * sum(base[-15:])
 
 
 def test_ctrl_c_keeps_what_was_learned_and_it_goes_on_from_there(config, tmp_path):
@@ -126,6 +127,7 @@ def test_an_adapter_that_is_learned_on_keeps_its_shape_and_its_subject(config, t
             customize(config(**start, output_dir=str(tmp_path / "other"), **settings))
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_text_encoder_is_learned_on_with_it(config, tmp_path):
     both = customize(config(max_train_steps=1, train_text_encoder=True, everywhere=True))
     alone = customize(config(max_train_steps=1, everywhere=True, output_dir=str(tmp_path / "alone")))
@@ -135,6 +137,7 @@ def test_an_adapter_of_the_text_encoder_is_learned_on_with_it(config, tmp_path):
         customize(config(**on | {"init_adapter": str(alone.adapter), "train_text_encoder": True, "everywhere": True}))
 
 
+@pytest.mark.slow
 def test_what_is_learned_on_in_bfloat16_is_not_rounded(config, tmp_path):
     first = customize(config(max_train_steps=3, save_precision="fp32"))
     still = {"learning_rate": 1e-30, "adam_weight_decay": 0.0, "mixed_precision": "bf16", "save_precision": "fp32"}
@@ -166,6 +169,7 @@ def test_samples_are_drawn_in_bfloat16_while_text_is_trained(config, more):
     assert outcome.samples.is_file()
 
 
+@pytest.mark.slow
 def test_the_command_line_survives_a_real_ctrl_c(tmp_path):
     command = [sys.executable, "train_customize.py", "--max_train_steps", "5000", "--output_dir", str(tmp_path)]
     running = subprocess.Popen(
@@ -229,14 +233,16 @@ def test_in_the_way_up_no_step_goes_back_through_the_way_down(config, monkeypatc
 
 @pytest.mark.slow
 def test_a_compiled_unet_learns_the_same(config, tmp_path):
+    # A large epsilon makes AdamW's step a smooth function of the gradient: otherwise the sign of a gradient that is
+    # zero up to the compiler's rounding decides about a whole step.
+    smooth = {"learning_rate": 1e-1, "adam_epsilon": 1e-1, "lr_scheduler": "constant"}
     losses = {}
     for compiled in (False, True):
         listener = Listener()
-        customize(
-            config(compile=compiled, skip_final_inference=True, output_dir=str(tmp_path / str(compiled))), listener
-        )
+        customize(config(compile=compiled, **smooth, output_dir=str(tmp_path / str(compiled))), listener)
         losses[compiled] = [step.loss for step in listener.steps]
-    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert losses[True][0] != losses[True][-1]
 
 
 def test_trackers_get_the_loss(config, tmp_path):
@@ -361,7 +367,7 @@ def test_the_trained_base_is_gone_before_the_proof_loads_another(config, monkeyp
     taken, proved = output.witness, output.prove
 
     def watched(learner, batch):
-        trained.append(weakref.ref(learner.unet))
+        trained.append(weakref.ref(learner.denoiser))
         return taken(learner, batch)
 
     def watching(*arguments):

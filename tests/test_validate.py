@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTokenizer
 
 from comcat_diffusion import bases
 from comcat_diffusion.cli import main
-from comcat_diffusion.training import validate as module
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 from comcat_diffusion.training.customize import customize
 from comcat_diffusion.training.suitable import refuse_pipeline
@@ -109,7 +109,7 @@ def test_a_trigger_that_everybody_uses_is_doubted(pictures, monkeypatch):
         def __len__(self):
             return 49_408
 
-    monkeypatch.setattr(module, "CLIPTokenizer", Large)
+    monkeypatch.setattr(transformers, "CLIPTokenizer", Large)
     for trigger in ("cat", "vkp"):  # by our own list, and by the vocabulary
         told = f"'{trigger}' is a word that the base knows well"
         report = found(pictures, instance_prompt=None, trigger=trigger, class_word="pet")

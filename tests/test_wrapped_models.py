@@ -101,6 +101,7 @@ def by_attention(unet: nn.Module) -> nn.Module:
 WAYS = [("tied", in_place), ("free", blocks_in_place), ("tied", as_a_whole), ("free", by_block), ("tied", by_attention)]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind, compiled", WAYS, indirect=["kind"], ids=lambda way: getattr(way, "__name__", way))
 def test_a_compiled_unet_is_no_other_model(tiny_unet, trained, file, compiled, tmp_path):
@@ -115,6 +116,7 @@ def test_a_compiled_unet_is_no_other_model(tiny_unet, trained, file, compiled, t
     assert not adapted_layers(pipe.unet) and not [m for m in pipe.unet.modules() if hasattr(type(m), "host")]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["tied"], indirect=True)
 def test_what_is_compiled_already_is_compiled_again_for_every_verb(tiny_unet, trained, file):

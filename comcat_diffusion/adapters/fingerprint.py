@@ -18,32 +18,31 @@ from comcat_diffusion.attentions import style_of
 SAMPLES = 64
 
 
-def fingerprint(unet: nn.Module, prediction_type: str) -> dict:
+def fingerprint(denoiser: nn.Module, prediction_type: str) -> dict:
     """What identifies a base: plain JSON, about a kilobyte."""
-    attentions = _attentions(unet)
-    heads = {style_of(module).head_count(module) for module in attentions.values()}
+    attentions = _attentions(denoiser)
     return {
-        "class": type(unet).__name__,
-        "cross_attention_dim": getattr(getattr(unet, "config", None), "cross_attention_dim", None),
-        "heads": sorted(heads),
+        "class": type(denoiser).__name__,
+        "cross_attention_dim": getattr(getattr(denoiser, "config", None), "cross_attention_dim", None),
+        "heads": sorted({style_of(module).head_count(module) for module in attentions.values()}),
         "prediction_type": prediction_type,
-        "layout": layout_of(unet),
+        "layout": layout_of(denoiser),
         "sketch": _sketch(list(attentions.values())),
     }
 
 
-def layout_of(unet: nn.Module) -> str:
+def layout_of(denoiser: nn.Module) -> str:
     """A hash of which attentions there are, and of which widths; weights are not looked at."""
     layout = []
-    for name, module in _attentions(unet).items():
+    for name, module in _attentions(denoiser).items():
         style = style_of(module)
         q, k = (seam.plain(p) for p in style.projections(module)[:2])
         layout.append([name, style.head_count(module), q.in_features, k.in_features, q.out_features])
     return hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:16]
 
 
-def _attentions(unet: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in plain_modules(unet).items() if seam.why_not(module) is None}
+def _attentions(denoiser: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in plain_modules(denoiser).items() if seam.why_not(module) is None}
 
 
 def _sketch(attentions: list[nn.Module]) -> list[float]:

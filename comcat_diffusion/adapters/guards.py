@@ -194,7 +194,7 @@ def guard_lora_files() -> None:
         if any(f".{seam.SIDECAR}.{PREFIX}" in name for name in packed):
             raise ValueError(
                 "These are the factors of a COMCAT adapter, which save_lora_weights would write as a LoRA that nothing "
-                "loads: give it comcat_diffusion.lora_layers(pipe.unet, name) of a foldable one, or write any with "
+                "loads: give it comcat_diffusion.lora_layers(model, name) of a foldable one, or write any with "
                 "comcat_diffusion.save_adapter(pipe, path, name)."
             )
         return packed

@@ -6,15 +6,17 @@ from peft import PeftModel
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from comcat_diffusion.families.known import part_of_denoiser
+
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 _WRAPPED = re.compile(r"(^|\.)(_orig_mod|original_module)(?=\.|$)")  # by torch.compile; by PEFT's modules_to_save
 _TRAINED = ".modules_to_save."  # a copy of a module, beside the original
 
 
 def components(pipe: object) -> dict[str, nn.Module]:
-    """The adaptable parts of a pipeline by name, unwrapped; a bare model counts as its U-Net."""
+    """The adaptable parts of a pipeline by name, unwrapped; a bare model counts as its denoiser."""
     if isinstance(pipe, nn.Module):
-        return {"unet": bare(pipe)}
+        return {part_of_denoiser(type(bare(pipe)).__name__): bare(pipe)}
     return {name: bare(getattr(pipe, name)) for name in COMPONENTS if getattr(pipe, name, None) is not None}
 
 

@@ -18,6 +18,7 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import PreTrainedTokenizerBase
 
+from comcat_diffusion.families.family import Reading, Segment
 from comcat_diffusion.words import places
 
 _REMEMBERED = 1024  # prompts; the oldest are forgotten
@@ -30,13 +31,14 @@ class Said:
 
     text: str
     ends: torch.Tensor  # (M,) where in the text each token ends; 0 of tokens that are not in it
+    parts: tuple[int, ...]  # how many of the M tokens each of the tokenizers has made that read the text
 
     def acts(self, words: Sequence[str]) -> torch.Tensor:
-        """(M,) of bool: the tokens from the first of these words on. What was cut off calls nothing."""
+        """(M,) of bool: each tokenizer's tokens from the first of these words on. What was cut off calls nothing."""
         starts = [start for word in words for start, _ in places(word, self.text)]
         if not starts:
             return torch.zeros(len(self.ends), dtype=torch.bool)
-        return (self.ends > min(starts)).cumsum(0) > 0
+        return torch.cat([(ends > min(starts)).cumsum(0) > 0 for ends in self.ends.split(self.parts)])
 
     def within(self, words: Sequence[str]) -> torch.Tensor:
         """(M,) of bool: the tokens of these words alone."""
@@ -47,11 +49,11 @@ class Said:
 
 
 class Texts:
-    """The prompts that a tokenizer's text encoders have read."""
+    """The prompts that a tokenizer's text encoders have read, and those beside it, where a family has more."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, reading: Reading) -> None:
         self.lock = threading.RLock()  # a tokenizer changes its padding at every call: one thread at a time
-        self._tokenizer = weakref.ref(tokenizer)
+        self.reading = reading
         self._said: OrderedDict[bytes, Said] = OrderedDict()  # by the direction of the last state, (E,) of float32
 
     def remember(self, states: torch.Tensor, prompts: Sequence[str], written_out: bool = False) -> None:
@@ -60,7 +62,7 @@ class Texts:
         Prompts are `written_out` where each learned word stands as the several words that diffusers makes of it.
         """
         with self.lock:
-            for key, prompt in zip(_keys(states), prompts, strict=True):
+            for key, prompt in zip(self._keys(states), prompts, strict=True):
                 self._said[key] = self.read(prompt, states.shape[1], written_out)
                 self._said.move_to_end(key)
             while len(self._said) > _REMEMBERED:
@@ -69,21 +71,45 @@ class Texts:
     def known(self, states: torch.Tensor) -> list[Said] | None:
         """The prompts of text states (B, M, E), or None if one of them is of no prompt that is known."""
         with self.lock:
-            found = [self._nearest(key, states.shape[1]) for key in _keys(states)]
+            found = [self._nearest(key, states.shape[1]) for key in self._keys(states)]
         return None if any(said is None for said in found) else found
 
     def read(self, prompt: str, length: int, written_out: bool = False) -> Said:
         """A prompt as the text encoder is given it, in `length` tokens."""
-        tokenizer = self._tokenizer()
+        parts = self._parts(length)
         with self.lock:
-            text = prompt if written_out else TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
-            text = unicodedata.normalize("NFC", text)  # as tokenizers do before they count
-            how = {"padding": "max_length", "max_length": length, "truncation": True, "return_offsets_mapping": True}
-            return Said(text, torch.tensor([end for _, end in tokenizer(text, **how).offset_mapping]))
+            first = next(tokenizer for tokenizer, _ in parts if tokenizer is not None)
+            text = prompt if written_out else TextualInversionLoaderMixin().maybe_convert_prompt(prompt, first)
+            text = unicodedata.normalize("NFC", self.reading.prepared(text))  # as tokenizers do before they count
+            ends = [_ends(tokenizer, text, count) for tokenizer, count in parts]
+            return Said(text, torch.cat(ends), tuple(count for _, count in parts))
+
+    @property
+    def whole(self) -> bool:
+        """Whether one tokenizer reads all."""
+        return len(self.reading.segments) == 1
+
+    def _parts(self, length: int) -> list[tuple[PreTrainedTokenizerBase | None, int]]:
+        """The tokenizers and how many of `length` tokens each makes."""
+        found, left = [], length
+        for segment in self.reading.segments:
+            count = left if segment.length is None else min(segment.length, left)
+            found.append((segment.tokenizer, count))
+            left -= count
+        return found
+
+    def _keys(self, states: torch.Tensor) -> list[bytes]:
+        """The directions of the last states, one of each tokenizer's part, side by side."""
+        counts = [count for _, count in self._parts(states.shape[1])]
+        reads = [segment.tokenizer is not None for segment in self.reading.segments]
+        last = [sum(counts[: number + 1]) - 1 for number, able in enumerate(reads) if able and counts[number]]
+        picked = states[:, last].detach().float().flatten(1)
+        picked = picked / picked.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        return [one.tobytes() for one in picked.cpu().numpy()]
 
     def _nearest(self, key: bytes, length: int) -> Said | None:
         if not np.frombuffer(key, np.float32).any():  # SDXL's states of no text at all
-            return Said("", torch.zeros(length, dtype=torch.long))
+            return Said("", torch.zeros(length, dtype=torch.long), (length,))
         if key not in self._said:
             others = [other for other, said in self._said.items() if len(other) == len(key)]
             if not others:
@@ -100,13 +126,19 @@ class Texts:
 _KNOWN: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, Texts] = weakref.WeakKeyDictionary()
 
 
-def texts_of(tokenizer: PreTrainedTokenizerBase) -> Texts:
-    """The memory of a tokenizer."""
+def texts_of(tokenizer: PreTrainedTokenizerBase, reading: Reading | None = None) -> Texts:
+    """The memory of a tokenizer; `reading` is how the family of its pipeline reads, where that is known."""
     found = _KNOWN.get(tokenizer)
-    return _KNOWN.setdefault(tokenizer, Texts(tokenizer)) if found is None else found
+    if found is None:
+        found = _KNOWN.setdefault(tokenizer, Texts(Reading((Segment(tokenizer),))))
+    if reading is not None:
+        found.reading = reading
+    return found
 
 
-def _keys(states: torch.Tensor) -> list[bytes]:
-    last = states[:, -1].detach().float()
-    last = last / last.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    return [one.tobytes() for one in last.cpu().numpy()]
+def _ends(tokenizer: PreTrainedTokenizerBase | None, text: str, length: int) -> torch.Tensor:
+    """(length,) where in a text each token ends; 0 of those that are not in it."""
+    if tokenizer is None or not length:
+        return torch.zeros(length, dtype=torch.long)
+    how = {"padding": "max_length", "max_length": length, "truncation": True, "return_offsets_mapping": True}
+    return torch.tensor([end for _, end in tokenizer(text, **how).offset_mapping])

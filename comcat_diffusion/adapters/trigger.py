@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,6 +12,8 @@ from comcat_diffusion.adapters.gate import Gate
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.texts import Texts, texts_of
+from comcat_diffusion.families.family import Family
+from comcat_diffusion.families.known import known_family
 
 
 def listen(pipe: DiffusionPipeline) -> None:
@@ -28,11 +31,13 @@ def listen(pipe: DiffusionPipeline) -> None:
     gate = next((layer.gate for layer in waiting if layer.gate is not None), None) or Gate(pipe.tokenizer)
     gate.triggers |= {words for layer in waiting for words in layer.trigger.values() if words}
     gate.follow(denoiser(pipe), waiting)
-    gate.hear(pipe.text_encoder)
+    texts = _texts_of(pipe)
+    if texts.whole:  # else no text encoder alone makes the states
+        gate.hear(pipe.text_encoder)
     for layer in waiting:
         layer.gate = gate
     encode_prompt = type(pipe).encode_prompt.__get__(pipe)
-    pipe.encode_prompt = _remembering(encode_prompt, texts_of(pipe.tokenizer))
+    pipe.encode_prompt = _remembering(pipe, encode_prompt, texts)
     pipe.comcat_gate = gate
     gate.pipes.add(pipe)
 
@@ -56,21 +61,30 @@ def remember_prompts(pipe: DiffusionPipeline, prompt_embeds: torch.Tensor, promp
             f"prompt_embeds of shape {tuple(prompt_embeds.shape)} for {len(prompts)} prompts: give one (M, E) block of "
             "text states for each prompt."
         )
-    texts_of(pipe.tokenizer).remember(prompt_embeds, prompts)
+    _texts_of(pipe).remember(prompt_embeds, prompts)
 
 
-def _remembering(encode_prompt: Callable, texts: Texts) -> Callable:
+def _texts_of(pipe: DiffusionPipeline) -> Texts:
+    family = known_family(pipe)
+    return texts_of(pipe.tokenizer, family.reading(pipe) if family else None)
+
+
+def _remembering(pipe: DiffusionPipeline, encode_prompt: Callable, texts: Texts) -> Callable:
     """A pipeline's `encode_prompt` that also remembers, one thread at a time where they share a tokenizer."""
+
+    family, known = known_family(pipe) or Family(), weakref.ref(pipe)
 
     @functools.wraps(encode_prompt)
     def encode(*args: object, **kwargs: object) -> tuple:
         with texts.lock:
             made = encode_prompt(*args, **kwargs)
             given = inspect.signature(encode_prompt).bind(*args, **kwargs).arguments
-            for states, name in zip(made[:2], ("prompt", "negative_prompt"), strict=True):
+            for place, name in zip(family.states_at, ("prompt", "negative_prompt"), strict=True):
+                states = made[place]
                 if states is not None and given.get(f"{name}_embeds") is None:
                     said = given.get(name) or ""
-                    prompts = [said] if isinstance(said, str) else said
+                    said = [said] if isinstance(said, str) else said
+                    prompts = [family.said(known(), text, given) for text in said]
                     texts.remember(states, [text for text in prompts for _ in range(len(states) // len(prompts))])
         return made
 

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 
 from comcat_diffusion import atomic, bases, timing
 from comcat_diffusion.adapters.merge import unload_adapters
+from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.store import library_versions
 from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.attentions import DIFFUSERS
@@ -27,7 +28,7 @@ from comcat_diffusion.training.batching import Batch, made
 from comcat_diffusion.training.encode import Crop
 from comcat_diffusion.training.learned import ADAPTER, adapter_config
 from comcat_diffusion.training.learner import Learner
-from comcat_diffusion.training.objective import Objective
+from comcat_diffusion.training.objective import objective_of
 
 TRIGGER, PROMPT = "sks", "a photo of sks dog"
 BASE, COMCAT, LORA = "the base alone", "COMCAT", "LoRA"
@@ -77,7 +78,7 @@ def bench(config: BenchConfig) -> Bench:
     base = config.pretrained_model_name_or_path or EMBEDDED
     config = replace(config, precision=bases.asked_precision(config.precision, device, base))
     pipe = bases.asked_base(config, config.precision).to(device)
-    pipe.unet.requires_grad_(False)
+    denoiser(pipe).requires_grad_(False)
     resolution = bases.asked_resolution(pipe, config.resolution)
     learner = Learner(pipe, [PROMPT, ""], train_text=False)
     trained = _batch(pipe, resolution, [PROMPT] * config.train_batch_size)
@@ -89,7 +90,7 @@ def bench(config: BenchConfig) -> Bench:
     sizes = {}
     for name in (BASE, COMCAT, LORA):
         attach(name)
-        sizes[name] = sum(p.numel() for p in pipe.unet.parameters() if p.requires_grad)
+        sizes[name] = sum(p.numel() for p in denoiser(pipe).parameters() if p.requires_grad)
     predict = torch.no_grad()(_predict)
     # A base without adapter has nothing to train: what no step can do without is its forward pass.
     cases = {
@@ -111,29 +112,30 @@ def bench(config: BenchConfig) -> Bench:
 
 
 def _attach(pipe: DiffusionPipeline, name: str, config: BenchConfig) -> None:
-    """Leave the bare U-Net with one adapter, or with none."""
+    """Leave the bare denoiser with one adapter, or with none."""
     unload_adapters(pipe)
-    pipe.unet.unload_lora()
+    model = denoiser(pipe)
+    model.unload_lora()
     if name == COMCAT:
-        pipe.unet.add_adapter(adapter_config(config, pipe.unet, [TRIGGER]), ADAPTER)
+        model.add_adapter(adapter_config(config, model, [TRIGGER]), ADAPTER)
         listen(pipe)
     elif name == LORA:
         rank = config.lora_rank
-        pipe.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=DIFFUSERS.names), ADAPTER)
-    cast_training_params(pipe.unet, torch.float32)  # what is learned is in full precision, whatever the base is in
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=DIFFUSERS.names), ADAPTER)
+    cast_training_params(model, torch.float32)  # what is learned is in full precision, whatever the base is in
 
 
 def _batch(pipe: DiffusionPipeline, resolution: int, prompts: list[str]) -> Batch:
     """Noise for every prompt, as a training step sees its pictures."""
     side, size = resolution // pipe.vae_scale_factor, (resolution, resolution)
-    noise = torch.randn(pipe.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(denoiser(pipe).config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     crops = [Crop(noise, torch.zeros_like(noise), prompt, "noise", (*size, 0, 0, *size)) for prompt in prompts]
-    objective = Objective(DDPMScheduler.from_config(pipe.scheduler.config))
+    objective = objective_of(pipe)
     return made(crops, objective, [torch.Generator().manual_seed(n) for n in range(len(crops))]).to(pipe.device)
 
 
 def _predict(learner: Learner, batch: Batch) -> torch.Tensor:
-    dtype = learner.unet.dtype
+    dtype = learner.denoiser.dtype
     with torch.autocast(batch.noisy.device.type, dtype, enabled=dtype != torch.float32):
         return learner(batch.noisy, batch.timesteps, batch.prompts, batch.frames)
 

@@ -61,7 +61,7 @@ def judged(order: Order, note: Note, on_picture: OnPicture) -> Report | None:
     folder = atomic.make_folder(config.output_dir, "--output_dir")
 
     # The same prompts and seeds with and without every adapter; what is there from a cut run is not drawn again.
-    sampling = sampling_of(config, config.batch_size, base)
+    sampling = sampling_of(config, config.batch_size, base, pipe)
     seeds = range(config.seed, config.seed + config.seeds)
     settings = made_by(pipe, base, sampling) | {"base_digest": _digest_of(pipe)}
     gallery = Gallery(folder / "pictures", rows_of(chosen), prompts.all, seeds, settings)

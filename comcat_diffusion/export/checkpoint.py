@@ -9,6 +9,7 @@ from comcat_diffusion import atomic, bases
 from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.header import Header
 from comcat_diffusion.adapters.merge import bake_adapters, layers_of, unload_adapters
+from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.export.fit import refuse_unmergeable
 
@@ -29,7 +30,7 @@ def merge_to_folder(
     refuse_unmergeable(adapters, output)
     if any(seam.is_adapted(module) for part in pipe.components.values() for module in _modules(part)):
         raise ValueError("The pipeline carries adapters already; merge into a freshly loaded base.")
-    if any(hasattr(module, "comcat_width") for module in _modules(pipe.unet)):
+    if any(hasattr(module, "comcat_width") for module in _modules(denoiser(pipe))):
         raise ValueError("A compressed base has no stock shapes to merge into: use base and adapter as they are.")
     headers = _folded(pipe, adapters, any_weights)
     _save_whole(pipe, output)

@@ -38,6 +38,7 @@ from comcat_diffusion.evaluation.prompts import (
     UNRELATED_ANYWHERE,
     UNRELATED_IN_THE_EMBEDDED_WORLD,
 )
+from comcat_diffusion.families.known import family_of
 from comcat_diffusion.words import Subject, filled, without_trigger
 
 STAY = 1e-3  # e, in parts of the mean square of a channel
@@ -109,12 +110,13 @@ def text_grams(
     calling = [filled(prompt, subject) for prompt in (*ANYWHERE, *IN_THE_EMBEDDED_WORLD)]
     rest = [without_trigger(prompt, subject) for prompt in calling]
     rest += ["", *UNRELATED_ANYWHERE, *UNRELATED_IN_THE_EMBEDDED_WORLD]
-    called = others = 0.0
+    called, others, family = 0.0, 0.0, family_of(pipe)
+    texts = texts_of(pipe.tokenizer, family.reading(pipe))
     for prompt in dict.fromkeys([*calling, *rest]):
         if prompt in exclude and prompt:
             continue
-        states = pipe.encode_prompt(prompt, pipe.device, 1, False)[0][0].double().cpu()  # M, E
-        acts = texts_of(pipe.tokenizer).read(prompt, len(states)).acts(words)  # M
+        states = family.encode(pipe, [prompt])["states"][0].double().cpu()  # M, E
+        acts = texts.read(prompt, len(states)).acts(words)  # M
         weight = 1.0 if acts.any() else WITHOUT
         called = called + states[acts].T @ states[acts]
         others = others + weight * states[~acts].T @ states[~acts]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from comcat_diffusion import atomic
 from comcat_diffusion.adapters.header import AdapterFileError, Header, kind_of, read_adapter
+from comcat_diffusion.families.family import DENOISERS
 
 # By part of a Stable Diffusion: the projections that a foldable adapter changes.
 PROJECTIONS = {"unet": ("to_k", "to_v"), "text_encoder": ("k_proj", "v_proj"), "text_encoder_2": ("k_proj", "v_proj")}
@@ -75,7 +76,7 @@ def refuse_foldable(header: Header, adapter: str | Path) -> None:
     """Raise AdapterFileError for an adapter that has no closest foldable one: it is one, or is of more parts."""
     if not is_free(header):
         raise AdapterFileError(f"{adapter} is foldable already and exports exactly; nothing has to be approximated.")
-    others = sorted(set(header.config) - {"unet", "transformer"})
+    others = sorted(set(header.config) - set(DENOISERS))
     if others:
         raise AdapterFileError(f"{adapter} also adapts {', '.join(others)}, for which no approximation is offered.")
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
-from transformers import CLIPTokenizer
 
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.merge import merge_adapters, unload_adapters
 from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.adapters.texts import texts_of
+from comcat_diffusion.families.known import family_of
 from comcat_diffusion.generation.chosen import Chosen, files_of
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.order import Order, order_of
@@ -60,12 +60,14 @@ def drawn(order: Order, on_picture: OnPicture, note: Callable[[str], None]) -> P
         note(text)
     config, prompts, chosen = order.config, order.prompts, order.chosen
     pipe = _pipeline(order)
+    for text in family_of(pipe).remarks(pipe):
+        note(text)
     bases.asked_resolution(pipe, config.resolution)
     for prompt in prompts:
-        _refuse_deaf(pipe.tokenizer, prompt, chosen, config.any_prompt)
+        _refuse_deaf(pipe, prompt, chosen, config.any_prompt)
     set_regions(pipe, {_name(number): mask for number, mask in order.masks.items()})
     drawings = [Drawing(prompt, config.seed + n) for prompt in prompts for n in range(config.num_images)]
-    sampling = sampling_of(config, config.batch_size, order.base)
+    sampling = sampling_of(config, config.batch_size, order.base, pipe)
     total = len(drawings) * (2 if config.compare else 1)
 
     if config.merge:
@@ -96,14 +98,15 @@ def drawn(order: Order, on_picture: OnPicture, note: Callable[[str], None]) -> P
     return Pictures(files, sheet)
 
 
-def _refuse_deaf(tokenizer: CLIPTokenizer, prompt: str, chosen: Sequence[Chosen], any_prompt: bool) -> None:
+def _refuse_deaf(pipe: DiffusionPipeline, prompt: str, chosen: Sequence[Chosen], any_prompt: bool) -> None:
     """Raise ValueError for a prompt that names the subject only where the text encoder does not read any more."""
-    read = texts_of(tokenizer).read(prompt, tokenizer.model_max_length)
+    most = family_of(pipe).most_tokens(pipe.tokenizer)
+    read = texts_of(pipe.tokenizer, family_of(pipe).reading(pipe)).read(prompt, most)
     named = [subject for one in chosen for subject in one.subjects if calls(prompt, subject)]
     if named and not any_prompt and not any(read.acts([subject.trigger]).any() for subject in named):
-        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        count = len(pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
         raise ValueError(
-            f"The prompt '{prompt[:60]}...' has {count} tokens, of which the text encoder reads {len(read.ends)}, and "
+            f"The prompt '{prompt[:60]}...' has {count} tokens, of which the text encoder reads {most}, and "
             f"'{named[0].phrase}' comes later: name it earlier, or allow it with --any_prompt."
         )
 

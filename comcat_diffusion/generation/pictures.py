@@ -18,6 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 from comcat_diffusion import atomic, bases
 from comcat_diffusion.adapters.focus import keep_background
 from comcat_diffusion.adapters.once import text_once
+from comcat_diffusion.adapters.parts import denoiser
+from comcat_diffusion.families.known import family_of
 from comcat_diffusion.generation.config import SamplingSettings
 from comcat_diffusion.generation.infotext import infotext, sampler_name
 
@@ -41,9 +43,9 @@ class Sampling:
     batch_size: int = 4
 
 
-def sampling_of(config: SamplingSettings, batch_size: int, base: str) -> Sampling:
+def sampling_of(config: SamplingSettings, batch_size: int, base: str, pipe: DiffusionPipeline) -> Sampling:
     """How a run draws; the guidance that it leaves open is the one that suits the base."""
-    guidance = bases.default_guidance(base) if config.guidance_scale is None else config.guidance_scale
+    guidance = bases.default_guidance(base, pipe) if config.guidance_scale is None else config.guidance_scale
     return Sampling(config.num_inference_steps, guidance, config.negative_prompt, config.resolution, batch_size)
 
 
@@ -56,7 +58,7 @@ def made_by(pipe: DiffusionPipeline, base: str, sampling: Sampling) -> dict:
         "scheduler": type(pipe.scheduler).__name__,
         "sampler": sampler_name(type(pipe.scheduler).__name__, pipe.scheduler.config),
         "resolution": sampling.resolution,
-        "precision": next(name for name, dtype in bases.PRECISIONS.items() if dtype == pipe.unet.dtype),
+        "precision": next(name for name, dtype in bases.PRECISIONS.items() if dtype == denoiser(pipe).dtype),
         "base": bases.public_name(base),
     }
 
@@ -68,6 +70,10 @@ def use_sampler(pipe: DiffusionPipeline, name: str | None) -> None:
     kind = getattr(diffusers, name, None)
     if kind is None or not hasattr(kind, "set_timesteps"):
         raise ValueError(f"--scheduler {name}: diffusers has no scheduler of this name.")
+    family = family_of(pipe)
+    if family.flow and name not in family.flow_samplers:
+        told = f"{family.name} matches a flow, which {' and '.join(family.flow_samplers)} can draw with"
+        raise ValueError(f"--scheduler {name}: {told}.")
     try:
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
         needed = {n for n, p in inspect.signature(kind.step).parameters.items() if p.default is p.empty} - {"self"}
@@ -76,7 +82,7 @@ def use_sampler(pipe: DiffusionPipeline, name: str | None) -> None:
         fits = False
     if not fits:
         raise ValueError(
-            f"--scheduler {name} is for other models than Stable Diffusion; take for instance EulerDiscreteScheduler."
+            f"--scheduler {name} is for other models than {family.name}; take for instance EulerDiscreteScheduler."
         )
 
 
@@ -99,6 +105,7 @@ def draw(
                 negative_prompt=negative,
                 height=sampling.resolution,
                 width=sampling.resolution,
+                **family_of(pipe).drawing,
                 num_inference_steps=sampling.num_inference_steps,
                 guidance_scale=sampling.guidance_scale,
                 # on the CPU, so that a seed means the same picture on every device

@@ -21,7 +21,7 @@ ORDER, NOISE, CYCLE = range(3)  # what a generator is for
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, ready for the U-Net."""
+    """One micro-batch, ready for the denoiser."""
 
     noisy: torch.Tensor  # B, C, h, w
     target: torch.Tensor  # B, C, h, w
@@ -99,7 +99,7 @@ def made(crops: Sequence[Crop], objective: Objective, generators: Sequence[torch
     if any(crop.weight is not None for crop in crops):
         weights = torch.stack([torch.ones_like(c.mean[:1]) if c.weight is None else c.weight for c in crops])
     return Batch(
-        noisy=objective.scheduler.add_noise(clean, noise, timesteps),
+        noisy=objective.noisy(clean, noise, timesteps),
         target=objective.target(clean, noise, timesteps),
         timesteps=timesteps,
         frames=torch.tensor([crop.frame for crop in crops], dtype=torch.float32),

@@ -13,13 +13,15 @@ from comcat_diffusion.training.learned import adapter_config
 Shapes = Mapping[str, tuple[int, int]]  # of factors by name, ATTENTION.FACTOR
 
 
-def becomes(config: TrainConfig, unet: nn.Module) -> str:
-    """Where the adapter will work, in a sentence. A U-Net without weights, on the meta device, will do."""
-    shape = adapter_config(config, unet, ["a word"])
-    own = expected_shapes(unet, shape)
+def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
+    """Where the adapter will work, in a sentence. A denoiser without weights, on the meta device, will do."""
+    shape = adapter_config(config, denoiser, ["a word"])
+    own = expected_shapes(denoiser, shape)
     bytes_ = sum(high * wide for high, wide in own.values()) * PRECISIONS[config.save_precision].itemsize
     size = f"{bytes_ / 1000:,.0f} kB" if config.max_bytes is None else f"{config.max_bytes / 1000:,.0f} kB at most"
-    lora = expected_shapes(unet, replace(shape, tied=False, foldable=True))
+    if type(denoiser).__name__ != "UNet2DConditionModel":  # see export/fit.py
+        return f"This adapter is for this tool (about {size})."
+    lora = expected_shapes(denoiser, replace(shape, tied=False, foldable=True))
     larger = f"{lora_bytes(lora, config.rank) / 1000:,.0f} kB"
     if config.kind == "free":
         return (

@@ -42,7 +42,7 @@ def class_pictures(
         if missing:
             note(f"Drawing {len(missing)} pictures of '{prompt}' into {place}.")
             pipe.to(pipe.vae.device)  # drawing takes all of it
-        guidance = bases.default_guidance(config.pretrained_model_name_or_path)
+        guidance = bases.default_guidance(config.pretrained_model_name_or_path, pipe)
         sampling = Sampling(STEPS, guidance, resolution=config.resolution)
         settings = made_by(pipe, config.pretrained_model_name_or_path, sampling)
         for drawing, picture in zip(missing, draw(pipe, missing, sampling), strict=True):

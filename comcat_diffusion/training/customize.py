@@ -14,14 +14,16 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory
 
 from comcat_diffusion import atomic, bases
+from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.terms import read_contents
 from comcat_diffusion.adapters.token import words_of
 from comcat_diffusion.config import to_toml
+from comcat_diffusion.families.known import family_of
 from comcat_diffusion.memory import hold, put_away
 from comcat_diffusion.training import learned, output, suitable
 from comcat_diffusion.training.batching import Batching
@@ -34,7 +36,7 @@ from comcat_diffusion.training.encode import Material, encode_all
 from comcat_diffusion.training.judge import Judge
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import Loop, NotFinite, Step
-from comcat_diffusion.training.objective import Objective
+from comcat_diffusion.training.objective import Objective, objective_of
 from comcat_diffusion.training.order import Order, order_of, target_of
 from comcat_diffusion.training.precision import launched_precision, refuse_precision, with_precision
 from comcat_diffusion.training.preview import Preview
@@ -138,22 +140,26 @@ def _run(
     """All but the proof, which the main process gets a witness for."""
     pipe = bases.asked_base(config, "fp32")
     suitable.refuse_pipeline(pipe, config.pretrained_model_name_or_path)
+    suitable.refuse_settings(config, family_of(pipe))
     config, base = _resolved(config, pipe, dataset), sketch(pipe)
     options = sizes(config.resolution, config.aspect_ratio_buckets, bases.grain(pipe))
+    for text in family_of(pipe).remarks(pipe):
+        watcher.note(text)
     for text in small_doubts(picture_sizes, options, config.resolution):
         watcher.note(text)
 
     # Pictures and prompts are encoded once, by the bare base, each part on the accelerator for as long as it works; so
     # a GPU never holds more than a step needs. The adapter starts as exactly nothing, so the first step is taken from
     # the base itself.
-    objective = Objective(DDPMScheduler.from_config(pipe.scheduler.config), config.snr_gamma, config.noise_offset)
+    objective = objective_of(pipe, config.snr_gamma, config.noise_offset)
     pipe.vae.to(accelerator.device)
     material = encode_all(config, pipe, dataset, watcher.note)
     pipe.to("cpu")
     put_away(pipe.vae.parameters())
     learned.prepare(config, pipe, dataset.subjects)
     prompts = [*material.prompts, *config.validation_prompt, ""]
-    for text in (*cut_off(pipe.tokenizer, prompts), *well_known(pipe.tokenizer, dataset.subjects)):
+    most = family_of(pipe).most_tokens(pipe.tokenizer)
+    for text in (*cut_off(pipe.tokenizer, prompts, most), *well_known(pipe.tokenizer, dataset.subjects)):
         watcher.note(text)
     train_text = config.train_text_encoder or bool(words_of(pipe))
     learner = Learner(pipe, prompts, train_text, accelerator.device)
@@ -171,7 +177,7 @@ def _run(
         pictures = sum(example.subject == subject for example in dataset.examples)
         watcher.note(f"Learning '{subject.phrase}' from {pictures} pictures.")
     watcher.note(f"Training {count:,} parameters on {len(material.crops)} crops.")
-    watcher.note(becomes(config, pipe.unet))
+    watcher.note(becomes(config, denoiser(pipe)))
 
     judge = Judge(
         config, dataset.subjects, len(dataset.examples), target, pipe, learner, material.held_out, objective, ema,
@@ -273,9 +279,8 @@ def default_batch(resolution: int, pictures: int) -> int:
 def _make_room(pipe: DiffusionPipeline, learner: Learner) -> None:
     """Let go of what no step needs: text encoders that are not trained."""
     if not learner.encoders:
-        for name in ("text_encoder", "text_encoder_2"):
-            if getattr(pipe, name, None) is not None:
-                setattr(pipe, name, None)
+        for name in learner.family.encoders(pipe):
+            setattr(pipe, name, None)
     free_memory()
 
 
@@ -288,11 +293,11 @@ def _loop(
     accelerator: Accelerator,
 ) -> Loop:
     precision = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-    hold(learner.train().unet, precision)  # what is learned stays in full precision
+    hold(learner.train().denoiser, precision)  # what is learned stays in full precision
     if config.gradient_checkpointing:
-        learner.unet.enable_gradient_checkpointing()
+        learner.denoiser.enable_gradient_checkpointing()
     if config.compile:
-        learner.unet.compile()
+        learner.denoiser.compile()
     optimizer = torch.optim.AdamW(
         learned.groups(config, learner),
         lr=config.learning_rate,

@@ -1,4 +1,4 @@
-"""Pictures as the U-Net sees them, computed once; the VAE is not needed again.
+"""Pictures as the denoiser sees them, computed once; the VAE is not needed again.
 
 Letters: C latent channels, h x w latent size, B batch.
 """
@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
+from PIL import Image
 from torch.nn.functional import interpolate
 
 from comcat_diffusion import bases
+from comcat_diffusion.families.known import family_of
 from comcat_diffusion.training import images
 from comcat_diffusion.training.cache import Cache
 from comcat_diffusion.training.class_pictures import class_pictures, class_prompt_of
@@ -24,7 +26,7 @@ from comcat_diffusion.training.names import shown
 
 @dataclass(frozen=True)
 class Crop:
-    """One cut-out in latents: the VAE's posterior, already times its scaling factor, and what goes with it."""
+    """One cut-out in latents: the VAE's posterior, already as the denoiser wants it, and what goes with it."""
 
     mean: torch.Tensor  # C, h, w
     std: torch.Tensor  # C, h, w
@@ -68,16 +70,20 @@ def encode_all(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset, n
         class_prompts = {e.prompt: class_prompt_of(config, e.subject, dataset.subjects) for e in dataset.examples}
     square = [(config.resolution, config.resolution)]
     return Material(
-        encode(config, pipe.vae, dataset.examples, options, cache),
-        encode(config, pipe.vae, dataset.held_out, options, cache),
-        encode(config, pipe.vae, class_examples, square, cache),
+        encode(config, pipe, dataset.examples, options, cache),
+        encode(config, pipe, dataset.held_out, options, cache),
+        encode(config, pipe, class_examples, square, cache),
         class_prompts,
         class_examples,
     )
 
 
 def encode(
-    config: TrainConfig, vae: AutoencoderKL, examples: Sequence[Example], sizes: list[tuple[int, int]], cache: Cache
+    config: TrainConfig,
+    pipe: DiffusionPipeline,
+    examples: Sequence[Example],
+    sizes: list[tuple[int, int]],
+    cache: Cache,
 ) -> list[Crop]:
     """All crops of the examples, one picture at a time. Raises ValueError if latents are no numbers."""
     crops = []
@@ -85,7 +91,7 @@ def encode(
         picture, mask, _ = example.read()
         rng = random.Random(f"{config.seed} {example.name}")
         for cut in cuts(picture, mask, sizes, config.center_crop, config.random_flip, rng):
-            found = cache.find(cut.image) or cache.keep(cut.image, posterior(vae, images.to_tensor([cut.image])))
+            found = cache.find(cut.image) or cache.keep(cut.image, posterior(pipe, cut.image))
             mean, std = found["mean"], found["std"]
             if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
                 raise ValueError(f"The VAE gives latents of {shown(example.path)} that are no numbers; encode in fp32.")
@@ -116,9 +122,6 @@ def weight_map(cut: Cut, size: tuple[int, int], unmasked_weight: float) -> torch
 
 
 @torch.no_grad()
-def posterior(vae: AutoencoderKL, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Mean and std of the latents of one (1, 3, H, W) picture, (C, h, w) each, scaled as the U-Net wants them."""
-    shift, factor = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
-    found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    mean, std = (found.mean.float() - shift) * factor, found.std.float() * factor
-    return {"mean": mean[0].cpu(), "std": std[0].cpu()}
+def posterior(pipe: DiffusionPipeline, picture: Image.Image) -> dict[str, torch.Tensor]:
+    """Mean and std of the latents of one picture, (C, h, w) each, as the denoiser wants them."""
+    return family_of(pipe).posterior(pipe.vae, images.to_tensor([picture]))

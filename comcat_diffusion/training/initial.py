@@ -6,6 +6,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from comcat_diffusion.adapters.model import adapted_layers
+from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.adapters.token import words_of
 from comcat_diffusion.training.config import TrainConfig
@@ -15,7 +16,7 @@ def load(config: TrainConfig, pipe: DiffusionPipeline, name: str, targets: list[
     """Put the adapter that is learned on into a pipeline; `targets` are those asked for, if any. Raises ValueError."""
     load_adapter(pipe, config.init_adapter, name)
     _refuse_deaf(config, pipe)
-    _refuse_other_targets(config, pipe.unet, targets)
+    _refuse_other_targets(config, denoiser(pipe), targets)
 
 
 def _refuse_deaf(config: TrainConfig, pipe: DiffusionPipeline) -> None:
@@ -27,12 +28,12 @@ def _refuse_deaf(config: TrainConfig, pipe: DiffusionPipeline) -> None:
         )
 
 
-def _refuse_other_targets(config: TrainConfig, unet: nn.Module, names: list[str] | str | None) -> None:
+def _refuse_other_targets(config: TrainConfig, model: nn.Module, names: list[str] | str | None) -> None:
     """Raise ValueError for targets that are not those of the adapter that is learned on."""
     if names is None:
         return
     pattern = names if isinstance(names, str) else rf"(.*\.)?({'|'.join(map(re.escape, names))})"
-    adapted, asked = set(adapted_layers(unet)), {n for n, _ in unet.named_modules() if re.fullmatch(pattern, n)}
+    adapted, asked = set(adapted_layers(model)), {n for n, _ in model.named_modules() if re.fullmatch(pattern, n)}
     if not asked or asked != adapted:
         raise ValueError(
             f"--init_adapter {config.init_adapter} stays on the {len(adapted)} attentions that it is on: leave "

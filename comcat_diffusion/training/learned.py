@@ -15,6 +15,7 @@ from comcat_diffusion.adapters import tied
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors
 from comcat_diffusion.adapters.packing import COLUMNS, PRODUCT
+from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.store import TOKEN
 from comcat_diffusion.adapters.terms import CONTEXT, Contents, Term
 from comcat_diffusion.adapters.token import (
@@ -27,9 +28,10 @@ from comcat_diffusion.adapters.token import (
 )
 from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.attentions import style_of
+from comcat_diffusion.families.known import family_of
 from comcat_diffusion.training import initial
 from comcat_diffusion.training.config import AdapterShape, TrainConfig
-from comcat_diffusion.training.learner import Learner, text_encoders
+from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.words import Subject
 
 ADAPTER = "subject"  # name of the adapter inside the models while it is trained
@@ -38,32 +40,34 @@ ADAPTER = "subject"  # name of the adapter inside the models while it is trained
 def prepare(config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Subject]) -> None:
     """Freeze the base and add what is learned to it; the adapters are exactly nothing yet. Raises ValueError."""
     if config.init_adapter:
-        initial.load(config, pipe, ADAPTER, targets(config, pipe.unet))
-    _refuse_unknown_targets(config, pipe.unet)
+        initial.load(config, pipe, ADAPTER, targets(config, denoiser(pipe)))
+    _refuse_unknown_targets(config, pipe)
     for word in new_words(config, subjects):
         if word not in words_of(pipe):  # it may have come with the adapter that is learned on
             put_token(pipe, word, _start(config, pipe, word, subjects))
-    for model in (pipe.unet, *text_encoders(pipe).values()):
+    encoders = family_of(pipe).encoders(pipe)
+    for model in (denoiser(pipe), *encoders.values()):
         model.requires_grad_(False)
     if not config.init_adapter:
         with torch.random.fork_rng():  # PEFT draws the random factors from the global generator
             torch.manual_seed(config.seed)
-            pipe.unet.add_adapter(adapter_config(config, pipe.unet, awaited(config, subjects)), ADAPTER)
-            for encoder in text_encoders(pipe).values() if config.train_text_encoder else ():
+            denoiser(pipe).add_adapter(adapter_config(config, denoiser(pipe), awaited(config, subjects)), ADAPTER)
+            for encoder in encoders.values() if config.train_text_encoder else ():
                 encoder.add_adapter(replace(adapter_config(config, encoder, ()), target_modules=None), ADAPTER)
         listen(pipe)
-    for model in (pipe.unet, *text_encoders(pipe).values()):
+    for model in (denoiser(pipe), *encoders.values()):
         for factor in factors(model, ADAPTER).values():
             factor.requires_grad_(True)
 
 
-def _refuse_unknown_targets(config: TrainConfig, unet: nn.Module) -> None:
+def _refuse_unknown_targets(config: TrainConfig, pipe: DiffusionPipeline) -> None:
     """Raise ValueError for a target that is the end of no attention's name."""
-    names = [name for name, module in unet.named_modules() if style_of(module) is not None]
+    names = [name for name, module in denoiser(pipe).named_modules() if style_of(module) is not None]
     for target in config.target_modules or []:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             there = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-            raise ValueError(f"--target_modules {target}: the U-Net has no such attention; it has {there}.")
+            noun = family_of(pipe).noun
+            raise ValueError(f"--target_modules {target}: the {noun} has no such attention; it has {there}.")
 
 
 def new_words(config: TrainConfig, subjects: Sequence[Subject]) -> list[str]:
@@ -127,7 +131,7 @@ def add_tokens(pipe: DiffusionPipeline, learner: Learner) -> None:
     learner.tokens = nn.ModuleDict(
         {
             name: LearnedToken(encoder, [number for word in learner.words for number in token_ids(pipe, name, word)])
-            for name, encoder in text_encoders(pipe).items()
+            for name, encoder in family_of(pipe).encoders(pipe).items()
             if learner.words
         }
     )
@@ -149,9 +153,9 @@ def learned(learner: Learner) -> dict[str, nn.Parameter]:
 
 
 def groups(config: TrainConfig, learner: Learner) -> list[dict]:
-    """AdamW's parameter groups: U-Net, text encoders and token, each at its own rate."""
+    """AdamW's parameter groups: denoiser, text encoders and token, each at its own rate."""
     rates = {
-        "unet": config.learning_rate,
+        "denoiser": config.learning_rate,
         "encoders": config.text_encoder_lr or config.learning_rate / 10,
         "tokens": config.token_lr or config.learning_rate,
     }
@@ -177,7 +181,7 @@ def take(learner: Learner, ema: "Ema", contents: Contents) -> None:
     Such a rank then stays zero, as each of its two factors gets its gradient through the other one.
     """
     terms = {term.key: term for term in contents.terms}
-    parts = {"unet": learner.unet, **learner.encoders}
+    parts = {learner.family.part: learner.denoiser, **learner.encoders}
     for part, model in parts.items():
         if any(term.tied for term in contents.terms if term.part == part):
             _take_tied(terms, part, model)

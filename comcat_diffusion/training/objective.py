@@ -1,10 +1,15 @@
-"""What the U-Net is asked to predict, and how its answer is judged. Both follow from the scheduler's own config."""
+"""What a denoiser is asked to predict, and how its answer is judged. Both follow from the scheduler's own config."""
 
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import compute_snr
+
+
+def objective_of(pipe: DiffusionPipeline, snr_gamma: float | None = None, noise_offset: float = 0.0) -> "Objective":
+    """What a base is asked, as its family and its scheduler say."""
+    return Objective(DDPMScheduler.from_config(pipe.scheduler.config), snr_gamma, noise_offset)
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,12 @@ class Objective:
             noise = noise + self.noise_offset * torch.randn(len(clean), 1, 1, generator=generator)
         return noise, torch.randint(self.scheduler.config.num_train_timesteps, (), generator=generator)
 
+    def noisy(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Latents on their way to noise, (B, C, h, w)."""
+        return self.scheduler.add_noise(clean, noise, timesteps)
+
     def target(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the U-Net should answer: the noise, the velocity (arXiv 2202.00512) or the clean latents."""
+        """What the denoiser should answer: the noise, the velocity (arXiv 2202.00512) or the clean latents."""
         kind = self.scheduler.config.prediction_type
         if kind == "epsilon":
             return noise

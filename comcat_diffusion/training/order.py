@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from comcat_diffusion.adapters.header import kind_of, read_adapter
+from comcat_diffusion.families.family import DENOISERS
 from comcat_diffusion.places import asked_name, assets, place_of
 from comcat_diffusion.training.config import LearningSettings, TrainConfig
 from comcat_diffusion.training.dataset import Dataset, read_dataset
@@ -55,9 +56,9 @@ def with_initial(config: TrainConfig, subjects: Sequence[Subject]) -> TrainConfi
     """
     path = config.init_adapter
     parts = read_adapter(path).config if path else {}
-    if "unet" not in parts:
+    found = next((parts[part] for part in DENOISERS if part in parts), None)
+    if found is None:
         return config
-    found = parts["unet"]
     words = found.get("trigger") or []
     shape = {"kind": kind_of(found), "rank": found["r"], "alpha": found.get("alpha"), "everywhere": not words}
     shape["train_text_encoder"] = len(parts) > 1  # what was adapted goes on being so

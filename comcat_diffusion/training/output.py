@@ -110,8 +110,8 @@ class Witness:
 @torch.no_grad()
 def witness(learner: Learner, batch: Batch) -> Witness:
     """One prediction of a trained model."""
-    batch = batch.to(learner.unet.device)
-    batch = replace(batch, noisy=batch.noisy.to(learner.unet.dtype))
+    batch = batch.to(learner.denoiser.device)
+    batch = replace(batch, noisy=batch.noisy.to(learner.denoiser.dtype))
     return Witness(batch, learner.eval()(batch.noisy, batch.timesteps, batch.prompts, batch.frames).float())
 
 
@@ -121,8 +121,8 @@ def prove(config: TrainConfig, known: Witness, path: Path) -> None:
     batch, fresh = known.batch, bases.asked_base(config, "fp32")
     load_adapter(fresh, path, ADAPTER)
     learner = Learner(fresh, batch.prompts, False, batch.noisy.device).eval()
-    hold(learner.unet.requires_grad_(False), batch.noisy.dtype)
-    learner.unet.to(batch.noisy.device)
+    hold(learner.denoiser.requires_grad_(False), batch.noisy.dtype)
+    learner.denoiser.to(batch.noisy.device)
     found = learner(batch.noisy, batch.timesteps, batch.prompts, batch.frames).float()
     off = (known.predicted - found).abs().max() / known.predicted.abs().max()
     if not off < (1e-4 if batch.noisy.dtype == torch.float32 else 5e-2):

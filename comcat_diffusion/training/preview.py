@@ -17,12 +17,12 @@ STEPS = 25
 
 
 class Preview:
-    """Draws the validation prompts with the U-Net as it is at the moment."""
+    """Draws the validation prompts with the denoiser as it is at the moment."""
 
     def __init__(self, config: TrainConfig, pipe: DiffusionPipeline):
         self.pipe, self.prompts, self.side = pipe, config.validation_prompt, config.resolution
         self.base = config.pretrained_model_name_or_path
-        self.guidance = bases.default_guidance(self.base)
+        self.guidance = bases.default_guidance(self.base, pipe)
         self.folder = Path(config.output_dir).expanduser() / "samples"
         self.seeds = range(config.seed, config.seed + config.num_validation_images)
 
@@ -30,7 +30,7 @@ class Preview:
         """Write `samples/step-N-P-SEED.png` and a sheet of all; returns the files, the sheet last."""
         training = learner.training
         learner.eval()
-        self.pipe.vae.to(learner.unet.device)
+        self.pipe.vae.to(learner.denoiser.device)
         files, pictures = [], []
         settings = made_by(self.pipe, self.base, Sampling(STEPS, self.guidance, resolution=self.side)) | {"step": step}
         try:
@@ -54,23 +54,14 @@ class Preview:
 
     @torch.no_grad()
     def _one(self, learner: Learner, drawing: Drawing) -> Image.Image:
-        states, pooled = learner.condition([drawing.prompt, ""], learner.unet.device)
-        pooled_too = {}
-        if pooled is not None:
-            zeros = getattr(self.pipe.config, "force_zeros_for_empty_prompt", False)
-            states = torch.stack([states[0], states[1] * (not zeros)])
-            pooled_too = {
-                "pooled_prompt_embeds": pooled[:1],
-                "negative_pooled_prompt_embeds": pooled[1:] * (not zeros),
-            }
-        remember_prompts(self.pipe, states, [drawing.prompt, ""])
-        unet = learner.unet
-        # As its steps are: where text is trained, the pipeline hands the U-Net the encoders' float32.
-        with torch.autocast(unet.device.type, unet.dtype, enabled=unet.dtype != torch.float32):
+        family, denoiser = learner.family, learner.denoiser
+        condition = learner.condition([drawing.prompt, ""], denoiser.device)
+        remember_prompts(self.pipe, condition["states"], [drawing.prompt, ""])
+        # As its steps are: where text is trained, the pipeline hands the denoiser the encoders' float32.
+        with torch.autocast(denoiser.device.type, denoiser.dtype, enabled=denoiser.dtype != torch.float32):
             latents = self.pipe(
-                prompt_embeds=states[:1],
-                negative_prompt_embeds=states[1:],
-                **pooled_too,
+                **family.conditions(self.pipe, condition),
+                **family.drawing,
                 height=self.side,
                 width=self.side,
                 num_inference_steps=STEPS,
@@ -78,6 +69,5 @@ class Preview:
                 generator=torch.Generator().manual_seed(drawing.seed),
                 output_type="latent",
             ).images
-        vae = self.pipe.vae
-        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        decoded = family.decoded(self.pipe.vae, latents)
         return self.pipe.image_processor.postprocess(decoded.float())[0]

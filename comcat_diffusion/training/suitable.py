@@ -1,4 +1,4 @@
-"""Which bases can be taught a subject: those whose U-Net hears words and sees nothing but the noisy latents."""
+"""Which bases can be taught a subject: those of a known family that hear words and see only the noisy latents."""
 
 import inspect
 import json
@@ -6,49 +6,96 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+import transformers
+from diffusers import DiffusionPipeline
+from transformers import PreTrainedTokenizerBase
 
 from comcat_diffusion import bases
-from comcat_diffusion.config import BaseSettings
+from comcat_diffusion.adapters.parts import denoiser
+from comcat_diffusion.families.family import Family
+from comcat_diffusion.families.known import family_in, known_family, unknown
+from comcat_diffusion.training.config import TrainConfig
 
 WAY_OUT = "name a text-to-image base, such as the one that it was made from"
 
 
-def refuse_folder(config: BaseSettings) -> None:
-    """Raise ValueError for a base that cannot be taught, if that can be told from files of this machine alone."""
+def refuse_folder(config: TrainConfig) -> None:
+    """Raise ValueError for a base that cannot be taught, or not so, if files of this machine alone can tell."""
     name = config.pretrained_model_name_or_path
     if name and Path(name).expanduser().is_dir():
-        refuse_configurations(bases.config_folder(config), name)
+        refuse_settings(config, refuse_configurations(bases.config_folder(config), name))
 
 
-def refuse_configurations(folder: Path, name: str) -> None:
-    """Raise ValueError for a base that cannot be taught, by the configurations in its folder."""
-    kind = json.loads((folder / "model_index.json").read_text("utf-8")).get("_class_name", "")
-    if not (folder / "unet" / "config.json").is_file():
-        raise ValueError(f"The base '{name}' has no U-Net (it is a {kind or 'folder of another kind'}): {WAY_OUT}.")
-    unet = UNet2DConditionModel.load_config(folder / "unet")
-    vae = AutoencoderKL.load_config(folder / "vae")
-    _refuse(kind, unet, vae, name)
+def refuse_configurations(folder: Path, name: str) -> Family:
+    """The family of a base by the configurations in its folder. Raises ValueError for one that cannot be taught."""
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    kind = index.get("_class_name", "")
+    family = family_in(index, _configs(folder))
+    if family is None:
+        raise ValueError(f"The base '{name}' is {unknown(kind)}: {WAY_OUT}.")
+    if not (folder / family.part / "config.json").is_file():
+        raise ValueError(f"The base '{name}' has no {family.noun} (it is a {kind or 'folder'}): {WAY_OUT}.")
+    _refuse(kind, family, config_in(folder / family.part), config_in(folder / "vae"), name)
+    return family
+
+
+def _configs(folder: Path) -> dict[str, Mapping]:
+    found = {path.parent.name: path for path in sorted(folder.glob("*/config.json"))}
+    return {part: json.loads(path.read_text("utf-8")) for part, path in found.items()}
+
+
+def config_in(folder: Path) -> Mapping:
+    """The configuration of one part of a base."""
+    return json.loads((folder / "config.json").read_text("utf-8"))
+
+
+def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
+    """The (first) tokenizer of a base. Raises ValueError for a class that transformers does not have."""
+    _, kind = json.loads((folder / "model_index.json").read_text("utf-8"))["tokenizer"]
+    if not hasattr(transformers, kind):
+        raise ValueError(f"The base in {folder} has a tokenizer of class {kind}, which transformers does not know.")
+    return getattr(transformers, kind).from_pretrained(folder / "tokenizer", local_files_only=True)
 
 
 def refuse_pipeline(pipe: DiffusionPipeline, name: str | None) -> None:
     """Raise ValueError for a base that cannot be taught, once it is loaded."""
     kind = type(pipe).__name__
-    if getattr(pipe, "unet", None) is None:
-        raise ValueError(f"The base '{name}' has no U-Net (it is a {kind}): {WAY_OUT}.")
-    _refuse(kind, pipe.unet.config, pipe.vae.config, name or bases.EMBEDDED)
+    family = known_family(pipe)
+    if family is None:
+        raise ValueError(f"The base '{name}' is {unknown(kind)}: {WAY_OUT}.")
+    if getattr(pipe, family.part, None) is None:
+        raise ValueError(f"The base '{name}' has no {family.noun} (it is a {kind}): {WAY_OUT}.")
+    _refuse(kind, family, denoiser(pipe).config, pipe.vae.config, name or bases.EMBEDDED)
 
 
-def _refuse(kind: str, unet: Mapping, vae: Mapping, name: str) -> None:
-    seen, latents = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+def refuse_settings(config: TrainConfig, family: Family) -> None:
+    """Raise ValueError for settings that a family has no use for."""
+    trained = (
+        ("train_text_encoder", config.train_text_encoder),
+        ("placeholder_token", config.placeholder_token),
+        ("learn_name", config.learn_name),
+    )
+    of_noise = (("snr_gamma", config.snr_gamma is not None), ("noise_offset", config.noise_offset != 0))
+    for flag, asked in trained if not family.trains_text else ():
+        if asked:
+            raise ValueError(f"--{flag}: the text encoders of {family.name} stay as they are here; leave it out.")
+    for flag, asked in of_noise if family.flow else ():
+        if asked:
+            raise ValueError(
+                f"--{flag} is of bases that predict noise, and {family.name} matches a flow: leave it out."
+            )
+
+
+def _refuse(kind: str, family: Family, seer: Mapping, vae: Mapping, name: str) -> None:
+    seen, latents = seer.get("in_channels", 4), vae.get("latent_channels", 4)
     if seen > latents:
         raise ValueError(
-            f"The base '{name}' takes a picture or a mask beside the words: its U-Net sees {seen} channels, of which "
-            f"the noisy latents are {latents}, as for inpainting or editing; {WAY_OUT}."
+            f"The base '{name}' takes a picture or a mask beside the words: its {family.noun} sees {seen} channels, of "
+            f"which the noisy latents are {latents}, as for inpainting or editing; {WAY_OUT}."
         )
     if seen != latents:
         raise ValueError(
-            f"The base '{name}' does not fit together: its U-Net sees {seen} channels, its VAE has {latents}."
+            f"The base '{name}' does not fit together: its {family.noun} sees {seen} channels, its VAE has {latents}."
         )
     pipeline = getattr(diffusers, kind, None)
     if pipeline is not None and "image" in inspect.signature(pipeline.__call__).parameters:

@@ -4,9 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTokenizer
+from torch import nn
 
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.store import expected_shapes
@@ -53,26 +51,26 @@ def validate(config: ValidateConfig) -> Report:
     report.errors += [*_refusals(config, dataset), *found.errors]
     try:
         folder = bases.config_folder(config)
-        suitable.refuse_configurations(folder, config.pretrained_model_name_or_path or bases.EMBEDDED)
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+        family = suitable.refuse_configurations(folder, config.pretrained_model_name_or_path or bases.EMBEDDED)
+        suitable.refuse_settings(config, family)
+        tokenizer = suitable.tokenizer_in(folder)
+        denoiser = family.blank(folder)
     except (ValueError, OSError) as error:
         report.errors.append(str(error))
         return report
-    report.doubts += cut_off(tokenizer, (example.prompt for example in dataset.examples))
+    report.doubts += cut_off(tokenizer, (example.prompt for example in dataset.examples), family.most_tokens(tokenizer))
     report.doubts += well_known(tokenizer, dataset.subjects)
-    levels = len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"])
-    native = unet.config.sample_size * 2 ** (levels - 1)
+    factor = family.factor(suitable.config_in(folder / "vae"))
+    native = family.native(denoiser.config, factor)
     batch = config.train_batch_size or default_batch(native, len(dataset.examples))
     config = replace(config, train_batch_size=batch, resolution=config.resolution or native)
-    divisible = 2 ** (levels - 1 + len(unet.config.block_out_channels) - 1)
+    divisible = family.grain(denoiser.config, factor)
     options = sizes(config.resolution, config.aspect_ratio_buckets, divisible)
     report.doubts += small_doubts(found.sizes, options, config.resolution)
     if config.resolution % divisible:
         report.errors.append(f"--resolution {config.resolution} must be a multiple of {divisible} for this base.")
     try:
-        report.facts += _size_facts(config, dataset, unet)
+        report.facts += _size_facts(config, dataset, denoiser)
     except ValueError as error:
         report.errors.append(str(error))
     report.facts += _pace_facts(config, dataset)
@@ -102,16 +100,16 @@ def _refusals(config: TrainConfig, dataset: Dataset) -> Iterator[str]:
             yield str(error)
 
 
-def _size_facts(config: TrainConfig, dataset: Dataset, unet: UNet2DConditionModel) -> Iterator[str]:
-    adapter = adapter_config(config, unet, awaited(config, dataset.subjects))
-    shapes = expected_shapes(unet, adapter)
+def _size_facts(config: TrainConfig, dataset: Dataset, denoiser: nn.Module) -> Iterator[str]:
+    adapter = adapter_config(config, denoiser, awaited(config, dataset.subjects))
+    shapes = expected_shapes(denoiser, adapter)
     if not shapes:
         raise ValueError(f"--target_modules {' '.join(config.target_modules or [])}: the base has none of this name.")
     count = sum(high * wide for high, wide in shapes.values())
     attentions = len({name.rpartition(".")[0] for name in shapes})
     size = count * bases.PRECISIONS[config.save_precision].itemsize / 1000
     yield f"Adapter: {count:,} parameters on {attentions} attentions, {size:,.0f} kB and its header."
-    yield becomes(config, unet)
+    yield becomes(config, denoiser)
 
 
 def _pace_facts(config: TrainConfig, dataset: Dataset) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from comcat_diffusion.words import Subject, is_everyday
 
@@ -10,16 +10,15 @@ FREQUENT = 0.5  # CLIP's vocabulary is in order of frequency: below this share o
 _LARGE = 10_000  # tokens; in the embedded base's few hundred there is no such order
 
 
-def cut_off(tokenizer: CLIPTokenizer, prompts: Iterable[str]) -> Iterator[str]:
-    """A sentence for every prompt that has more tokens than the text encoder reads."""
-    most = tokenizer.model_max_length
+def cut_off(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], most: int) -> Iterator[str]:
+    """A sentence for every prompt that has more tokens than the `most` that the text encoder reads."""
     for prompt in dict.fromkeys(prompts):
         count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
         if count > most:
             yield f"'{prompt[:60]}' has {count} tokens, of which the text encoder reads {most}: the end is cut off."
 
 
-def well_known(tokenizer: CLIPTokenizer, subjects: Iterable[Subject]) -> Iterator[str]:
+def well_known(tokenizer: PreTrainedTokenizerBase, subjects: Iterable[Subject]) -> Iterator[str]:
     """A sentence for every trigger that means something to everybody, and so to the base."""
     for subject in subjects:
         ids = tokenizer(subject.trigger, add_special_tokens=False).input_ids

@@ -1,0 +1,178 @@
+"""What a family says: everything that the stories ask of a base beyond what all bases share.
+
+What stands here is how most families do it; a page overrides what its own does otherwise.
+
+Letters: B batch, C latent channels, h x w latent size, M context tokens, E width of the text states.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+Condition = dict[str, "torch.Tensor"]  # what a denoiser hears of B prompts: "states" (B, M, E), and what else it takes
+UNET, TRANSFORMER = "unet", "transformer"  # names of the component that denoises
+DENOISERS = (UNET, TRANSFORMER)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How a flow-matching family is trained: latents go straight to noise, and the answer is the way, noise - latents.
+
+    Times are drawn as diffusers' `compute_density_for_timestep_sampling` does; the scheduler's own shift follows.
+    """
+
+    times: str = "logit_normal"
+    mean: float = 0.0
+    std: float = 1.0
+    preconditioned: bool = False  # whether the loss is that of the clean latents, sigma^2 times that of the way
+
+
+class Segment:
+    """Some of the tokens of a text, one after the other, as one tokenizer reads it; without one they say nothing.
+
+    `length` is how many, None for all that are left. The tokenizer is its pipeline's, and goes with it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, length: int | None = None) -> None:
+        self.length = length
+        self._tokenizer = None if tokenizer is None else weakref.ref(tokenizer)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """What reads."""
+        return None if self._tokenizer is None else self._tokenizer()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a prompt becomes tokens: which of them each word is, so that an adapter can act from its trigger on."""
+
+    segments: tuple[Segment, ...]
+    prepared: Callable[[str], str] = str  # what is made of a prompt before it is read
+
+
+class Family:
+    """One kind of base."""
+
+    name = ""  # as people call it
+    pipelines: tuple[str, ...] = ()  # classes of diffusers' pipelines
+    denoisers: tuple[str, ...] = ()  # classes of what denoises
+    part = TRANSFORMER  # the component that denoises,
+    noun = "transformer"  # and what it is called in sentences
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    trains_text = False  # whether text encoders can be adapted and new words learned
+    guidance = 7.5
+    flow: Flow | None = None  # None: noise, velocities or clean latents, as the scheduler says
+    flow_samplers: tuple[str, ...] = ()  # of a flow-matching family: diffusers' schedulers that draw with it
+    drawing: Mapping[str, object] = {}  # what its pipeline is asked for beside prompts, sizes, steps and guidance
+    states_at = (0, 1)  # where in what `encode_prompt` returns the text states are, and those of the negative prompt
+    lora_prefix = ""  # of LoRA files that diffusers loads; default: the component's name
+
+    # Sizes; `denoiser` is a configuration, `factor` the pixels of one latent place
+
+    def factor(self, vae: Mapping) -> int:
+        """Pixels of one latent place, along a side."""
+        return 2 ** (len(vae["block_out_channels"]) - 1)
+
+    def native(self, denoiser: Mapping, factor: int) -> int:
+        """Side in pixels at which the base was trained."""
+        return denoiser["sample_size"] * factor
+
+    def grain(self, denoiser: Mapping, factor: int) -> int:
+        """Pixels that the sides of pictures must be multiples of."""
+        return denoiser["patch_size"] * factor
+
+    def is_of(self, denoiser: Mapping) -> bool:
+        """Whether a denoiser of one of `denoisers`, by its configuration, is of this family."""
+        return True
+
+    # Text
+
+    def encode(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
+        """What the denoiser hears of prompts, made by the pipeline itself. Gradients flow if the caller lets them."""
+        raise NotImplementedError
+
+    def device_of_text(self, pipe: DiffusionPipeline) -> torch.device:
+        """Where the text encoders are."""
+        return next(iter(self.encoders(pipe).values())).device
+
+    def encoders(self, pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+        """The text encoders that a pipeline has, by name."""
+        return {name: getattr(pipe, name) for name in self.text_encoders if getattr(pipe, name, None) is not None}
+
+    def reading(self, pipe: DiffusionPipeline) -> Reading:
+        """How its prompts become tokens."""
+        return Reading((Segment(pipe.tokenizer),))
+
+    def said(self, pipe: DiffusionPipeline, prompt: str, asked: Mapping[str, object]) -> str:
+        """A prompt as it is read by a pipeline whose `encode_prompt` was called with the arguments `asked`."""
+        return prompt
+
+    def most_tokens(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """How many tokens of a prompt are read."""
+        return tokenizer.model_max_length
+
+    def remarks(self, pipe: DiffusionPipeline) -> Sequence[str]:
+        """What is worth knowing of this very base, a sentence each."""
+        return ()
+
+    # Pictures and latents
+
+    def posterior(self, vae: nn.Module, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Mean and std of the latents of one (1, 3, H, W) picture, (C, h, w) each, as the denoiser wants them."""
+        shift, factor = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+        found = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        mean, std = (found.mean.float() - shift) * factor, found.std.float() * factor
+        return {"mean": mean[0].cpu(), "std": std[0].cpu()}
+
+    def decoded(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse: (B, C, h, w) latents as (B, 3, H, W) pixels in -1 to 1."""
+        shift, factor = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+        return vae.decode(latents.to(vae.dtype) / factor + shift).sample
+
+    # The denoiser
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        condition: Condition,
+        frames: torch.Tensor,
+    ) -> torch.Tensor:
+        """What the denoiser answers to (B, C, h, w) latents at (B,) timesteps: (B, C, h, w).
+
+        `frames` (B, 6) are the original height and width of each picture, where it was cut (top, left), and what is
+        left of it (height, width).
+        """
+        raise NotImplementedError
+
+    def conditions(self, pipe: DiffusionPipeline, condition: Condition) -> dict[str, torch.Tensor]:
+        """The pipeline's arguments for what was made of two prompts, that of the picture and the one to subtract."""
+        states = condition["states"]
+        return {"prompt_embeds": states[:1], "negative_prompt_embeds": states[1:]}
+
+    # Its configurations on disk, and its LoRAs
+
+    def blank(self, folder: Path) -> nn.Module:
+        """The denoiser of a diffusers folder without weights, on torch's meta device."""
+        import diffusers
+        import torch
+
+        kind = getattr(diffusers, self.denoisers[0])
+        with torch.device("meta"):
+            return kind.from_config(kind.load_config(folder / self.part))
+
+    def lora_projections(self, attention: str) -> tuple[str, str]:
+        """What of an attention of this name a foldable adapter changes: its keys' and its values' projection."""
+        return "to_k", "to_v"

@@ -1,0 +1,52 @@
+"""Stable Diffusion 1.x and 2.x: a U-Net that reads one CLIP's text states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from comcat_diffusion.families.family import UNET, Condition, Family
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+    from torch import nn
+
+
+class StableDiffusion(Family):
+    """See the module's docstring."""
+
+    name = "Stable Diffusion 1.x and 2.x"
+    pipelines = ("StableDiffusionPipeline",)
+    denoisers = ("UNet2DConditionModel",)
+    part, noun = UNET, "U-Net"
+    trains_text = True
+
+    def is_of(self, denoiser: Mapping) -> bool:
+        """Every U-Net that takes no pooled text."""
+        return denoiser.get("addition_embed_type") is None and denoiser.get("encoder_hid_dim_type") is None
+
+    def grain(self, denoiser: Mapping, factor: int) -> int:
+        """Every level of the U-Net but the last halves the latents."""
+        return factor * 2 ** (len(denoiser["block_out_channels"]) - 1)
+
+    def encode(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
+        """States (B, M, E)."""
+        states, *_ = pipe.encode_prompt(
+            prompt=list(prompts),
+            device=self.device_of_text(pipe),
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        return {"states": states}
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        condition: Condition,
+        frames: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `Family`."""
+        return denoiser(noisy, timesteps, condition["states"], return_dict=False)[0]

@@ -1,0 +1,86 @@
+"""Families of bases: which one a base is of, and what each one trains by, held to formulas written out here.
+
+Letters: B batch, C latent channels, h x w latent size.
+"""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+
+from comcat_diffusion.families.known import FAMILIES, family_of, family_of_denoiser
+from comcat_diffusion.training.batching import Batching
+from comcat_diffusion.training.encode import Crop
+from comcat_diffusion.training.learner import Learner
+from comcat_diffusion.training.objective import objective_of
+from tests import tiny_bases
+
+PROMPTS = ["a photo of sks teddy", "a red ball"]
+
+
+def crops(channels: int, side: int = 8) -> list[Crop]:
+    """Made-up latents, a crop of a larger picture."""
+    noise = torch.Generator().manual_seed(5)
+    means = [torch.randn(channels, side, side, generator=noise) for _ in PROMPTS]
+    frame = (40, 32, 3, 1, 16, 16)
+    return [Crop(mean, mean.abs() / 9, text, text, frame) for mean, text in zip(means, PROMPTS, strict=True)]
+
+
+def stepped(pipe: DiffusionPipeline) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]]:
+    """The losses of a batch as a step takes them; and clean latents, noise and time of each sample, drawn by hand."""
+    learner, objective = Learner(pipe, PROMPTS, train_text=False), objective_of(pipe)
+    made = crops(pipe.vae.config.latent_channels)
+    batching = Batching.of(made, 1, len(made))
+    batch = batching.batch(made, objective, 0)
+    with torch.no_grad():
+        predicted = learner(batch.noisy, batch.timesteps, batch.prompts, batch.frames)
+    losses, drawn = objective.loss(predicted, batch.target, batch.timesteps), []
+    for place, index in enumerate(batching.chosen(0)):
+        generator = batching.generator(1, place)
+        mean, std = made[index].mean, made[index].std
+        clean = mean + std * torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        drawn.append((clean, noise, generator, made[index].prompt))
+    return losses, drawn
+
+
+@pytest.mark.parametrize("build", [tiny_bases.sd1, tiny_bases.sd2, tiny_bases.sdxl])
+def test_a_step_on_a_u_net_is_that_of_the_paper(build, tmp_path):
+    """|noise - eps(sqrt(a) x + sqrt(1 - a) noise, t)|^2, or of the velocity, with the schedule multiplied out."""
+    pipe = DiffusionPipeline.from_pretrained(build(tmp_path))
+    losses, drawn = stepped(pipe)
+    config = DDPMScheduler.from_config(pipe.scheduler.config).config
+    betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, 1000, dtype=torch.float64).square()
+    alphas, two = (1 - betas).cumprod(0), hasattr(pipe, "text_encoder_2")
+    for loss, (clean, noise, generator, prompt) in zip(losses, drawn, strict=True):
+        time = torch.randint(1000, (), generator=generator)
+        kept, gone = alphas[time].sqrt().float(), (1 - alphas[time]).sqrt().float()
+        words = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        ids = pipe.tokenizer(prompt, max_length=pipe.tokenizer.model_max_length, **words).input_ids
+        with torch.no_grad():
+            if two:
+                read = [one(ids, output_hidden_states=True) for one in (pipe.text_encoder, pipe.text_encoder_2)]
+                states = torch.cat([one.hidden_states[-2] for one in read], dim=-1)
+                added = {"text_embeds": read[1].text_embeds, "time_ids": torch.tensor([[40.0, 32, 3, 1, 16, 16]])}
+            else:
+                states, added = pipe.text_encoder(ids)[0], None
+            noisy = kept * clean + gone * noise
+            answer = pipe.unet(noisy[None], time[None], states, added_cond_kwargs=added).sample[0]
+        wanted = kept * noise - gone * clean if config.prediction_type == "v_prediction" else noise
+        torch.testing.assert_close(loss, (answer - wanted).square().mean(), rtol=1e-4, atol=1e-6)  # float32 schedules
+
+
+def test_every_family_is_found_by_its_classes():
+    for family in FAMILIES:
+        for kind in family.pipelines:
+            assert family_of(type(kind, (), {})()) is family
+    xl, plain = {"addition_embed_type": "text_time"}, {"addition_embed_type": None}
+    assert [family_of_denoiser("UNet2DConditionModel", config).name for config in (plain, xl)] == [
+        "Stable Diffusion 1.x and 2.x",
+        "Stable Diffusion XL",
+    ]
+    assert family_of_denoiser("UNet2DConditionModel", {"encoder_hid_dim_type": "text_proj"}) is None
+
+
+def test_another_family_is_refused_by_its_class_beside_those_that_are_known():
+    with pytest.raises(ValueError, match=r"a WanPipeline, which is of no family .*Stable Diffusion XL"):
+        family_of(type("WanPipeline", (), {})())
