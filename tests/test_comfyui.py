@@ -14,6 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from comcat_diffusion import ComcatConfig, read_adapter, save_adapter
+from comcat_diffusion.adapters.combine import combine
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.adapters.same_base import difference
 from comcat_diffusion.bases import load_base
@@ -22,7 +23,7 @@ from comcat_diffusion.comfy.load import encode, load, regions, save_lora
 from comcat_diffusion.comfy.names import fingerprint_of, unet_as_diffusers, unet_names
 from comcat_diffusion.comfy.text import SAID, Said, Tokenizer, joined
 from comcat_diffusion.config import BaseSettings
-from comcat_diffusion.export.lora import export_adapter
+from comcat_diffusion.export.lora import _original_name, export_adapter
 from comcat_diffusion.export.spread import shells
 
 PACK = Path(__file__).parents[1] / "integrations" / "comfyui"
@@ -294,6 +295,22 @@ def test_several_chain_and_a_strength_of_zero_is_the_base(files, model, clip):
 
 
 @torch.no_grad()
+def test_several_subjects_in_one_file_are_several_files(files, model, clip, tmp_path, randomize):
+    pipe = load_base("embedded")
+    pipe.unet.add_adapter(ComcatConfig(r=3, foldable=True, tied=True, trigger=["ohwx"]), "other")
+    randomize(pipe.unet, "other", 7, std=0.3)
+    save_adapter(pipe, tmp_path / "other.safetensors", "other", "embedded", NOTES)
+    both = [(files["tied"], 1.0), (tmp_path / "other.safetensors", 0.5)]
+    combine(both, tmp_path / "both.safetensors", dtype=torch.float32)
+    one, heard, _ = load(*load(model, clip, files["tied"])[:2], tmp_path / "other.safetensors", 0.5)
+    made, _, _ = load(model, clip, tmp_path / "both.safetensors")
+    texts = ["a photo of sks teddy", "a photo of ohwx cat", "an ohwx cat, sks teddy", "a ball"]
+    found, expected = outputs(made, texts, heard), outputs(one, texts, heard)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found - outputs(model, texts, heard)).abs().amax(dim=1).gt(0.05).tolist() == [True, True, True, False]
+
+
+@torch.no_grad()
 def test_each_acts_where_its_mask_is_white(files, model, clip):
     texts = ["a photo of sks teddy, ohwx cat"]
     made, heard, _ = load(*load(model, clip, files["tied"])[:2], files["free"])
@@ -421,24 +438,25 @@ def test_a_new_word_is_its_vectors_and_a_word_to_its_adapter(base):
 # Names
 
 
-def test_blocks_are_counted_as_the_original_code_does():
-    """All of Stable Diffusion 1.5, where three blocks are a level."""
+@pytest.mark.parametrize("kind", ["1.5", "XL"])
+def test_blocks_are_counted_as_the_original_code_does(kind):
+    """Three blocks are a level in both; export/lora.py names those of XL for loaders that know them by these names."""
+    xl = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+    }
+    widths = (32, 64, 64) if kind == "XL" else (32, 64, 64, 64)
     with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768, block_out_channels=(32, 64, 64, 64))
-    expected = {}
-    for name, _ in unet.named_modules():
-        if name.endswith((".attn1", ".attn2")):
-            side, level, _, place = [*name.split("."), ""][:4]
-            tail = name[name.index("transformer_blocks") :]
-            if side == "mid_block":
-                expected[name] = f"middle_block.1.{tail}"
-            elif side == "down_blocks":
-                expected[name] = f"input_blocks.{3 * int(level) + int(place) + 1}.1.{tail}"
-            else:
-                expected[name] = f"output_blocks.{3 * int(level) + int(place)}.1.{tail}"
-    ends = {f"d{n}": f"input_blocks.{3 * n}.0.op" for n in (1, 2, 3)}
-    ends |= {f"u{n}": f"output_blocks.{3 * n + 2}.{1 if n == 0 else 2}.conv" for n in (0, 1, 2)}
+        unet = UNet2DConditionModel(cross_attention_dim=768, block_out_channels=widths, **(xl if kind == "XL" else {}))
+    names = [name for name, _ in unet.named_modules() if name.endswith((".attn1", ".attn2"))]
+    expected = {name: _original_name(name) for name in names}
+    levels = len(widths) - 1
+    ends = {f"d{n}": f"input_blocks.{3 * (n + 1)}.0.op" for n in range(levels)}
+    first = 2 if kind == "XL" else 1  # where the level has attentions, the block that doubles stands behind them
+    ends |= {f"u{n}": f"output_blocks.{3 * n + 2}.{first if n == 0 else 2}.conv" for n in range(levels)}
     assert list(unet_names(UNet(unet, expected | ends)).items()) == list(expected.items())
+    assert len(expected) == {"1.5": 32, "XL": 140}[kind]
 
 
 def test_an_adapter_that_acts_everywhere_is_saved_as_a_lora(files, model, tmp_path):

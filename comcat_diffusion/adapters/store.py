@@ -44,6 +44,7 @@ _CONFIG_FIELDS = (
     "foldable",
     "tied",
     "trigger",
+    "trigger_ranks",
     "target_modules",
     "exclude_modules",
     "rank_pattern",
@@ -52,7 +53,7 @@ _CONFIG_FIELDS = (
     "layers_pattern",
     "modules_to_save",
 )
-_LATER = ("tied", "trigger", "modules_to_save")  # settings that the first version did not have
+_LATER = ("tied", "trigger", "trigger_ranks", "modules_to_save")  # settings that the first version did not have
 
 
 def save_adapter(

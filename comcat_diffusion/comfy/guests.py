@@ -18,7 +18,7 @@ from comcat_diffusion.adapters.blend import blended
 from comcat_diffusion.adapters.proportions import refuse_other_shape
 from comcat_diffusion.adapters.regions import grid_of
 from comcat_diffusion.adapters.seam import View
-from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads
+from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, shared_out
 from comcat_diffusion.comfy.text import SAID, Said
 
 _UNET = "diffusion_model"
@@ -32,8 +32,14 @@ class Guest:
     name: str
     path: Path
     trigger: Trigger  # words that it waits for; none: it acts everywhere
+    waits: tuple[tuple[Trigger, int], ...]  # of several subjects: for which words how many of its ranks do
     factors: Mapping[str, Mapping[str, nn.Linear]]  # attentions are called as from the model that is patched
     scales: Mapping[str, float]  # by attention: strength times alpha / r
+
+    @property
+    def words(self) -> list[Trigger]:
+        """What calls it, or some of its ranks each."""
+        return [words for words, _ in self.waits] or ([self.trigger] if self.trigger else [])
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Guests:
     @property
     def triggers(self) -> list[Trigger]:
         """The different triggers, in the order of the masks of tokens."""
-        return list(dict.fromkeys(guest.trigger for guest in self.all if guest.trigger))
+        return list(dict.fromkeys(words for guest in self.all for words in guest.words))
 
 
 def guests_of(patcher: object) -> Guests:
@@ -166,7 +172,7 @@ class Attended(_OfGuests):
         return blended(shares, live, hidden, attend) if shares else attend(live)
 
     def _acts(self, guest: Guest, said: Mapping[Trigger, torch.Tensor]) -> bool:
-        return guest.scales[self.name] != 0 and (not guest.trigger or guest.trigger in said)
+        return guest.scales[self.name] != 0 and (not guest.trigger or any(words in said for words in guest.words))
 
     def _shares(self, live: list[str], hidden: torch.Tensor, options: Mapping) -> dict[str, torch.Tensor]:
         """Of N tokens the share, (N, 1), of every adapter that acts and has a mask; see adapters/regions.py."""
@@ -186,7 +192,10 @@ class Attended(_OfGuests):
         adapters = []
         for name in names:
             guest = self.here[name]
-            tokens = said[guest.trigger] if guest.trigger else None
+            tokens = None
+            if guest.trigger:
+                silent = torch.zeros_like(next(iter(said.values())))
+                tokens = shared_out(guest.waits, guest.trigger, lambda words: said.get(words, silent))  # noqa: B023
             if tokens is not None and not of_text:
                 tokens = tokens.amax(dim=1, keepdim=True)  # a self-attention reads no text: on its pictures, or not
             factors = self._on(device, guest)

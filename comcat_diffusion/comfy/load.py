@@ -101,8 +101,9 @@ def _guest(
     for attention in factors:
         rank = of_pattern(config.rank_pattern, attention, config.r)
         scales[names[attention]] = strength * of_pattern(config.alpha_pattern, attention, config.alpha) / rank
+    waits = tuple((tuple(words), count) for words, count in config.trigger_ranks or ())
     factors = {names[attention]: own for attention, own in factors.items()}
-    return Guest(path.stem, path.resolve(), tuple(config.trigger or ()), factors, scales)
+    return Guest(path.stem, path.resolve(), tuple(config.trigger or ()), waits, factors, scales)
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:
