@@ -115,6 +115,8 @@ def _single_file(path: Path, dtype: torch.dtype, config: str | None) -> Diffusio
         )
     folder = _config_of_single_file(path, config)
     kind = getattr(diffusers, DiffusionPipeline.load_config(folder)["_class_name"])
+    if not hasattr(kind, "from_single_file"):
+        raise ValueError(f"diffusers reads no single file of a {kind.__name__}: name the folder of such a base.")
     return _loaded(
         lambda: kind.from_single_file(path, config=str(folder), torch_dtype=dtype, local_files_only=True), path
     )

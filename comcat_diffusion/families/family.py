@@ -118,9 +118,13 @@ class Family:
         """A prompt as it is read by a pipeline whose `encode_prompt` was called with the arguments `asked`."""
         return prompt
 
-    def most_tokens(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """How many tokens of a prompt are read."""
+    def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
+        """How many tokens of a prompt a pipeline of this class reads."""
         return tokenizer.model_max_length
+
+    def states(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
+        """How many text states M it makes of them."""
+        return self.most_tokens(tokenizer, pipeline)
 
     def remarks(self, pipe: DiffusionPipeline) -> Sequence[str]:
         """What is worth knowing of this very base, a sentence each."""

@@ -98,11 +98,11 @@ def draw(
     """
     for start in range(0, len(drawings), sampling.batch_size):
         batch = drawings[start : start + sampling.batch_size]
-        negative = [sampling.negative_prompt] * len(batch) if sampling.negative_prompt else None
+        negative = {"negative_prompt": [sampling.negative_prompt] * len(batch)} if sampling.negative_prompt else {}
         with text_once(), keep_background(pipe, words) if words else nullcontext():
             drawn = pipe(
                 prompt=[drawing.prompt for drawing in batch],
-                negative_prompt=negative,
+                **negative,
                 height=sampling.resolution,
                 width=sampling.resolution,
                 **family_of(pipe).drawing,
