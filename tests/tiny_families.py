@@ -9,12 +9,15 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
 from tests import tiny_bases
 
@@ -75,3 +78,40 @@ def pixart(folder: Path, kind: type[DiffusionPipeline] = PixArtSigmaPipeline, **
         )
     pipe.save_pretrained(folder)
     return folder
+
+
+def sd3_transformer(**more) -> SD3Transformer2DModel:
+    """Three joint blocks of two heads of 8, the first with a self-attention beside, norms as in 3.5."""
+    settings = {
+        "num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16, "num_layers": 3,
+        "sample_size": 8, "pos_embed_max_size": 8, "in_channels": 4, "out_channels": 4,
+        "joint_attention_dim": 2 * WIDTH, "pooled_projection_dim": 2 * WIDTH,
+        "qk_norm": "rms_norm", "dual_attention_layers": (0,),
+    }  # fmt: skip
+    return lively(SD3Transformer2DModel(**settings | more))
+
+
+def sd35(folder: Path, t5_too: bool = True, **more) -> Path:
+    """Stable Diffusion 3.5, with or without its T5."""
+    vae = tiny_bases.vae()
+    vae.register_to_config(shift_factor=0.25, scaling_factor=1.3)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        pipe = StableDiffusion3Pipeline(
+            transformer=sd3_transformer(**more),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=vae,
+            text_encoder=tiny_bases.text_encoder(CLIPTextModelWithProjection),
+            tokenizer=tiny_bases.tokenizer(),
+            text_encoder_2=tiny_bases.text_encoder(CLIPTextModelWithProjection, "gelu"),
+            tokenizer_2=tiny_bases.tokenizer(),
+            text_encoder_3=t5(2 * WIDTH) if t5_too else None,
+            tokenizer_3=t5_tokenizer() if t5_too else None,
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def sd3(folder: Path) -> Path:
+    """Stable Diffusion 3: no norms, no self-attentions beside, and here no T5."""
+    return sd35(folder, t5_too=False, qk_norm=None, dual_attention_layers=())

@@ -25,4 +25,9 @@ def blended(
         (share.to(hidden), [one for one in live if one == name or one in everywhere]) for name, share in shares.items()
     ]
     rest = 1 - sum((share for share, _ in terms), hidden.new_zeros(hidden.shape[1], 1))
-    return sum(share * attend(names) for share, names in [*terms, (rest, everywhere)] if share.any())
+    made = [(share, attend(names)) for share, names in [*terms, (rest, everywhere)] if share.any()]
+    if not isinstance(made[0][1], tuple):
+        return sum(share * output for share, output in made)
+    # A joint attention gives the text's tokens as well, which have no place: they are as if nobody had a region.
+    text = made[-1][1][1] if rest.any() else attend(everywhere)[1]
+    return sum(share * output for share, (output, _) in made), text

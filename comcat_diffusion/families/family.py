@@ -70,6 +70,7 @@ class Family:
     part = TRANSFORMER  # the component that denoises,
     noun = "transformer"  # and what it is called in sentences
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    optional: tuple[str, ...] = ()  # components that a base may lack
     trains_text = False  # whether text encoders can be adapted and new words learned
     guidance = 7.5
     flow: Flow | None = None  # None: noise, velocities or clean latents, as the scheduler says

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from comcat_diffusion.families.family import DENOISERS, UNET, Family
 from comcat_diffusion.families.pixart import PixArt
 from comcat_diffusion.families.stable_diffusion import StableDiffusion
+from comcat_diffusion.families.stable_diffusion_3 import StableDiffusion3
 from comcat_diffusion.families.stable_diffusion_xl import StableDiffusionXL
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL(), PixArt())
+FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), PixArt())
 
 
 def names() -> str:
