@@ -67,8 +67,8 @@ def is_cross_attention(module: nn.Module) -> bool:
 
 
 def is_normed(module: nn.Module) -> bool:
-    """Whether queries and keys are normalized head by head."""
-    return getattr(module, "norm_k", None) is not None
+    """Whether queries and keys are normalized head by head; diffusers leaves that out where projections are fused."""
+    return getattr(module, "norm_k", None) is not None and not getattr(module, "fused_projections", False)
 
 
 class View:
