@@ -56,9 +56,9 @@ def lively(model: nn.Module) -> nn.Module:
 
 
 def pixart_transformer(**more) -> PixArtTransformer2DModel:
-    """Two blocks of two heads of 8, latents of 8x8 in patches of 2, learned sigma."""
+    """Two blocks of three heads of 8, latents of 8x8 in patches of 2, learned sigma."""
     settings = {
-        "num_attention_heads": 2, "attention_head_dim": 8, "cross_attention_dim": 16, "num_layers": 2,
+        "num_attention_heads": 3, "attention_head_dim": 8, "cross_attention_dim": 24, "num_layers": 2,
         "sample_size": 8, "caption_channels": WIDTH, "in_channels": 4, "out_channels": 8,
         "use_additional_conditions": False,
     }  # fmt: skip
