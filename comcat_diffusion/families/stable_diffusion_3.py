@@ -31,7 +31,7 @@ class StableDiffusion3(Family):
     optional = ("text_encoder_3", "tokenizer_3")
     guidance = 7.0
     flow = Flow(preconditioned=True)
-    flow_samplers = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+    flow_samplers = ("FlowMatchEulerDiscreteScheduler",)
 
     def encode(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         """States (B, M, E), and the pooled text (B, E') of the two CLIPs."""

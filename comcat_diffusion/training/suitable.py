@@ -85,9 +85,7 @@ def refuse_settings(config: TrainConfig, family: Family) -> None:
             raise ValueError(f"--{flag}: the text encoders of {family.name} stay as they are here; leave it out.")
     for flag, asked in of_noise if family.flow else ():
         if asked:
-            raise ValueError(
-                f"--{flag} is of bases that predict noise, and {family.name} matches a flow: leave it out."
-            )
+            raise ValueError(f"--{flag} is for bases that predict noise; {family.name} matches a flow: leave it out.")
 
 
 def _refuse(kind: str, family: Family, seer: Mapping, vae: Mapping, name: str) -> None:
