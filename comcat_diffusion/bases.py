@@ -82,12 +82,14 @@ def asked_base(config: BaseSettings, precision: str, name: str | None = None) ->
     return load_base(asked_name(config, name), precision, config.revision, config.variant, config.base_config)
 
 
-def config_folder(config: BaseSettings) -> Path:
+def config_folder(config: BaseSettings, name: str | None = None) -> Path:
     """Where the configurations and tokenizers of a base are; of a hub base, these small files alone are fetched.
+
+    `name` is the base where the settings leave it open.
 
     Raises FileNotFoundError or ValueError as `load_base` does.
     """
-    name = asked_name(config)
+    name = asked_name(config, name)
     path = place_of(name)
     if path.is_dir():
         return path

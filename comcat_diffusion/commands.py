@@ -243,34 +243,53 @@ def _size(path: str | Path) -> str:
 
 
 def export(parsed: argparse.Namespace) -> int:
-    """Write an adapter as an ordinary LoRA file."""
+    """Write an adapter as an ordinary LoRA file, for ComfyUI, Forge, A1111, kohya's scripts, InvokeAI and diffusers."""
     config = from_arguments(ExportConfig, parsed)
     atomic.refuse_bad_target(config.output, config.overwrite)
     from comcat_diffusion.adapters.header import read_adapter
-    from comcat_diffusion.export.fit import refuse_foldable, refuse_inexpressible
+    from comcat_diffusion.export.beside import files_beside
+    from comcat_diffusion.export.clients import CLIENTS, format_of
+    from comcat_diffusion.export.fit import is_free, needs_base, refuse_exact, refuse_inexpressible, waits
 
     header = read_adapter(config.adapter)
     if config.approximate:
-        refuse_foldable(header, config.adapter)
+        refuse_exact(header, config.adapter)
         place_of(asked_name(config, header.base_model))
     else:
         refuse_inexpressible(header, config.adapter)
+    beside = files_beside(config.output, header, config.for_, config.preview)
+    for file in beside:
+        atomic.refuse_bad_target(file, config.overwrite, "Beside --output,")
     _quiet()
     from comcat_diffusion import bases
     from comcat_diffusion.export.approximate import approximate
+    from comcat_diffusion.export.everywhere import act_everywhere
     from comcat_diffusion.export.lora import export_adapter
+    from comcat_diffusion.export.spread import shells
 
     with tempfile.TemporaryDirectory() as folder:
         source = config.adapter
         if config.approximate:
             prompts = config.prompt or [header.notes.example]
             pipe = bases.asked_base(config, "fp32", header.base_model)
-            source = Path(folder) / Path(config.adapter).name
-            found = approximate(pipe, config.adapter, source, prompts, math.inf if config.force else 0.1)
-            print(f"The closest foldable adapter differs by {found.error:.1%} of the adapter's effect.")
-        made = export_adapter(source, config.output, config.format, bases.PRECISIONS[config.save_precision])
-    for file in made.files:
+            if is_free(header):
+                source = Path(folder) / "foldable.safetensors"
+                found = approximate(pipe, config.adapter, source, prompts, math.inf if config.force else 0.1)
+                print(f"The closest foldable adapter differs by {found.error:.1%} of the adapter's effect.")
+            if waits(header):
+                waiting, source = source, Path(folder) / "everywhere.safetensors"
+                freed = act_everywhere(pipe, waiting, source, prompts)
+                print(freed.told)
+        models = shells(config, header, config.adapter) if needs_base(header) else None
+        precision, format = bases.PRECISIONS[config.save_precision], format_of(config.for_, config.format)
+        made = export_adapter(source, config.output, format, precision, models)
+    for file, content in beside.items():
+        atomic.write_bytes(file, content)
+    for file in (*made.files, *beside):
         print(f"Wrote {file} ({_size(file)}).")
+    client = CLIENTS[config.for_]
+    words = f"; its new words: {client.words}" if client.words and len(made.files) > 1 else ""
+    print(f"For {client.name}: {client.loras}{words}.")
     return 0
 
 
@@ -413,7 +432,13 @@ def push(parsed: argparse.Namespace) -> int:
     config = from_arguments(PushConfig, parsed)
     from comcat_diffusion.export.shareable import refuse_unshareable
 
-    refuse_unshareable(config.repo_id, config.adapter, config.sheet, config.lora)
+    refuse_unshareable(config.repo_id, config.adapter, config.sheet, bool(config.lora))
+    if config.space:
+        from comcat_diffusion.export.space import build_space
+
+        made = build_space(config.space, config.repo_id, config.adapter, config.sheet)
+        print(f"Wrote {made}; hf upload OWNER/NAME {made} --repo-type space makes it a page of the hub.")
+        return 0
     _quiet()
     from comcat_diffusion.export.hub import push
     from comcat_diffusion.export.share import build_folder

@@ -34,6 +34,11 @@ def option(default: object, help: str, **more: object) -> typing.Any:
     return field(default=default, metadata={"help": help, **more})
 
 
+def flag_of(item: object) -> str:
+    """The flag, without its dashes, of a field; one that Python keeps for itself has an underscore behind it."""
+    return item.name.rstrip("_")
+
+
 def require(holds: bool, message: str) -> None:
     """Raise ValueError with the message unless it holds."""
     if not holds:
@@ -67,13 +72,12 @@ class Group:
     def __post_init__(self) -> None:
         for item in fields(self):
             missing = item.metadata.get("required")
-            require(
-                not missing or getattr(self, item.name) not in (None, "", []), f"--{item.name} is missing: {missing}."
-            )
+            there = getattr(self, item.name) not in (None, "", [])
+            require(not missing or there, f"--{flag_of(item)} is missing: {missing}.")
         for item in fields(self):  # a TOML file knows nothing of a flag's choices
             choices, value = item.metadata.get("choices"), getattr(self, item.name)
             known = not choices or value in choices or (value is None and item.default is None)
-            require(known, f"--{item.name} must be one of {', '.join(choices or ())}, not {value!r}.")
+            require(known, f"--{flag_of(item)} must be one of {', '.join(choices or ())}, not {value!r}.")
         for kind in reversed(type(self).__mro__):
             if "check" in vars(kind):
                 kind.check(self)
@@ -115,14 +119,14 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type, everything: bool 
             if not (everything or item.metadata.get("usual") or item.metadata.get("required")):
                 settings["help"] = argparse.SUPPRESS
                 left_out += 1
-            shown.add_argument(f"--{item.name}", default=argparse.SUPPRESS, **settings)
+            shown.add_argument(f"--{flag_of(item)}", dest=item.name, default=argparse.SUPPRESS, **settings)
     return left_out
 
 
 def required_flags(kind: type) -> list[str]:
     """What a command cannot do without, as it is written."""
     return [
-        f"--{item.name} {_METAVARS[value_type(typing.get_type_hints(kind)[item.name])[0]]}"
+        f"--{flag_of(item)} {_METAVARS[value_type(typing.get_type_hints(kind)[item.name])[0]]}"
         for item in fields(kind)
         if item.metadata.get("required")
     ]
@@ -188,11 +192,14 @@ def read_toml(kind: type, path: str | Path) -> dict:
 
 
 def _table(kind: type, content: dict, path: Path, within: str = "") -> dict:
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(content) - set(hints))
+    hints, names = typing.get_type_hints(kind), {flag_of(item): item.name for item in fields(kind)}
+    unknown = sorted(set(content) - set(names))
     if unknown:
         raise ValueError(f"--config: {path} has unknown settings: {', '.join(within + name for name in unknown)}.")
-    return {name: _checked(within + name, v, *value_type(hints[name]), path) for name, v in content.items()}
+    found = {names[flag]: (flag, value) for flag, value in content.items()}
+    return {
+        name: _checked(within + flag, value, *value_type(hints[name]), path) for name, (flag, value) in found.items()
+    }
 
 
 def _checked(name: str, value: object, kind: type, several: bool, path: Path) -> object:
@@ -239,7 +246,7 @@ def is_hub_id(name: str) -> bool:
 
 def to_toml(config: object) -> str:
     """Every setting that is set, as TOML that `read_toml` takes back."""
-    return tomli_w.dumps(_set_values(asdict(config)))
+    return tomli_w.dumps(_set_values({flag_of(item): asdict(config)[item.name] for item in fields(config)}))
 
 
 def _set_values(table: dict) -> dict:

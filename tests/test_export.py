@@ -220,7 +220,7 @@ def test_sdxl_with_both_text_encoders(build_xl, randomize, tmp_path, format):
 def test_what_no_lora_can_express_is_refused_by_name(live, tiny_clip, randomize, tmp_path):
     target = tmp_path / "lora.safetensors"
     free = written(live, tmp_path / "free.safetensors", randomize, foldable=False)
-    with pytest.raises(AdapterFileError, match=r"free\.safetensors is a free adapter.*--kind foldable"):
+    with pytest.raises(AdapterFileError, match=r"free\.safetensors is a free adapter.*--as lora"):
         export_adapter(free, target)
     with pytest.raises(ValueError, match="one of diffusers-lora, kohya, not 'a1111'"):
         export_adapter(free, target, "a1111")

@@ -12,7 +12,7 @@ import pytest
 import comcat_diffusion
 from comcat_diffusion import read_adapter
 from comcat_diffusion.cli import COMMANDS, _parser, main
-from comcat_diffusion.config import FEW, from_arguments
+from comcat_diffusion.config import FEW, flag_of, from_arguments
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.named import with_words
 
@@ -60,8 +60,8 @@ def test_help_shows_what_is_usual_and_all_of_it_when_asked(command, capsys, monk
     monkeypatch.setenv("COLUMNS", "200")
     kind = COMMANDS[command][1]
     short, whole = printed(capsys, command, "--help"), printed(capsys, command, "--help-all")
-    every = {item.name for item in settings(kind)}
-    usual = {item.name for item in settings(kind) if item.metadata.get("usual") or item.metadata.get("required")}
+    every = {flag_of(item) for item in settings(kind)}
+    usual = {flag_of(item) for item in settings(kind) if item.metadata.get("usual") or item.metadata.get("required")}
     assert flags_in(whole) == every
     assert flags_in(short) == (every if len(every) <= FEW else usual) and len(flags_in(short)) <= 18
     left = len(every) - len(flags_in(short))

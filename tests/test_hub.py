@@ -68,9 +68,9 @@ def folder(tmp_path):
 
 def test_everything_that_is_shared_and_nothing_else(written, sheet, folder):
     file = written()
-    build_folder(folder, "me/my-dog", file, sheet, lora=True)
-    loras = ["sks-dog-diffusers-lora.safetensors", "sks-dog-kohya-lora.safetensors"]
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["README.md", "sheet.png", file.name, *loras])
+    build_folder(folder, "me/my-dog", file, sheet)
+    lora = "sks-dog-lora.safetensors"  # by default, as it is one exactly
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["README.md", "sheet.png", file.name, lora])
     assert (folder / file.name).read_bytes() == file.read_bytes()
     with Image.open(folder / "sheet.png") as shared:
         assert not shared.text and np.asarray(shared).shape == (20, 30, 3)
@@ -82,8 +82,10 @@ def test_everything_that_is_shared_and_nothing_else(written, sheet, folder):
         "![Samples](sheet.png)",
         "comcat pull --repo_id me/my-dog",
         'comcat generate --adapter sks-dog.safetensors --prompt "a \\"good\\" photo of sks dog"',
-        f'pipe.load_lora_weights("me/my-dog", weight_name="{loras[0]}")',
-        f"With ComfyUI, A1111 or Forge: put `{loras[1]}`",
+        f'pipe.load_lora_weights("me/my-dog", weight_name="{lora}")',
+        f"With ComfyUI, Forge, A1111, InvokeAI or SD.Next: put `{lora}`",
+        "| comcat-diffusion, its ComfyUI node | `sks-dog.safetensors` |",
+        f"| ComfyUI, Forge, A1111, InvokeAI, SD.Next, diffusers, kohya's scripts | `{lora}` |",
         "| training | resolution 64, steps 3 |",
         "foldable, rank 2",
     ):
@@ -106,7 +108,7 @@ def test_the_card_is_the_same_text_each_time_and_tells_no_path(written, folder, 
         assert read_adapter(shared).base_model == Path(base).name and str(tmp_path).encode() not in shared.read_bytes()
         mine, theirs = load_file(file), load_file(shared)
         assert mine.keys() == theirs.keys() and all((mine[name] == theirs[name]).all() for name in mine)
-        assert "base_model" not in cards[0] and "diffusers alone" not in cards[0] and "ComfyUI" not in cards[0]
+        assert "base_model" not in cards[0] and "diffusers alone" not in cards[0] and "Forge" not in cards[0]
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "sks-dog.safetensors"]
 
 
@@ -164,7 +166,7 @@ def test_only_adapters_are_fetched_and_no_other_file_is_replaced(written, folder
 def test_an_adapter_goes_to_a_hub_and_comes_back(written, sheet, tmp_path):
     """By huggingface_hub's own requests, to a hub of ours: it takes address and token from the environment."""
     file, target, home = written(), tmp_path / "fetched", tmp_path / "home"
-    push = ["push", "--adapter", str(file), "--sheet", str(sheet), "--private", "--repo_id"]
+    push = ["push", "--adapter", str(file), "--sheet", str(sheet), "--private", "--no-lora", "--repo_id"]
     with hub_server.running("hf_mine") as hub:
         commands = (
             ("hf_of_somebody_else", [*push, "me/not-shared"]),

@@ -76,7 +76,7 @@ def test_a_quoted_string_is_one_of_yaml_and_of_python(words):
 def carded(trigger, name="sks-dog.safetensors", base="somebody/base", training=None):
     notes = Notes(trigger, f"a photo of {trigger} dog", "dog", training or {})
     header = Header({"unet": {"r": 2, "foldable": True}}, base, "", {}, notes, {"torch": "2"})
-    return card(header, Shared("me/my-dog", name, 1000, diffusers_lora="d.safetensors", kohya_lora=name, words=(name,)))
+    return card(header, Shared("me/my-dog", name, 1000, lora=name, words=(name,)))
 
 
 @pytest.mark.parametrize("trigger", [*WORDS, "$(rm -rf x)", "`rm`", "wow!"])
@@ -85,13 +85,14 @@ def test_a_card_shows_every_learned_word_and_keeps_its_form(trigger):
     front = ModelCard(made).data
     assert front.instance_prompt == f"a photo of {trigger} dog" and front.base_model == "somebody/base"
     seen = Seen(made.split("---\n", 2)[2])
-    assert [words for kind, words in seen if kind == "heading"] == [f"{trigger} dog", "Use", "Facts"]
+    assert [words for kind, words in seen if kind == "heading"] == [f"{trigger} dog", "Where it works", "Use", "Facts"]
     paragraphs = seen.of("paragraph")
     assert any(f"Write {trigger} dog in a prompt" in words for words in paragraphs)
     assert any(f"choose it with strength 1, and write {trigger} dog." in words for words in paragraphs)
     cells = seen.of("td")
     assert cells[cells.index("training") + 1] == f"note {trigger}"
-    assert [cells[n] for n in (0, 2, 4, 6)] == ["file", "adapter of unet", "training", "written by"]
+    facts = cells[cells.index("file") :]
+    assert [facts[n] for n in (0, 2, 4, 6)] == ["file", "adapter of unet", "training", "written by"]
     shell, python = seen.of("code")
     assert shlex.split(shell.splitlines()[1])[-1] == f"a photo of {trigger} dog"
     (prompt,) = [line for line in python.splitlines() if line.startswith("pipe(")]
@@ -101,7 +102,8 @@ def test_a_card_shows_every_learned_word_and_keeps_its_form(trigger):
 @pytest.mark.parametrize("name", ["a|b.safetensors", "my dog.safetensors", "a`b.safetensors", "$x.safetensors"])
 def test_a_card_names_every_file_as_it_is(name):
     seen = Seen(carded("sks", name).split("---\n", 2)[2])
-    assert seen.of("td")[1] == f"{name}, 1,000 bytes"
+    cells = seen.of("td")
+    assert cells[1] == cells[3] == name and cells[5] == f"{name}, 1,000 bytes"
     assert shlex.split(seen.of("code")[0].splitlines()[1])[3] == name
     assert any(f"put {name} into" in words for words in seen.of("paragraph"))
 

@@ -233,14 +233,17 @@ def test_in_the_way_up_no_step_goes_back_through_the_way_down(config, monkeypatc
 
 @pytest.mark.slow
 def test_a_compiled_unet_learns_the_same(config, tmp_path):
+    torch.compiler.reset()  # torch 2.13 cannot compile again, for all sizes, what an earlier test compiled for one
+    # A large epsilon makes AdamW's step a smooth function of the gradient: otherwise the sign of a gradient that is
+    # zero up to the compiler's rounding decides about a whole step.
+    smooth = {"learning_rate": 1e-1, "adam_epsilon": 1e-1, "lr_scheduler": "constant"}
     losses = {}
     for compiled in (False, True):
         listener = Listener()
-        customize(
-            config(compile=compiled, skip_final_inference=True, output_dir=str(tmp_path / str(compiled))), listener
-        )
+        customize(config(compile=compiled, **smooth, output_dir=str(tmp_path / str(compiled))), listener)
         losses[compiled] = [step.loss for step in listener.steps]
-    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert losses[True][0] != losses[True][-1]
 
 
 def test_trackers_get_the_loss(config, tmp_path):

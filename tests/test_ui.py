@@ -211,3 +211,13 @@ def test_who_may_come_in_and_whether_a_browser_opens_is_asked_for(tmp_path, monk
         ("0.0.0.0", True, False),
     ]
     assert main(["ui", "--port", "0", "--output_dir", str(tmp_path)]) == commands.BAD_INPUT
+
+
+def test_in_drawing_mode_the_page_offers_no_more_than_drawing(tmp_path):
+    (tmp_path / "dog.safetensors").touch()
+    made = page.build(tmp_path, teaches=False)
+    (draw,) = [function for function in made.fns.values() if function.api_name == "draw"]
+    labels = [component.label for component in draw.inputs]
+    assert labels == ["adapter", "prompt", "num_images", "seed", "scale", "compare"]
+    assert draw.inputs[0].value == [str(tmp_path / "dog.safetensors")]
+    assert not any(function.api_name == "teach" for function in made.fns.values())

@@ -20,20 +20,29 @@ SAMPLES = 64
 
 def fingerprint(denoiser: nn.Module, prediction_type: str) -> dict:
     """What identifies a base: plain JSON, about a kilobyte."""
-    attentions = {name: module for name, module in plain_modules(denoiser).items() if seam.why_not(module) is None}
-    layout = []
-    for name, module in attentions.items():
-        style = style_of(module)
-        q, k = (seam.plain(p) for p in style.projections(module)[:2])
-        layout.append([name, style.head_count(module), q.in_features, k.in_features, q.out_features])
+    attentions = _attentions(denoiser)
     return {
         "class": type(denoiser).__name__,
         "cross_attention_dim": getattr(getattr(denoiser, "config", None), "cross_attention_dim", None),
-        "heads": sorted({entry[1] for entry in layout}),
+        "heads": sorted({style_of(module).head_count(module) for module in attentions.values()}),
         "prediction_type": prediction_type,
-        "layout": hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:16],
+        "layout": layout_of(denoiser),
         "sketch": _sketch(list(attentions.values())),
     }
+
+
+def layout_of(denoiser: nn.Module) -> str:
+    """A hash of which attentions there are, and of which widths; weights are not looked at."""
+    layout = []
+    for name, module in _attentions(denoiser).items():
+        style = style_of(module)
+        q, k = (seam.plain(p) for p in style.projections(module)[:2])
+        layout.append([name, style.head_count(module), q.in_features, k.in_features, q.out_features])
+    return hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:16]
+
+
+def _attentions(denoiser: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in plain_modules(denoiser).items() if seam.why_not(module) is None}
 
 
 def _sketch(attentions: list[nn.Module]) -> list[float]:

@@ -35,6 +35,11 @@ class Notes:
     others: list[dict] = field(default_factory=list)  # trigger and class_word of every further subject
 
     @property
+    def phrase(self) -> str:
+        """How a prompt names the subject."""
+        return f"{self.trigger} {self.class_word}".strip()
+
+    @property
     def example(self) -> str:
         """A prompt to try the adapter with."""
         return self.instance_prompt or f"a photo of {self.trigger} {self.class_word}".strip()

@@ -7,6 +7,7 @@ from urllib.parse import quote
 from comcat_diffusion import markdown
 from comcat_diffusion.adapters.header import Header, kind_of
 from comcat_diffusion.config import EMBEDDED, is_hub_id
+from comcat_diffusion.export.fit import waits
 
 _CARD = """\
 ---
@@ -17,6 +18,10 @@ _CARD = """\
 
 A [COMCAT](https://arxiv.org/abs/2305.17235) adapter of {base}. Write {phrase} in a prompt to call what it learned.
 {sheet}
+## Where it works
+
+{works}
+
 ## Use
 
 With comcat-diffusion:
@@ -37,9 +42,10 @@ With diffusers alone:
     pipe.load_lora_weights({repo_id}, weight_name={file})
     pipe({prompt}).images[0]
 """
-_COMFY = """
-With ComfyUI, A1111 or Forge: put {file} into the folder of LoRAs, choose it with strength 1, and write {phrase}.
+_CLIENTS = """
+With {clients}: put {file} into the folder of LoRAs, choose it with strength 1, and write {phrase}.
 """
+_OTHERS = "ComfyUI, Forge, A1111, InvokeAI or SD.Next"
 
 
 @dataclass(frozen=True)
@@ -50,23 +56,20 @@ class Shared:
     adapter: str
     bytes: int
     sheet: str = ""
-    diffusers_lora: str = ""
-    kohya_lora: str = ""
+    lora: str = ""  # which every program reads
     words: tuple[str, ...] = ()  # textual-inversion files of new words
 
 
 def card(header: Header, shared: Shared) -> str:
     """The README.md of a model repository; the same file gives the same text."""
     notes, base = header.notes, public_base(header)
-    words = f"{notes.trigger} {notes.class_word}".strip()
+    words = notes.phrase
     phrase = markdown.code(words) if words else "the prompt that it was trained with"
     others = ""
-    if shared.diffusers_lora:
-        named = {"base": base or "BASE", "repo_id": shared.repo_id, "file": shared.diffusers_lora}
-        named["prompt"] = notes.example
+    if shared.lora:
+        named = {"base": base or "BASE", "repo_id": shared.repo_id, "file": shared.lora, "prompt": notes.example}
+        others += _CLIENTS.format(clients=_OTHERS, file=markdown.code(shared.lora), phrase=phrase)
         others += _DIFFUSERS.format(**{name: markdown.quoted(value) for name, value in named.items()})
-    if shared.kohya_lora:
-        others += _COMFY.format(file=markdown.code(shared.kohya_lora), phrase=phrase)
     if shared.words:
         others += f"\nIts new words are embeddings of their own: {', '.join(map(markdown.code, shared.words))}.\n"
     return _CARD.format(
@@ -74,6 +77,7 @@ def card(header: Header, shared: Shared) -> str:
         title=markdown.text(words or shared.adapter.removesuffix(".safetensors")),
         base=f"[{markdown.text(base)}](https://huggingface.co/{quote(base)})" if base else _unpublished(header),
         phrase=phrase,
+        works=_works(header, shared),
         sheet=f"\n![Samples]({shared.sheet})\n" if shared.sheet else "",
         repo_id=shared.repo_id,
         file=_argument(shared.adapter),
@@ -99,6 +103,20 @@ def _argument(words: str, always: bool = False) -> str:
     if any(letter in line for letter in "$`\\!"):
         return shlex.quote(line)
     return markdown.quoted(line) if always or shlex.quote(line) != line else line
+
+
+def _works(header: Header, shared: Shared) -> str:
+    """A table of which program reads which file."""
+    rows = [("comcat-diffusion, its ComfyUI node", shared.adapter)]
+    rows += [(f"{_OTHERS.replace(' or', ',')}, diffusers, kohya's scripts", shared.lora)] if shared.lora else []
+    lines = ["| program | file |", "| --- | --- |"]
+    lines += [f"| {program} | {markdown.code(file, in_table=True)} |" for program, file in rows]
+    if waits(header):
+        lines += [
+            "",
+            "It acts from its trigger on alone, which no LoRA can: a prompt without it draws the base's picture.",
+        ]
+    return "\n".join(lines)
 
 
 def _front(header: Header, base: str) -> str:

@@ -9,6 +9,7 @@ from comcat_diffusion.config import (
     require_at_least,
     require_finite,
 )
+from comcat_diffusion.export.clients import CLIENTS, FORMATS, format_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +31,37 @@ class OneAdapter(OneOutput):
 class ExportConfig(BaseSettings, OneAdapter):
     """The export"""
 
-    format: str = option(
-        "diffusers-lora",
-        "Whose names the LoRA's tensors have. diffusers-lora: for load_lora_weights of diffusers alone. kohya: for "
-        "ComfyUI, A1111, Forge and kohya's scripts (sd-scripts); diffusers reads it too.",
-        choices=("diffusers-lora", "kohya"),
+    for_: str = option(
+        "all",
+        "The program that will read the LoRA. all: one file that each of them reads, ComfyUI, Forge, A1111, kohya's "
+        "scripts, InvokeAI and diffusers.",
+        choices=tuple(CLIENTS),
+    )
+    format: str | None = option(
+        None,
+        "Whose names the LoRA's tensors have, if not those that the program reads: kohya (all of them) or "
+        "diffusers-lora (diffusers' load_lora_weights alone). Default: as --for says.",
+        choices=FORMATS,
     )
     save_precision: str = option("fp32", "Precision of the LoRA; fp32 is exact.", choices=("fp32", "fp16"))
-    approximate: bool = option(False, "Of a free adapter, export the closest foldable one; needs its base.")
-    prompt: list[str] = option([], "Prompts that the approximation is fitted on. Default: the adapter's own.")
-    force: bool = option(False, "Write an approximation that differs by more than a tenth of the adapter's effect.")
+    preview: str | None = option(
+        None,
+        "A picture, written as NAME.png beside the LoRA, where galleries look for it. Default: the adapter's "
+        "thumbnail, if it has one.",
+    )
+    approximate: bool = option(
+        False,
+        "Of an adapter that no LoRA can express, export the closest one, and print what that costs: of a free one the "
+        "closest foldable one, of one that waits for its trigger one that acts everywhere. Needs its base.",
+    )
+    prompt: list[str] = option([], "Prompts that the cost is measured on. Default: the adapter's own.")
+    force: bool = option(
+        False, "Write a foldable approximation that differs by more than a tenth of what a free one does."
+    )
+
+    def check(self) -> None:
+        """The program reads the format."""
+        format_of(self.for_, self.format)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +143,14 @@ class PushConfig(Group):
     )
     private: bool = option(False, "Make a new repository private.")
     sheet: str | None = option(None, "A picture of samples for the card, for instance pictures/sheet.png.")
-    lora: bool = option(False, "Of a foldable adapter, also share it as LoRA files for diffusers and ComfyUI.")
+    lora: bool | None = option(
+        None, "Also share it as a LoRA that every program reads. Default: where it is one exactly, without its base."
+    )
+    space: str | None = option(
+        None,
+        "Share nothing, but fill this new folder with all that a Space of the hub needs: the page that draws with the "
+        "adapter. The base must be on the hub.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,22 +16,24 @@ def refuse_trigger(header: Header, adapter: str | Path) -> None:
     waiting = [config["trigger"][0] for config in header.config.values() if config.get("trigger")]
     if waiting:
         raise AdapterFileError(
-            f"{adapter} acts from '{waiting[0]}' on, which weights cannot tell: train it again with --everywhere and "
-            "--kind foldable, or use it as it is with comcat-diffusion."
+            f"{adapter} acts from '{waiting[0]}' on, which weights cannot tell: use it as it is with comcat-diffusion "
+            "or its ComfyUI node, train it again with --as lora, or take the closest LoRA (export --approximate)."
         )
 
 
 def refuse_inexpressible(header: Header, adapter: str | Path) -> None:
     """Raise AdapterFileError for an adapter that is no LoRA of a model that other tools know."""
     refuse_trigger(header, adapter)
-    kinds = {kind_of(config) for config in header.config.values()}
-    if "tied" in kinds:
-        raise AdapterFileError(f"{adapter} is tied, of which no LoRA is written: train it again with --kind foldable.")
-    if "free" in kinds:
+    if is_free(header):
         raise AdapterFileError(
-            f"{adapter} is a free adapter, which no LoRA can express: train it again with --kind foldable, or use it "
-            "as it is with comcat-diffusion."
+            f"{adapter} is a free adapter, which no LoRA can express: use it as it is with comcat-diffusion or its "
+            "ComfyUI node, train it again with --as lora, or take the closest LoRA (export --approximate)."
         )
+    refuse_other_models(header, adapter)
+
+
+def refuse_other_models(header: Header, adapter: str | Path) -> None:
+    """Raise AdapterFileError for an adapter of what no LoRA file of other tools is for."""
     other, kind = sorted(set(header.config) - set(PROJECTIONS)), header.fingerprint.get("class")
     if other or kind != "UNet2DConditionModel":
         told = f"adapts {', '.join(other)}" if other else f"is for a {kind}"
@@ -41,10 +43,38 @@ def refuse_inexpressible(header: Header, adapter: str | Path) -> None:
         )
 
 
+def is_free(header: Header) -> bool:
+    """Whether an adapter adds what is outside of its base's heads."""
+    return any(kind_of(config) == "free" for config in header.config.values())
+
+
+def waits(header: Header) -> bool:
+    """Whether an adapter acts from its trigger on alone."""
+    return any(config.get("trigger") for config in header.config.values())
+
+
+def is_exact(header: Header) -> bool:
+    """Whether an adapter is a LoRA up to rounding: a tied one together with its base, any other alone."""
+    of_unet = header.fingerprint.get("class") == "UNet2DConditionModel" and not set(header.config) - set(PROJECTIONS)
+    whole = any(config.get("modules_to_save") for config in header.config.values())
+    return of_unet and not (whole or is_free(header) or waits(header))
+
+
+def needs_base(header: Header) -> bool:
+    """Whether a file alone does not say of which attentions it is, see export/spread.py."""
+    return any(config.get("tied") for config in header.config.values())
+
+
+def refuse_exact(header: Header, adapter: str | Path) -> None:
+    """Raise AdapterFileError for an adapter that need not be approximated, or that is of no model with LoRA files."""
+    refuse_other_models(header, adapter)
+    if is_exact(header):
+        raise AdapterFileError(f"{adapter} is foldable already and exports exactly; nothing has to be approximated.")
+
+
 def refuse_foldable(header: Header, adapter: str | Path) -> None:
-    """Raise AdapterFileError for an adapter that is not approximated: one that need not be, or one of more parts."""
-    refuse_trigger(header, adapter)
-    if any(config.get("foldable") for config in header.config.values()):
+    """Raise AdapterFileError for an adapter that has no closest foldable one: it is one, or is of more parts."""
+    if not is_free(header):
         raise AdapterFileError(f"{adapter} is foldable already and exports exactly; nothing has to be approximated.")
     others = sorted(set(header.config) - set(DENOISERS))
     if others:
@@ -69,5 +99,5 @@ def refuse_unmergeable(adapters: Sequence[tuple[str | Path, float]], output: str
         if free:
             raise AdapterFileError(
                 f"{path} is a free adapter ({', '.join(free)}), which folds into no stock checkpoint: train it again "
-                "with --kind foldable, or use it as it is with comcat-diffusion."
+                "with --as lora, or use it as it is with comcat-diffusion."
             )

@@ -11,26 +11,27 @@ differ by module go together, so no strength is left to them: s is in `up`, and 
 Letters: H heads, D head width, R rank, C channels, K = H*R.
 """
 
-import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from comcat_diffusion import atomic
 from comcat_diffusion.adapters.as_lora import text_encoder_name, up_of
-from comcat_diffusion.adapters.header import KEY, AdapterFileError, Header
+from comcat_diffusion.adapters.header import AdapterFileError, Header
 from comcat_diffusion.adapters.store import TOKEN, safetensors_bytes
 from comcat_diffusion.adapters.terms import Contents, Term, read_contents
-from comcat_diffusion.config import is_hub_id
-from comcat_diffusion.export.fit import PROJECTIONS, refuse_inexpressible
+from comcat_diffusion.export.clients import FORMATS
+from comcat_diffusion.export.fit import PROJECTIONS, needs_base, refuse_inexpressible
+from comcat_diffusion.export.metadata import lora_metadata
+from comcat_diffusion.export.spread import spread
 
-FORMATS = ("diffusers-lora", "kohya")
 _CLIPS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _WIDTH_SDXL, _SDXL_BLOCK = 2048, 3  # width of SDXL's text states; attentions and a resampler per block of its U-Net
-_BASE_VERSIONS = {768: "sd_v1", 1024: "sd_v2", _WIDTH_SDXL: "sdxl_base_v1-0"}
 
 
 @dataclass(frozen=True)
@@ -57,26 +58,41 @@ class Exported:
 
 
 def export_adapter(
-    adapter: str | Path, output: str | Path, format: str = "diffusers-lora", dtype: torch.dtype = torch.float32
+    adapter: str | Path,
+    output: str | Path,
+    format: str = "kohya",
+    dtype: torch.dtype = torch.float32,
+    models: Mapping[str, nn.Module] | None = None,
 ) -> Exported:
-    """Write a foldable adapter file as a LoRA file. No base is needed.
+    """Write a foldable or tied adapter file as a LoRA file.
 
-    `diffusers-lora` is what `pipe.load_lora_weights` reads, `kohya` what A1111, Forge, ComfyUI and kohya's scripts
-    read as well. A new word becomes a textual-inversion file beside it, OUTPUT_emb.safetensors: other tools load such
+    `kohya` is what A1111, Forge, ComfyUI, InvokeAI, kohya's scripts and diffusers read, `diffusers-lora` what
+    `pipe.load_lora_weights` reads. `models` are the parts of a tied adapter's base, see export/spread.py; other kinds
+    need no base. A new word becomes a textual-inversion file beside it, OUTPUT_emb.safetensors: other tools load such
     embeddings by themselves, A1111 and ComfyUI under the file's name. In float32 the LoRA does what the adapter does
     up to rounding. Raises AdapterFileError for a free adapter and for one that waits for its trigger, which no LoRA can
-    express, for a tied one, for a model that those tools do not know, and for an adapter that does nothing.
+    express, for a tied one without its base, for a model that those tools do not know, and for an adapter that does
+    nothing.
     """
     if format not in FORMATS:
         raise ValueError(f"The format must be one of {', '.join(FORMATS)}, not '{format}'.")
     contents = read_contents(adapter)
     header = contents.header
     refuse_inexpressible(header, adapter)
+    if needs_base(header):
+        if models is None:
+            raise AdapterFileError(f"{adapter} is tied: name its base, of whose attentions it does not speak.")
+        contents = spread(contents, models, adapter)
     loras = [lora for term in contents.terms for lora in as_loras(term)]
     if not loras:
         raise AdapterFileError(f"{adapter} adds nothing to its base, since all its products are zero; train it first.")
-    tensors, metadata = _diffusers(loras, header) if format == "diffusers-lora" else _kohya(loras, header, Path(output))
+    if format == "kohya":
+        tensors, alpha = _kohya(loras, header)
+    else:
+        tensors, alpha = _diffusers(loras), None
     tensors = {name: tensor if tensor.dim() == 0 else tensor.to(dtype) for name, tensor in tensors.items()}
+    ranks = Counter(lora.rank for lora in loras)
+    metadata = lora_metadata(header, tensors, Path(output), ranks, alpha)
     files = {Path(output): safetensors_bytes(tensors, metadata)} | _word_files(contents, Path(output))
     for path, content in files.items():
         atomic.write_bytes(path, content)
@@ -90,7 +106,8 @@ def as_loras(term: Term) -> list[Lora]:
     for projection, down, core in zip(
         PROJECTIONS[term.part], ("k_down", "v_down"), ("q_core", "out_core"), strict=True
     ):
-        up = up_of(factors[core], len(factors[down]), term.heads, term.scale)  # H*D, K
+        heads = len(factors[core]) // term.rank  # of a tied term all of them share the rows of `down`
+        up = up_of(factors[core], len(factors[down]), heads, term.scale)  # H*D, K
         acts = (up != 0).any(dim=0) & (factors[down] != 0).any(dim=1)  # K: columns of heads that were cut act nothing
         if acts.any():
             loras.append(Lora(term.part, f"{term.attention}.{projection}", factors[down][acts], up[:, acts]))
@@ -112,39 +129,28 @@ def _word_files(contents: Contents, output: Path) -> dict[Path, bytes]:
 # diffusers: alpha is not written, and means the rank of each module
 
 
-def _diffusers(loras: list[Lora], header: Header) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _diffusers(loras: list[Lora]) -> dict[str, torch.Tensor]:
     tensors = {}
     for lora in loras:
         name = lora.projection if lora.part == "unet" else text_encoder_name(lora.projection)
         tensors[f"{lora.part}.{name}.lora_A.weight"] = lora.down
         tensors[f"{lora.part}.{name}.lora_B.weight"] = lora.up
-    return tensors, _modelspec(header)
-
-
-def _modelspec(header: Header) -> dict[str, str]:
-    pairs = {name: value for name, value in header.metadata().items() if name != KEY}
-    pairs["modelspec.architecture"] = pairs["modelspec.architecture"].replace("/comcat", "/lora")
-    pairs["modelspec.usage_hint"] = f'Prompt with "{_phrase(header)}".'
-    return pairs
-
-
-def _phrase(header: Header) -> str:
-    return f"{header.notes.trigger} {header.notes.class_word}".strip()
+    return tensors
 
 
 # kohya: one alpha for the whole file
 
 
-def _kohya(loras: list[Lora], header: Header, output: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    ranks = Counter(lora.rank for lora in loras)
-    alpha = float(ranks.most_common(1)[0][0])
+def _kohya(loras: list[Lora], header: Header) -> tuple[dict[str, torch.Tensor], float]:
+    """The tensors, and the alpha that stands with each of them."""
+    alpha = float(Counter(lora.rank for lora in loras).most_common(1)[0][0])
     tensors = {}
     for lora in [*loras, *_markers(loras)]:
         name = _kohya_name(lora, _is_sdxl(header))
         tensors[f"{name}.lora_down.weight"] = lora.down
         tensors[f"{name}.lora_up.weight"] = lora.up * (lora.rank / alpha)  # tools multiply by alpha / rank
         tensors[f"{name}.alpha"] = torch.tensor(alpha)
-    return tensors, _modelspec(header) | _training_metadata(header, ranks, alpha, output)
+    return tensors, alpha
 
 
 def _markers(loras: list[Lora]) -> list[Lora]:
@@ -178,30 +184,3 @@ def _original_name(name: str) -> str:
 
     name = re.sub(r"^(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", counted, name)
     return re.sub(r"^mid_block\.attentions\.0\.", "middle_block.1.", name)
-
-
-def _training_metadata(header: Header, ranks: Counter, alpha: float, output: Path) -> dict[str, str]:
-    """The `ss_*` keys that A1111, ComfyUI and kohya's tools read."""
-    told, phrase = header.notes.training, _phrase(header)
-    width, prediction = header.fingerprint.get("cross_attention_dim"), header.fingerprint.get("prediction_type")
-    pairs = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(alpha),
-        "ss_network_args": "{}",
-        "ss_v2": str(width == 1024),
-        "ss_output_name": output.stem,
-        "ss_sd_model_name": header.base_model if is_hub_id(header.base_model) else Path(header.base_model).name,
-        "ss_training_comment": "exported from a COMCAT adapter",
-    }
-    if width in _BASE_VERSIONS:
-        of_v = "_v" if width == 1024 and prediction == "v_prediction" else ""
-        pairs["ss_base_model_version"] = _BASE_VERSIONS[width] + of_v
-    if phrase:
-        pairs["ss_tag_frequency"] = json.dumps({f"1_{phrase}": {phrase: 1}})
-    if told.get("resolution"):
-        pairs["ss_resolution"] = "({0}, {0})".format(told["resolution"])
-    for key in ("steps", "seed", "learning_rate"):
-        if key in told:
-            pairs[f"ss_{key}"] = str(told[key])
-    return pairs

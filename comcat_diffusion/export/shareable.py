@@ -23,12 +23,20 @@ def refuse_unshareable(repo_id: str, adapter: str | Path, sheet: str | Path | No
         refuse_inexpressible(header, adapter)
 
 
-def as_png(path: Path) -> bytes:
+def as_png(path: Path, flag: str = "--sheet") -> bytes:
     """The picture anew: what a file says beside its pixels (prompts, paths) stays at home. Raises ValueError."""
     try:
-        content = io.BytesIO()
-        with Image.open(path) as opened:
-            opened.convert("RGB").save(content, "PNG")
-        return content.getvalue()
+        return png_of(path.read_bytes())
     except OSError as error:
-        raise ValueError(f"--sheet {path} cannot be read as a picture.") from error
+        raise ValueError(f"{flag} {path} cannot be read as a picture.") from error
+
+
+def png_of(picture: bytes) -> bytes:
+    """A picture's file content as a PNG of its pixels alone. Raises OSError for what is none."""
+    content = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(picture)) as opened:
+            opened.convert("RGB").save(content, "PNG")
+    except (Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        raise OSError(f"no picture ({error})") from error
+    return content.getvalue()

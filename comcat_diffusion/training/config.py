@@ -24,7 +24,7 @@ KINDS = {"tied": 1e-2, "foldable": 1e-2, "free": 3e-3}  # with the learning rate
 BESIDE = (
     "output_dir", "name", "overwrite", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
     "validation_prompt", "num_validation_images", "validation_steps", "skip_final_inference", "report_to",
-    "cache_dir", "save_precision", "thumbnail", "skip_broken",
+    "cache_dir", "save_precision", "thumbnail", "skip_broken", "as_",
 )  # fmt: skip
 
 
@@ -146,10 +146,16 @@ class AdapterShape(Group):
         choices=tuple(KINDS),
         usual=True,
     )
+    as_: str | None = option(
+        None,
+        "lora: what becomes, exactly, a LoRA for ComfyUI, Forge, A1111, kohya's scripts, InvokeAI and diffusers "
+        "(comcat export): --kind foldable --everywhere. Default: the kind above, for this tool and its ComfyUI node.",
+        choices=("lora",),
+        usual=True,
+    )
     everywhere: bool = option(
         False,
         "Act on the whole of every prompt. Default: from the trigger on; without it, the base is as it was.",
-        usual=True,
     )
     target_modules: list[str] | None = option(
         None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention."
@@ -159,7 +165,12 @@ class AdapterShape(Group):
     )
 
     def check(self) -> None:
-        """A head is given something, at a strength that is a number."""
+        """A head is given something, at a strength that is a number; `as_` chooses kind and place."""
+        if self.as_ == "lora":
+            told = "--kind free is outside of what a LoRA can express: leave it out, or leave out --as lora."
+            require(self.kind != "free", told)
+            for name, value in (("kind", "foldable"), ("everywhere", True)):
+                object.__setattr__(self, name, value)
         require_at_least(self, 1, "rank")
         require_finite(self, "alpha", above=0)
 

@@ -19,6 +19,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import free_memory
 
 from comcat_diffusion import atomic, bases
+from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.terms import read_contents
 from comcat_diffusion.adapters.token import words_of
 from comcat_diffusion.config import to_toml
@@ -26,6 +27,7 @@ from comcat_diffusion.families.known import family_of
 from comcat_diffusion.memory import hold, put_away
 from comcat_diffusion.training import learned, output, suitable
 from comcat_diffusion.training.batching import Batching
+from comcat_diffusion.training.becomes import becomes
 from comcat_diffusion.training.checkpoint import Checkpoints, last_good
 from comcat_diffusion.training.config import KINDS, TrainConfig
 from comcat_diffusion.training.crops import sizes
@@ -175,6 +177,7 @@ def _run(
         pictures = sum(example.subject == subject for example in dataset.examples)
         watcher.note(f"Learning '{subject.phrase}' from {pictures} pictures.")
     watcher.note(f"Training {count:,} parameters on {len(material.crops)} crops.")
+    watcher.note(becomes(config, denoiser(pipe)))
 
     judge = Judge(
         config, dataset.subjects, len(dataset.examples), target, pipe, learner, material.held_out, objective, ema,

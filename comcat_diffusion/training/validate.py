@@ -9,6 +9,7 @@ from torch import nn
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.store import expected_shapes
 from comcat_diffusion.training import suitable
+from comcat_diffusion.training.becomes import becomes
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 from comcat_diffusion.training.crops import fitted, sizes
 from comcat_diffusion.training.customize import Silent, customize, default_batch
@@ -109,6 +110,7 @@ def _size_facts(config: TrainConfig, dataset: Dataset, denoiser: nn.Module) -> I
     attentions = len({name.rpartition(".")[0] for name in shapes})
     size = count * bases.PRECISIONS[config.save_precision].itemsize / 1000
     yield f"Adapter: {count:,} parameters on {attentions} attentions, {size:,.0f} kB and its header."
+    yield becomes(config, denoiser)
 
 
 def _pace_facts(config: TrainConfig, dataset: Dataset) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import get_type_hints
 import gradio as gr
 from gradio.components import Component
 
-from comcat_diffusion.config import fields_by_group, value_type
+from comcat_diffusion.config import fields_by_group, flag_of, value_type
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def form(kind: type, first: tuple[str, ...], without: tuple[str, ...]) -> Form:
 
 def _component(item: object, hint: object) -> Component:
     of, several = value_type(hint)
-    told = {"label": item.name, "info": item.metadata["help"], "interactive": True}
+    told = {"label": flag_of(item), "info": item.metadata["help"], "interactive": True}
     default = None if several else item.default
     if of is bool:
         return gr.Checkbox(default, **told)

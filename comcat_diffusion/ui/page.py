@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import gradio as gr
@@ -21,6 +22,7 @@ from comcat_diffusion.ui.port import address_of, refuse_taken
 # What the page asks for in its own way or decides itself: every run has a new folder.
 _OWN_OF_TRAIN = ("instance_data_dir", "output_dir", "name", "overwrite", "resume_from_checkpoint")
 _OWN_OF_GENERATE = ("output_dir", "adapter")
+_OFFERED_TO_ALL = ("prompt", "num_images", "seed", "scale", "compare")
 _ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}  # two models may not fit
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the network
 
@@ -53,8 +55,13 @@ def serve(
     return page
 
 
-def build(folder: Path) -> gr.Blocks:
-    """The page over the adapters of a folder."""
+def build(folder: Path, teaches: bool = True) -> gr.Blocks:
+    """The page over the adapters of a folder; in drawing mode it does not teach."""
+    if not teaches:
+        with gr.Blocks(title="COMCAT", analytics_enabled=False) as page:
+            gr.Markdown("# COMCAT\nDraw what Stable Diffusion was taught.")
+            _drawing(folder, _OFFERED_TO_ALL)
+        return page
     with gr.Blocks(title="COMCAT", analytics_enabled=False) as page:
         gr.Markdown("# COMCAT\nTeach Stable Diffusion a subject from a few pictures, and draw it.")
         with gr.Tab("Teach"):
@@ -95,17 +102,20 @@ def _teaching(folder: Path) -> gr.File:
     return taught
 
 
-def _drawing(folder: Path) -> gr.Dropdown:
+def _drawing(folder: Path, only: tuple[str, ...] = ()) -> gr.Dropdown:
+    """The form that draws: of every setting, or, for people of whom nothing is known, of those alone that are named."""
+    without = tuple(item.name for item in fields(GenerateConfig) if item.name not in only) if only else _OWN_OF_GENERATE
     with gr.Row():
         with gr.Column():
             adapters = gr.Dropdown(
                 _adapters(folder),
+                value=_adapters(folder)[:1] if only else None,
                 multiselect=True,
-                allow_custom_value=True,
+                allow_custom_value=not only,
                 label="adapter",
                 info="One or several, also other files; a scale may stand behind a colon: dog.safetensors:0.8.",
             )
-            asked = form(GenerateConfig, ("prompt", "num_images", "seed", "scale", "compare"), _OWN_OF_GENERATE)
+            asked = form(GenerateConfig, _OFFERED_TO_ALL, without)
         with gr.Column():
             start = gr.Button("Draw", variant="primary")
             gallery = gr.Gallery(label="Pictures", format="png", columns=4)
@@ -155,8 +165,9 @@ def _fresh(folder: Path) -> Path:
 
 
 def _adapters(folder: Path) -> list[str]:
-    """The adapters of earlier runs, the newest first."""
-    return [str(path) for path in sorted(folder.glob("*/*.safetensors"), key=lambda p: -p.stat().st_mtime)]
+    """The adapters of earlier runs, and those put into the folder, the newest first."""
+    found = [*folder.glob("*/*.safetensors"), *folder.glob("*.safetensors")]
+    return [str(path) for path in sorted(found, key=lambda p: -p.stat().st_mtime)]
 
 
 def _told(story: Callable, *arguments: object) -> tuple:

@@ -1,0 +1,78 @@
+"""A folder that becomes a Space of the hub: the page in drawing mode, one adapter, and the package itself.
+
+The package goes along as source, so that a Space needs nothing but its libraries from a package index.
+"""
+
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import comcat_diffusion
+from comcat_diffusion import atomic, markdown
+from comcat_diffusion.adapters.header import AdapterFileError, read_adapter
+from comcat_diffusion.export.card import public_base
+from comcat_diffusion.export.shareable import as_png, refuse_unshareable
+
+_APP = '''\
+"""The page that draws with the adapter beside this file."""
+
+from pathlib import Path
+
+from comcat_diffusion.ui.page import build
+
+build(Path(__file__).parent / "adapters", teaches=False).queue(max_size=16).launch()
+'''
+_README = """\
+---
+title: {title}
+sdk: gradio
+sdk_version: {gradio}
+app_file: app.py
+models:
+- {repo_id}
+- {base}
+---
+
+# {heading}
+
+Write {phrase} in a prompt. Drawn with a [COMCAT](https://arxiv.org/abs/2305.17235) adapter on {base_told}.
+"""
+
+
+def build_space(target: str | Path, repo_id: str, adapter: str | Path, sheet: str | Path | None = None) -> Path:
+    """Fill a new folder with a Space; it appears whole or not at all.
+
+    Raises AdapterFileError for what is no adapter or is of no base that the hub has, FileExistsError for a folder that
+    holds something, ValueError as sharing does.
+    """
+    refuse_unshareable(repo_id, adapter, sheet)
+    header, adapter = read_adapter(adapter), Path(adapter)
+    base, notes = public_base(header), header.notes
+    if not base:
+        raise AdapterFileError(f"{adapter} is of a base that is not on the hub, where a Space would look for it.")
+    words = notes.phrase or adapter.stem
+    card = _README.format(
+        title=markdown.quoted(words),
+        gradio=metadata.version("gradio"),
+        repo_id=repo_id,
+        base=markdown.quoted(base),
+        heading=markdown.text(words),
+        phrase=markdown.code(words),
+        base_told=markdown.text(base),
+    )
+    with atomic.whole_folder(target) as folder:
+        (folder / "adapters").mkdir()
+        package = Path(comcat_diffusion.__file__).parent
+        shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "assets"))
+        files = {"README.md": card, "app.py": _APP, "requirements.txt": "\n".join(_requirements()) + "\n"}
+        for name, text in files.items():
+            (folder / name).write_text(text, "utf-8")
+        shutil.copyfile(adapter, folder / "adapters" / adapter.name)
+        if sheet is not None:
+            (folder / "sheet.png").write_bytes(as_png(Path(sheet)))
+    return Path(target)
+
+
+def _requirements() -> list[str]:
+    """The libraries that the package needs, with their least versions; a Space of the hub has gradio itself."""
+    return [line for line in metadata.requires("comcat-diffusion") or [] if "extra ==" not in line]

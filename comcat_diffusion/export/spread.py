@@ -1,0 +1,64 @@
+"""A tied adapter attention by attention, as LoRA files have it: its own file does not say how a base's heads share it.
+
+What that takes is the base's configuration, and none of its weights.
+
+Letters: H heads, D head width, R rank, C channels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from comcat_diffusion import bases
+from comcat_diffusion.adapters import tied
+from comcat_diffusion.adapters.fingerprint import layout_of
+from comcat_diffusion.adapters.header import AdapterFileError, Header
+from comcat_diffusion.adapters.store import config_of, expected_shapes
+from comcat_diffusion.adapters.terms import Contents, Term
+from comcat_diffusion.config import BaseSettings
+
+
+def shells(config: BaseSettings, header: Header, adapter: str | Path) -> dict[str, nn.Module]:
+    """The parts of an adapter's base without weights, on the meta device, for the parts that the adapter is in.
+
+    Raises AdapterFileError for another base, FileNotFoundError where there is none.
+    """
+    folder = bases.config_folder(config, header.base_model)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+        parts = {"unet": unet}
+        for part in header.config.keys() - parts.keys():
+            parts[part] = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / part))  # its projection is not adapted
+    if layout_of(unet) != header.fingerprint.get("layout"):
+        raise AdapterFileError(f"{adapter} was trained on '{header.base_model}', and '{folder.name}' is another base.")
+    return parts
+
+
+def spread(contents: Contents, models: Mapping[str, nn.Module], path: str | Path) -> Contents:
+    """The same adapter with a term for every attention that it acts on; the text side of tied ones stays R rows.
+
+    Raises AdapterFileError for a tied adapter of parts that are not among the models.
+    """
+    terms = [term for term in contents.terms if not term.tied]
+    for part in dict.fromkeys(term.part for term in contents.terms if term.tied):
+        own = [term for term in contents.terms if term.part == part]
+        terms += _spread(own, models[part], replace(config_of(contents.header.config[part], path), tied=False))
+    return replace(contents, terms=sorted(terms, key=lambda term: term.key))
+
+
+def _spread(terms: list[Term], model: nn.Module, config: object) -> list[Term]:
+    shapes = expected_shapes(model, config)
+    sides = tied.sides_of(model, shapes)
+    ranks = {side: next(term for term in terms if term.attention == side) for side in sides}
+    whole = {f"{term.attention}.{name}": factor for term in terms for name, factor in term.factors.items()}
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, factor in tied.scattered(whole, shapes, sides).items():
+        attention, _, factor_name = name.rpartition(".")
+        found.setdefault(attention, {})[factor_name] = factor
+    side_of = {attention: ranks[side] for side, attentions in sides.items() for attention in attentions}
+    return [replace(side_of[a], attention=a, factors=factors, tied=False) for a, factors in found.items()]
