@@ -37,6 +37,15 @@ class Flow:
     preconditioned: bool = False  # whether the loss is that of the clean latents, sigma^2 times that of the way
 
 
+@dataclass(frozen=True)
+class Native:
+    """A projection in weights that fuse several of the same height: which of how many, counted from zero."""
+
+    name: str
+    place: int
+    count: int
+
+
 class Segment:
     """Some of the tokens of a text, one after the other, as one tokenizer reads it; without one they say nothing.
 
@@ -77,6 +86,7 @@ class Family:
     flow_samplers: tuple[str, ...] = ()  # of a flow-matching family: diffusers' schedulers that draw with it
     drawing: Mapping[str, object] = {}  # what its pipeline is asked for beside prompts, sizes, steps and guidance
     states_at = (0, 1)  # where in what `encode_prompt` returns the text states are, and those of the negative prompt
+    architecture = ""  # in the headers of files (modelspec); default: by the width of a U-Net's text states
     lora_prefix = ""  # of LoRA files that diffusers loads; default: the component's name
 
     # Sizes; `denoiser` is a configuration, `factor` the pixels of one latent place
@@ -181,3 +191,7 @@ class Family:
     def lora_projections(self, attention: str) -> tuple[str, str]:
         """What of an attention of this name a foldable adapter changes: its keys' and its values' projection."""
         return "to_k", "to_v"
+
+    def native_weight(self, projection: str) -> Native | None:
+        """Where a projection is in the family's native weights; None where they are named and cut as a U-Net's."""
+        return None

@@ -6,10 +6,11 @@ neither its transformer nor its pipelines the verbs for adapters; PEFT's own sta
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from comcat_diffusion.families.family import Condition, Family, Reading, Segment
+from comcat_diffusion.families.family import Condition, Family, Native, Reading, Segment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,6 +33,7 @@ class PixArt(Family):
     # Pictures of the size that is asked for, and prompts as training reads them.
     drawing = {"clean_caption": False, "use_resolution_binning": False}
     states_at = (0, 2)
+    architecture = "pixart"
     lora_prefix = "base_model.model"  # PEFT's, which ComfyUI reads as well: the pipelines load no LoRA
 
     def encode(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
@@ -80,3 +82,10 @@ class PixArt(Family):
         mask = condition["mask"]
         masks = {"prompt_attention_mask": mask[:1], "negative_prompt_attention_mask": mask[1:]}
         return super().conditions(pipe, condition) | masks | {"negative_prompt": None}
+
+    def native_weight(self, projection: str) -> Native:
+        """Queries, keys and values are one Linear where an attention reads the picture, keys and values of the text."""
+        block, attention, name = re.fullmatch(r"transformer_blocks\.(\d+)\.attn([12])\.to_([kv])", projection).groups()
+        if attention == "1":
+            return Native(f"blocks.{block}.attn.qkv", "qkv".index(name), 3)
+        return Native(f"blocks.{block}.cross_attn.kv_linear", "kv".index(name), 2)

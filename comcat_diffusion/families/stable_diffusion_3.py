@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from comcat_diffusion.families.family import Condition, Family, Flow, Reading, Segment
+from comcat_diffusion.families.family import Condition, Family, Flow, Native, Reading, Segment
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,7 @@ class StableDiffusion3(Family):
     pipelines = ("StableDiffusion3Pipeline",)
     denoisers = ("SD3Transformer2DModel",)
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    architecture = "stable-diffusion-3"
     optional = ("text_encoder_3", "tokenizer_3")
     guidance = 7.0
     flow = Flow(preconditioned=True)
@@ -83,3 +84,9 @@ class StableDiffusion3(Family):
     def lora_projections(self, attention: str) -> tuple[str, str]:
         """Of a joint attention the text's; 3.5 medium has self-attentions beside, which read no text."""
         return ("add_k_proj", "add_v_proj") if attention.endswith(".attn") else ("to_k", "to_v")
+
+    def native_weight(self, projection: str) -> Native:
+        """Queries, keys and values are one Linear, one for the picture, one for the text."""
+        _, block, attention, name = projection.split(".")
+        half = {"attn": "context_block.attn", "attn2": "x_block.attn2"}[attention]
+        return Native(f"joint_blocks.{block}.{half}.qkv", "qkv".index(name.removesuffix("_proj")[-1]), 3)
