@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from PIL import Image, ImageChops
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -17,6 +18,8 @@ from comcat_diffusion.cli import main
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.export.spread import spread
 from comcat_diffusion.families.known import family_of
+from comcat_diffusion.generation.config import GenerateConfig
+from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.training.becomes import becomes, lora_bytes
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learner import Learner
@@ -71,6 +74,27 @@ def test_the_lora_does_what_the_adapter_does(exported, tmp_path):
         told = set_peft_model_state_dict(fresh.transformer, tensors, "default")
         assert not told.unexpected_keys
     assert_close(predicted(fresh), live, **CLOSE)
+
+
+def test_it_draws_beside_an_adapter_where_diffusers_loads_it(exported, tmp_path):
+    _, file, pipe, _ = exported
+    lora = tmp_path / "lora.safetensors"
+    export_adapter(file, lora, "diffusers-lora", models={"transformer": denoiser(pipe)})
+    folder = str(tmp_path / "pictures")
+    more = {"num_images": 1, "num_inference_steps": 1, "prompt": [PROMPT], "output_dir": folder, "precision": "fp32"}
+    more |= {"any_prompt": True}
+    config = GenerateConfig(adapter=[f"{file}:0"], lora=[str(lora)], **more)
+    if hasattr(pipe, "load_lora_weights"):
+        own = generate(GenerateConfig(adapter=[str(file)], **more)).files[0]
+        assert not ImageChops.difference(Image.open(generate(config).files[0]), Image.open(own)).point(_large).getbbox()
+    else:
+        with pytest.raises(ValueError, match="diffusers loads no LoRA into a PixArtSigmaPipeline"):
+            generate(config)
+
+
+def _large(difference: int) -> int:
+    """More than rounding to 255 parts."""
+    return 255 * (difference > 1)
 
 
 def test_so_does_the_live_one_and_what_is_merged(exported, tmp_path):
