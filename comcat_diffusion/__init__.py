@@ -22,6 +22,7 @@ _HOMES = {
     "remember_prompts": "comcat_diffusion.adapters.trigger",
     "lora_layers": "comcat_diffusion.adapters.as_lora",
     "keep_background": "comcat_diffusion.adapters.focus",
+    "set_adapters": "comcat_diffusion.adapters.placing",
     "set_regions": "comcat_diffusion.adapters.regions",
 }
 

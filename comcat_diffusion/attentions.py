@@ -20,6 +20,9 @@ class Style:
     diffusers: bool = False
     scaling: str = ""  # attribute that holds D^-1/2
     dropout: str = ""  # attribute that holds the dropout of the attention weights
+    # A joint attention, over the picture's tokens and then the text's, has projections of its own for each. An adapter
+    # stands between the picture's queries and the text's keys and values; the others are these.
+    joint: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -36,7 +39,9 @@ class Style:
 
 
 DIFFUSERS = Style("to_q", "to_k", "to_v", "to_out.0", heads="heads", diffusers=True)
+JOINT = Style("to_q", "add_k_proj", "add_v_proj", "to_out.0", heads="heads", diffusers=True, joint=True)
 _STYLES = (
+    JOINT,
     DIFFUSERS,
     Style("q_proj", "k_proj", "v_proj", "out_proj", "num_heads", False, "scale", "dropout"),
     Style(

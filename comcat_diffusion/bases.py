@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.config import EMBEDDED, BaseSettings  # noqa: F401 - found here too
 from comcat_diffusion.families.family import Family
-from comcat_diffusion.families.known import family_of
+from comcat_diffusion.families.known import family_in, family_of
 from comcat_diffusion.places import (  # noqa: F401 - found here too
     asked_name,
     assets,
@@ -52,11 +52,18 @@ def load_base(
     dtype, path = PRECISIONS[precision], place_of(name)
     if path.is_dir():
         own = _compressed_unet(path, dtype) if _is_compressed(path) else {}
-        about = {"torch_dtype": dtype, "variant": variant, "local_files_only": True}
+        about = {"torch_dtype": dtype, "variant": variant, "local_files_only": True} | _left_out(path)
         return _loaded(lambda: DiffusionPipeline.from_pretrained(path, **about, **own), path)
     if path.is_file():
         return _single_file(path, dtype, base_config)
     return _from_hub(name, {"torch_dtype": dtype, "revision": revision, "variant": variant})
+
+
+def _left_out(path: Path) -> dict[str, None]:
+    """The parts that a folder lacks and its family can do without, of which diffusers wants to be told."""
+    index = path / "model_index.json"
+    family = family_in(json.loads(index.read_text("utf-8")).get("_class_name", ""), {}) if index.is_file() else None
+    return {part: None for part in (family.optional if family else ()) if not (path / part).is_dir()}
 
 
 def _is_compressed(path: Path) -> bool:
@@ -117,6 +124,8 @@ def _single_file(path: Path, dtype: torch.dtype, config: str | None) -> Diffusio
         )
     folder = _config_of_single_file(path, config)
     kind = getattr(diffusers, DiffusionPipeline.load_config(folder)["_class_name"])
+    if not hasattr(kind, "from_single_file"):
+        raise ValueError(f"diffusers reads no single file of a {kind.__name__}: name the folder of such a base.")
     return _loaded(
         lambda: kind.from_single_file(path, config=str(folder), torch_dtype=dtype, local_files_only=True), path
     )

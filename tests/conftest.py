@@ -134,6 +134,22 @@ def tiny_vit() -> Tiny:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd3() -> Tiny:
+    """Stable Diffusion 3.5's transformer: three joint blocks with norms, see tests/tiny_families.py."""
+    from tests.tiny_families import WIDTH, sd3_transformer
+
+    def inputs() -> dict[str, torch.Tensor]:
+        noise, context = _noise(2, 4, 8, 8, seed=1), _noise(2, 7, 2 * WIDTH, seed=2)  # B C 8 8, B M E
+        pooled = _noise(2, 2 * WIDTH, seed=3)
+        times = torch.tensor([10.0, 500.0], dtype=torch.float64)
+        return {
+            "hidden_states": noise, "encoder_hidden_states": context, "pooled_projections": pooled, "timestep": times,
+        }  # fmt: skip
+
+    return Tiny("tiny_sd3", _built(sd3_transformer, seed=4), inputs)
+
+
+@pytest.fixture(scope="session")
 def tiny_vae() -> Tiny:
     """An autoencoder with one attention on a 4-d input, with a residual, a group norm and biases."""
 

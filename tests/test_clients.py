@@ -21,6 +21,7 @@ from comcat_diffusion.export.fit import is_exact, needs_base
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.export.space import build_space
 from comcat_diffusion.export.spread import shells
+from comcat_diffusion.families.stable_diffusion import StableDiffusion
 from comcat_diffusion.training.becomes import becomes, lora_bytes
 from comcat_diffusion.training.config import TrainConfig
 from tests.test_approximate import predicted
@@ -182,7 +183,9 @@ def test_what_an_adapter_becomes_is_known_before(adapters, tmp_path):
     shapes = {
         name.removeprefix("unet."): tuple(factor.shape) for name, factor in load_file(adapters["foldable"]).items()
     }
-    assert lora_bytes(shapes, 2) == sum(t.nbytes for name, t in written.items() if not name.endswith(".alpha"))
+    assert lora_bytes(shapes, 2, StableDiffusion()) == sum(
+        t.nbytes for name, t in written.items() if not name.endswith(".alpha")
+    )
     assert "say --as lora" in becomes(TrainConfig(), unet) and "29 kB" in becomes(TrainConfig(), unet)
     assert "exactly, a LoRA" in becomes(TrainConfig(as_="lora"), unet)
     assert "node (about" in becomes(TrainConfig(kind="free"), unet)

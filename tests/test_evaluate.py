@@ -105,14 +105,17 @@ def test_the_report_says_everything_with_its_interval(report, place):
     assert (before["name"], full["name"], off["name"]) == ("before", "teddy", "teddy x 0")
     names = {
         "learned", "obeyed", "subject_fidelity", "subject_fidelity_clip", "copying", "prompt_fidelity", "drift",
-        "drift_of_class", "pixel_drift", "diversity", "background_right", "place_right", "size_right",
+        "drift_of_class", "pixel_drift", "diversity", "background_right", "place_right", "size_right", "shape",
+        "colour_off", "background_moved",
     }  # fmt: skip
     assert set(full["measures"]) == names
     for found in full["measures"].values():
         assert found["low"] <= found["mean"] <= found["high"]
     assert full["bytes"] == (place / "teddy.safetensors").stat().st_size and full["trained"] == {"steps": 20}
     means = {name: found["mean"] for name, found in full["measures"].items()}
-    assert full["score"] == pytest.approx(means["learned"] * (1 - means["drift"]))
+    kept = (1 - means["drift"]) * (1 - means["background_moved"] / 255) * (1 - means["colour_off"] / 255)
+    assert full["score"] == pytest.approx(means["learned"] * kept * means["shape"])
+    assert before["measures"]["background_moved"]["mean"] == 0 < means["background_moved"]
     assert told["held_out_pictures"] == 2 and told["training_pictures"] == 4
     assert told["prompts"]["of_class"] == ["a photo of teddy"] and told["subject"] == "sks teddy"
     around = told["circumstances"]
@@ -205,7 +208,7 @@ def test_another_base_is_judged_by_a_dinov2_and_a_clip(tmp_path, randomize):
     report = evaluate(config)
     assert set(report.rows[1].measures) == {
         "learned", "obeyed", "subject_fidelity", "subject_fidelity_clip", "prompt_fidelity", "drift", "drift_of_class",
-        "pixel_drift",
+        "pixel_drift", "shape", "colour_off", "background_moved",
     }  # fmt: skip
     assert report.circumstances["base"] == "sd1" and report.circumstances["pictures compared by"] == "dino"
     assert "copying was not measured" in " ".join(report.notes) and "alone" not in " ".join(report.notes)

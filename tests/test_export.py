@@ -24,6 +24,7 @@ from comcat_diffusion.adapters.shrink import shrink
 from comcat_diffusion.adapters.terms import read_contents
 from comcat_diffusion.export.checkpoint import merge_to_folder
 from comcat_diffusion.export.lora import FORMATS, as_loras, export_adapter
+from comcat_diffusion.families.stable_diffusion import StableDiffusion
 from tests.conftest import _built
 from tests.test_adapter_file import pipeline
 
@@ -77,7 +78,7 @@ def test_the_lora_is_the_change_of_the_weights_in_float64(file):
     """Against the slow formula of DESIGN section 1, head by head."""
     terms = read_contents(file).terms
     for term in terms:
-        k, v = as_loras(term)
+        k, v = as_loras(term, StableDiffusion())
         for lora, down, core in ((k, "k_down", "q_core"), (v, "v_down", "out_core")):
             expected = []
             for head in range(term.heads):

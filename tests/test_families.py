@@ -5,14 +5,15 @@ Letters: B batch, C latent channels, h x w latent size.
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, PixArtAlphaPipeline
 
+from comcat_diffusion.bases import load_base
 from comcat_diffusion.families.known import FAMILIES, family_of, family_of_denoiser
 from comcat_diffusion.training.batching import Batching
 from comcat_diffusion.training.encode import Crop
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.objective import objective_of
-from tests import tiny_bases
+from tests import tiny_bases, tiny_families
 
 PROMPTS = ["a photo of sks teddy", "a red ball"]
 
@@ -21,7 +22,7 @@ def crops(channels: int, side: int = 8) -> list[Crop]:
     """Made-up latents, a crop of a larger picture."""
     noise = torch.Generator().manual_seed(5)
     means = [torch.randn(channels, side, side, generator=noise) for _ in PROMPTS]
-    frame = (40, 32, 3, 1, 16, 16)
+    frame = (40, 32, 3, 1, 16, 24)
     return [Crop(mean, mean.abs() / 9, text, text, frame) for mean, text in zip(means, PROMPTS, strict=True)]
 
 
@@ -60,13 +61,72 @@ def test_a_step_on_a_u_net_is_that_of_the_paper(build, tmp_path):
             if two:
                 read = [one(ids, output_hidden_states=True) for one in (pipe.text_encoder, pipe.text_encoder_2)]
                 states = torch.cat([one.hidden_states[-2] for one in read], dim=-1)
-                added = {"text_embeds": read[1].text_embeds, "time_ids": torch.tensor([[40.0, 32, 3, 1, 16, 16]])}
+                added = {"text_embeds": read[1].text_embeds, "time_ids": torch.tensor([[40.0, 32, 3, 1, 16, 24]])}
             else:
                 states, added = pipe.text_encoder(ids)[0], None
             noisy = kept * clean + gone * noise
             answer = pipe.unet(noisy[None], time[None], states, added_cond_kwargs=added).sample[0]
         wanted = kept * noise - gone * clean if config.prediction_type == "v_prediction" else noise
         torch.testing.assert_close(loss, (answer - wanted).square().mean(), rtol=1e-4, atol=1e-6)  # float32 schedules
+
+
+@pytest.mark.parametrize("alpha", [False, True])
+def test_a_step_on_a_pixart_is_that_of_its_script(alpha, tmp_path):
+    """|noise - eps|^2 with eps the first half of the answer, as PixArt's own training of LoRAs has it."""
+    more = {"kind": PixArtAlphaPipeline, "use_additional_conditions": True} if alpha else {}
+    pipe = DiffusionPipeline.from_pretrained(tiny_families.pixart(tmp_path, **more))
+    losses, drawn = stepped(pipe)
+    alphas = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    added = {"resolution": torch.tensor([[16.0, 24.0]]), "aspect_ratio": torch.tensor([[16 / 24]])} if alpha else {}
+    for loss, (clean, noise, generator, prompt) in zip(losses, drawn, strict=True):
+        time = torch.randint(1000, (), generator=generator)
+        noisy = alphas[time].sqrt().float() * clean + (1 - alphas[time]).sqrt().float() * noise
+        how = {"padding": "max_length", "max_length": 120 if alpha else 300, "return_tensors": "pt"}
+        read = pipe.tokenizer(prompt, **how)
+        with torch.no_grad():
+            states = pipe.text_encoder(read.input_ids, attention_mask=read.attention_mask)[0]
+            answer = pipe.transformer(
+                noisy[None], states, time[None], added or {"resolution": None, "aspect_ratio": None},
+                encoder_attention_mask=read.attention_mask,
+            ).sample[0]  # fmt: skip
+        assert answer.shape[0] == 8
+        torch.testing.assert_close(loss, (answer[:4] - noise).square().mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [tiny_families.sd3, tiny_families.sd35])
+def test_a_step_on_stable_diffusion_3_is_that_of_its_script(build, tmp_path):
+    """The clean latents that follow from an answer, against the clean latents; times logit-normal, then shifted."""
+    pipe = load_base(str(build(tmp_path)))
+    losses, drawn = stepped(pipe)
+    for loss, (clean, noise, generator, prompt) in zip(losses, drawn, strict=True):
+        place = int(1000 * torch.sigmoid(torch.normal(0.0, 1.0, (1,), generator=generator)))
+        sigma = (1000 - place) / 1000
+        sigma = 3 * sigma / (1 + 2 * sigma)
+        noisy = (1 - sigma) * clean + sigma * noise
+        how = {"padding": "max_length", "return_tensors": "pt"}
+        ids = pipe.tokenizer(prompt, max_length=pipe.tokenizer.model_max_length, **how).input_ids
+        with torch.no_grad():
+            read = [one(ids, output_hidden_states=True) for one in (pipe.text_encoder, pipe.text_encoder_2)]
+            clips = torch.cat([one.hidden_states[-2] for one in read], dim=-1)
+            t5 = torch.zeros(1, 256, clips.shape[-1])
+            if pipe.text_encoder_3 is not None:
+                t5 = pipe.text_encoder_3(pipe.tokenizer_3(prompt, max_length=256, **how).input_ids)[0]
+            pooled = torch.cat([one.text_embeds for one in read], dim=-1)
+            states, time = torch.cat([clips, t5], dim=1), torch.tensor([1000 * sigma])
+            answer = pipe.transformer(noisy[None], states, pooled, time).sample[0]
+        found = noisy - sigma * answer
+        torch.testing.assert_close(loss, (found - clean).square().mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_latents_are_shifted_and_scaled_there_and_back(tmp_path):
+    pipe = load_base(str(tiny_families.sd35(tmp_path)))
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    family, vae = family_of(pipe), pipe.vae
+    with torch.no_grad():
+        made, own = family.posterior(vae, pixels), vae.encode(pixels).latent_dist
+        torch.testing.assert_close(made["mean"], 1.3 * (own.mean[0] - 0.25))
+        torch.testing.assert_close(made["std"], 1.3 * own.std[0])
+        torch.testing.assert_close(family.decoded(vae, made["mean"][None]), vae.decode(own.mean).sample)
 
 
 def test_every_family_is_found_by_its_classes():

@@ -4,6 +4,8 @@ It lives with the call, in the thread that makes it: threads may share a denoise
 of its own. Nothing of it stands on a module, and nothing is left when the call is over.
 """
 
+import functools
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -78,6 +80,16 @@ class Follower:
 
     def __reduce__(self) -> tuple:
         return type(self), self.made_of()
+
+
+def given(model: nn.Module, args: tuple, kwargs: dict, name: str) -> object:
+    """An argument of a forward pass, by name or by position."""
+    return kwargs[name] if name in kwargs else args[_names(type(model)).index(name)]
+
+
+@functools.cache
+def _names(kind: type[nn.Module]) -> list[str]:
+    return list(inspect.signature(kind.forward).parameters)[1:]  # without self
 
 
 def take_hooks(module: nn.Module, owner: object) -> None:

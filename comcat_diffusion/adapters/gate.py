@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from comcat_diffusion.adapters.call import Follower, carry, here
+from comcat_diffusion.adapters.call import Follower, carry, given, here
 from comcat_diffusion.adapters.texts import Said, texts_of
 
 
@@ -64,7 +64,7 @@ class Gate(Follower):
     def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """The hook before the denoiser: which prompts its text states are of."""
         carry(model)
-        states = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
+        states = given(model, args, kwargs, "encoder_hidden_states")
         if here.next is None or not here.next.is_of(self, states):
             here.next = Heard(self, states, texts_of(self.tokenizer).known(states))
         here.heard = here.next

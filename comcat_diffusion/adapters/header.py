@@ -11,6 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from comcat_diffusion.families.known import family_of_denoiser
+
 FORMAT_VERSION = 1
 PACKED_VERSION = 2  # keeps only the rows that each head has, see adapters/packing.py
 KEY = "comcat"
@@ -93,6 +95,9 @@ class Header:
 
 
 def _architecture(fingerprint: dict) -> str:
+    family = family_of_denoiser(str(fingerprint.get("class")), {})
+    if family is not None and family.architecture:
+        return family.architecture
     width = fingerprint.get("cross_attention_dim")
     known = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2-512", 2048: "stable-diffusion-xl-v1-base"}
     return known.get(width, "stable-diffusion-tiny")

@@ -239,7 +239,7 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
     def view(self, names: list[str]) -> seam.View:
         """The attention as its own forward should see it while these adapters act."""
         wide = self._wide_heads(names)
-        if here.texts is not None and seam.is_cross_attention(self.owner):
+        if here.texts is not None and seam.is_cross_attention(self.owner) and not self.style.joint:
             here.texts.cover(self, wide, names)
         return seam.view_of(self.owner, self.style, wide)
 
@@ -255,7 +255,8 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
 
     def _wide_heads(self, names: list[str]) -> WideHeads:
         adapters = [self._factors(name) for name in names]
-        return WideHeads(self.heads, self.width, adapters, self.style.diffusers, self._keys.weight.device.type)
+        device = self._keys.weight.device.type
+        return WideHeads(self.heads, self.width, adapters, self.style.diffusers, device, seam.is_normed(self.owner))
 
     def _factors(self, name: str) -> Free | Foldable:
         scale, k, v = self.scaling[name], self.comcat_k_down[name], self.comcat_v_down[name]

@@ -87,6 +87,11 @@ class Merging:
             raise ValueError("Merged adapters act everywhere: take the regions away (set_regions(pipe, {})) first.")
         if getattr(self.owner, "fused_projections", False):
             raise ValueError("Call unfuse_qkv_projections() before merging: the fused copy would not see the merge.")
+        if wide.wide != self.width and (self.style.joint or seam.is_normed(self.owner)):
+            raise ValueError(
+                "A free adapter widens heads, which a joint attention, or one that normalizes queries and keys, cannot "
+                "be by its weights alone: keep it live, or train a foldable one, which merges exactly."
+            )
         if wide.wide != self.width and hasattr(getattr(self.owner, "processor", None), "to_k_ip"):
             raise ValueError(
                 "A free adapter cannot be merged beside an IP-Adapter, whose keys and values would be narrower than "

@@ -1,13 +1,15 @@
 """An adapter put into a part of a pipeline beside those that act there already, however the part is wrapped."""
 
 import warnings
+from collections.abc import Sequence
 
+from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import withdraw
-from comcat_diffusion.adapters.parts import bare, peft_wrapper
+from comcat_diffusion.adapters.parts import bare, components, peft_wrapper
 from comcat_diffusion.adapters.peft_type import COMCAT
 from comcat_diffusion.adapters.wholes import wrappers
 
@@ -34,6 +36,35 @@ def active_adapters(model: nn.Module) -> list[str]:
     return [name for name in layer.active_adapters if name in known] if layer is not None else []
 
 
+def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    """Add an adapter that then acts alone: diffusers' verb, also for its models that lack it (PixArt's transformer)."""
+    if hasattr(model, "add_adapter"):
+        model.add_adapter(config, adapter_name)
+    else:
+        inject_adapter_in_model(config, model, adapter_name)
+        _activate(model, [adapter_name])
+
+
+def set_adapters(pipe: object, adapter_names: Sequence[str], weights: Sequence[float]) -> None:
+    """Let these adapters of a pipeline act, and no others: diffusers' verb, also for its pipelines that lack it.
+
+    Raises ValueError for an adapter that is not loaded.
+    """
+    if hasattr(pipe, "set_adapters"):
+        pipe.set_adapters(list(adapter_names), list(weights))
+        return
+    parts = {name: model for name, model in components(pipe).items() if getattr(model, "peft_config", None)}
+    known = {name for model in parts.values() for name in model.peft_config}
+    for name in adapter_names:
+        if name not in known:
+            raise ValueError(f"There is no adapter '{name}'; loaded: {', '.join(sorted(known)) or 'none'}.")
+    for model in parts.values():
+        _activate(model, [name for name in adapter_names if name in model.peft_config])
+        for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+            for name, weight in zip(adapter_names, weights, strict=True):
+                layer.set_scale(name, weight)
+
+
 def add_active(model: nn.Module, config: ComcatConfig, adapter_name: str) -> None:
     """Add an adapter that acts beside those that do; what was trained before is trained after.
 
@@ -46,7 +77,7 @@ def add_active(model: nn.Module, config: ComcatConfig, adapter_name: str) -> Non
         if wrapper is not None:
             wrapper.add_adapter(adapter_name, config)
         else:
-            base.add_adapter(config, adapter_name)
+            add_adapter(base, config, adapter_name)
     if active:
         _activate(model, [*active, adapter_name])
         base.requires_grad_(False)
@@ -72,7 +103,8 @@ def forget(model: nn.Module, adapter_names: list[str]) -> None:
         configs.pop(name, None)
     if not configs and hasattr(model, "peft_config"):
         del model.peft_config
-        model._hf_peft_config_loaded = False
+        if hasattr(model, "_hf_peft_config_loaded"):
+            model._hf_peft_config_loaded = False
 
 
 def _activate(model: nn.Module, adapter_names: list[str]) -> None:

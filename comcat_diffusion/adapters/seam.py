@@ -7,6 +7,7 @@ processor and attention function works, without knowing of the adapter.
 
 import functools
 import inspect
+from collections.abc import Callable
 
 from torch import nn
 
@@ -14,6 +15,8 @@ from comcat_diffusion.adapters.blend import blended
 from comcat_diffusion.adapters.wide import WideHeads
 from comcat_diffusion.attentions import Style, style_of
 
+# diffusers' processors whose way with norms and added projections is known: picture first, then text, one softmax.
+JOINT_PROCESSORS = frozenset(("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0", "XFormersJointAttnProcessor"))
 ROTATIONS = frozenset(("position_embeddings", "rotary_pos_emb", "image_rotary_emb"))  # arguments that rotate heads
 SIDECAR = "comcat"  # name of the one child that an adapted attention has more than before
 
@@ -30,12 +33,16 @@ def why_not(module: nn.Module) -> str | None:
     style = style_of(module)
     if style is None:
         return "it is not an attention with query, key, value and output projections"
-    for norm in ("norm_q", "norm_k", "q_norm", "k_norm"):
-        if getattr(module, norm, None) is not None:
-            return f"its queries and keys are normalized ({norm}), so a head is no longer a product of two matrices"
-    for added in ("add_k_proj", "add_v_proj", "add_q_proj"):
-        if getattr(module, added, None) is not None:
-            return f"it has added key and value projections ({added})"
+    processor = type(getattr(module, "processor", None)).__name__
+    if "Linear" in processor:
+        return f"its attention is linear ({processor}): it has no logits"
+    if processor not in JOINT_PROCESSORS:
+        for norm in ("norm_q", "norm_k", "q_norm", "k_norm"):
+            if getattr(module, norm, None) is not None:
+                return f"its queries and keys are normalized ({norm}), so a head is no longer a product of two matrices"
+        for added in ("add_k_proj", "add_v_proj", "add_q_proj"):
+            if getattr(module, added, None) is not None:
+                return f"it has added key and value projections ({added}), which {processor} uses in an unknown way"
     for rotation in ROTATIONS & _arguments(type(module)):
         return f"its queries and keys are rotated by position ({rotation}), in which a wider head does not fit"
     if style.diffusers and not getattr(module, "scale_qk", False):
@@ -55,8 +62,13 @@ def _arguments(kind: type[nn.Module]) -> frozenset[str]:
 
 
 def is_cross_attention(module: nn.Module) -> bool:
-    """Whether keys and values come from another sequence than the queries."""
-    return bool(getattr(module, "is_cross_attention", False))
+    """Whether an adapter's keys and values come from another sequence than its queries: from the text."""
+    return bool(getattr(module, "is_cross_attention", False)) or getattr(module, "add_k_proj", None) is not None
+
+
+def is_normed(module: nn.Module) -> bool:
+    """Whether queries and keys are normalized head by head; diffusers leaves that out where projections are fused."""
+    return getattr(module, "norm_k", None) is not None and not getattr(module, "fused_projections", False)
 
 
 class View:
@@ -89,6 +101,10 @@ def view_of(attention: nn.Module, style: Style, wide: WideHeads) -> View:
     query, key = functools.partial(wide.query, q), functools.partial(wide.key, k)
     value, output = functools.partial(wide.value, v), functools.partial(wide.output, out)
     replaced = _width_attributes(style, wide.wide)
+    if is_normed(attention):
+        replaced |= _norms(attention, wide)
+    if style.joint:
+        return View(attention, **replaced, **_joint(attention, wide, query, key, value, output))
     if not style.diffusers:
         return View(attention, **replaced, **{style.q: query, style.k: key, style.v: value, style.out: output})
     replaced |= {"to_q": query, "to_k": key, "to_v": value, "to_out": [output, *attention.to_out[1:]]}
@@ -102,6 +118,41 @@ def view_of(attention: nn.Module, style: Style, wide: WideHeads) -> View:
             to_v_ip=[functools.partial(wide.foreign_value, project) for project in attention.processor.to_v_ip],
         )
     return View(attention, **replaced)
+
+
+def _norms(attention: nn.Module, wide: WideHeads) -> dict[str, object]:
+    """The norms of queries and keys, of the picture's and of the text's."""
+    found = {}
+    for name, normed in (
+        ("norm_q", wide.queries_normed),
+        ("norm_k", wide.keys_normed),
+        ("norm_added_q", wide.queries_normed),
+        ("norm_added_k", wide.keys_normed),
+    ):
+        if getattr(attention, name, None) is not None:
+            found[name] = functools.partial(normed, getattr(attention, name))
+    return found
+
+
+def _joint(
+    attention: nn.Module, wide: WideHeads, query: Callable, key: Callable, value: Callable, output: Callable
+) -> dict[str, object]:
+    """The projections of a joint attention: the text's keys and values are an adapter's, the picture's are not."""
+    made = {
+        "to_q": query,
+        "to_k": functools.partial(wide.foreign_key, attention.to_k),
+        "to_v": functools.partial(wide.foreign_value, attention.to_v),
+        "add_q_proj": functools.partial(wide.foreign_value, attention.add_q_proj),
+        "add_k_proj": key,
+        "add_v_proj": value,
+        "to_out": [output, *attention.to_out[1:]],
+    }
+    if getattr(attention, "to_add_out", None) is not None:
+        made["to_add_out"] = functools.partial(wide.foreign_output, attention.to_add_out)
+    if getattr(attention, "fused_projections", False):
+        made["to_qkv"] = functools.partial(wide.fused, query, made["to_k"], made["to_v"])
+        made["to_added_qkv"] = functools.partial(wide.fused, made["add_q_proj"], key, value)
+    return made
 
 
 def _width_attributes(style: Style, width: int) -> dict[str, object]:

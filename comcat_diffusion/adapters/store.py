@@ -34,6 +34,7 @@ from comcat_diffusion.adapters.tied import gathered, scattered, sides_of, tied_s
 from comcat_diffusion.adapters.token import ENCODERS, LearnedWord, put_token, refuse_token
 from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.adapters.wholes import fill_wholes, whole_shapes, whole_tensors
+from comcat_diffusion.families.known import family_of_denoiser
 from comcat_diffusion.versions import versions_with
 
 Tokens = dict[str, dict[str, torch.Tensor]]  # by token and text encoder: embeddings (n, E)
@@ -243,9 +244,11 @@ def _fill(model: nn.Module, config: ComcatConfig, adapter_name: str, part: str, 
 
 def present_base(pipe: object) -> dict:
     """The fingerprint of a pipeline's base."""
-    scheduler = getattr(pipe, "scheduler", None)
-    prediction = getattr(getattr(scheduler, "config", None), "prediction_type", "epsilon")
-    return fingerprint(denoiser(pipe), prediction)
+    model, scheduler = denoiser(pipe), getattr(pipe, "scheduler", None)
+    family = family_of_denoiser(type(model).__name__, getattr(model, "config", {}))
+    if family is not None and family.flow:  # whatever it is drawn with
+        return fingerprint(model, "flow")
+    return fingerprint(model, getattr(getattr(scheduler, "config", None), "prediction_type", "epsilon"))
 
 
 def _refuse_other_base(header: Header, present: dict, here: str, path: str | Path, any_weights: bool) -> None:

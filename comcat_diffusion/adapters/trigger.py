@@ -61,7 +61,9 @@ def remember_prompts(pipe: DiffusionPipeline, prompt_embeds: torch.Tensor, promp
             f"prompt_embeds of shape {tuple(prompt_embeds.shape)} for {len(prompts)} prompts: give one (M, E) block of "
             "text states for each prompt."
         )
-    _texts_of(pipe).remember(prompt_embeds, prompts)
+    # A pipeline that listens may have given its text encoders away since, by which a family tells how it reads.
+    texts = texts_of(pipe.tokenizer) if hasattr(pipe, "comcat_gate") else _texts_of(pipe)
+    texts.remember(prompt_embeds, prompts)
 
 
 def _texts_of(pipe: DiffusionPipeline) -> Texts:

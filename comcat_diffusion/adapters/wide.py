@@ -56,7 +56,15 @@ class Foldable:
 class WideHeads:
     """Projections that emit D + R columns per head for H heads of width D."""
 
-    def __init__(self, heads: int, width: int, adapters: list[Free | Foldable], scales_by_width: bool, device: str):
+    def __init__(
+        self,
+        heads: int,
+        width: int,
+        adapters: list[Free | Foldable],
+        scales_by_width: bool,
+        device: str,
+        normed: bool = False,
+    ):
         self.heads, self.width = heads, width
         self.free = [a for a in adapters if isinstance(a, Free)]
         self.foldable = [a for a in adapters if isinstance(a, Foldable)]
@@ -64,7 +72,9 @@ class WideHeads:
         multiple = WIDTH_MULTIPLE.get(device, 1) if self.free else 1
         self.wide = -(-(width + sum(self.ranks)) // multiple) * multiple
         # Processors that scale by the width they see would scale by wide^-1/2; the gain makes it width^-1/2 again.
-        self.gain = maths.logit_gain(width, self.wide) if scales_by_width else 1.0
+        gain = maths.logit_gain(width, self.wide) if scales_by_width else 1.0
+        # A norm of keys would swallow it: there it stands behind the norm.
+        self.gain, self.norm_gain = (1.0, gain) if normed else (gain, 1.0)
 
     def query(self, project: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """(B, N, C) -> (B, N, H*wide)."""
@@ -101,9 +111,25 @@ class WideHeads:
         *projections, hidden = projections_then_hidden
         return torch.cat([project(hidden) for project in projections], dim=-1)
 
+    def queries_normed(self, norm: nn.Module, queries: torch.Tensor) -> torch.Tensor:
+        """(B, H, N, wide) behind the host's norm of its own D columns; an adapter's R columns have none."""
+        if self.wide == self.width:
+            return norm(queries)
+        return torch.cat([norm(queries[..., : self.width]), queries[..., self.width :]], dim=-1)
+
+    def keys_normed(self, norm: nn.Module, keys: torch.Tensor) -> torch.Tensor:
+        """The same of keys, with the gain."""
+        made = self.queries_normed(norm, keys)
+        return made * self.norm_gain if self.norm_gain != 1 else made
+
+    def foreign_output(self, project: nn.Module, mixed: torch.Tensor) -> torch.Tensor:
+        """(B, M, H*wide) -> (B, M, C) for queries that no adapter speaks for."""
+        return project(maths.separate(mixed, self.width, self.wide - self.width, heads=self.heads)[0])
+
     def foreign_key(self, project: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         """Keys of tokens that no adapter speaks for (IP-Adapter's pictures): their new columns are zero."""
-        return self._widen(project(tokens), []) * self.gain
+        keys = self._widen(project(tokens), [])
+        return keys * self.gain if self.gain != 1 else keys
 
     def foreign_value(self, project: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         """Values of tokens that no adapter speaks for."""

@@ -13,11 +13,13 @@ from itertools import islice
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig
 
 from comcat_diffusion import atomic, bases, timing
 from comcat_diffusion.adapters.merge import unload_adapters
 from comcat_diffusion.adapters.parts import denoiser
+from comcat_diffusion.adapters.placing import add_adapter, forget
 from comcat_diffusion.adapters.store import library_versions
 from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.attentions import DIFFUSERS
@@ -115,13 +117,14 @@ def _attach(pipe: DiffusionPipeline, name: str, config: BenchConfig) -> None:
     """Leave the bare denoiser with one adapter, or with none."""
     unload_adapters(pipe)
     model = denoiser(pipe)
-    model.unload_lora()
+    recurse_remove_peft_layers(model)
+    forget(model, list(getattr(model, "peft_config", {})))
     if name == COMCAT:
-        model.add_adapter(adapter_config(config, model, [TRIGGER]), ADAPTER)
+        add_adapter(model, adapter_config(config, model, [TRIGGER]), ADAPTER)
         listen(pipe)
     elif name == LORA:
         rank = config.lora_rank
-        model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=DIFFUSERS.names), ADAPTER)
+        add_adapter(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=DIFFUSERS.names), ADAPTER)
     cast_training_params(model, torch.float32)  # what is learned is in full precision, whatever the base is in
 
 

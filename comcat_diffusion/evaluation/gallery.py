@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from comcat_diffusion.adapters.merge import unload_adapters
+from comcat_diffusion.adapters.placing import set_adapters
 from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.generation.chosen import Chosen, files_of
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, save_png, slug
@@ -109,7 +110,7 @@ def with_adapter(pipe: DiffusionPipeline, adapter: Chosen | None, any_weights: b
     if adapter is not None:
         device = pipe.device
         load_adapter(pipe, adapter.path, ADAPTER, any_weights=any_weights)
-        pipe.set_adapters([ADAPTER], [adapter.scale])
+        set_adapters(pipe, [ADAPTER], [adapter.scale])
         pipe.to(device)
 
 

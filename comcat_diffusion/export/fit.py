@@ -5,10 +5,22 @@ from pathlib import Path
 
 from comcat_diffusion import atomic
 from comcat_diffusion.adapters.header import AdapterFileError, Header, kind_of, read_adapter
-from comcat_diffusion.families.family import DENOISERS
+from comcat_diffusion.families.family import DENOISERS, Family
+from comcat_diffusion.families.known import family_of_denoiser, names
 
-# By part of a Stable Diffusion: the projections that a foldable adapter changes.
-PROJECTIONS = {"unet": ("to_k", "to_v"), "text_encoder": ("k_proj", "v_proj"), "text_encoder_2": ("k_proj", "v_proj")}
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+def family_in(header: Header) -> Family | None:
+    """The family of the base of an adapter that is on parts which LoRA files are of, or None."""
+    family = family_of_denoiser(str(header.fingerprint.get("class")), {})
+    known = {*TEXT_ENCODERS, family.part} if family else set()
+    return family if set(header.config) <= known else None
+
+
+def projections_of(family: Family, part: str, attention: str) -> tuple[str, str]:
+    """What of an attention a foldable adapter changes."""
+    return ("k_proj", "v_proj") if part in TEXT_ENCODERS else family.lora_projections(attention)
 
 
 def refuse_trigger(header: Header, adapter: str | Path) -> None:
@@ -34,12 +46,11 @@ def refuse_inexpressible(header: Header, adapter: str | Path) -> None:
 
 def refuse_other_models(header: Header, adapter: str | Path) -> None:
     """Raise AdapterFileError for an adapter of what no LoRA file of other tools is for."""
-    other, kind = sorted(set(header.config) - set(PROJECTIONS)), header.fingerprint.get("class")
-    if other or kind != "UNet2DConditionModel":
-        told = f"adapts {', '.join(other)}" if other else f"is for a {kind}"
+    if family_in(header) is None:
+        kind = str(header.fingerprint.get("class"))
+        told = f"adapts {', '.join(sorted(header.config))}" if family_of_denoiser(kind, {}) else f"is for a {kind}"
         raise AdapterFileError(
-            f"{adapter} {told}; LoRA files are written for the U-Net and the text encoders of Stable Diffusion 1.x, "
-            "2.x and XL."
+            f"{adapter} {told}; LoRA files are written for the denoisers and the CLIPs of {names()}."
         )
 
 
@@ -55,9 +66,8 @@ def waits(header: Header) -> bool:
 
 def is_exact(header: Header) -> bool:
     """Whether an adapter is a LoRA up to rounding: a tied one together with its base, any other alone."""
-    of_unet = header.fingerprint.get("class") == "UNet2DConditionModel" and not set(header.config) - set(PROJECTIONS)
     whole = any(config.get("modules_to_save") for config in header.config.values())
-    return of_unet and not (whole or is_free(header) or waits(header))
+    return family_in(header) is not None and not (whole or is_free(header) or waits(header))
 
 
 def needs_base(header: Header) -> bool:

@@ -26,9 +26,10 @@ from comcat_diffusion.adapters.header import AdapterFileError, Header
 from comcat_diffusion.adapters.store import TOKEN, safetensors_bytes
 from comcat_diffusion.adapters.terms import Contents, Term, read_contents
 from comcat_diffusion.export.clients import FORMATS
-from comcat_diffusion.export.fit import PROJECTIONS, needs_base, refuse_inexpressible
+from comcat_diffusion.export.fit import TEXT_ENCODERS, family_in, needs_base, projections_of, refuse_inexpressible
 from comcat_diffusion.export.metadata import lora_metadata
 from comcat_diffusion.export.spread import spread
+from comcat_diffusion.families.family import Family, Native
 
 _CLIPS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _WIDTH_SDXL, _SDXL_BLOCK = 2048, 3  # width of SDXL's text states; attentions and a resampler per block of its U-Net
@@ -83,13 +84,14 @@ def export_adapter(
         if models is None:
             raise AdapterFileError(f"{adapter} is tied: name its base, of whose attentions it does not speak.")
         contents = spread(contents, models, adapter)
-    loras = [lora for term in contents.terms for lora in as_loras(term)]
+    family = family_in(header)
+    loras = [lora for term in contents.terms for lora in as_loras(term, family)]
     if not loras:
         raise AdapterFileError(f"{adapter} adds nothing to its base, since all its products are zero; train it first.")
     if format == "kohya":
-        tensors, alpha = _kohya(loras, header)
+        tensors, alpha = _kohya(loras, header, family)
     else:
-        tensors, alpha = _diffusers(loras), None
+        tensors, alpha = _diffusers(loras, family), None
     tensors = {name: tensor if tensor.dim() == 0 else tensor.to(dtype) for name, tensor in tensors.items()}
     ranks = Counter(lora.rank for lora in loras)
     metadata = lora_metadata(header, tensors, Path(output), ranks, alpha)
@@ -99,12 +101,12 @@ def export_adapter(
     return Exported(tuple(files), metadata)
 
 
-def as_loras(term: Term) -> list[Lora]:
-    """The LoRAs of to_k and to_v that do what a foldable term does; a product that is zero gives none."""
+def as_loras(term: Term, family: Family) -> list[Lora]:
+    """The LoRAs of keys and values that do what a foldable term does; a product that is zero gives none."""
     factors = {name: factor.double() for name, factor in term.factors.items()}
     loras = []
     for projection, down, core in zip(
-        PROJECTIONS[term.part], ("k_down", "v_down"), ("q_core", "out_core"), strict=True
+        projections_of(family, term.part, term.attention), ("k_down", "v_down"), ("q_core", "out_core"), strict=True
     ):
         heads = len(factors[core]) // term.rank  # of a tied term all of them share the rows of `down`
         up = up_of(factors[core], len(factors[down]), heads, term.scale)  # H*D, K
@@ -129,20 +131,23 @@ def _word_files(contents: Contents, output: Path) -> dict[Path, bytes]:
 # diffusers: alpha is not written, and means the rank of each module
 
 
-def _diffusers(loras: list[Lora]) -> dict[str, torch.Tensor]:
+def _diffusers(loras: list[Lora], family: Family) -> dict[str, torch.Tensor]:
     tensors = {}
     for lora in loras:
-        name = lora.projection if lora.part == "unet" else text_encoder_name(lora.projection)
-        tensors[f"{lora.part}.{name}.lora_A.weight"] = lora.down
-        tensors[f"{lora.part}.{name}.lora_B.weight"] = lora.up
+        name = f"{family.lora_prefix or lora.part}.{lora.projection}"
+        if lora.part in TEXT_ENCODERS:
+            name = f"{lora.part}.{text_encoder_name(lora.projection)}"
+        tensors[f"{name}.lora_A.weight"] = lora.down
+        tensors[f"{name}.lora_B.weight"] = lora.up
     return tensors
 
 
 # kohya: one alpha for the whole file
 
 
-def _kohya(loras: list[Lora], header: Header) -> tuple[dict[str, torch.Tensor], float]:
+def _kohya(loras: list[Lora], header: Header, family: Family) -> tuple[dict[str, torch.Tensor], float]:
     """The tensors, and the alpha that stands with each of them."""
+    loras = _fused(loras, family)
     alpha = float(Counter(lora.rank for lora in loras).most_common(1)[0][0])
     tensors = {}
     for lora in [*loras, *_markers(loras)]:
@@ -153,9 +158,30 @@ def _kohya(loras: list[Lora], header: Header) -> tuple[dict[str, torch.Tensor], 
     return tensors, alpha
 
 
+def _fused(loras: list[Lora], family: Family) -> list[Lora]:
+    """LoRAs of the family's native weights: those of one fused Linear are one, whose `up` has each in its rows."""
+    own: dict[str, list[tuple[Native, Lora]]] = {}
+    for lora in loras:
+        native = family.native_weight(lora.projection) if lora.part not in TEXT_ENCODERS else None
+        own.setdefault(native.name if native else lora.projection, []).append((native, lora))
+    made = []
+    for name, parts in own.items():
+        if parts[0][0] is None:
+            made += [lora for _, lora in parts]
+            continue
+        down = torch.cat([lora.down for _, lora in parts])  # K1 + K2, C
+        columns = []
+        for native, lora in parts:
+            column = lora.up.new_zeros(native.count, *lora.up.shape)
+            column[native.place] = lora.up
+            columns.append(column.flatten(0, 1))
+        made.append(Lora(parts[0][1].part, name, down, torch.cat(columns, dim=1)))
+    return made
+
+
 def _markers(loras: list[Lora]) -> list[Lora]:
     """A LoRA of zeros for one out_proj per text encoder: by its name alone diffusers knows the format of the others."""
-    first = {lora.part: lora for lora in reversed(loras) if lora.part != "unet"}
+    first = {lora.part: lora for lora in reversed(loras) if lora.part in TEXT_ENCODERS}
     return [
         Lora(part, lora.projection.rpartition(".")[0] + ".out_proj", lora.up.T[:1] * 0, lora.down.T[:, :1] * 0)
         for part, lora in first.items()
@@ -167,7 +193,7 @@ def _is_sdxl(header: Header) -> bool:
 
 
 def _kohya_name(lora: Lora, sdxl: bool) -> str:
-    if lora.part == "unet":
+    if lora.part not in TEXT_ENCODERS:
         path = _original_name(lora.projection) if sdxl else lora.projection
         return "lora_unet_" + path.replace(".", "_")
     prefix = {"text_encoder": "lora_te1_" if sdxl else "lora_te_", "text_encoder_2": "lora_te2_"}[lora.part]

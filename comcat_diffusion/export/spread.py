@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -21,6 +20,7 @@ from comcat_diffusion.adapters.header import AdapterFileError, Header
 from comcat_diffusion.adapters.store import config_of, expected_shapes
 from comcat_diffusion.adapters.terms import Contents, Term
 from comcat_diffusion.config import BaseSettings
+from comcat_diffusion.export.fit import family_in
 
 
 def shells(config: BaseSettings, header: Header, adapter: str | Path) -> dict[str, nn.Module]:
@@ -28,13 +28,15 @@ def shells(config: BaseSettings, header: Header, adapter: str | Path) -> dict[st
 
     Raises AdapterFileError for another base, FileNotFoundError where there is none.
     """
-    folder = bases.config_folder(config, header.base_model)
+    folder, family = bases.config_folder(config, header.base_model), family_in(header)
+    if not (folder / family.part).is_dir():
+        raise AdapterFileError(f"{adapter} is for a {family.noun}, which '{folder.name}' does not have.")
+    denoiser = family.blank(folder)
+    parts = {family.part: denoiser}
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
-        parts = {"unet": unet}
         for part in header.config.keys() - parts.keys():
             parts[part] = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / part))  # its projection is not adapted
-    if layout_of(unet) != header.fingerprint.get("layout"):
+    if layout_of(denoiser) != header.fingerprint.get("layout"):
         raise AdapterFileError(f"{adapter} was trained on '{header.base_model}', and '{folder.name}' is another base.")
     return parts
 

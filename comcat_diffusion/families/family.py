@@ -37,6 +37,15 @@ class Flow:
     preconditioned: bool = False  # whether the loss is that of the clean latents, sigma^2 times that of the way
 
 
+@dataclass(frozen=True)
+class Native:
+    """A projection in weights that fuse several of the same height: which of how many, counted from zero."""
+
+    name: str
+    place: int
+    count: int
+
+
 class Segment:
     """Some of the tokens of a text, one after the other, as one tokenizer reads it; without one they say nothing.
 
@@ -70,12 +79,14 @@ class Family:
     part = TRANSFORMER  # the component that denoises,
     noun = "transformer"  # and what it is called in sentences
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    optional: tuple[str, ...] = ()  # components that a base may lack
     trains_text = False  # whether text encoders can be adapted and new words learned
     guidance = 7.5
     flow: Flow | None = None  # None: noise, velocities or clean latents, as the scheduler says
     flow_samplers: tuple[str, ...] = ()  # of a flow-matching family: diffusers' schedulers that draw with it
     drawing: Mapping[str, object] = {}  # what its pipeline is asked for beside prompts, sizes, steps and guidance
     states_at = (0, 1)  # where in what `encode_prompt` returns the text states are, and those of the negative prompt
+    architecture = ""  # in the headers of files (modelspec); default: by the width of a U-Net's text states
     lora_prefix = ""  # of LoRA files that diffusers loads; default: the component's name
 
     # Sizes; `denoiser` is a configuration, `factor` the pixels of one latent place
@@ -118,9 +129,13 @@ class Family:
         """A prompt as it is read by a pipeline whose `encode_prompt` was called with the arguments `asked`."""
         return prompt
 
-    def most_tokens(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """How many tokens of a prompt are read."""
+    def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
+        """How many tokens of a prompt a pipeline of this class reads."""
         return tokenizer.model_max_length
+
+    def states(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
+        """How many text states M it makes of them."""
+        return self.most_tokens(tokenizer, pipeline)
 
     def remarks(self, pipe: DiffusionPipeline) -> Sequence[str]:
         """What is worth knowing of this very base, a sentence each."""
@@ -176,3 +191,7 @@ class Family:
     def lora_projections(self, attention: str) -> tuple[str, str]:
         """What of an attention of this name a foldable adapter changes: its keys' and its values' projection."""
         return "to_k", "to_v"
+
+    def native_weight(self, projection: str) -> Native | None:
+        """Where a projection is in the family's native weights; None where they are named and cut as a U-Net's."""
+        return None

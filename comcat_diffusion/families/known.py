@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from comcat_diffusion.families.family import DENOISERS, UNET, Family
+from comcat_diffusion.families.pixart import PixArt
 from comcat_diffusion.families.stable_diffusion import StableDiffusion
+from comcat_diffusion.families.stable_diffusion_3 import StableDiffusion3
 from comcat_diffusion.families.stable_diffusion_xl import StableDiffusionXL
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL())
+FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), PixArt())
 
 
 def names() -> str:
@@ -35,9 +37,9 @@ def known_family(pipe: object) -> Family | None:
     return found
 
 
-def family_in(index: Mapping, configs: Mapping[str, Mapping]) -> Family | None:
-    """The family of a diffusers folder by its model_index.json and, by component, its configurations; None: unknown."""
-    found = _of_pipeline(index.get("_class_name", ""))
+def family_in(kind: str, configs: Mapping[str, Mapping]) -> Family | None:
+    """The family of a diffusers folder by its pipeline's class and, by component, its configurations; None: unknown."""
+    found = _of_pipeline(kind)
     for part in DENOISERS if found is None else ():
         config = configs.get(part)
         if config is not None and found is None:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.merge import merge_adapters, unload_adapters
+from comcat_diffusion.adapters.placing import set_adapters
 from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.adapters.texts import texts_of
@@ -100,8 +101,9 @@ def drawn(order: Order, on_picture: OnPicture, note: Callable[[str], None]) -> P
 
 def _refuse_deaf(pipe: DiffusionPipeline, prompt: str, chosen: Sequence[Chosen], any_prompt: bool) -> None:
     """Raise ValueError for a prompt that names the subject only where the text encoder does not read any more."""
-    most = family_of(pipe).most_tokens(pipe.tokenizer)
-    read = texts_of(pipe.tokenizer, family_of(pipe).reading(pipe)).read(prompt, most)
+    family, kind = family_of(pipe), type(pipe).__name__
+    most = family.most_tokens(pipe.tokenizer, kind)
+    read = texts_of(pipe.tokenizer, family.reading(pipe)).read(prompt, family.states(pipe.tokenizer, kind))
     named = [subject for one in chosen for subject in one.subjects if calls(prompt, subject)]
     if named and not any_prompt and not any(read.acts([subject.trigger]).any() for subject in named):
         count = len(pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
@@ -135,11 +137,13 @@ def _pipeline(order: Order) -> DiffusionPipeline:
         _load_lora(pipe, path, name)
     if chosen or loras:
         weights = [one.scale for one in chosen] + [weight for _, weight in loras.values()]
-        pipe.set_adapters([*names, *loras], weights)
+        set_adapters(pipe, [*names, *loras], weights)
     return pipe.to(device)
 
 
 def _load_lora(pipe: DiffusionPipeline, path: Path, name: str) -> None:
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"--lora {path}: diffusers loads no LoRA into a {type(pipe).__name__}; leave it out.")
     try:
         pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, local_files_only=True)
     except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:

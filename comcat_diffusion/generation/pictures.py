@@ -71,9 +71,12 @@ def use_sampler(pipe: DiffusionPipeline, name: str | None) -> None:
     if kind is None or not hasattr(kind, "set_timesteps"):
         raise ValueError(f"--scheduler {name}: diffusers has no scheduler of this name.")
     family = family_of(pipe)
-    if family.flow and name not in family.flow_samplers:
-        told = f"{family.name} matches a flow, which {' and '.join(family.flow_samplers)} can draw with"
-        raise ValueError(f"--scheduler {name}: {told}.")
+    if family.flow:
+        if name not in family.flow_samplers:
+            able = " and ".join(family.flow_samplers)
+            raise ValueError(f"--scheduler {name}: {family.name} matches a flow, which {able} can draw with.")
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        return
     try:
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
         needed = {n for n, p in inspect.signature(kind.step).parameters.items() if p.default is p.empty} - {"self"}
@@ -98,11 +101,11 @@ def draw(
     """
     for start in range(0, len(drawings), sampling.batch_size):
         batch = drawings[start : start + sampling.batch_size]
-        negative = [sampling.negative_prompt] * len(batch) if sampling.negative_prompt else None
+        negative = {"negative_prompt": [sampling.negative_prompt] * len(batch)} if sampling.negative_prompt else {}
         with text_once(), keep_background(pipe, words) if words else nullcontext():
             drawn = pipe(
                 prompt=[drawing.prompt for drawing in batch],
-                negative_prompt=negative,
+                **negative,
                 height=sampling.resolution,
                 width=sampling.resolution,
                 **family_of(pipe).drawing,

@@ -7,6 +7,8 @@ from torch import nn
 
 from comcat_diffusion.adapters.store import expected_shapes
 from comcat_diffusion.bases import PRECISIONS
+from comcat_diffusion.families.family import UNET, Family, Native
+from comcat_diffusion.families.known import family_of_denoiser
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learned import adapter_config
 
@@ -19,24 +21,26 @@ def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
     own = expected_shapes(denoiser, shape)
     bytes_ = sum(high * wide for high, wide in own.values()) * PRECISIONS[config.save_precision].itemsize
     size = f"{bytes_ / 1000:,.0f} kB" if config.max_bytes is None else f"{config.max_bytes / 1000:,.0f} kB at most"
-    if type(denoiser).__name__ != "UNet2DConditionModel":  # see export/fit.py
+    family = family_of_denoiser(type(denoiser).__name__, denoiser.config)
+    if family is None:  # see export/fit.py
         return f"This adapter is for this tool (about {size})."
+    tools = "this tool and its ComfyUI node" if family.part == UNET else "this tool"
     lora = expected_shapes(denoiser, replace(shape, tied=False, foldable=True))
-    larger = f"{lora_bytes(lora, config.rank) / 1000:,.0f} kB"
+    larger = f"{lora_bytes(lora, config.rank, family) / 1000:,.0f} kB"
     if config.kind == "free":
         return (
-            f"This adapter is for this tool and its ComfyUI node (about {size}). For a LoRA that every program reads "
+            f"This adapter is for {tools} (about {size}). For a LoRA that every program reads "
             f"(about {larger}), say --as lora."
         )
     if config.everywhere:
         return f"comcat export makes it, exactly, a LoRA that every program reads (at most {larger}, half in fp16)."
     return (
-        f"This adapter is for this tool and its ComfyUI node (about {size}); nothing else changes. For a LoRA that "
+        f"This adapter is for {tools} (about {size}); nothing else changes. For a LoRA that "
         f"every program reads (about {larger}, half in fp16), which changes other prompts too, say --as lora."
     )
 
 
-def lora_bytes(foldable: Shapes, rank: int) -> int:
+def lora_bytes(foldable: Shapes, rank: int, family: Family) -> int:
     """Bytes in float32 of the LoRA that a foldable adapter with factors of these shapes becomes, without its header.
 
     (H*R, C) and (H*R, D) become `down` (H*R, C) and `up` (H*D, H*R), see export/lora.py.
@@ -44,6 +48,12 @@ def lora_bytes(foldable: Shapes, rank: int) -> int:
     count = 0
     for name, (rows, width) in foldable.items():
         if name.endswith(".q_core"):
-            columns = foldable[name.removesuffix("q_core") + "k_down"][1]
-            count += 2 * rows * (columns + rows // rank * width)  # of keys and of values
+            attention = name.removesuffix(".q_core")
+            columns, native = foldable[f"{attention}.k_down"][1], _native(family, attention)
+            fused = native.count if native else 1  # a fused Linear's `up` has rows for its other projections too
+            count += 2 * rows * (columns + fused * rows // rank * width)  # of keys and of values
     return 4 * count
+
+
+def _native(family: Family, attention: str) -> Native | None:
+    return family.native_weight(f"{attention}.{family.lora_projections(attention)[0]}")

@@ -153,12 +153,12 @@ def _run(
     # the base itself.
     objective = objective_of(pipe, config.snr_gamma, config.noise_offset)
     pipe.vae.to(accelerator.device)
-    material = encode_all(config, pipe, dataset, watcher.note)
+    material = encode_all(config, pipe, dataset, objective, watcher.note)
     pipe.to("cpu")
     put_away(pipe.vae.parameters())
     learned.prepare(config, pipe, dataset.subjects)
     prompts = [*material.prompts, *config.validation_prompt, ""]
-    most = family_of(pipe).most_tokens(pipe.tokenizer)
+    most = family_of(pipe).most_tokens(pipe.tokenizer, type(pipe).__name__)
     for text in (*cut_off(pipe.tokenizer, prompts, most), *well_known(pipe.tokenizer, dataset.subjects)):
         watcher.note(text)
     train_text = config.train_text_encoder or bool(words_of(pipe))

@@ -16,6 +16,7 @@ from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors
 from comcat_diffusion.adapters.packing import COLUMNS, PRODUCT
 from comcat_diffusion.adapters.parts import denoiser
+from comcat_diffusion.adapters.placing import add_adapter
 from comcat_diffusion.adapters.store import TOKEN
 from comcat_diffusion.adapters.terms import CONTEXT, Contents, Term
 from comcat_diffusion.adapters.token import (
@@ -51,7 +52,8 @@ def prepare(config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Sub
     if not config.init_adapter:
         with torch.random.fork_rng():  # PEFT draws the random factors from the global generator
             torch.manual_seed(config.seed)
-            denoiser(pipe).add_adapter(adapter_config(config, denoiser(pipe), awaited(config, subjects)), ADAPTER)
+            model = denoiser(pipe)
+            add_adapter(model, adapter_config(config, model, awaited(config, subjects)), ADAPTER)
             for encoder in encoders.values() if config.train_text_encoder else ():
                 encoder.add_adapter(replace(adapter_config(config, encoder, ()), target_modules=None), ADAPTER)
         listen(pipe)

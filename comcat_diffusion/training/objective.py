@@ -3,12 +3,20 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
+from comcat_diffusion.families.known import family_of
+from comcat_diffusion.training.flow import FlowObjective
 
-def objective_of(pipe: DiffusionPipeline, snr_gamma: float | None = None, noise_offset: float = 0.0) -> "Objective":
+
+def objective_of(
+    pipe: DiffusionPipeline, snr_gamma: float | None = None, noise_offset: float = 0.0
+) -> "Objective | FlowObjective":
     """What a base is asked, as its family and its scheduler say."""
+    flow = family_of(pipe).flow
+    if flow:
+        return FlowObjective(FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config), flow)
     return Objective(DDPMScheduler.from_config(pipe.scheduler.config), snr_gamma, noise_offset)
 
 

@@ -28,9 +28,8 @@ def refuse_folder(config: TrainConfig) -> None:
 
 def refuse_configurations(folder: Path, name: str) -> Family:
     """The family of a base by the configurations in its folder. Raises ValueError for one that cannot be taught."""
-    index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    kind = index.get("_class_name", "")
-    family = family_in(index, _configs(folder))
+    kind = kind_in(folder)
+    family = family_in(kind, _configs(folder))
     if family is None:
         raise ValueError(f"The base '{name}' is {unknown(kind)}: {WAY_OUT}.")
     if not (folder / family.part / "config.json").is_file():
@@ -47,6 +46,11 @@ def _configs(folder: Path) -> dict[str, Mapping]:
 def config_in(folder: Path) -> Mapping:
     """The configuration of one part of a base."""
     return json.loads((folder / "config.json").read_text("utf-8"))
+
+
+def kind_in(folder: Path) -> str:
+    """The class of the pipeline in a folder."""
+    return json.loads((folder / "model_index.json").read_text("utf-8")).get("_class_name", "")
 
 
 def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
@@ -81,9 +85,7 @@ def refuse_settings(config: TrainConfig, family: Family) -> None:
             raise ValueError(f"--{flag}: the text encoders of {family.name} stay as they are here; leave it out.")
     for flag, asked in of_noise if family.flow else ():
         if asked:
-            raise ValueError(
-                f"--{flag} is of bases that predict noise, and {family.name} matches a flow: leave it out."
-            )
+            raise ValueError(f"--{flag} is for bases that predict noise; {family.name} matches a flow: leave it out.")
 
 
 def _refuse(kind: str, family: Family, seer: Mapping, vae: Mapping, name: str) -> None:

@@ -58,7 +58,8 @@ def validate(config: ValidateConfig) -> Report:
     except (ValueError, OSError) as error:
         report.errors.append(str(error))
         return report
-    report.doubts += cut_off(tokenizer, (example.prompt for example in dataset.examples), family.most_tokens(tokenizer))
+    most = family.most_tokens(tokenizer, suitable.kind_in(folder))
+    report.doubts += cut_off(tokenizer, (example.prompt for example in dataset.examples), most)
     report.doubts += well_known(tokenizer, dataset.subjects)
     factor = family.factor(suitable.config_in(folder / "vae"))
     native = family.native(denoiser.config, factor)

@@ -1,0 +1,219 @@
+"""What is learned on families beyond the U-Nets, merged and as LoRAs: what the adapter does, to rounding."""
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from PIL import Image, ImageChops
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from comcat_diffusion import ComcatConfig, bases, load_adapter, lora_layers, merge_adapters, save_adapter
+from comcat_diffusion.adapters.header import AdapterFileError
+from comcat_diffusion.adapters.model import default_targets, factors
+from comcat_diffusion.adapters.parts import denoiser
+from comcat_diffusion.adapters.placing import add_adapter
+from comcat_diffusion.cli import main
+from comcat_diffusion.export.lora import export_adapter
+from comcat_diffusion.export.spread import spread
+from comcat_diffusion.families.known import family_of
+from comcat_diffusion.generation.config import GenerateConfig
+from comcat_diffusion.generation.generate import generate
+from comcat_diffusion.training.becomes import becomes, lora_bytes
+from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.learner import Learner
+from tests import tiny_families
+
+PROMPT = "a photo of sks teddy"
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
+BASES = ("pixart", "sd3", "sd35")
+
+
+@pytest.fixture(scope="module", params=[f"{kind}-{name}" for name in BASES for kind in ("tied", "foldable")])
+def exported(request, tmp_path_factory):
+    """A base, an adapter that acts on every token, in self-attentions too where it can, and what it predicts."""
+    kind, _, name = request.param.partition("-")
+    folder = tmp_path_factory.mktemp(name)
+    base = str(getattr(tiny_families, name)(folder / "base"))
+    pipe = bases.load_base(base)
+    model = denoiser(pipe)
+    targets = {"pixart": ["attn1", "attn2"], "sd35": ["attn", "attn2"]}.get(name, default_targets(model))
+    config = ComcatConfig(r=2, alpha=3.0, foldable=True, tied=kind == "tied", target_modules=targets)
+    add_adapter(model, config, "dog")
+    with torch.no_grad():
+        for number, factor in enumerate(factors(model, "dog").values()):
+            factor.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
+    file = folder / "dog.safetensors"
+    save_adapter(pipe, file, "dog", base)
+    return base, file, pipe, predicted(pipe)
+
+
+@torch.no_grad()
+def predicted(pipe) -> torch.Tensor:
+    """What the denoiser answers to noise."""
+    learner = Learner(pipe, [PROMPT], train_text=False).eval()
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    return learner(noise, torch.tensor([500]), [PROMPT], torch.tensor([[16.0, 16, 0, 0, 16, 16]]))
+
+
+def test_the_lora_does_what_the_adapter_does(exported, tmp_path):
+    """By the family's own loader; diffusers gives PixArt none, so there by PEFT's."""
+    base, file, _, live = exported
+    argv = ["export", "--adapter", str(file), "--output", str(tmp_path / "lora.safetensors"), "--for", "diffusers"]
+    assert main(argv) == 0
+    fresh = bases.load_base(base)
+    assert (live - predicted(fresh)).abs().max() > 0.01
+    if hasattr(fresh, "load_lora_weights"):
+        fresh.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    else:
+        tensors = load_file(tmp_path / "lora.safetensors")
+        ranks = {n.split(".", 2)[2].rpartition(".lora_A")[0]: len(t) for n, t in tensors.items() if ".lora_A." in n}
+        config = LoraConfig(r=1, target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)
+        inject_adapter_in_model(config, fresh.transformer, "default")
+        told = set_peft_model_state_dict(fresh.transformer, tensors, "default")
+        assert not told.unexpected_keys
+    assert_close(predicted(fresh), live, **CLOSE)
+
+
+def test_it_draws_beside_an_adapter_where_diffusers_loads_it(exported, tmp_path):
+    _, file, pipe, _ = exported
+    lora = tmp_path / "lora.safetensors"
+    export_adapter(file, lora, "diffusers-lora", models={"transformer": denoiser(pipe)})
+    folder = str(tmp_path / "pictures")
+    more = {"num_images": 1, "num_inference_steps": 1, "prompt": [PROMPT], "output_dir": folder, "precision": "fp32"}
+    more |= {"any_prompt": True}
+    config = GenerateConfig(adapter=[f"{file}:0"], lora=[str(lora)], **more)
+    if hasattr(pipe, "load_lora_weights"):
+        own = generate(GenerateConfig(adapter=[str(file)], **more)).files[0]
+        assert not ImageChops.difference(Image.open(generate(config).files[0]), Image.open(own)).point(_large).getbbox()
+    else:
+        with pytest.raises(ValueError, match="diffusers loads no LoRA into a PixArtSigmaPipeline"):
+            generate(config)
+
+
+def _large(difference: int) -> int:
+    """More than rounding to 255 parts."""
+    return 255 * (difference > 1)
+
+
+def test_so_does_the_live_one_and_what_is_merged(exported, tmp_path):
+    base, file, pipe, live = exported
+    layers = lora_layers(denoiser(pipe), "dog")
+    fresh = bases.load_base(base)
+    weights = dict(denoiser(fresh).named_parameters())
+    with torch.no_grad():
+        for name in [name for name in layers if ".lora_A." in name]:
+            up = layers[name.replace("lora_A", "lora_B")]
+            weights[name.replace("lora_A.", "")] += up @ layers[name]
+    assert_close(predicted(fresh), live, **CLOSE)
+    folder = tmp_path / "merged"
+    assert main(["merge", "--adapter", str(file), "--output_dir", str(folder)]) == 0
+    assert_close(predicted(bases.load_base(str(folder))), live, **CLOSE)
+
+
+def native_weights(pipe) -> dict[str, torch.Tensor]:
+    """The projections of attentions as the family's own checkpoints hold them."""
+    model, found = denoiser(pipe), {}
+    for number, block in enumerate(model.transformer_blocks):
+        if hasattr(block.attn1 if hasattr(block, "attn1") else None, "to_q"):
+            one, two = block.attn1, block.attn2
+            found[f"blocks.{number}.attn.qkv"] = torch.cat([one.to_q.weight, one.to_k.weight, one.to_v.weight])
+            found[f"blocks.{number}.cross_attn.kv_linear"] = torch.cat([two.to_k.weight, two.to_v.weight])
+            continue
+        joint = block.attn
+        text = [joint.add_q_proj.weight, joint.add_k_proj.weight, joint.add_v_proj.weight]
+        found[f"joint_blocks.{number}.context_block.attn.qkv"] = torch.cat(text)
+        if block.attn2 is not None:
+            two = block.attn2
+            found[f"joint_blocks.{number}.x_block.attn2.qkv"] = torch.cat(
+                [two.to_q.weight, two.to_k.weight, two.to_v.weight]
+            )
+    return {name: weight.detach().clone() for name, weight in found.items()}
+
+
+def test_native_names_change_the_native_weights_as_merging_does(exported, tmp_path):
+    """Every `lora_unet_...` belongs to a fused Linear of the family's own weights, of which it changes no query."""
+    base, file, _, _ = exported
+    argv = ["export", "--adapter", str(file), "--output", str(tmp_path / "lora.safetensors"), "--for", "comfyui"]
+    assert main(argv) == 0
+    merged = bases.load_base(base)
+    before = native_weights(merged)
+    load_adapter(merged, file, "dog")
+    merge_adapters(merged)
+    after, tensors = native_weights(merged), load_file(tmp_path / "lora.safetensors")
+    keys = {"lora_unet_" + name.replace(".", "_"): name for name in before}
+    assert {name.partition(".")[0] for name in tensors} == set(keys)
+    for key, name in keys.items():
+        down, up = tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"]
+        change = tensors[f"{key}.alpha"] / len(down) * up @ down
+        assert_close(before[name] + change, after[name], **CLOSE)
+        assert change.abs().max() > 0.01
+
+
+def test_native_names_of_stable_diffusion_3_are_those_that_diffusers_converts_from(tmp_path):
+    """Its own reading of a single file puts each third where the adapter's page says it is."""
+    pipe = bases.load_base(str(tiny_families.sd35(tmp_path)))
+    native = {f"{name}.weight": weight for name, weight in native_weights(pipe).items()}
+
+    class Anything(dict):  # the rest of a checkpoint, which does not matter here
+        def __missing__(self, key):
+            return torch.zeros(48, 16)
+
+        def pop(self, key, *default):
+            return super().pop(key) if key in self else self[key]
+
+    found = Anything(native)
+    found.update({f"joint_blocks.{n}.x_block.attn.qkv.weight": torch.zeros(48, 16) for n in range(3)})
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(found)
+    family = family_of(pipe)
+    for name, weight in dict(denoiser(pipe).named_parameters()).items():
+        projection = name.removesuffix(".weight")
+        if projection.rpartition(".")[2] in ("add_k_proj", "add_v_proj"):
+            assert torch.equal(converted[name], weight)
+            place = family.native_weight(projection)
+            third = native[f"{place.name}.weight"].chunk(place.count)[place.place]
+            assert torch.equal(third, weight)
+
+
+def test_the_size_that_is_told_before_training_is_what_is_written(exported, tmp_path):
+    base, file, pipe, _ = exported
+    from dataclasses import replace
+
+    from comcat_diffusion.adapters.store import config_of, expected_shapes
+    from comcat_diffusion.adapters.terms import read_contents
+
+    contents = read_contents(file)
+    model = denoiser(bases.load_base(base))
+    (fields,) = contents.header.config.values()
+    shapes = expected_shapes(model, replace(config_of(fields, file), tied=False))
+    models = {"transformer": model}
+    if not fields.get("tied"):  # a tied one is smaller: its heads share the rows of `down`
+        written = export_adapter(file, tmp_path / "l.safetensors", "kohya", models=models)
+        sizes = [t.nbytes for name, t in load_file(written.files[0]).items() if not name.endswith(".alpha")]
+        assert lora_bytes(shapes, 2, family_of(pipe)) == sum(sizes)
+    else:
+        assert len(spread(contents, models, file).terms) == len({n.rpartition(".")[0] for n in shapes})
+    said = becomes(
+        TrainConfig(pretrained_model_name_or_path=base, instance_prompt=PROMPT, instance_data_dir="."), model
+    )
+    assert "say --as lora" in said and "ComfyUI" not in said
+
+
+def test_files_say_of_what_architecture_they_are(exported):
+    _, file, pipe, _ = exported
+    with safe_open(file, framework="pt") as opened:
+        told = opened.metadata()["modelspec.architecture"]
+    assert told == ("pixart/comcat" if "PixArt" in type(pipe).__name__ else "stable-diffusion-3/comcat")
+
+
+def test_another_model_has_no_lora_files(exported, tmp_path):
+    from dataclasses import replace
+
+    from comcat_diffusion.adapters.terms import read_contents
+    from comcat_diffusion.export.fit import refuse_other_models
+
+    header = read_contents(exported[1]).header
+    other = replace(header, fingerprint=header.fingerprint | {"class": "WanTransformer3DModel"})
+    with pytest.raises(AdapterFileError, match="is for a WanTransformer3DModel; LoRA files are written for .*PixArt"):
+        refuse_other_models(other, "x.safetensors")

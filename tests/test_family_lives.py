@@ -1,0 +1,243 @@
+"""What a subject goes through on a base of every family beyond the U-Nets: learned, resumed, drawn, judged."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+from comcat_diffusion import ComcatConfig, bases, load_adapter, save_adapter, set_regions, unload_adapters
+from comcat_diffusion.adapters.header import AdapterFileError
+from comcat_diffusion.adapters.model import factors
+from comcat_diffusion.adapters.parts import denoiser
+from comcat_diffusion.adapters.placing import add_adapter, set_adapters
+from comcat_diffusion.bench.config import BenchConfig
+from comcat_diffusion.bench.run import bench
+from comcat_diffusion.cli import main
+from comcat_diffusion.evaluation.config import EvaluateConfig
+from comcat_diffusion.evaluation.evaluate import evaluate
+from comcat_diffusion.generation.config import GenerateConfig
+from comcat_diffusion.generation.generate import generate
+from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, use_sampler
+from comcat_diffusion.training import learned
+from comcat_diffusion.training.config import TrainConfig, ValidateConfig
+from comcat_diffusion.training.customize import customize
+from comcat_diffusion.training.encode import Crop, posterior
+from comcat_diffusion.training.learner import Learner
+from comcat_diffusion.training.loop import held_out_loss
+from comcat_diffusion.training.objective import objective_of
+from comcat_diffusion.training.validate import validate
+from comcat_diffusion.words import Subject
+from tests import tiny_families
+
+PICTURES = str(bases.assets() / "subject" / "train")
+PROMPT, OTHER = "a photo of sks teddy", "a photo of a teddy"
+BASES = ("pixart", "sd3", "sd35")
+SUBJECTS = [Subject("sks", "teddy")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny base of every family."""
+    root = tmp_path_factory.mktemp("families")
+    return {name: getattr(tiny_families, name)(root / name) for name in BASES}
+
+
+@pytest.fixture(scope="module", params=BASES)
+def base(request, folders):
+    """The folder of one."""
+    return str(folders[request.param])
+
+
+def settings(base, output, **more) -> TrainConfig:
+    own = {"instance_data_dir": PICTURES, "instance_prompt": PROMPT, "validation_prompt": [PROMPT], "rank": 2}
+    return TrainConfig(
+        **{
+            "pretrained_model_name_or_path": base, "output_dir": str(output), "mixed_precision": "no",
+            "max_train_steps": 4, "lr_warmup_steps": 0, "num_validation_images": 1, "thumbnail": False,
+        } | own | more
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def taught(base, tmp_path_factory):
+    """A run of forty quick steps on a base: its base and its file."""
+    folder = tmp_path_factory.mktemp("taught")
+    return base, customize(settings(base, folder, max_train_steps=40, learning_rate=0.02)).adapter
+
+
+def held_out(pipe) -> float:
+    """The loss on the training pictures."""
+    pictures = [Image.open(path).convert("RGB").resize((16, 16)) for path in sorted(Path(PICTURES).glob("*.png"))]
+    found = [posterior(pipe, picture) for picture in pictures]
+    crops = [Crop(**one, prompt=PROMPT, name="", frame=(16, 16, 0, 0, 16, 16)) for one in found]
+    learner = Learner(pipe, [PROMPT], train_text=False).eval()
+    return held_out_loss(learner, crops, objective_of(pipe), torch.device("cpu"), draws=16)
+
+
+def drawn(pipe, *prompts: str) -> list[Image.Image]:
+    """One picture a prompt, all in one batch."""
+    return list(draw(pipe, [Drawing(prompt, 3) for prompt in prompts], Sampling(2, 3.0)))
+
+
+def differs(one: Image.Image, other: Image.Image) -> bool:
+    return ImageChops.difference(one, other).getbbox() is not None
+
+
+def test_training_teaches_the_pictures_and_leaves_other_prompts_alone_to_the_bit(taught):
+    base, file = taught
+    pipe = bases.load_base(base)
+    before, untaught = drawn(pipe, OTHER, PROMPT), held_out(pipe)
+    load_adapter(pipe, file, "dog")
+    assert held_out(pipe) < untaught * 0.999
+    assert not differs(drawn(pipe, OTHER)[0], before[0]) and differs(drawn(pipe, PROMPT)[0], before[1])
+    mixed = drawn(pipe, OTHER, PROMPT)
+    assert not differs(mixed[0], before[0]) and differs(mixed[1], before[1])
+    unload_adapters(pipe)
+    assert [differs(*pair) for pair in zip(drawn(pipe, OTHER, PROMPT), before, strict=True)] == [False, False]
+
+
+@pytest.mark.parametrize("kind", ["tied", "foldable", "free"])
+def test_what_has_learned_nothing_is_the_base(base, kind, tmp_path):
+    pipe = bases.load_base(base)
+    (before,) = drawn(pipe, PROMPT)
+    learned.prepare(settings(base, tmp_path, kind=kind), pipe, SUBJECTS)
+    if kind != "free":  # whose heads are wider: sums in another order
+        assert not differs(drawn(pipe, PROMPT)[0], before)
+    with torch.no_grad():
+        for factor in factors(denoiser(pipe), learned.ADAPTER).values():
+            factor.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    assert differs(drawn(pipe, PROMPT)[0], before)
+
+
+@pytest.mark.parametrize(("name", "kind"), zip(BASES, ("foldable", "tied", "free"), strict=True))
+def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(folders, name, kind, tmp_path):
+    base = str(folders[name])
+    whole = customize(settings(base, tmp_path, kind=kind, checkpointing_steps=2, skip_final_inference=True)).adapter
+    content = whole.read_bytes()
+    whole.unlink()
+    resume = str(tmp_path / "checkpoints" / "checkpoint-2")
+    resumed = customize(settings(base, tmp_path, kind=kind, resume_from_checkpoint=resume, skip_final_inference=True))
+    assert resumed.adapter.read_bytes() == content
+
+
+def test_several_act_at_their_weights_and_where_their_regions_are(taught):
+    base, file = taught
+    pipe = bases.load_base(base)
+    (before,) = drawn(pipe, PROMPT)
+    load_adapter(pipe, file, "one")
+    (alone,) = drawn(pipe, PROMPT)
+    load_adapter(pipe, file, "two")
+    (both,) = drawn(pipe, PROMPT)
+    assert differs(both, alone)
+    set_adapters(pipe, ["one", "two"], [0.25, 0.75])
+    shares = list(drawn(pipe, PROMPT)[0].get_flattened_data())
+    most = max(
+        abs(a - b) for p, q in zip(shares, alone.get_flattened_data(), strict=True) for a, b in zip(p, q, strict=True)
+    )
+    assert most <= 1  # of 255: the same sum in another order
+    set_adapters(pipe, ["one", "two"], [0.0, 0.0])
+    assert not differs(drawn(pipe, PROMPT)[0], before)
+    set_adapters(pipe, ["one"], [1.0])
+    set_regions(pipe, {"one": torch.zeros(8, 8)})
+    assert not differs(drawn(pipe, PROMPT)[0], before)
+    set_regions(pipe, {"one": torch.ones(8, 8)})
+    assert not differs(drawn(pipe, PROMPT)[0], alone)
+    set_regions(pipe, {"one": torch.cat([torch.ones(8, 4), torch.zeros(8, 4)], dim=1)})
+    (half,) = drawn(pipe, PROMPT)
+    assert differs(half, before) and differs(half, alone)
+    with pytest.raises(ValueError, match="no adapter 'three'|three"):
+        set_adapters(pipe, ["three"], [1.0])
+
+
+def test_the_commands_take_it_from_end_to_end(taught, tmp_path, capsys):
+    base, file = taught
+    report = validate(ValidateConfig(**vars(settings(base, tmp_path / "run"))))
+    assert not report.errors and any("parameters on" in fact for fact in report.facts)
+    assert main(["info", str(file)]) == 0
+    assert "sks" in capsys.readouterr().out
+    pictures = generate(
+        GenerateConfig(
+            adapter=[str(file)], prompt=["{subject}"], num_images=1, num_inference_steps=1, compare=True,
+            output_dir=str(tmp_path / "drawn"),
+        )
+    )  # fmt: skip
+    assert len(pictures.files) == 1 and Image.open(pictures.files[0]).size == (16, 16)
+    judged = evaluate(
+        EvaluateConfig(
+            adapter=[str(file)], subject_dir=str(bases.assets() / "subject" / "held_out"), clip_model="embedded",
+            dino_model="none", num_inference_steps=1, seeds=1, output_dir=str(tmp_path / "judged"),
+        )
+    )  # fmt: skip
+    assert judged.rows[1].measures["pixel_drift"].mean == 0
+    rows = bench(BenchConfig(pretrained_model_name_or_path=base, rounds=1)).rows
+    assert [row.parameters > 0 for row in rows] == [False, True, True] * 2
+
+
+def test_a_file_of_one_family_is_refused_by_another(folders, tmp_path):
+    pipes = {name: bases.load_base(str(folders[name])) for name in BASES}
+    for name, pipe in pipes.items():
+        add_adapter(denoiser(pipe), ComcatConfig(r=1), "dog")
+        assert save_adapter(pipe, tmp_path / name, "dog", name).fingerprint["class"] == type(denoiser(pipe)).__name__
+        unload_adapters(pipe)
+    for name in BASES:
+        for other in set(BASES) - {name}:
+            with pytest.raises(AdapterFileError, match=f"was trained on '{name}' and does not fit"):
+                load_adapter(pipes[other], tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"train_text_encoder": True, "everywhere": True}, "--train_text_encoder: the text encoders of .* stay as"),
+        ({"learn_name": True}, "--learn_name: the text encoders of .* stay as they are"),
+        ({"resolution": 18}, "--resolution 18 must be a multiple of 4 for this base"),
+        ({"target_modules": ["nope"]}, "--target_modules nope"),
+    ],
+)
+def test_what_a_family_cannot_do_is_refused_in_a_sentence_by_check_and_run(base, more, message, tmp_path):
+    asked = settings(base, tmp_path / "out", **more)
+    with pytest.raises(ValueError, match=message) as caught:
+        customize(asked)
+    assert "\n" not in str(caught.value)
+    errors = validate(ValidateConfig(**vars(asked))).errors
+    assert any(message.split(":")[0] in error for error in errors)
+
+
+def test_a_flow_has_no_signal_to_noise_ratio_and_samplers_of_its_own(folders, tmp_path):
+    base = str(folders["sd3"])
+    for more in ({"snr_gamma": 5.0}, {"noise_offset": 0.1}):
+        with pytest.raises(ValueError, match=f"--{next(iter(more))} is for bases that predict noise"):
+            customize(settings(base, tmp_path / "out", **more))
+    pipe = bases.load_base(base)
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler: Stable Diffusion 3 and 3.5 matches a flow"):
+        use_sampler(pipe, "EulerDiscreteScheduler")
+    use_sampler(pipe, "FlowMatchEulerDiscreteScheduler")
+    assert len(drawn(pipe, PROMPT)) == 1
+
+
+def test_a_missing_t5_is_told(folders, tmp_path):
+    said = []
+    config = {"prompt": [PROMPT], "num_images": 1, "num_inference_steps": 1, "output_dir": str(tmp_path)}
+    for name in ("sd3", "sd35"):
+        generate(GenerateConfig(pretrained_model_name_or_path=str(folders[name]), **config), note=said.append)
+    assert said == ["This base has no T5 (text_encoder_3): it reads prompts by its two CLIPs alone, 77 tokens of them."]
+
+
+def test_a_trigger_is_heard_by_every_text_encoder(folders):
+    """Of 3.5's states, the CLIPs' and the T5's 256, those from the trigger on, each by its own tokens."""
+    from comcat_diffusion.adapters.texts import texts_of
+    from comcat_diffusion.families.known import family_of
+
+    pipe = bases.load_base(str(folders["sd35"]))
+    clips = pipe.tokenizer.model_max_length
+    read = texts_of(pipe.tokenizer, family_of(pipe).reading(pipe)).read(PROMPT, clips + 256)
+    acts = read.acts(["sks"])
+    first = pipe.tokenizer(PROMPT).tokens().index("sks</w>")
+    pieces = pipe.tokenizer_3(PROMPT, return_offsets_mapping=True)
+    second = next(n for n, (_, end) in enumerate(pieces.offset_mapping) if end > PROMPT.index("sks"))
+    assert acts[:clips].tolist() == [n >= first for n in range(clips)]
+    assert acts[clips:].tolist() == [n >= second for n in range(256)]
+    bare = bases.load_base(str(folders["sd3"]))
+    read = texts_of(bare.tokenizer, family_of(bare).reading(bare)).read(PROMPT, clips + 256)
+    assert read.acts(["sks"])[:clips].any() and not read.acts(["sks"])[clips:].any()

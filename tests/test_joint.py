@@ -1,0 +1,185 @@
+"""Joint attentions, as of Stable Diffusion 3: the battery over every kind, and the slow formula, norms included.
+
+Letters: B batch, N tokens of the picture, M of the text, H heads, D head width, R rank, C channels.
+"""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.testing import assert_close
+
+from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters.config import ComcatConfig
+from comcat_diffusion.adapters.model import ComcatModel, adapted_layers, default_targets
+from tests.adapter_cases import WHOLES, Case, distance
+from tests.reference import FreeFactors, rows_of_head
+from tests.test_adapter_battery import (  # noqa: F401 - run here over these cases
+    test_a_new_adapter_changes_nothing,
+    test_a_saved_peft_model_loads_exactly,
+    test_a_scale_of_zero_is_the_base_bit_for_bit,
+    test_disabling_a_merged_adapter_gives_the_base_and_enabling_it_gives_it_back,
+    test_factors_saved_from_one_model_and_set_on_another_are_exact,
+    test_merge_and_unload_leaves_a_plain_model_with_the_same_output,
+    test_merged_equals_live_and_unmerge_gives_back_the_very_tensors,
+    test_merging_one_adapter_after_another_equals_both_live,
+    test_set_disable_enable_and_delete_are_exact,
+    test_the_scale_is_linear_in_the_deltas,
+    test_the_strength_is_alpha_over_rank,
+    test_training_moves_the_factors_and_nothing_else,
+    test_two_adapters_equal_their_concatenated_ranks,
+    test_unload_gives_back_the_very_model,
+    weights_of,
+)
+
+KINDS = ("free", "foldable", "tied")
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        kinds = KINDS[1:] if "merg" in metafunc.function.__name__ else KINDS  # wider heads have no weights of their own
+        metafunc.parametrize(
+            "case", [f"{kind}-{target}" for kind in kinds for target in ("attn", "attn2")], indirect=True
+        )
+
+
+@pytest.fixture
+def case(request, tiny_sd3, randomize, monkeypatch):
+    monkeypatch.setitem(WHOLES, "tiny_sd3", "proj_out")
+    kind, _, target = request.param.partition("-")
+    return Case(tiny_sd3, target, kind, randomize)
+
+
+def _heads(linear: nn.Linear, h: int, heads: int, features: torch.Tensor) -> torch.Tensor:
+    bias = 0 if linear.bias is None else rows_of_head(linear.bias, h, heads)
+    return features @ rows_of_head(linear.weight, h, heads).T + bias
+
+
+def _normed(norm: nn.Module | None, made: torch.Tensor) -> torch.Tensor:
+    """Root mean square over a head's columns."""
+    if norm is None:
+        return made
+    return made / (made.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
+
+
+def joint(host: nn.Module, x: torch.Tensor, c: torch.Tensor, adapters: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures (B, N, C) and texts (B, M, C), head by head, one product at a time.
+
+        logits = D^-1/2 [q k^T + s (x Aq)(c Ak)^T for the picture's queries and the text's keys]
+
+    q and k are normed; of a foldable adapter Ak and Av are part of what is normed, and all queries see them.
+    """
+    picture, text, heads = 0.0, 0.0, host.heads
+    width = host.to_q.out_features // heads
+    for h in range(heads):
+        q, k, v = (_heads(p, h, heads, x) for p in (host.to_q, host.to_k, host.to_v))
+        tq, tk, tv = (_heads(p, h, heads, c) for p in (host.add_q_proj, host.add_k_proj, host.add_v_proj))
+        more_logits, more_values = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        for a in adapters:
+            ak, av = (c @ rows_of_head(f, h, heads).T * a.scale for f in (a.k_down, a.v_down))  # B, M, R
+            if isinstance(a, FreeFactors):
+                more_logits = more_logits + x @ rows_of_head(a.q_down, h, heads).T @ ak.mT  # B, N, M
+                more_values = more_values + av @ rows_of_head(a.out_up.T, h, heads)  # B, M, C
+            else:
+                tk = tk + ak @ rows_of_head(a.q_core, h, heads)
+                tv = tv + av @ rows_of_head(a.out_core, h, heads)
+        q, tq = _normed(host.norm_q, q), _normed(host.norm_added_q, tq)
+        k, tk = _normed(host.norm_k, k), _normed(host.norm_added_k, tk)
+        keys, values = torch.cat([k, tk], dim=1), torch.cat([v, tv], dim=1)
+        logits = q @ keys.mT
+        logits[..., x.shape[1] :] += more_logits
+        weights = (logits * width**-0.5).softmax(-1)
+        picture = picture + weights @ values @ rows_of_head(host.to_out[0].weight.T, h, heads)
+        if more_values.ndim > 1:
+            picture = picture + weights[..., x.shape[1] :] @ more_values
+        weights = (tq @ keys.mT * width**-0.5).softmax(-1)
+        if host.to_add_out is not None:
+            text = text + weights @ values @ rows_of_head(host.to_add_out.weight.T, h, heads)
+    return picture + host.to_out[0].bias.double(), text + (0 if host.to_add_out is None else host.to_add_out.bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_joint_attention_matches_the_slow_formula(kind, normed, fused, tiny_sd3, randomize):
+    model = Case(tiny_sd3, "attn", kind, randomize).adapted("dog", "cat")
+    name, layer = next(iter(adapted_layers(model).items()))
+    host, generator = model.get_submodule(name), torch.Generator().manual_seed(5)
+    norms = [getattr(host, n) for n in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
+    for norm in norms:  # one of ones would hide which of them is taken
+        norm.weight.copy_(0.5 + torch.rand(norm.weight.shape, generator=generator, dtype=torch.float64))
+    if not normed:
+        host.norm_q = host.norm_k = host.norm_added_q = host.norm_added_k = None
+    if fused:
+        model.base_model.model.fuse_qkv_projections()
+    x, c = (torch.randn(2, tokens, 16, generator=generator, dtype=torch.float64) for tokens in (6, 5))
+    got = host(x, encoder_hidden_states=c)
+    if fused:  # diffusers' processor of fused projections leaves the norms out
+        host.norm_q = host.norm_k = host.norm_added_q = host.norm_added_k = None
+    adapters = tuple(weights_of(layer, adapter) for adapter in ("dog", "cat"))
+    close = 1e-6 if normed else 1e-11  # diffusers takes the mean square in float32
+    for made, wanted in zip(got, joint(host, x, c, adapters), strict=True):
+        assert_close(made, wanted, rtol=0, atol=close)
+    for fewer in (adapters[:1], ()):
+        assert distance(got[0], joint(host, x, c, fewer)[0]) > 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_normed_self_attention_matches_the_slow_formula(kind, tiny_sd3, randomize):
+    model = Case(tiny_sd3, "attn2", kind, randomize).adapted("dog")
+    name, layer = next(iter(adapted_layers(model).items()))
+    host, a = model.get_submodule(name), weights_of(layer, "dog")
+    x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    bare, made = host.to_out[0].bias, host.to_out[0].bias
+    for h in range(host.heads):
+        q, k, v = (_heads(p, h, host.heads, x) for p in (host.to_q, host.to_k, host.to_v))
+        out = rows_of_head(host.to_out[0].weight.T, h, host.heads)
+        logits, values = _normed(host.norm_q, q) @ _normed(host.norm_k, k).mT, v @ out
+        bare = bare + (logits * q.shape[-1] ** -0.5).softmax(-1) @ values
+        ak, av = (x @ rows_of_head(f, h, host.heads).T * a.scale for f in (a.k_down, a.v_down))
+        if kind == "free":
+            logits = logits + x @ rows_of_head(a.q_down, h, host.heads).T @ ak.mT
+            values = values + av @ rows_of_head(a.out_up.T, h, host.heads)
+        else:
+            k, v = k + ak @ rows_of_head(a.q_core, h, host.heads), v + av @ rows_of_head(a.out_core, h, host.heads)
+            logits, values = _normed(host.norm_q, q) @ _normed(host.norm_k, k).mT, v @ out
+        made = made + (logits * q.shape[-1] ** -0.5).softmax(-1) @ values
+    assert_close(host(x), made, rtol=0, atol=1e-6)
+    assert distance(made, bare) > 0.05
+
+
+def test_the_text_is_what_is_adapted_by_default_and_what_a_free_adapter_leaves_alone(tiny_sd3, randomize):
+    model = tiny_sd3(torch.float64)
+    assert default_targets(model) == ["attn"]
+    case = Case(tiny_sd3, "attn", "free", randomize)
+    host = case.adapted("dog").get_submodule("base_model.model.transformer_blocks.0.attn")
+    x, c = torch.randn(2, 6, 16, dtype=torch.float64), torch.randn(2, 5, 16, dtype=torch.float64)
+    bare = tiny_sd3(torch.float64).get_submodule("transformer_blocks.0.attn")
+    with torch.no_grad():
+        (picture, text), (before, same) = host(x, encoder_hidden_states=c), bare(x, encoder_hidden_states=c)
+    assert_close(text, same, rtol=0, atol=1e-12)  # the text does not look at what is for the picture
+    assert distance(picture, before) > 0.01
+
+
+@pytest.mark.parametrize("target", ["attn", "attn2"])
+def test_a_free_adapter_has_no_weights_to_merge_into(target, tiny_sd3, randomize):
+    model = Case(tiny_sd3, target, "free", randomize).adapted("dog")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="keep it live, or train a foldable one"):
+        model.merge_adapter()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_processors_that_are_not_known_are_refused_by_name(tiny_sd3):
+    class OtherJointProcessor:
+        def __call__(self, *args, **kwargs):
+            raise NotImplementedError
+
+    model = tiny_sd3()
+    model.transformer_blocks[1].attn.set_processor(OtherJointProcessor())
+    with pytest.raises(ValueError, match=r"transformer_blocks.1.attn.*OtherJointProcessor uses in an unknown way|norm"):
+        get_peft_model(model, ComcatConfig(r=1, target_modules=["attn"]))
+    assert not any(seam.is_adapted(module) for module in model.modules())
+    assert isinstance(get_peft_model(tiny_sd3(), ComcatConfig(r=1)).base_model, ComcatModel)

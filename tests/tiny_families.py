@@ -1,0 +1,117 @@
+"""Tiny bases of random weights in the real classes of every family beyond Stable Diffusion's U-Nets, as folders.
+
+Their tokenizers are trained here, on a few captions.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+
+from tests import tiny_bases
+
+WIDTH = 24  # of a T5's states
+CAPTIONS = ("a photo of sks teddy", "a photo of a red ball on a green table", "two dogs in the snow, white background")
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A unigram model of a few pieces; what it has never seen is one unknown piece."""
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trained.train_from_iterator(
+        CAPTIONS, trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
+    )
+    ids = trained.get_vocab()
+    pieces = sorted(ids, key=ids.get)
+    return T5Tokenizer(vocab=[(piece, -float(n) / 10) for n, piece in enumerate(pieces)], extra_ids=0)
+
+
+def t5(width: int = WIDTH) -> T5EncoderModel:
+    """Two layers of three heads."""
+    config = T5Config(
+        vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=3, dropout_rate=0.0
+    )
+    return T5EncoderModel(config).eval()
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Nothing in it is zero, as much is in a fresh transformer, so that whatever reaches it is seen in its output."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def pixart_transformer(**more) -> PixArtTransformer2DModel:
+    """Two blocks of three heads of 8, latents of 8x8 in patches of 2, learned sigma."""
+    settings = {
+        "num_attention_heads": 3, "attention_head_dim": 8, "cross_attention_dim": 24, "num_layers": 2,
+        "sample_size": 8, "caption_channels": WIDTH, "in_channels": 4, "out_channels": 8,
+        "use_additional_conditions": False,
+    }  # fmt: skip
+    return lively(PixArtTransformer2DModel(**settings | more))
+
+
+def pixart(folder: Path, kind: type[DiffusionPipeline] = PixArtSigmaPipeline, **more) -> Path:
+    """PixArt-Sigma, or -alpha."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        pipe = kind(
+            tokenizer=t5_tokenizer(),
+            text_encoder=t5(),
+            vae=tiny_bases.vae(),
+            transformer=pixart_transformer(**more),
+            scheduler=DPMSolverMultistepScheduler(),
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def sd3_transformer(**more) -> SD3Transformer2DModel:
+    """Three joint blocks of two heads of 8, the first with a self-attention beside, norms as in 3.5."""
+    settings = {
+        "num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16, "num_layers": 3,
+        "sample_size": 8, "pos_embed_max_size": 8, "in_channels": 4, "out_channels": 4,
+        "joint_attention_dim": 2 * WIDTH, "pooled_projection_dim": 2 * WIDTH,
+        "qk_norm": "rms_norm", "dual_attention_layers": (0,),
+    }  # fmt: skip
+    return lively(SD3Transformer2DModel(**settings | more))
+
+
+def sd35(folder: Path, t5_too: bool = True, **more) -> Path:
+    """Stable Diffusion 3.5, with or without its T5."""
+    vae = tiny_bases.vae()
+    vae.register_to_config(shift_factor=0.25, scaling_factor=1.3)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        pipe = StableDiffusion3Pipeline(
+            transformer=sd3_transformer(**more),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=vae,
+            text_encoder=tiny_bases.text_encoder(CLIPTextModelWithProjection),
+            tokenizer=tiny_bases.tokenizer(),
+            text_encoder_2=tiny_bases.text_encoder(CLIPTextModelWithProjection, "gelu"),
+            tokenizer_2=tiny_bases.tokenizer(),
+            text_encoder_3=t5(2 * WIDTH) if t5_too else None,
+            tokenizer_3=t5_tokenizer() if t5_too else None,
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def sd3(folder: Path) -> Path:
+    """Stable Diffusion 3: no norms, no self-attentions beside, and here no T5."""
+    return sd35(folder, t5_too=False, qk_norm=None, dual_attention_layers=())
