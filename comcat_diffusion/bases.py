@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.config import EMBEDDED, BaseSettings  # noqa: F401 - found here too
 from comcat_diffusion.families.family import Family
-from comcat_diffusion.families.known import family_in, family_of
+from comcat_diffusion.families.known import family_in, family_of, known_family
 from comcat_diffusion.places import (  # noqa: F401 - found here too
     asked_name,
     assets,
@@ -78,8 +78,16 @@ def _compressed_unet(path: Path, dtype: torch.dtype) -> dict[str, torch.nn.Modul
 
 
 def asked_base(config: BaseSettings, precision: str, name: str | None = None) -> DiffusionPipeline:
-    """The base that the settings of a run name; `name` where they leave it open."""
-    return load_base(asked_name(config, name), precision, config.revision, config.variant, config.base_config)
+    """The base that the settings of a run name; `name` where they leave it open.
+
+    Raises ValueError for a precision in which its family overflows, and as `load_base` does.
+    """
+    pipe = load_base(asked_name(config, name), precision, config.revision, config.variant, config.base_config)
+    family = known_family(pipe)
+    if family is not None and precision not in family.precisions:
+        able = " or ".join(family.precisions)
+        raise ValueError(f"--precision {precision}: {family.name} overflows in it; use {able}.")
+    return pipe
 
 
 def config_folder(config: BaseSettings, name: str | None = None) -> Path:
@@ -223,9 +231,23 @@ def asked_device(name: str | None) -> str:
 
 def asked_precision(name: str | None, device: str, base: str) -> str:
     """The precision of this name, or what suits a device for drawing: half where that is much faster."""
-    if name or torch.device(device).type == "cuda":
-        return name or "fp16"
+    if name:
+        return name
+    if torch.device(device).type == "cuda":
+        family = _family_ahead(base)
+        return "fp16" if family is None or "fp16" in family.precisions else "bf16"
     return "bf16" if suits_bf16(device, base) else "fp32"
+
+
+def _family_ahead(base: str) -> Family | None:
+    """The family of a base that is on this machine, before it is loaded; None where that is not known."""
+    try:
+        path = place_of(base)
+        if not path.exists():
+            path = Path(snapshot_download(base, local_files_only=True, allow_patterns=("model_index.json",)))
+        return family_in(json.loads((path / "model_index.json").read_text("utf-8")).get("_class_name", ""), {})
+    except _NOT_GIVEN:
+        return None
 
 
 def suits_bf16(device: str, base: str) -> bool:

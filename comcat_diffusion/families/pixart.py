@@ -46,7 +46,7 @@ class PixArt(Family):
         """Small letters."""
         return Reading((Segment(pipe.tokenizer),), lambda prompt: prompt.lower().strip())
 
-    def said(self, pipe: DiffusionPipeline, prompt: str, asked: Mapping[str, object]) -> str:
+    def said(self, pipe: DiffusionPipeline, prompt: str, asked: Mapping[str, object], negative: bool) -> str:
         """Captions may be cleaned before they are read."""
         return pipe._text_preprocessing(prompt, clean_caption=bool(asked.get("clean_caption")))[0]
 

@@ -80,6 +80,8 @@ def refuse_settings(config: TrainConfig, family: Family) -> None:
         ("learn_name", config.learn_name),
     )
     of_noise = (("snr_gamma", config.snr_gamma is not None), ("noise_offset", config.noise_offset != 0))
+    if config.mixed_precision == "fp16" and "fp16" not in family.precisions:
+        raise ValueError(f"--mixed_precision fp16: {family.name} overflows in it; use bf16 or no.")
     for flag, asked in trained if not family.trains_text else ():
         if asked:
             raise ValueError(f"--{flag}: the text encoders of {family.name} stay as they are here; leave it out.")
