@@ -13,7 +13,9 @@ from torch.testing import assert_close
 from comcat_diffusion import ComcatConfig, bases, keep_background, listen, save_adapter, set_regions
 from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.focus import HIGH, LOW, Focus
+from comcat_diffusion.adapters.looking import looks
 from comcat_diffusion.adapters.model import adapted_layers
+from comcat_diffusion.adapters.texts import texts_of
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
 
@@ -117,16 +119,13 @@ def test_how_much_a_place_looks_is_the_bases_own_attention_to_the_words(pipe):
     attn, generator = layer.owner, torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 16, attn.to_q.in_features, generator=generator).double()
     text = torch.randn(2, 32, attn.to_k.in_features, generator=generator).double()
-    pipe.comcat_gate.tell(text, [WITH, WITHOUT])
+    said = [texts_of(pipe.tokenizer).read(prompt, 32) for prompt in (WITH, WITHOUT)]
+    of_words = torch.stack([one.within(WORDS["dog"]) for one in said])
+    found = looks(attn, hidden, text, of_words, (8, 8))
+    assert found.shape == (2, 1, 8, 8) and not found[1].any()
     focus = Focus(WORDS, [layer])
-    here.latent = (8, 8)
-    try:
-        found = focus._look(layer, hidden, text, "dog", (4, 4))
-        assert found.shape == (2, 1, 8, 8) and not found[1].any()
-        focus._maps = {"dog": found}
-        weights = focus._weights("dog", (4, 4), hidden)
-    finally:
-        here.latent = here.heard = None
+    focus._maps = {"dog": found}
+    weights = focus._weights("dog", (4, 4), hidden)
     tokens = [6, 7]  # begin, a, photo, of, a, big, sks, teddy
     q, k = (made.unflatten(-1, (layer.heads, -1)) for made in (attn.to_q(hidden)[0], attn.to_k(text)[0]))
     looked = torch.zeros(16).double()

@@ -16,18 +16,16 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.nn.functional import adaptive_avg_pool2d
 
-from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.call import Follower, here
 from comcat_diffusion.adapters.layer import ComcatLayer
+from comcat_diffusion.adapters.looking import looks, on_the_way_up
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.regions import grid_of
-from comcat_diffusion.heads import split_heads
 
 LOW, HIGH = 0.1, 0.35  # of the place that looks most: below the one nothing of an adapter is seen, above the other all
-WAY_UP = "up_blocks."  # where a U-Net looks at a thing's words from where the thing is (docs/log.md, 2026-11-28)
 
 
 class Focus(Follower):
@@ -78,7 +76,8 @@ class Focus(Follower):
         grid = grid_of(here.latent, hidden.shape[1])
         if layer in self.looking and text is not None:
             for name in named:
-                self._seen.setdefault(name, []).append(self._look(layer, hidden, text, name, grid))
+                of_words = torch.stack([said.within(self.words[name]) for said in here.heard.said]).to(hidden)
+                self._seen.setdefault(name, []).append(looks(layer.owner, hidden, text, of_words, here.latent))
         found = {name: self._weights(name, grid, hidden) * masked.get(name, 1) for name in named}
         crowd = sum(found.values(), hidden.new_zeros(1, 1, 1)).clamp(min=1)
         return {**masked, **{name: weights / crowd for name, weights in found.items()}}
@@ -91,19 +90,6 @@ class Focus(Follower):
         weights = ((seen / most.clamp(min=1e-8) - LOW) / (HIGH - LOW)).clamp(0, 1)
         return adaptive_avg_pool2d(weights, grid).flatten(1).unsqueeze(-1).to(hidden)  # B, N, 1
 
-    @torch.no_grad()
-    def _look(
-        self, layer: ComcatLayer, hidden: torch.Tensor, text: torch.Tensor, name: str, grid: tuple[int, int]
-    ) -> torch.Tensor:
-        """How much each place looks at an adapter's words: (B, 1, h, w) of the latents' size."""
-        q, k, _, _ = layer.style.projections(layer.owner)
-        # B, H, N, D and B, H, M, D
-        query, key = (split_heads(made, layer.heads).transpose(1, 2) for made in (q(hidden), k(text)))
-        attention = (query @ key.mT * layer.width**-0.5).softmax(-1).mean(1)  # B, N, M
-        of_words = torch.stack([said.within(self.words[name]) for said in here.heard.said]).to(attention)
-        looked = (attention @ of_words.unsqueeze(-1)).unflatten(1, grid).movedim(-1, 1)  # B, 1, h, w
-        return interpolate(looked.float(), size=here.latent, mode="bilinear", align_corners=False)
-
 
 @contextmanager
 def keep_background(pipe: object, words: Mapping[str, Sequence[str]]) -> Iterator[None]:
@@ -114,8 +100,7 @@ def keep_background(pipe: object, words: Mapping[str, Sequence[str]]) -> Iterato
     ValueError for an adapter that is not there, waits for no trigger, or is in none of the attentions that look.
     """
     layers = adapted_layers(denoiser(pipe))
-    able = {name: layer for name, layer in layers.items() if seam.is_cross_attention(layer.owner)}
-    looking = [layer for name, layer in able.items() if name.startswith(WAY_UP)]
+    looking = [layers[name] for name in on_the_way_up({name: layer.owner for name, layer in layers.items()})]
     _refuse(words, layers, looking)
     focus = Focus(words, looking)
     focus.follow(denoiser(pipe), layers.values())

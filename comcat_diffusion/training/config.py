@@ -112,6 +112,11 @@ class PictureSettings(Group):
     center_crop: bool = option(True, "Crop the middle; otherwise four random places of every picture.")
     random_flip: bool = option(False, "Also learn from mirrored pictures.")
     alpha_mask: bool = option(False, "Use the alpha channel as a mask (files like PICTURE-mask.png are always used).")
+    auto_mask: bool = option(
+        True,
+        "Where a picture has no mask, let the base find the subject in it by its class word, so that what is around it "
+        "is not learned as the subject's.",
+    )
     unmasked_weight: float = option(0.1, "Weight of what the mask leaves out, where the mask has weight 1.")
     skip_broken: bool = option(False, "Leave out pictures that cannot be read, instead of refusing the folder.")
     cache_dir: str | None = option(None, "Keep latents in this folder, so that the next run starts faster.")

@@ -153,7 +153,7 @@ def _run(
     # the base itself.
     objective = objective_of(pipe, config.snr_gamma, config.noise_offset)
     pipe.vae.to(accelerator.device)
-    material = encode_all(config, pipe, dataset, watcher.note)
+    material = encode_all(config, pipe, dataset, objective, watcher.note)
     pipe.to("cpu")
     put_away(pipe.vae.parameters())
     learned.prepare(config, pipe, dataset.subjects)

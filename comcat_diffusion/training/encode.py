@@ -21,7 +21,10 @@ from comcat_diffusion.training.class_pictures import class_pictures, class_promp
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.crops import Cut, cuts, sizes
 from comcat_diffusion.training.dataset import Dataset, Example
+from comcat_diffusion.training.flow import FlowObjective
 from comcat_diffusion.training.names import shown
+from comcat_diffusion.training.objective import Objective
+from comcat_diffusion.training.outline import Outliner, can_outline, to_outline
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,17 @@ class Material:
         return list(dict.fromkeys([crop.prompt for crop in crops] + list(self.class_prompts.values())))
 
 
-def encode_all(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset, note: Callable[[str], None]) -> Material:
-    """Encode a dataset with a pipeline's VAE, after the base has drawn the class pictures that are missing."""
+def encode_all(
+    config: TrainConfig,
+    pipe: DiffusionPipeline,
+    dataset: Dataset,
+    objective: Objective | FlowObjective,
+    note: Callable[[str], None],
+) -> Material:
+    """Encode a dataset with a pipeline's VAE, after the base has drawn the class pictures that are missing.
+
+    Where pictures without a mask are to be outlined, the whole bare pipeline goes where its VAE is.
+    """
     options = sizes(config.resolution, config.aspect_ratio_buckets, bases.grain(pipe))
     cache = Cache(config.cache_dir, pipe.vae)
     class_examples = []
@@ -69,9 +81,10 @@ def encode_all(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset, n
     if config.prior_kind == "teacher":
         class_prompts = {e.prompt: class_prompt_of(config, e.subject, dataset.subjects) for e in dataset.examples}
     square = [(config.resolution, config.resolution)]
+    outliner = _outliner(config, pipe, dataset, objective, note)
     return Material(
-        encode(config, pipe, dataset.examples, options, cache),
-        encode(config, pipe, dataset.held_out, options, cache),
+        encode(config, pipe, dataset.examples, options, cache, outliner),
+        encode(config, pipe, dataset.held_out, options, cache, outliner),
         encode(config, pipe, class_examples, square, cache),
         class_prompts,
         class_examples,
@@ -84,8 +97,12 @@ def encode(
     examples: Sequence[Example],
     sizes: list[tuple[int, int]],
     cache: Cache,
+    outliner: Outliner | None = None,
 ) -> list[Crop]:
-    """All crops of the examples, one picture at a time. Raises ValueError if latents are no numbers."""
+    """All crops of the examples, one picture at a time; what has no mask is outlined, where somebody can.
+
+    Raises ValueError if latents are no numbers.
+    """
     crops = []
     for example in examples:
         picture, mask, _ = example.read()
@@ -96,9 +113,37 @@ def encode(
             if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
                 raise ValueError(f"The VAE gives latents of {shown(example.path)} that are no numbers; encode in fp32.")
             frame = (*cut.original, *cut.corner, *cut.size)
-            weight = _weight(cut, mean.shape[-2:], config, example) if cut.mask else None
+            weight = None
+            if cut.mask:
+                weight = _weight(cut, mean.shape[-2:], config, example)
+            elif outliner and to_outline(example):
+                weight = weighed(outliner.share(mean, example.subject, frame), config.unmasked_weight)
             crops.append(Crop(mean, std, example.prompt, example.name, frame, weight, example.repeats))
     return crops
+
+
+def _outliner(
+    config: TrainConfig,
+    pipe: DiffusionPipeline,
+    dataset: Dataset,
+    objective: Objective | FlowObjective,
+    note: Callable[[str], None],
+) -> Outliner | None:
+    """Who finds the subject in pictures that have no mask, if that is wanted and this base can; notes what is so."""
+    without = [example for example in (*dataset.examples, *dataset.held_out) if not example.mask]
+    if not config.auto_mask or not without:
+        return None
+    if not can_outline(pipe):
+        note("This base does not show where a subject is, so all of a picture without a mask counts alike.")
+        return None
+    wanted = [example for example in without if to_outline(example)]
+    if wanted:
+        note(
+            f"The base looks for the subject in pictures without a mask; what is around it weighs "
+            f"{config.unmasked_weight:g} (--no-auto_mask: all counts alike)."
+        )
+        pipe.to(pipe.vae.device)
+    return Outliner(pipe, objective) if wanted else None
 
 
 def _weight(cut: Cut, size: tuple[int, int], config: TrainConfig, example: Example) -> torch.Tensor:
@@ -114,7 +159,11 @@ def weight_map(cut: Cut, size: tuple[int, int], unmasked_weight: float) -> torch
     Raises ValueError if nothing has any weight.
     """
     shown = torch.from_numpy(np.asarray(cut.mask, dtype=np.float32) / 255)[None, None]  # 1, 1, H, W
-    share = interpolate(shown, size=tuple(size), mode="area")[0]
+    return weighed(interpolate(shown, size=tuple(size), mode="area")[0], unmasked_weight)
+
+
+def weighed(share: torch.Tensor, unmasked_weight: float) -> torch.Tensor:
+    """Weights, mean one, of places of which a share (1, h, w) is learned from. See `weight_map`."""
     weight = share + (1 - share) * unmasked_weight
     if weight.mean() <= 0:
         raise ValueError("its mask is black wherever the picture is cut: nothing would be learned from it.")

@@ -1,0 +1,74 @@
+"""Where in a picture a base looks at words: what its own cross-attentions say, with no adapter in the way.
+
+A U-Net's cross-attentions on the way up look at a thing's words from where the thing is (docs/log.md, 2026-11-28), also
+at words that it hardly knows. So
+
+    looks = mean over those attentions and their heads of sum_j softmax(q k^T / sqrt(D))_j        j: tokens of the words
+
+is high on the subject and low around it. Masks are made of it (training/outline.py, evaluation), and in drawing the
+place where an adapter acts (focus.py).
+
+Letters: B batch, N = h*w tokens of one attention, M context tokens, H heads, D head width, C channels.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+
+from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters.regions import grid_of
+from comcat_diffusion.attentions import style_of
+from comcat_diffusion.heads import split_heads
+
+WAY_UP = "up_blocks."
+
+
+def on_the_way_up(attentions: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of a denoiser's attentions that look at words from where the things are: none, but in a U-Net."""
+    found = ((name, module) for name, module in attentions.items() if name.startswith(WAY_UP))
+    return {name: module for name, module in found if seam.is_cross_attention(module)}
+
+
+@torch.no_grad()
+def looks(
+    attention: nn.Module, hidden: torch.Tensor, text: torch.Tensor, of_words: torch.Tensor, latent: tuple[int, int]
+) -> torch.Tensor:
+    """How much each place looks at words, 0 to 1: (B, 1, h, w) of the latents' size `latent`.
+
+    hidden (B, N, C) and text (B, M, C') are the attention's, `of_words` (B, M) is one for the words' tokens, else zero.
+    Raises ValueError if N tokens are no level of the latents.
+    """
+    style = style_of(attention)
+    q, k, _, _ = style.projections(attention)
+    heads = style.head_count(attention)
+    # B, H, N, D and B, H, M, D
+    query, key = (split_heads(made, heads).transpose(1, 2) for made in (q(hidden), k(text)))
+    attended = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1).mean(1)  # B, N, M
+    looked = attended @ of_words.to(attended).unsqueeze(-1)  # B, N, 1
+    grid = grid_of(latent, hidden.shape[1])
+    looked = looked.unflatten(1, grid).movedim(-1, 1)
+    return interpolate(looked.float(), size=latent, mode="bilinear", align_corners=False)
+
+
+@contextmanager
+def watched(denoiser: nn.Module, of_words: torch.Tensor, latent: tuple[int, int]) -> Iterator[list[torch.Tensor]]:
+    """In this block, every forward of a bare denoiser leaves in the list how much it looks at words, see `looks`.
+
+    The list stays empty where no attention shows it.
+    """
+    seen: list[torch.Tensor] = []
+
+    def see(attention: nn.Module, args: tuple, kwargs: dict) -> None:
+        text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+        seen.append(looks(attention, args[0] if args else kwargs["hidden_states"], text, of_words, latent))
+
+    modules = {name: module for name, module in denoiser.named_modules() if style_of(module) is not None}
+    hooks = [module.register_forward_pre_hook(see, with_kwargs=True) for module in on_the_way_up(modules).values()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
