@@ -105,7 +105,8 @@ def test_the_report_says_everything_with_its_interval(report, place):
     assert (before["name"], full["name"], off["name"]) == ("before", "teddy", "teddy x 0")
     names = {
         "learned", "obeyed", "subject_fidelity", "subject_fidelity_clip", "copying", "prompt_fidelity", "drift",
-        "drift_of_class", "pixel_drift", "diversity", "background_right", "place_right", "size_right",
+        "drift_of_class", "pixel_drift", "diversity", "background_right", "place_right", "size_right", "shape",
+        "colour_off", "background_moved",
     }  # fmt: skip
     assert set(full["measures"]) == names
     for found in full["measures"].values():
@@ -205,7 +206,7 @@ def test_another_base_is_judged_by_a_dinov2_and_a_clip(tmp_path, randomize):
     report = evaluate(config)
     assert set(report.rows[1].measures) == {
         "learned", "obeyed", "subject_fidelity", "subject_fidelity_clip", "prompt_fidelity", "drift", "drift_of_class",
-        "pixel_drift",
+        "pixel_drift", "shape", "colour_off", "background_moved",
     }  # fmt: skip
     assert report.circumstances["base"] == "sd1" and report.circumstances["pictures compared by"] == "dino"
     assert "copying was not measured" in " ".join(report.notes) and "alone" not in " ".join(report.notes)

@@ -10,9 +10,10 @@ from torch.testing import assert_close
 
 from comcat_diffusion import bases
 from comcat_diffusion.evaluation import metrics
+from comcat_diffusion.evaluation.cutout import NEUTRAL, background_moved, colour_off
 from comcat_diffusion.evaluation.features import load_features
 from comcat_diffusion.evaluation.metrics import Interval, interval
-from comcat_diffusion.evaluation.world import NEUTRAL, SIDE, SPAN, Seen, alone, asked, details, embedded_world, see
+from comcat_diffusion.evaluation.world import SIDE, SPAN, Seen, alone, asked, details, embedded_world, outline, see
 from comcat_diffusion.training.images import to_tensor
 from tests import tiny_bases
 
@@ -120,6 +121,27 @@ def test_what_a_thing_encloses_belongs_to_it_and_strays_do_not():
     assert without.getpixel((32, 32)) == tuple(embedded_world().backgrounds["white"])
     pen.point([(3, 3), (60, 5), (8, 58)], "black")
     assert alone(picture).tobytes() == without.tobytes()
+
+
+def test_a_background_that_moves_is_told_apart_from_a_subject_that_does():
+    before, box = scene("white", (20, 20, 45, 45)), (18, 20, 43, 45)
+    white, pink = (np.array(embedded_world().backgrounds[name], dtype=float) for name in ("white", "pink"))
+    other = [scene("white", box, "red"), scene("pink", box), before]
+    moved = background_moved(other, [before] * 3, outline)
+    assert moved.tolist() == pytest.approx([0, np.abs(white - pink).mean(), 0], abs=1e-4)
+    full = Image.new("RGB", (64, 64), "white")
+    moved = background_moved([full], [before], lambda picture: Image.new("L", picture.size, 255))
+    slow = np.abs(np.asarray(full, dtype=float) - np.asarray(before)).mean()
+    assert moved.tolist() == pytest.approx([slow], rel=1e-5)  # nothing is outside: all counts
+
+
+def test_the_colour_of_a_subject_does_not_know_its_background():
+    wanted = [scene("white", (20, 20, 45, 45), (200, 100, 50)), scene("black", (2, 20, 27, 45), (200, 100, 50))]
+    made = [scene("blue", (5, 5, 30, 40), (200, 100, 50)), scene("white", (9, 9, 20, 20), (230, 100, 20))]
+    assert colour_off(made, wanted, outline).tolist() == pytest.approx([0, 20], abs=1e-4)
+    nothing = Image.new("RGB", (64, 64), "white")
+    grey = np.abs(np.array([200, 100, 50]) - np.array(NEUTRAL)).mean()
+    assert colour_off([nothing], wanted, outline).tolist() == pytest.approx([grey], rel=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,9 @@ from comcat_diffusion.adapters.merge import unload_adapters
 from comcat_diffusion.adapters.store import library_versions, present_base
 from comcat_diffusion.config import EMBEDDED
 from comcat_diffusion.evaluation import report as reports
+from comcat_diffusion.evaluation import world
 from comcat_diffusion.evaluation.config import NONE, EvaluateConfig
+from comcat_diffusion.evaluation.cutout import Outline, by_attention
 from comcat_diffusion.evaluation.features import Features, load_features
 from comcat_diffusion.evaluation.gallery import Gallery, Row, draw_tasks, rows_of, with_adapter
 from comcat_diffusion.evaluation.measure import Measures, Shown
@@ -77,10 +79,12 @@ def judged(order: Order, note: Note, on_picture: OnPicture) -> Report | None:
         return None
 
     # One process measures and writes.
-    measures = Measures(clip, judge, subject, prompts, order.embedded)
+    unload_adapters(pipe)
+    outline = world.outline if order.embedded else by_attention(pipe, prompts.subject)
+    measures = Measures(clip, judge, subject, prompts, order.embedded, outline)
     before = _shown(gallery, gallery.rows[0], prompts)
     rows = [_judged(row, measures.of(_shown(gallery, row, prompts), before, len(seeds))) for row in gallery.rows]
-    notes = [*subject.notes, *_world_notes(order.embedded)]
+    notes = [*subject.notes, *_world_notes(order.embedded), *_outline_notes(outline)]
     around = _circumstances(clip, judge, device, base, settings)
     report = Report(folder, rows, prompts, seeds, len(subject.held_out), len(subject.train), notes, around)
     _write(report, gallery, settings, note)
@@ -149,6 +153,15 @@ def _world_notes(embedded: bool) -> list[str]:
         "On the embedded base, subject fidelity and copying compare the details of subjects alone: each is cut out by "
         "its distance to the border's colour and centred on grey at one size, so that backgrounds and places do not "
         "count, and its mean colours are left out, which satisfy the small CLIP (subject_fidelity_clip) by themselves."
+    ]
+
+
+def _outline_notes(outline: Outline | None) -> list[str]:
+    if outline is not None:
+        return []
+    return [
+        "Shape, colour and background were not measured apart: this base does not show where in a picture the subject "
+        "is, or the subject has no class word."
     ]
 
 

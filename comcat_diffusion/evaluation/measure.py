@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from comcat_diffusion.evaluation import metrics
+from comcat_diffusion.evaluation.cutout import Outline, background_moved, centred, colour_off
 from comcat_diffusion.evaluation.features import Features
 from comcat_diffusion.evaluation.pictures import SubjectPictures
 from comcat_diffusion.evaluation.prompts import Prompts
-from comcat_diffusion.evaluation.world import alone, asked, details, see
+from comcat_diffusion.evaluation.world import SIDE, SPAN, alone, asked, details, see
 
 # What a report calls each measure and says of it.
 MEANINGS = {
@@ -24,6 +25,10 @@ MEANINGS = {
     "are as asked; elsewhere no other prompt for the subject is closer by the CLIP",
     "subject_fidelity": "mean cosine of a picture's features to those of the held-out pictures",
     "subject_fidelity_clip": "the same with the features of the CLIP",
+    "shape": "the same with the features of the subject alone, cut out and centred on grey",
+    "colour_off": "how far the cut-out subject's mean colour is from that of the held-out pictures, of 255",
+    "background_moved": "how far the pixels outside the subject are from those of the base's picture of the same "
+    "prompt and seed, of 255",
     "copying": "highest cosine to a training picture; near 1 is a copy",
     "prompt_fidelity": "cosine of the CLIP's features of a picture and of its prompt, the trigger left out",
     "drift": "1 - cosine to the base's picture of the same seed, over prompts that do not name the subject",
@@ -34,10 +39,12 @@ MEANINGS = {
     "place_right": "share of pictures whose subject is where their prompt wants it",
     "size_right": "share of pictures whose subject has the size that their prompt asks for",
 }
+SCORE = "learned x (1 - drift) x (1 - background moved / 255) x (1 - colour off / 255) x shape"
 RULE = (
-    "the highest score = learned x (1 - drift), among those whose learned is above 0 with its whole interval; at equal "
-    "scores the lower drift"
+    f"the highest score = {SCORE}, among those whose learned is above 0 with its whole interval; at equal scores the "
+    "lower drift"
 )
+ALONE = 224  # pixels, side of a cut-out as feature models see it
 DIGITS = 3  # shown, and compared: what differs by less is equal
 Values = dict[str, torch.Tensor]  # by measure: (P, S)
 
@@ -61,9 +68,10 @@ class Measures:
         subject: SubjectPictures,
         prompts: Prompts,
         embedded: bool,  # whether pictures show the embedded world, which can be read without any model
+        outline: Outline | None = None,  # where subjects are in pictures, if anybody can tell
     ) -> None:
         self.clip, self.judge, self.prompts, self.embedded = clip, judge, prompts, embedded
-        self.subject = subject
+        self.subject, self.outline = subject, outline
         self.texts = clip.texts(prompts.texts)  # P, F
 
     def of(self, shown: Shown, before: Shown, seeds: int) -> Values:
@@ -75,6 +83,7 @@ class Measures:
             "prompt_fidelity": metrics.prompt_fidelity(by_clip, self.texts[own]),
             "obeyed": metrics.closest(by_clip, self.texts, own),
             **self._drift(shown, before),
+            **(self._apart(shown.calling, before.calling, self.outline) if self.outline else {}),
         }
         found = {name: values.view(-1, seeds) for name, values in found.items()}
         found |= self._read(shown.calling, seeds) if self.embedded else {}
@@ -101,6 +110,18 @@ class Measures:
         if self.subject.train:
             found["copying"] = metrics.copying(self._features(pictures), self._features(self.subject.train))
         return found
+
+    def _apart(self, pictures: Sequence[Image.Image], before: Sequence[Image.Image], outline: Outline) -> Values:
+        """The subject and what is around it, apart from each other."""
+        made, held_out = (
+            self.judge.images([centred(one, outline(one), ALONE, ALONE * SPAN // SIDE) for one in some])
+            for some in (pictures, self.subject.held_out)
+        )
+        return {
+            "shape": metrics.subject_fidelity(made, held_out),
+            "colour_off": colour_off(pictures, self.subject.held_out, outline),
+            "background_moved": background_moved(pictures, before, outline),
+        }
 
     def _by_clip(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         """(N, F), on the embedded base of the subject without its scene."""
@@ -133,8 +154,14 @@ class Measures:
 
 
 def score(means: dict[str, float]) -> float:
-    """What the best adapter has most of, see RULE: what is learned, times what is kept of everything else."""
-    return means["learned"] * (1 - means["drift"])
+    """What the best adapter has most of, see SCORE: what is learned, times what is kept of everything else.
+
+    What could not be measured takes nothing away.
+    """
+    kept = 1 - means["drift"]
+    for name in ("background_moved", "colour_off"):
+        kept *= 1 - means.get(name, 0) / 255
+    return means["learned"] * kept * means.get("shape", 1)
 
 
 def _pixels(pictures: Sequence[Image.Image]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from comcat_diffusion.evaluation.gallery import BEFORE
 from comcat_diffusion.evaluation.labels import label_points
-from comcat_diffusion.evaluation.measure import DIGITS, MEANINGS, RULE, score
+from comcat_diffusion.evaluation.measure import DIGITS, MEANINGS, RULE, SCORE, score
 from comcat_diffusion.evaluation.metrics import CONFIDENCE, Interval
 from comcat_diffusion.evaluation.prompts import Prompts
 from comcat_diffusion.markdown import table, text
@@ -105,7 +105,7 @@ class Report:
     def page(self, pictures: Mapping[str, str]) -> str:
         """The whole report as markdown; `pictures` are files by caption."""
         named = {"score", *(name for row in self.rows for name in row.measures)}
-        told = {"score": "learned x (1 - drift), of their means"} | MEANINGS
+        told = {"score": f"{SCORE}, of their means"} | MEANINGS
         facts = [
             text(self.verdict),
             f"In brackets: {CONFIDENCE:.0%} bootstrap intervals over prompts and, within them, seeds.",

@@ -15,12 +15,12 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch.nn.functional import normalize
 
 from comcat_diffusion import bases
+from comcat_diffusion.evaluation.cutout import centred
 
 OFF_BORDER = 40  # of 255: a pixel that differs more from the border's colour in any channel belongs to the thing
 LEAST = 20  # pixels; fewer are stray ones
 NOTHING, NOWHERE = "nothing", "nowhere"
 SIDE, SPAN = 64, 48  # pixels: side of the picture of a thing alone, and the thing's own longest side on it
-NEUTRAL = (128, 128, 128)
 FINE, COARSE = 1, 8  # pixels: blurs between which details lie
 
 
@@ -89,20 +89,13 @@ def alone(picture: Image.Image) -> Image.Image:
     """
     if max(picture.size) > SIDE:  # a photo and a drawing are then equally sharp
         picture = picture.resize((SIDE, SIDE), Image.Resampling.BOX)
+    return centred(picture, outline(picture), SIDE, SPAN)
+
+
+def outline(picture: Image.Image) -> Image.Image:
+    """Where the thing of a picture is: a grey picture of its size, white there and black elsewhere."""
     pixels = np.asarray(picture.convert("RGB"))
-    shape = _filled(_off(pixels, _border(pixels)))
-    made = Image.new("RGB", (SIDE, SIDE), NEUTRAL)
-    box = shape.getbbox()
-    if box is None:
-        return made
-    thing = Image.new("RGB", picture.size, NEUTRAL)
-    thing.paste(picture, mask=shape)
-    width, height = box[2] - box[0], box[3] - box[1]
-    factor = SPAN / max(width, height)
-    size = max(1, round(width * factor)), max(1, round(height * factor))
-    corner = (SIDE - size[0]) // 2, (SIDE - size[1]) // 2
-    made.paste(thing.resize(size, Image.Resampling.BICUBIC, box), corner)
-    return made
+    return _filled(_off(pixels, _border(pixels)))
 
 
 def details(pictures: Sequence[Image.Image]) -> torch.Tensor:
