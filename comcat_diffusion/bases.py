@@ -1,7 +1,7 @@
 """Finding a base: the embedded one, a diffusers folder, a single file or a hub id, offline first."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import diffusers
@@ -195,7 +195,18 @@ def asked_resolution(pipe: DiffusionPipeline, resolution: int | None) -> int:
     resolution = resolution or native_resolution(pipe)
     if resolution % grain(pipe):
         raise ValueError(f"--resolution {resolution} must be a multiple of {grain(pipe)} for this base.")
+    refuse_large(family_of(pipe), denoiser(pipe).config, pipe.vae_scale_factor, [(resolution, resolution)])
     return resolution
+
+
+def refuse_large(family: Family, config: Mapping, factor: int, sizes: Iterable[tuple[int, int]]) -> None:
+    """Raise ValueError if a picture of one of these sizes has a side for which a denoiser has no places."""
+    most, asked = family.largest(config, factor), max(max(size) for size in sizes)
+    if most is not None and asked > most:
+        raise ValueError(
+            f"--resolution asks for sides of up to {asked} pixels, and this base has places for {most}: choose a "
+            "smaller one."
+        )
 
 
 def default_guidance(name: str | None, pipe: DiffusionPipeline | None = None) -> float:

@@ -310,3 +310,12 @@ def test_linear_attention_is_refused_by_name(folders):
     model = denoiser(bases.load_base(str(folders["sana"])))
     with pytest.raises(ValueError, match=r"attn1.*its attention is linear \(SanaLinearAttnProcessor2_0\)"):
         add_adapter(model, ComcatConfig(r=1, target_modules=["attn1"]), "dog")
+
+
+@pytest.mark.parametrize("more", [{"resolution": 36}, {"resolution": 32, "aspect_ratio_buckets": True}])
+def test_a_picture_larger_than_a_base_has_places_for_is_refused(folders, more, tmp_path):
+    """Of a base with eight places of two latents of two pixels a side."""
+    asked = settings(str(folders["sd3"]), tmp_path / "out", **more)
+    with pytest.raises(ValueError, match=r"sides of up to \d+ pixels, and this base has places for 32"):
+        customize(asked)
+    assert any("places for 32" in error for error in validate(ValidateConfig(**vars(asked))).errors)

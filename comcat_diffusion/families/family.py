@@ -84,6 +84,7 @@ class Family:
     optional: tuple[str, ...] = ()  # components that a base may lack
     trains_text = False  # whether text encoders can be adapted and new words learned
     guidance = 7.5
+    same_text = False  # whether attentions are given the same text states at every step of a drawing
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16")  # in which it draws; another overflows
     flow: Flow | None = None  # None: noise, velocities or clean latents, as the scheduler says
     flow_samplers: tuple[str, ...] = ()  # of a flow-matching family: diffusers' schedulers that draw with it
@@ -105,6 +106,10 @@ class Family:
     def grain(self, denoiser: Mapping, factor: int) -> int:
         """Pixels that the sides of pictures must be multiples of."""
         return denoiser["patch_size"] * factor
+
+    def largest(self, denoiser: Mapping, factor: int) -> int | None:
+        """Most pixels that a side can have; None where the base sets no end."""
+        return None
 
     def is_of(self, denoiser: Mapping) -> bool:
         """Whether a denoiser of one of `denoisers`, by its configuration, is of this family."""

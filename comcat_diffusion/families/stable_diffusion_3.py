@@ -34,6 +34,10 @@ class StableDiffusion3(Family):
     flow = Flow(preconditioned=True)
     flow_samplers = ("FlowMatchEulerDiscreteScheduler",)
 
+    def largest(self, denoiser: Mapping, factor: int) -> int:
+        """As many places as it has embeddings for."""
+        return denoiser["pos_embed_max_size"] * denoiser["patch_size"] * factor
+
     def encode(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         """States (B, M, E), and the pooled text (B, E') of the two CLIPs."""
         states, _, pooled, _ = pipe.encode_prompt(

@@ -100,17 +100,18 @@ def draw(
 
     `words` are those of the adapters that are to act only where these are looked at (`keep_background`).
     """
-    side = sampling.resolution or bases.native_resolution(pipe)
+    family, side = family_of(pipe), sampling.resolution or bases.native_resolution(pipe)
     for start in range(0, len(drawings), sampling.batch_size):
         batch = drawings[start : start + sampling.batch_size]
         negative = {"negative_prompt": [sampling.negative_prompt] * len(batch)} if sampling.negative_prompt else {}
-        with text_once(), keep_background(pipe, words) if words else nullcontext():
+        once = text_once() if family.same_text else nullcontext()
+        with once, keep_background(pipe, words) if words else nullcontext():
             drawn = pipe(
                 prompt=[drawing.prompt for drawing in batch],
                 **negative,
                 height=side,
                 width=side,
-                **family_of(pipe).drawing,
+                **family.drawing,
                 num_inference_steps=sampling.num_inference_steps,
                 guidance_scale=sampling.guidance_scale,
                 # on the CPU, so that a seed means the same picture on every device

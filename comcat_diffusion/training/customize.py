@@ -143,6 +143,7 @@ def _run(
     suitable.refuse_settings(config, family_of(pipe))
     config, base = _resolved(config, pipe, dataset), sketch(pipe)
     options = sizes(config.resolution, config.aspect_ratio_buckets, bases.grain(pipe))
+    bases.refuse_large(family_of(pipe), denoiser(pipe).config, pipe.vae_scale_factor, options)
     for text in family_of(pipe).remarks(pipe):
         watcher.note(text)
     for text in small_doubts(picture_sizes, options, config.resolution):
