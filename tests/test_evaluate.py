@@ -113,7 +113,9 @@ def test_the_report_says_everything_with_its_interval(report, place):
         assert found["low"] <= found["mean"] <= found["high"]
     assert full["bytes"] == (place / "teddy.safetensors").stat().st_size and full["trained"] == {"steps": 20}
     means = {name: found["mean"] for name, found in full["measures"].items()}
-    assert full["score"] == pytest.approx(means["learned"] * (1 - means["drift"]))
+    kept = (1 - means["drift"]) * (1 - means["background_moved"] / 255) * (1 - means["colour_off"] / 255)
+    assert full["score"] == pytest.approx(means["learned"] * kept * means["shape"])
+    assert before["measures"]["background_moved"]["mean"] == 0 < means["background_moved"]
     assert told["held_out_pictures"] == 2 and told["training_pictures"] == 4
     assert told["prompts"]["of_class"] == ["a photo of teddy"] and told["subject"] == "sks teddy"
     around = told["circumstances"]
