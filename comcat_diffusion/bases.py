@@ -43,27 +43,55 @@ def load_base(
     revision: str | None = None,
     variant: str | None = None,
     base_config: str | None = None,
+    to_train: bool = False,
 ) -> DiffusionPipeline:
     """The whole pipeline of a base. Only a hub id that is not in the local cache asks the network.
 
+    `to_train` leaves what a family has of heavy text encoders in bfloat16: they read a few prompts and go.
     `base_config` is for single files: a diffusers folder, or the hub id of a cached one, of the same family. Raises
     FileNotFoundError, saying what was looked for, and ValueError for a file that holds no Stable Diffusion.
     """
     dtype, path = PRECISIONS[precision], place_of(name)
     if path.is_dir():
         own = _compressed_unet(path, dtype) if _is_compressed(path) else {}
-        about = {"torch_dtype": dtype, "variant": variant, "local_files_only": True} | _left_out(path)
+        kinds = _dtypes(_family_in(path), dtype) if to_train else dtype
+        about = {"torch_dtype": kinds, "variant": variant, "local_files_only": True} | _left_out(path)
         return _loaded(lambda: DiffusionPipeline.from_pretrained(path, **about, **own), path)
     if path.is_file():
         return _single_file(path, dtype, base_config)
-    return _from_hub(name, {"torch_dtype": dtype, "revision": revision, "variant": variant})
+    settings = {"torch_dtype": dtype, "revision": revision, "variant": variant}
+    if to_train:
+        settings["torch_dtype"] = _dtypes(_family_of_hub(name, revision), dtype)
+    return _from_hub(name, settings)
 
 
 def _left_out(path: Path) -> dict[str, None]:
     """The parts that a folder lacks and its family can do without, of which diffusers wants to be told."""
-    index = path / "model_index.json"
-    family = family_in(json.loads(index.read_text("utf-8")).get("_class_name", ""), {}) if index.is_file() else None
+    family = _family_in(path)
     return {part: None for part in (family.optional if family else ()) if not (path / part).is_dir()}
+
+
+def _family_in(path: Path) -> Family | None:
+    """The family of a diffusers folder by its pipeline's class, or None."""
+    index = path / "model_index.json"
+    return family_in(json.loads(index.read_text("utf-8")).get("_class_name", ""), {}) if index.is_file() else None
+
+
+def _family_of_hub(name: str, revision: str | None) -> Family | None:
+    """That of a hub's base, of which one small file is fetched unless it is in the cache."""
+    for local in (True, False):
+        try:
+            asked = {"revision": revision, "local_files_only": local, "allow_patterns": ("model_index.json",)}
+            return _family_in(Path(snapshot_download(name, **asked)))
+        except _NOT_GIVEN:
+            pass
+    return None  # which loading it will say better
+
+
+def _dtypes(family: Family | None, dtype: torch.dtype) -> torch.dtype | dict[str, torch.dtype]:
+    """One precision for all parts but the heavy ones."""
+    heavy = family.heavy if family is not None else ()
+    return {"default": dtype, **dict.fromkeys(heavy, torch.bfloat16)} if heavy else dtype
 
 
 def _is_compressed(path: Path) -> bool:
@@ -77,12 +105,15 @@ def _compressed_unet(path: Path, dtype: torch.dtype) -> dict[str, torch.nn.Modul
     return {"unet": load_compressed(path)[0].to(dtype)}
 
 
-def asked_base(config: BaseSettings, precision: str, name: str | None = None) -> DiffusionPipeline:
+def asked_base(
+    config: BaseSettings, precision: str, name: str | None = None, to_train: bool = False
+) -> DiffusionPipeline:
     """The base that the settings of a run name; `name` where they leave it open.
 
     Raises ValueError for a precision in which its family overflows, and as `load_base` does.
     """
-    pipe = load_base(asked_name(config, name), precision, config.revision, config.variant, config.base_config)
+    asked = asked_name(config, name), precision, config.revision, config.variant, config.base_config
+    pipe = load_base(*asked, to_train)
     family = known_family(pipe)
     if family is not None and precision not in family.precisions:
         able = " or ".join(family.precisions)

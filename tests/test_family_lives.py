@@ -174,6 +174,12 @@ def test_the_commands_take_it_from_end_to_end(taught, tmp_path, capsys):
         )
     )  # fmt: skip
     assert judged.rows[1].measures["pixel_drift"].mean == 0
+    small = ["--output", str(tmp_path / "small.safetensors"), "--max_bytes", "2650"]
+    assert main(["shrink", "--adapter", str(file), *small, "--pretrained_model_name_or_path", base]) == 0
+    assert "of the adapter's effect" in capsys.readouterr().out
+    bend = ["--output", str(tmp_path / "lora.safetensors"), "--approximate"]
+    assert main(["export", "--adapter", str(file), *bend, "--pretrained_model_name_or_path", base]) == 2
+    assert "do not read the text encoder's own states" in capsys.readouterr().err
     rows = bench(BenchConfig(pretrained_model_name_or_path=base, rounds=1)).rows
     assert [row.parameters > 0 for row in rows] == [False, True, True] * 2
 
@@ -195,6 +201,7 @@ def test_a_file_of_one_family_is_refused_by_another(folders, tmp_path):
     [
         ({"train_text_encoder": True, "everywhere": True}, "--train_text_encoder: the text encoders of .* stay as"),
         ({"learn_name": True}, "--learn_name: the text encoders of .* stay as they are"),
+        ({"way_up": True}, "--way_up is a way that U-Nets have; the transformer of"),
         ({"resolution": 18}, "--resolution 18 must be a multiple of (4|32) for this base"),
         ({"target_modules": ["nope"]}, "--target_modules nope:"),
     ],
@@ -319,3 +326,11 @@ def test_a_picture_larger_than_a_base_has_places_for_is_refused(folders, more, t
     with pytest.raises(ValueError, match=r"sides of up to \d+ pixels, and this base has places for 32"):
         customize(asked)
     assert any("places for 32" in error for error in validate(ValidateConfig(**vars(asked))).errors)
+
+
+def test_what_is_heavy_reads_in_bfloat16_where_it_reads_for_training_alone(folders):
+    for name, part in (("pixart", "text_encoder"), ("sd35", "text_encoder_3"), ("sana", "text_encoder")):
+        for to_train, kind in ((True, torch.bfloat16), (False, torch.float32)):
+            parts = bases.load_base(str(folders[name]), to_train=to_train).components
+            kinds = {n: model.dtype for n, model in parts.items() if isinstance(model, torch.nn.Module)}
+            assert kinds.pop(part) == kind and set(kinds.values()) == {torch.float32}

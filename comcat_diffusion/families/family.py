@@ -82,6 +82,7 @@ class Family:
     noun = "transformer"  # and what it is called in sentences
     text_encoders: tuple[str, ...] = ("text_encoder",)
     optional: tuple[str, ...] = ()  # components that a base may lack
+    heavy: tuple[str, ...] = ()  # text encoders of billions of weights, with which training reads in bfloat16
     trains_text = False  # whether text encoders can be adapted and new words learned
     guidance = 7.5
     same_text = False  # whether attentions are given the same text states at every step of a drawing

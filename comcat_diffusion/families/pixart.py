@@ -29,6 +29,7 @@ class PixArt(Family):
     name = "PixArt-alpha and PixArt-Sigma"
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     denoisers = ("PixArtTransformer2DModel",)
+    heavy = ("text_encoder",)
     guidance = 4.5
     # Pictures of the size that is asked for, and prompts as training reads them.
     drawing = {"clean_caption": False, "use_resolution_binning": False}

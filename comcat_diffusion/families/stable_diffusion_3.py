@@ -30,6 +30,7 @@ class StableDiffusion3(Family):
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     architecture = "stable-diffusion-3"
     optional = ("text_encoder_3", "tokenizer_3")
+    heavy = ("text_encoder_3",)
     guidance = 7.0
     flow = Flow(preconditioned=True)
     flow_samplers = ("FlowMatchEulerDiscreteScheduler",)

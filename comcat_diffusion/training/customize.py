@@ -138,7 +138,7 @@ def _run(
     watcher: Watcher,
 ) -> tuple[Outcome, output.Witness | None]:
     """All but the proof, which the main process gets a witness for."""
-    pipe = bases.asked_base(config, "fp32")
+    pipe = bases.asked_base(config, "fp32", to_train=True)
     suitable.refuse_pipeline(pipe, config.pretrained_model_name_or_path)
     suitable.refuse_settings(config, family_of(pipe))
     config, base = _resolved(config, pipe, dataset), sketch(pipe)
