@@ -1,7 +1,7 @@
 """Finding a base: the embedded one, a diffusers folder, a single file or a hub id, offline first."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import diffusers
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.config import EMBEDDED, BaseSettings  # noqa: F401 - found here too
 from comcat_diffusion.families.family import Family
-from comcat_diffusion.families.known import family_in, family_of
+from comcat_diffusion.families.known import family_in, family_of, known_family
 from comcat_diffusion.places import (  # noqa: F401 - found here too
     asked_name,
     assets,
@@ -43,27 +43,55 @@ def load_base(
     revision: str | None = None,
     variant: str | None = None,
     base_config: str | None = None,
+    to_train: bool = False,
 ) -> DiffusionPipeline:
     """The whole pipeline of a base. Only a hub id that is not in the local cache asks the network.
 
+    `to_train` leaves what a family has of heavy text encoders in bfloat16: they read a few prompts and go.
     `base_config` is for single files: a diffusers folder, or the hub id of a cached one, of the same family. Raises
     FileNotFoundError, saying what was looked for, and ValueError for a file that holds no Stable Diffusion.
     """
     dtype, path = PRECISIONS[precision], place_of(name)
     if path.is_dir():
         own = _compressed_unet(path, dtype) if _is_compressed(path) else {}
-        about = {"torch_dtype": dtype, "variant": variant, "local_files_only": True} | _left_out(path)
+        kinds = _dtypes(_family_in(path), dtype) if to_train else dtype
+        about = {"torch_dtype": kinds, "variant": variant, "local_files_only": True} | _left_out(path)
         return _loaded(lambda: DiffusionPipeline.from_pretrained(path, **about, **own), path)
     if path.is_file():
         return _single_file(path, dtype, base_config)
-    return _from_hub(name, {"torch_dtype": dtype, "revision": revision, "variant": variant})
+    settings = {"torch_dtype": dtype, "revision": revision, "variant": variant}
+    if to_train:
+        settings["torch_dtype"] = _dtypes(_family_of_hub(name, revision), dtype)
+    return _from_hub(name, settings)
 
 
 def _left_out(path: Path) -> dict[str, None]:
     """The parts that a folder lacks and its family can do without, of which diffusers wants to be told."""
-    index = path / "model_index.json"
-    family = family_in(json.loads(index.read_text("utf-8")).get("_class_name", ""), {}) if index.is_file() else None
+    family = _family_in(path)
     return {part: None for part in (family.optional if family else ()) if not (path / part).is_dir()}
+
+
+def _family_in(path: Path) -> Family | None:
+    """The family of a diffusers folder by its pipeline's class, or None."""
+    index = path / "model_index.json"
+    return family_in(json.loads(index.read_text("utf-8")).get("_class_name", ""), {}) if index.is_file() else None
+
+
+def _family_of_hub(name: str, revision: str | None) -> Family | None:
+    """That of a hub's base, of which one small file is fetched unless it is in the cache."""
+    for local in (True, False):
+        try:
+            asked = {"revision": revision, "local_files_only": local, "allow_patterns": ("model_index.json",)}
+            return _family_in(Path(snapshot_download(name, **asked)))
+        except _NOT_GIVEN:
+            pass
+    return None  # which loading it will say better
+
+
+def _dtypes(family: Family | None, dtype: torch.dtype) -> torch.dtype | dict[str, torch.dtype]:
+    """One precision for all parts but the heavy ones."""
+    heavy = family.heavy if family is not None else ()
+    return {"default": dtype, **dict.fromkeys(heavy, torch.bfloat16)} if heavy else dtype
 
 
 def _is_compressed(path: Path) -> bool:
@@ -77,9 +105,20 @@ def _compressed_unet(path: Path, dtype: torch.dtype) -> dict[str, torch.nn.Modul
     return {"unet": load_compressed(path)[0].to(dtype)}
 
 
-def asked_base(config: BaseSettings, precision: str, name: str | None = None) -> DiffusionPipeline:
-    """The base that the settings of a run name; `name` where they leave it open."""
-    return load_base(asked_name(config, name), precision, config.revision, config.variant, config.base_config)
+def asked_base(
+    config: BaseSettings, precision: str, name: str | None = None, to_train: bool = False
+) -> DiffusionPipeline:
+    """The base that the settings of a run name; `name` where they leave it open.
+
+    Raises ValueError for a precision in which its family overflows, and as `load_base` does.
+    """
+    asked = asked_name(config, name), precision, config.revision, config.variant, config.base_config
+    pipe = load_base(*asked, to_train)
+    family = known_family(pipe)
+    if family is not None and precision not in family.precisions:
+        able = " or ".join(family.precisions)
+        raise ValueError(f"--precision {precision}: {family.name} overflows in it; use {able}.")
+    return pipe
 
 
 def config_folder(config: BaseSettings, name: str | None = None) -> Path:
@@ -187,7 +226,18 @@ def asked_resolution(pipe: DiffusionPipeline, resolution: int | None) -> int:
     resolution = resolution or native_resolution(pipe)
     if resolution % grain(pipe):
         raise ValueError(f"--resolution {resolution} must be a multiple of {grain(pipe)} for this base.")
+    refuse_large(family_of(pipe), denoiser(pipe).config, pipe.vae_scale_factor, [(resolution, resolution)])
     return resolution
+
+
+def refuse_large(family: Family, config: Mapping, factor: int, sizes: Iterable[tuple[int, int]]) -> None:
+    """Raise ValueError if a picture of one of these sizes has a side for which a denoiser has no places."""
+    most, asked = family.largest(config, factor), max(max(size) for size in sizes)
+    if most is not None and asked > most:
+        raise ValueError(
+            f"--resolution asks for sides of up to {asked} pixels, and this base has places for {most}: choose a "
+            "smaller one."
+        )
 
 
 def default_guidance(name: str | None, pipe: DiffusionPipeline | None = None) -> float:
@@ -223,9 +273,23 @@ def asked_device(name: str | None) -> str:
 
 def asked_precision(name: str | None, device: str, base: str) -> str:
     """The precision of this name, or what suits a device for drawing: half where that is much faster."""
-    if name or torch.device(device).type == "cuda":
-        return name or "fp16"
+    if name:
+        return name
+    if torch.device(device).type == "cuda":
+        family = _family_ahead(base)
+        return "fp16" if family is None or "fp16" in family.precisions else "bf16"
     return "bf16" if suits_bf16(device, base) else "fp32"
+
+
+def _family_ahead(base: str) -> Family | None:
+    """The family of a base that is on this machine, before it is loaded; None where that is not known."""
+    try:
+        path = place_of(base)
+        if not path.exists():
+            path = Path(snapshot_download(base, local_files_only=True, allow_patterns=("model_index.json",)))
+        return family_in(json.loads((path / "model_index.json").read_text("utf-8")).get("_class_name", ""), {})
+    except _NOT_GIVEN:
+        return None
 
 
 def suits_bf16(device: str, base: str) -> bool:

@@ -3,12 +3,15 @@
 Letters: B batch, C latent channels, h x w latent size.
 """
 
+import inspect
+
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, PixArtAlphaPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, PixArtAlphaPipeline, SanaPipeline
 
 from comcat_diffusion.bases import load_base
 from comcat_diffusion.families.known import FAMILIES, family_of, family_of_denoiser
+from comcat_diffusion.families.sana import Sana
 from comcat_diffusion.training.batching import Batching
 from comcat_diffusion.training.encode import Crop
 from comcat_diffusion.training.learner import Learner
@@ -118,6 +121,26 @@ def test_a_step_on_stable_diffusion_3_is_that_of_its_script(build, tmp_path):
         torch.testing.assert_close(loss, (found - clean).square().mean(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_on_sana_is_that_of_its_script(tmp_path):
+    """The way from latents to noise, at uniform times; the scheduler's shift is for drawing."""
+    pipe = load_base(str(tiny_families.sana(tmp_path)))
+    losses, drawn = stepped(pipe)
+    instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    prefix = "\n".join(instruction)
+    most = len(pipe.tokenizer(prefix).input_ids) + 300 - 2
+    for loss, (clean, noise, generator, prompt) in zip(losses, drawn, strict=True):
+        place = int(1000 * torch.rand(1, generator=generator))
+        sigma = (1000 - place) / 1000
+        noisy = (1 - sigma) * clean + sigma * noise
+        read = pipe.tokenizer(prefix + prompt, padding="max_length", max_length=most, return_tensors="pt")
+        kept = [0, *range(most - 299, most)]
+        with torch.no_grad():
+            states = pipe.text_encoder(read.input_ids, attention_mask=read.attention_mask)[0][:, kept]
+            time, mask = torch.tensor([1000 * sigma]), read.attention_mask[:, kept]
+            answer = pipe.transformer(noisy[None], states, time, encoder_attention_mask=mask).sample[0]
+        torch.testing.assert_close(loss, (answer - (noise - clean)).square().mean(), rtol=1e-4, atol=1e-6)
+
+
 def test_latents_are_shifted_and_scaled_there_and_back(tmp_path):
     pipe = load_base(str(tiny_families.sd35(tmp_path)))
     pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -127,6 +150,11 @@ def test_latents_are_shifted_and_scaled_there_and_back(tmp_path):
         torch.testing.assert_close(made["mean"], 1.3 * (own.mean[0] - 0.25))
         torch.testing.assert_close(made["std"], 1.3 * own.std[0])
         torch.testing.assert_close(family.decoded(vae, made["mean"][None]), vae.decode(own.mean).sample)
+        vae = tiny_families.sana_vae()
+        made, own = Sana().posterior(vae, pixels), vae.encode(pixels).latent
+        torch.testing.assert_close(made["mean"], 0.41 * own[0])
+        assert not made["std"].any()
+        torch.testing.assert_close(Sana().decoded(vae, made["mean"][None]), vae.decode(own).sample)
 
 
 def test_every_family_is_found_by_its_classes():

@@ -7,17 +7,28 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from tests import tiny_bases
 
@@ -115,3 +126,62 @@ def sd35(folder: Path, t5_too: bool = True, **more) -> Path:
 def sd3(folder: Path) -> Path:
     """Stable Diffusion 3: no norms, no self-attentions beside, and here no T5."""
     return sd35(folder, t5_too=False, qk_norm=None, dual_attention_layers=())
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """Letter by letter; what is no letter of it is unknown."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    letters = ["\n", *(chr(number) for number in range(33, 127)), "▁", "sks"]
+    vocab = {piece: number for number, piece in enumerate(special + letters + ["sk"])}
+    made = GemmaTokenizer(vocab=vocab, merges=[("s", "k"), ("sk", "s")])
+    made.add_bos_token = True
+    return made
+
+
+def sana_vae() -> AutoencoderDC:
+    """Three levels, four channels."""
+    return AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41,
+    ).eval()
+
+
+def sana(folder: Path) -> Path:
+    """Sana 1.x: two blocks, cross-attentions of three heads of 8, latents of 8x8."""
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        pipe = SanaPipeline(
+            tokenizer=gemma_tokenizer(),
+            text_encoder=Gemma2Model(
+                Gemma2Config(
+                    vocab_size=len(gemma_tokenizer()), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2,
+                    num_attention_heads=3, num_key_value_heads=1, head_dim=8, max_position_embeddings=2048,
+                )
+            ).eval(),
+            vae=sana_vae(),
+            transformer=lively(
+                SanaTransformer2DModel(
+                    in_channels=4, out_channels=4, num_attention_heads=3, attention_head_dim=8, num_layers=2,
+                    num_cross_attention_heads=3, cross_attention_head_dim=8, cross_attention_dim=24,
+                    caption_channels=WIDTH, sample_size=8, patch_size=1,
+                )
+            ),
+            scheduler=DPMSolverMultistepScheduler(
+                use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+            ),
+        )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder

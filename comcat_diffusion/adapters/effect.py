@@ -12,6 +12,7 @@ from torch import nn
 from comcat_diffusion.adapters.merge import layers_of, unload_adapters
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.store import load_adapter
+from comcat_diffusion.families.known import family_of
 
 STEPS, SEED = 4, 0  # of the sampled pictures
 
@@ -27,18 +28,21 @@ def predictions(
     seen, given = [], iter(noisy)
 
     def show(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        seen.append(next(given, args[0]))
-        return (seen[-1], *args[1:]), kwargs
+        name = next((name for name in ("sample", "hidden_states") if name in kwargs), None)
+        seen.append(next(given, args[0] if name is None else kwargs[name]))
+        return ((seen[-1], *args[1:]), kwargs) if name is None else (args, kwargs | {name: seen[-1]})
 
     predicted = []
-    model = denoiser(pipe)
+    model, family = denoiser(pipe), family_of(pipe)
+    side = family.native(model.config, pipe.vae_scale_factor)
     hooks = [
         model.register_forward_pre_hook(show, with_kwargs=True),
         model.register_forward_hook(lambda _, args, output: predicted.append(output[0].double().flatten())),
     ]
     try:
         generator = torch.Generator().manual_seed(seed)
-        pipe(list(prompts), num_inference_steps=steps, generator=generator, output_type="latent")
+        asked = {"height": side, "width": side, **family.drawing}
+        pipe(list(prompts), num_inference_steps=steps, generator=generator, output_type="latent", **asked)
     finally:
         for hook in hooks:
             hook.remove()

@@ -56,14 +56,17 @@ class Texts:
         self.reading = reading
         self._said: OrderedDict[bytes, Said] = OrderedDict()  # by the direction of the last state, (E,) of float32
 
-    def remember(self, states: torch.Tensor, prompts: Sequence[str], written_out: bool = False) -> None:
+    def remember(
+        self, states: torch.Tensor, prompts: Sequence[str], written_out: bool = False, prepared: bool = False
+    ) -> None:
         """Know the text states (B, M, E) of B prompts again, however a pipeline repeats and stacks them.
 
-        Prompts are `written_out` where each learned word stands as the several words that diffusers makes of it.
+        Prompts are `written_out` where each learned word stands as the several words that diffusers makes of it, and
+        `prepared` where they are what the family makes of them before they are read.
         """
         with self.lock:
             for key, prompt in zip(self._keys(states), prompts, strict=True):
-                self._said[key] = self.read(prompt, states.shape[1], written_out)
+                self._said[key] = self.read(prompt, states.shape[1], written_out, prepared)
                 self._said.move_to_end(key)
             while len(self._said) > _REMEMBERED:
                 self._said.popitem(last=False)
@@ -74,20 +77,23 @@ class Texts:
             found = [self._nearest(key, states.shape[1]) for key in self._keys(states)]
         return None if any(said is None for said in found) else found
 
-    def read(self, prompt: str, length: int, written_out: bool = False) -> Said:
-        """A prompt as the text encoder is given it, in `length` tokens."""
+    def read(self, prompt: str, length: int, written_out: bool = False, prepared: bool = False) -> Said:
+        """A prompt as the text encoder is given it, in `length` tokens; see `remember`."""
         parts = self._parts(length)
         with self.lock:
             first = next(tokenizer for tokenizer, _ in parts if tokenizer is not None)
             text = prompt if written_out else TextualInversionLoaderMixin().maybe_convert_prompt(prompt, first)
-            text = unicodedata.normalize("NFC", self.reading.prepared(text))  # as tokenizers do before they count
+            text = text if prepared else self.reading.prepared(text)
+            text = unicodedata.normalize("NFC", text)  # as tokenizers do before they count
+            if self.reading.prefix and text.startswith(self.reading.prefix):
+                return _behind(self.reading.prefix, first, text, length)
             ends = [_ends(tokenizer, text, count) for tokenizer, count in parts]
             return Said(text, torch.cat(ends), tuple(count for _, count in parts))
 
     @property
     def whole(self) -> bool:
-        """Whether one tokenizer reads all."""
-        return len(self.reading.segments) == 1
+        """Whether one tokenizer reads all, and all of it is the prompt."""
+        return len(self.reading.segments) == 1 and not self.reading.prefix
 
     def _parts(self, length: int) -> list[tuple[PreTrainedTokenizerBase | None, int]]:
         """The tokenizers and how many of `length` tokens each makes."""
@@ -142,3 +148,10 @@ def _ends(tokenizer: PreTrainedTokenizerBase | None, text: str, length: int) -> 
         return torch.zeros(length, dtype=torch.long)
     how = {"padding": "max_length", "max_length": length, "truncation": True, "return_offsets_mapping": True}
     return torch.tensor([end for _, end in tokenizer(text, **how).offset_mapping])
+
+
+def _behind(prefix: str, tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Said:
+    """A prompt behind an instruction, of which the first token's state is kept, and the last `length` - 1 of all."""
+    ends = _ends(tokenizer, text, len(tokenizer.encode(prefix)) + length - 2)
+    own = (ends - len(prefix)).clamp(min=0)
+    return Said(text[len(prefix) :], torch.cat([own[:1], own[1 - length :]]), (length,))

@@ -86,8 +86,9 @@ def _remembering(pipe: DiffusionPipeline, encode_prompt: Callable, texts: Texts)
                 if states is not None and given.get(f"{name}_embeds") is None:
                     said = given.get(name) or ""
                     said = [said] if isinstance(said, str) else said
-                    prompts = [family.said(known(), text, given) for text in said]
-                    texts.remember(states, [text for text in prompts for _ in range(len(states) // len(prompts))])
+                    read = [family.said(known(), text, given, name != "prompt") for text in said]
+                    read = [text for text in read for _ in range(len(states) // len(said))]
+                    texts.remember(states, read, prepared=True)
         return made
 
     return encode

@@ -80,6 +80,12 @@ def refuse_exact(header: Header, adapter: str | Path) -> None:
     refuse_other_models(header, adapter)
     if is_exact(header):
         raise AdapterFileError(f"{adapter} is foldable already and exports exactly; nothing has to be approximated.")
+    family = family_in(header)
+    if waits(header) and not family.same_text:
+        raise AdapterFileError(
+            f"{adapter} waits for its trigger, and the attentions of {family.name} do not read the text encoder's own "
+            "states, which --approximate bends: use it as it is, or train it again with --as lora."
+        )
 
 
 def refuse_foldable(header: Header, adapter: str | Path) -> None:

@@ -68,6 +68,8 @@ class Reading:
 
     segments: tuple[Segment, ...]
     prepared: Callable[[str], str] = str  # what is made of a prompt before it is read
+    # An instruction that stands before prompts, with one segment. Of its states the first is kept alone.
+    prefix: str = ""
 
 
 class Family:
@@ -80,8 +82,11 @@ class Family:
     noun = "transformer"  # and what it is called in sentences
     text_encoders: tuple[str, ...] = ("text_encoder",)
     optional: tuple[str, ...] = ()  # components that a base may lack
+    heavy: tuple[str, ...] = ()  # text encoders of billions of weights, with which training reads in bfloat16
     trains_text = False  # whether text encoders can be adapted and new words learned
     guidance = 7.5
+    same_text = False  # whether attentions are given the same text states at every step of a drawing
+    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16")  # in which it draws; another overflows
     flow: Flow | None = None  # None: noise, velocities or clean latents, as the scheduler says
     flow_samplers: tuple[str, ...] = ()  # of a flow-matching family: diffusers' schedulers that draw with it
     drawing: Mapping[str, object] = {}  # what its pipeline is asked for beside prompts, sizes, steps and guidance
@@ -102,6 +107,10 @@ class Family:
     def grain(self, denoiser: Mapping, factor: int) -> int:
         """Pixels that the sides of pictures must be multiples of."""
         return denoiser["patch_size"] * factor
+
+    def largest(self, denoiser: Mapping, factor: int) -> int | None:
+        """Most pixels that a side can have; None where the base sets no end."""
+        return None
 
     def is_of(self, denoiser: Mapping) -> bool:
         """Whether a denoiser of one of `denoisers`, by its configuration, is of this family."""
@@ -125,9 +134,12 @@ class Family:
         """How its prompts become tokens."""
         return Reading((Segment(pipe.tokenizer),))
 
-    def said(self, pipe: DiffusionPipeline, prompt: str, asked: Mapping[str, object]) -> str:
-        """A prompt as it is read by a pipeline whose `encode_prompt` was called with the arguments `asked`."""
-        return prompt
+    def said(self, pipe: DiffusionPipeline, prompt: str, asked: Mapping[str, object], negative: bool) -> str:
+        """A (negative) prompt as it is read by a pipeline whose `encode_prompt` was called with the arguments `asked`.
+
+        Raises ValueError where that is not told by the prompt alone.
+        """
+        return self.reading(pipe).prepared(prompt)
 
     def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
         """How many tokens of a prompt a pipeline of this class reads."""

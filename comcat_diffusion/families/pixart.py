@@ -29,6 +29,7 @@ class PixArt(Family):
     name = "PixArt-alpha and PixArt-Sigma"
     pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     denoisers = ("PixArtTransformer2DModel",)
+    heavy = ("text_encoder",)
     guidance = 4.5
     # Pictures of the size that is asked for, and prompts as training reads them.
     drawing = {"clean_caption": False, "use_resolution_binning": False}
@@ -46,7 +47,7 @@ class PixArt(Family):
         """Small letters."""
         return Reading((Segment(pipe.tokenizer),), lambda prompt: prompt.lower().strip())
 
-    def said(self, pipe: DiffusionPipeline, prompt: str, asked: Mapping[str, object]) -> str:
+    def said(self, pipe: DiffusionPipeline, prompt: str, asked: Mapping[str, object], negative: bool) -> str:
         """Captions may be cleaned before they are read."""
         return pipe._text_preprocessing(prompt, clean_caption=bool(asked.get("clean_caption")))[0]
 

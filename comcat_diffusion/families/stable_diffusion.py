@@ -20,7 +20,7 @@ class StableDiffusion(Family):
     pipelines = ("StableDiffusionPipeline",)
     denoisers = ("UNet2DConditionModel",)
     part, noun = UNET, "U-Net"
-    trains_text = True
+    trains_text = same_text = True
 
     def is_of(self, denoiser: Mapping) -> bool:
         """Every U-Net that takes no pooled text."""

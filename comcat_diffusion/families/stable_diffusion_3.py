@@ -7,7 +7,7 @@ keys stand behind what a foldable or tied adapter changes; of a free one's wider
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from comcat_diffusion.families.family import Condition, Family, Flow, Native, Reading, Segment
@@ -30,9 +30,14 @@ class StableDiffusion3(Family):
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     architecture = "stable-diffusion-3"
     optional = ("text_encoder_3", "tokenizer_3")
+    heavy = ("text_encoder_3",)
     guidance = 7.0
     flow = Flow(preconditioned=True)
     flow_samplers = ("FlowMatchEulerDiscreteScheduler",)
+
+    def largest(self, denoiser: Mapping, factor: int) -> int:
+        """As many places as it has embeddings for."""
+        return denoiser["pos_embed_max_size"] * denoiser["patch_size"] * factor
 
     def encode(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         """States (B, M, E), and the pooled text (B, E') of the two CLIPs."""
@@ -45,6 +50,13 @@ class StableDiffusion3(Family):
         """First the CLIPs, which read alike, then the T5; one that was left out says nothing."""
         heard = pipe.tokenizer_3 if pipe.text_encoder_3 is not None else None
         return Reading((Segment(pipe.tokenizer, pipe.tokenizer_max_length), Segment(heard)))
+
+    def said(self, pipe: DiffusionPipeline, prompt: str, asked: Mapping[str, object], negative: bool) -> str:
+        """The prompt of all its text encoders. The T5 may be given one of its own, whose words are then not known."""
+        name = "negative_prompt" if negative else "prompt"
+        if asked.get(f"{name}_3") not in (None, asked.get(name)):
+            raise ValueError(f"An adapter waits for its trigger in `{name}`: leave `{name}_3` out while one is loaded.")
+        return prompt
 
     def states(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
         """See `Family`."""

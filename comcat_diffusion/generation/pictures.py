@@ -72,8 +72,9 @@ def use_sampler(pipe: DiffusionPipeline, name: str | None) -> None:
         raise ValueError(f"--scheduler {name}: diffusers has no scheduler of this name.")
     family = family_of(pipe)
     if family.flow:
-        if name not in family.flow_samplers:
-            able = " and ".join(family.flow_samplers)
+        own = type(pipe.scheduler).__name__
+        if name not in (own, *family.flow_samplers):
+            able = " and ".join(dict.fromkeys((own, *family.flow_samplers)))
             raise ValueError(f"--scheduler {name}: {family.name} matches a flow, which {able} can draw with.")
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
         return
@@ -99,16 +100,18 @@ def draw(
 
     `words` are those of the adapters that are to act only where these are looked at (`keep_background`).
     """
+    family, side = family_of(pipe), sampling.resolution or bases.native_resolution(pipe)
     for start in range(0, len(drawings), sampling.batch_size):
         batch = drawings[start : start + sampling.batch_size]
         negative = {"negative_prompt": [sampling.negative_prompt] * len(batch)} if sampling.negative_prompt else {}
-        with text_once(), keep_background(pipe, words) if words else nullcontext():
+        once = text_once() if family.same_text else nullcontext()
+        with once, keep_background(pipe, words) if words else nullcontext():
             drawn = pipe(
                 prompt=[drawing.prompt for drawing in batch],
                 **negative,
-                height=sampling.resolution,
-                width=sampling.resolution,
-                **family_of(pipe).drawing,
+                height=side,
+                width=side,
+                **family.drawing,
                 num_inference_steps=sampling.num_inference_steps,
                 guidance_scale=sampling.guidance_scale,
                 # on the CPU, so that a seed means the same picture on every device

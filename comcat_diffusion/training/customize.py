@@ -138,11 +138,12 @@ def _run(
     watcher: Watcher,
 ) -> tuple[Outcome, output.Witness | None]:
     """All but the proof, which the main process gets a witness for."""
-    pipe = bases.asked_base(config, "fp32")
+    pipe = bases.asked_base(config, "fp32", to_train=True)
     suitable.refuse_pipeline(pipe, config.pretrained_model_name_or_path)
     suitable.refuse_settings(config, family_of(pipe))
     config, base = _resolved(config, pipe, dataset), sketch(pipe)
     options = sizes(config.resolution, config.aspect_ratio_buckets, bases.grain(pipe))
+    bases.refuse_large(family_of(pipe), denoiser(pipe).config, pipe.vae_scale_factor, options)
     for text in family_of(pipe).remarks(pipe):
         watcher.note(text)
     for text in small_doubts(picture_sizes, options, config.resolution):

@@ -118,7 +118,7 @@ def witness(learner: Learner, batch: Batch) -> Witness:
 @torch.no_grad()
 def prove(config: TrainConfig, known: Witness, path: Path) -> None:
     """Load a saved file onto a fresh base and compare one prediction. Raises RuntimeError at a difference."""
-    batch, fresh = known.batch, bases.asked_base(config, "fp32")
+    batch, fresh = known.batch, bases.asked_base(config, "fp32", to_train=True)
     load_adapter(fresh, path, ADAPTER)
     learner = Learner(fresh, batch.prompts, False, batch.noisy.device).eval()
     hold(learner.denoiser.requires_grad_(False), batch.noisy.dtype)

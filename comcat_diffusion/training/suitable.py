@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.parts import denoiser
-from comcat_diffusion.families.family import Family
+from comcat_diffusion.families.family import UNET, Family
 from comcat_diffusion.families.known import family_in, known_family, unknown
 from comcat_diffusion.training.config import TrainConfig
 
@@ -80,6 +80,10 @@ def refuse_settings(config: TrainConfig, family: Family) -> None:
         ("learn_name", config.learn_name),
     )
     of_noise = (("snr_gamma", config.snr_gamma is not None), ("noise_offset", config.noise_offset != 0))
+    if config.way_up and family.part != UNET:
+        raise ValueError(f"--way_up is a way that U-Nets have; the {family.noun} of {family.name} has none.")
+    if config.mixed_precision == "fp16" and "fp16" not in family.precisions:
+        raise ValueError(f"--mixed_precision fp16: {family.name} overflows in it; use bf16 or no.")
     for flag, asked in trained if not family.trains_text else ():
         if asked:
             raise ValueError(f"--{flag}: the text encoders of {family.name} stay as they are here; leave it out.")

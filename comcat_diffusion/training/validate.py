@@ -71,6 +71,7 @@ def validate(config: ValidateConfig) -> Report:
     if config.resolution % divisible:
         report.errors.append(f"--resolution {config.resolution} must be a multiple of {divisible} for this base.")
     try:
+        bases.refuse_large(family, denoiser.config, factor, options)
         report.facts += _size_facts(config, dataset, denoiser)
     except ValueError as error:
         report.errors.append(str(error))
