@@ -8,7 +8,7 @@ DEMO := out/demo
 # Of the packages' modules a small part is ever imported: each is compiled and kept when it is, and not at the install.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-kernels lint base subject benchmarks dinov2 photographs clean
+.PHONY: demo test test-kernels test-comfyui lint base subject benchmarks dinov2 photographs clean
 
 demo: .venv/installed
 	$(BIN)/python train_customize.py --config assets/subject/train.toml --output_dir $(DEMO) --overwrite
@@ -26,6 +26,12 @@ OLDER = ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 test-kernels: .venv/installed
 	ATEN_CPU_CAPABILITY=default $(OLDER) $(SUITE) -n 2 -m ''
 	ATEN_CPU_CAPABILITY=avx2 $(OLDER) TEST_THREADS=2 $(SUITE) -n 1
+
+# The nodes in a real ComfyUI, whose checkout is named: make test-comfyui COMFYUI=../ComfyUI. It runs headless, on the CPU and
+# in its own Python (COMFYUI_PYTHON=.../python, which has this package's requirements too); nothing is written there.
+test-comfyui: .venv/installed
+	test -f "$(COMFYUI)/main.py" || { echo "Name the folder of a ComfyUI: make test-comfyui COMFYUI=..."; exit 2; }
+	$(BIN)/python -m tests.comfyui_check "$(COMFYUI)"
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

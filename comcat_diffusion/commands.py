@@ -320,7 +320,7 @@ def combine(parsed: argparse.Namespace) -> int:
     files = [weighted(text) for text in config.adapter]
     from comcat_diffusion.adapters.alike import refuse_unlike
 
-    refuse_unlike(files)
+    refuse_unlike(files, config.rank)
     _quiet()
     from comcat_diffusion import bases
     from comcat_diffusion.adapters.combine import combine

@@ -23,7 +23,12 @@ def assets() -> Path:
 
 def is_embedded(name: str) -> bool:
     """Whether this names the base that comes with the package, by its word or its folder."""
-    return name == EMBEDDED or Path(name).expanduser().resolve() == (assets() / "tiny-sd").resolve()
+    if name == EMBEDDED:
+        return True
+    try:
+        return Path(name).expanduser().resolve() == (assets() / "tiny-sd").resolve()
+    except FileNotFoundError:  # a copy of the package without it, as a Space has
+        return False
 
 
 def dense_name(name: str) -> str:

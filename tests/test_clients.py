@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from comcat_diffusion import ComcatConfig, bases, load_adapter, read_adapter, save_adapter
+from comcat_diffusion import ComcatConfig, bases, load_adapter, places, read_adapter, save_adapter
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.cli import main
 from comcat_diffusion.config import BaseSettings, read_toml, to_toml
@@ -194,7 +194,7 @@ def test_what_an_adapter_becomes_is_known_before(adapters, tmp_path):
 # The hub
 
 
-def test_a_space_holds_all_that_it_needs(adapters, tmp_path):
+def test_a_space_holds_all_that_it_needs(adapters, tmp_path, monkeypatch):
     with pytest.raises(AdapterFileError, match="of a base that is not on the hub"):
         build_space(tmp_path / "space", "me/my-dog", adapters["waiting"])
     pipe = bases.load_base("embedded")
@@ -207,5 +207,9 @@ def test_a_space_holds_all_that_it_needs(adapters, tmp_path):
     assert r"# \<dog\>" in (made / "README.md").read_text() and 'title: "<dog>"' in (made / "README.md").read_text()
     needed = (made / "requirements.txt").read_text()
     assert "diffusers" in needed and "pytest" not in needed
+    monkeypatch.setattr(places, "_PACKAGE", made / "comcat_diffusion")  # which comes without the embedded base
+    assert not places.is_embedded("somebody/base") and not places.is_of_embedded("somebody/base")
+    with pytest.raises(FileNotFoundError, match="embedded base is missing"):
+        places.place_of("embedded")
     with pytest.raises(FileExistsError):
         build_space(made, "me/my-dog", tmp_path / "dog.safetensors")

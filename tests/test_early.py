@@ -78,7 +78,7 @@ def test_a_refusal_waits_for_nothing_that_it_does_not_need(adapters, tmp_path):
         ("merge", "--adapter", free, "--output_dir", tmp_path / "merged"): "is a free adapter",
         ("merge", "--adapter", foldable, "--output_dir", "docs"): "holds something already",
         ("combine", "--adapter", free, foldable, "--output", out): "are of different kinds, free and foldable",
-        ("combine", "--adapter", tied, free, "--output", out): "wait for different triggers",
+        ("combine", "--adapter", tied, free, "--output", out): "and they cannot be one file",
         ("combine", "--adapter", f"{free}:0", "--output", out): "must be a finite number other than zero",
         ("shrink", "--adapter", "README.md", "--output", out, "--max_bytes", 9): "is not a safetensors file",
         ("train", "nowhere", "sks dog"): "There is no folder nowhere.",

@@ -8,8 +8,11 @@ from comcat_diffusion.adapters.header import Header, kind_of, read_adapter
 from comcat_diffusion.adapters.same_base import difference
 
 
-def refuse_unlike(adapters: Sequence[tuple[str | Path, float]]) -> None:
-    """Raise ValueError unless adapter files, (file, weight) each, are of one base and kind, and weigh something."""
+def refuse_unlike(adapters: Sequence[tuple[str | Path, float]], rank: int | None = None) -> None:
+    """Raise ValueError unless adapter files, (file, weight) each, are of one base and kind, and weigh something.
+
+    Those that wait for different words cannot be cut to a rank.
+    """
     if not adapters:
         raise ValueError("Name at least one adapter to combine.")
     for path, weight in adapters:
@@ -18,7 +21,7 @@ def refuse_unlike(adapters: Sequence[tuple[str | Path, float]]) -> None:
     read = [(path, read_adapter(path)) for path, _ in adapters]
     for path, header in read:
         _refuse_other_base(*read[0], path, header)
-        _refuse_other_trigger(*read[0], path, header)
+        _refuse_other_trigger(*read[0], path, header, rank)
     kinds: dict[str, str] = {}
     for path, header in read:
         for part, config in header.config.items():
@@ -39,10 +42,26 @@ def _refuse_other_base(first_path: str | Path, first: Header, path: str | Path, 
         )
 
 
-def _refuse_other_trigger(first_path: str | Path, first: Header, path: str | Path, header: Header) -> None:
-    for part, config in header.config.items():
-        if config.get("trigger") != first.config.get(part, config).get("trigger"):
+def several_words(headers: Sequence[Header], part: str) -> bool:
+    """Whether adapters wait in a part for words of their own."""
+    found = [header.config[part] for header in headers if part in header.config]
+    return any(one.get("trigger") != found[0].get("trigger") or one.get("trigger_ranks") for one in found)
+
+
+def _refuse_other_trigger(
+    first_path: str | Path, first: Header, path: str | Path, header: Header, rank: int | None
+) -> None:
+    for part in header.config.keys() & first.config.keys():
+        waiting = [bool(one.config[part].get("trigger")) for one in (first, header)]
+        if not several_words((first, header), part):
+            continue
+        if not all(waiting):
             raise ValueError(
-                f"{first_path} and {path} wait for different triggers and cannot be one file; load them side by "
-                "side instead."
+                f"{(first_path, path)[waiting[0]]} acts everywhere and {(first_path, path)[not waiting[0]]} from its "
+                "trigger on, and they cannot be one file; load them side by side instead."
+            )
+        if rank is not None:
+            raise ValueError(
+                f"{first_path} and {path} wait for words of their own, so their ranks cannot be cut together: leave "
+                "--rank out."
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from comcat_diffusion import heads as maths
-from comcat_diffusion.adapters.alike import refuse_unlike
+from comcat_diffusion.adapters.alike import refuse_unlike, several_words
 from comcat_diffusion.adapters.header import Header, Notes, same_words
 from comcat_diffusion.adapters.store import TOKEN
 from comcat_diffusion.adapters.terms import Contents, Term, read_contents, write_contents
@@ -49,12 +49,15 @@ def combine(
     """
     if rank is not None and rank < 1:
         raise ValueError(f"The rank must be a whole number of at least 1, not {rank}.")
-    refuse_unlike(adapters)
+    refuse_unlike(adapters, rank)
     read = [_Read(path, weight, read_contents(path)) for path, weight in adapters]
     _refuse_misfits(read)
+    waiting = _waiting(read)
     added: dict[str, list[Term]] = {}
     for file in read:
         for term in file.contents.terms:
+            if term.part in waiting:  # all attentions have the same ranks, in the same order
+                term = term.widened(max(own.rank for own in file.contents.terms if own.part == term.part))
             added.setdefault(term.key, []).append(replace(term, scale=file.weight * term.scale))
     whole = kept = 0.0
     combined = []
@@ -66,11 +69,33 @@ def combine(
         combined.append(term)
     words, vectors = _tokens(read)
     configs = {part: config for file in reversed(read) for part, config in file.contents.header.config.items()}
+    configs = {part: {**config, **waiting.get(part, {})} for part, config in configs.items()}
     header = replace(read[0].contents.header, config=configs, notes=_notes(read), tokens=words)
     header = write_contents(output, Contents(header, combined, vectors), dtype)
     named = [(Path(file.path).name, file.contents.header) for file in read]
     doubts = tuple(f"{text}: this word will call the sum of both." for text in same_words(named))
     return Combined(header, max(term.rank for term in combined), kept / whole if whole else 1.0, doubts)
+
+
+def _waiting(read: list[_Read]) -> dict[str, dict]:
+    """By part in which files wait for words of their own: all of these, and how many ranks wait for which."""
+    found, headers = {}, [file.contents.header for file in read]
+    for part in {part for header in headers for part in header.config if several_words(headers, part)}:
+        own = [file for file in read if part in file.contents.header.config]
+        attentions = {frozenset(t.attention for t in file.contents.terms if t.part == part) for file in own}
+        if len(attentions) > 1:
+            raise ValueError(
+                f"{own[0].path} and {own[1].path} wait for words of their own and adapt different attentions; load "
+                "them side by side instead."
+            )
+        shares = []
+        for file in own:
+            config = file.contents.header.config[part]
+            rank = max(term.rank for term in file.contents.terms if term.part == part)
+            shares += config.get("trigger_ranks") or [[list(config["trigger"]), rank]]
+        words = list(dict.fromkeys(word for own_words, _ in shares for word in own_words))
+        found[part] = {"trigger": words, "trigger_ranks": shares}
+    return found
 
 
 def concatenated(terms: Sequence[Term]) -> Term:

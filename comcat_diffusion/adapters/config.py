@@ -31,6 +31,13 @@ class ComcatConfig(PeftConfig):
         default=None,
         metadata={"help": "Words that call the adapter: it acts on a prompt's tokens from the first of them on."},
     )
+    trigger_ranks: list[list] | None = field(
+        default=None,
+        metadata={
+            "help": "Of several subjects in one adapter: [words, number of ranks] each, in the order of a head's "
+            "ranks; those ranks wait for these words. Default: all ranks wait for any word of `trigger`."
+        },
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "Attention modules by name or regular expression. Default: cross-attention, else all."},
@@ -65,11 +72,27 @@ class ComcatConfig(PeftConfig):
             raise ValueError("A tied adapter is foldable: set foldable=True as well.")
         if self.trigger is not None and not (self.trigger and all(word.strip() for word in self.trigger)):
             raise ValueError(f"trigger must be a list of words, not {self.trigger!r}.")
+        if self.trigger_ranks is not None:
+            self._refuse_other_shares()
         if self.alpha is None:
             self.alpha = float(self.r)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if not math.isfinite(alpha):
                 raise ValueError(f"alpha must be a finite number, not {alpha!r}.")
+
+    def _refuse_other_shares(self) -> None:
+        """Raise ValueError unless the ranks are shared out among the words."""
+        told = f"trigger_ranks must share {self.r} ranks out among the words of trigger, not {self.trigger_ranks!r}."
+        for share in self.trigger_ranks:
+            words, count = share if isinstance(share, (list, tuple)) and len(share) == 2 else (None, None)
+            proper = isinstance(words, (list, tuple)) and words and all(isinstance(word, str) for word in words)
+            if not proper or type(count) is not int or count < 1:
+                raise ValueError(told)
+        words = {word for own, _ in self.trigger_ranks for word in own}
+        if sum(count for _, count in self.trigger_ranks) != self.r or words != set(self.trigger or ()):
+            raise ValueError(told)
+        if self.rank_pattern:
+            raise ValueError("trigger_ranks and rank_pattern exclude each other: all attentions have the same ranks.")
 
     # Two words of LoRA's that PEFT's hotswap_adapter reads, which swaps weights and sets strengths as it goes
 

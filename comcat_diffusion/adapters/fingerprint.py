@@ -20,10 +20,16 @@ SAMPLES = 64
 
 def fingerprint(denoiser: nn.Module, prediction_type: str) -> dict:
     """What identifies a base: plain JSON, about a kilobyte."""
+    width = getattr(getattr(denoiser, "config", None), "cross_attention_dim", None)
+    return fingerprint_as(type(denoiser).__name__, width, denoiser, prediction_type)
+
+
+def fingerprint_as(kind: str, width: int | None, denoiser: nn.Module, prediction_type: str) -> dict:
+    """The fingerprint of a denoiser as diffusers would have it: class, and width of the text states."""
     attentions = _attentions(denoiser)
     return {
-        "class": type(denoiser).__name__,
-        "cross_attention_dim": getattr(getattr(denoiser, "config", None), "cross_attention_dim", None),
+        "class": kind,
+        "cross_attention_dim": width,
         "heads": sorted({style_of(module).head_count(module) for module in attentions.values()}),
         "prediction_type": prediction_type,
         "layout": layout_of(denoiser),

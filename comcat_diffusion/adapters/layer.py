@@ -13,7 +13,7 @@ from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.gate import Gate, spoken
 from comcat_diffusion.adapters.merging import Merging, NoBase
 from comcat_diffusion.adapters.tied import OTHER_TEXT
-from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads
+from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, shared_out
 from comcat_diffusion.attentions import style_of
 
 
@@ -57,7 +57,7 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         "comcat_q_core",
         "comcat_out_core",
     )
-    other_param_names = ("r", "alpha", "scaling", "trigger")
+    other_param_names = ("r", "alpha", "scaling", "trigger", "waits")
 
     def __init__(self, attention: nn.Module, belongings: Belongings) -> None:
         super().__init__()
@@ -67,6 +67,7 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.trigger: dict[str, tuple[str, ...]] = {}  # words that an adapter waits for; none: it acts everywhere
+        self.waits: dict[str, list[tuple[tuple[str, ...], int]]] = {}  # for which words how many of its ranks do
         self.gate: Gate | None = None  # which tells where these words stand, see adapters/gate.py
         self.merged_adapters: list[str] = []
         self.style = style_of(attention)
@@ -138,6 +139,7 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
             getattr(self, f"comcat_{name}")[adapter_name] = factor
         self.r[adapter_name], self.alpha[adapter_name] = rank, alpha
         self.trigger[adapter_name] = tuple(config.trigger or ())
+        self.waits[adapter_name] = [(tuple(words), count) for words, count in config.trigger_ranks or ()]
         self.set_scale(adapter_name, 1.0)
         super().set_adapter(self.active_adapters)
         self.belongings.came(adapter_name)
@@ -260,7 +262,8 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         scale, k, v = self.scaling[name], self.comcat_k_down[name], self.comcat_v_down[name]
         tokens = None
         if self.trigger[name]:
-            tokens = spoken(self.gate, self.trigger[name], seam.is_cross_attention(self.owner))
+            crossed = seam.is_cross_attention(self.owner)
+            tokens = shared_out(self.waits[name], self.trigger[name], lambda words: spoken(self.gate, words, crossed))
         if name in self.comcat_q_core:
             return Foldable(scale, tokens, k, v, self.comcat_q_core[name], self.comcat_out_core[name])
         return Free(scale, tokens, self.comcat_q_down[name], k, v, self.comcat_out_up[name])

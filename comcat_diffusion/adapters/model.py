@@ -17,7 +17,7 @@ from comcat_diffusion.adapters.tied import OTHER_TEXT, SHARED, TEXT, side_of
 from comcat_diffusion.attentions import style_of
 
 # What two adapters must have in common for PEFT's hotswap_adapter, which copies weights in place and no more.
-_SAME_WHEN_SWAPPED = ("r", "alpha", "rank_pattern", "alpha_pattern", "foldable", "tied", "trigger")
+_SAME_WHEN_SWAPPED = ("r", "alpha", "rank_pattern", "alpha_pattern", "foldable", "tied", "trigger", "trigger_ranks")
 
 
 class ComcatModel(BaseTuner):

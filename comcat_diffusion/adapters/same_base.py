@@ -21,14 +21,14 @@ def difference(trained: dict, present: dict) -> str | None:
 
 def other_weights(trained: dict, present: dict) -> bool:
     """Whether the sampled weights differ by more than a change of precision."""
-    before, now = map(_sketch_of, (trained, present))
+    before, now = map(sketch_of, (trained, present))
     if len(before) != len(now) or not before:
         return True
     floor = 1e-3 * sum(map(abs, before)) / len(before)
     return not all(abs(b - n) <= floor + TOLERANCE * abs(n) for b, n in zip(before, now, strict=True))
 
 
-def _sketch_of(side: dict) -> list[float]:
+def sketch_of(side: dict) -> list[float]:
     """The sampled weights of a fingerprint; none where it holds other things than numbers."""
     sketch = side.get("sketch")
     numbers = isinstance(sketch, list) and all(isinstance(value, (int, float)) for value in sketch)

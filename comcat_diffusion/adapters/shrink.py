@@ -22,7 +22,7 @@ from comcat_diffusion import atomic
 from comcat_diffusion import heads as maths
 from comcat_diffusion.adapters.header import Header
 from comcat_diffusion.adapters.packing import FLOAT, LEAST, MOST_BITS, HeadBits, HeadRanks, row_bytes
-from comcat_diffusion.adapters.terms import Contents, Term, assembled, read_contents
+from comcat_diffusion.adapters.terms import Contents, Term, assembled, read_contents, refuse_several
 
 ROUNDING = 1e-12  # relative; products are computed in float64
 # By bits of a number: the share of a direction's energy that is lost when both of its rows, of normally distributed
@@ -75,6 +75,7 @@ def shrink(adapter: str | Path, output: str | Path, max_bytes: int) -> Shrunk:
     one direction of one head fits, naming the least.
     """
     whole_file = read_contents(adapter)
+    refuse_several(whole_file.header, adapter, "shrinking")
     made, content = shrunk(whole_file, max_bytes)
     atomic.write_bytes(output, content)
     return made

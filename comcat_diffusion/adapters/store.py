@@ -3,6 +3,8 @@
 import json
 import struct
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -43,6 +45,7 @@ _CONFIG_FIELDS = (
     "foldable",
     "tied",
     "trigger",
+    "trigger_ranks",
     "target_modules",
     "exclude_modules",
     "rank_pattern",
@@ -51,7 +54,7 @@ _CONFIG_FIELDS = (
     "layers_pattern",
     "modules_to_save",
 )
-_LATER = ("tied", "trigger", "modules_to_save")  # settings that the first version did not have
+_LATER = ("tied", "trigger", "trigger_ranks", "modules_to_save")  # settings that the first version did not have
 
 
 def save_adapter(
@@ -145,20 +148,15 @@ def load_adapter(pipe: object, path: str | Path, adapter_name: str = "default", 
     refuse_name(adapter_name)
     if any(layer.merged for model in components(pipe).values() for layer in adapted_layers(model).values()):
         raise ValueError("An adapter is merged into this pipeline: call unmerge_adapters first, then load another.")
-    _refuse_other_base(pipe, header, path, any_weights)
-    tensors = read_tensors(path, header)
-    tokens = _taken_tokens(tensors, header, path)
+    here = getattr(getattr(denoiser(pipe), "config", None), "_name_or_path", "")
+    fitting = read_fitting(components(pipe), present_base(pipe), path, any_weights, here)
+    tensors, tokens, parts, configs = fitting.tensors, fitting.tokens, components(pipe), fitting.configs
     for token, vectors in tokens.items():
         refuse_token(pipe, token, vectors)
-    parts, configs = components(pipe), {}
-    for part, fields in header.config.items():
-        if part not in parts:
-            raise AdapterFileError(f"{path} adapts '{part}', which this pipeline does not have.")
-        configs[part] = config_of(fields, path)
+    for part in configs:
         if adapter_name in getattr(parts[part], "peft_config", {}):
             raise ValueError(f"An adapter named '{adapter_name}' is already loaded; give this one another name.")
         refuse_wrapper(part_of(pipe, part))
-    _refuse_other_tensors(tensors, parts, configs, path)
     _warn_of_same_words(parts, configs, adapter_name)
     active = {part: active_adapters(parts[part]) for part in configs}
     try:
@@ -176,6 +174,35 @@ def load_adapter(pipe: object, path: str | Path, adapter_name: str = "default", 
             take_out(part_of(pipe, part), adapter_name, active[part])
         raise
     return header
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """An adapter file that fits a base."""
+
+    header: Header
+    configs: dict[str, ComcatConfig]  # by part
+    tensors: dict[str, torch.Tensor]  # by PART.ATTENTION.FACTOR
+    tokens: Tokens
+
+
+def read_fitting(
+    parts: Mapping[str, nn.Module], present: dict, path: str | Path, any_weights: bool = False, here: str = ""
+) -> Fitting:
+    """Read a file for a base, its parts by name and its fingerprint, and check all that can be; nothing is touched.
+
+    `here` is what the base is called. Raises AdapterFileError for a damaged file or another base.
+    """
+    header = read_adapter(path)
+    _refuse_other_base(header, present, here or "the loaded base", path, any_weights)
+    tensors = read_tensors(path, header)
+    tokens = _taken_tokens(tensors, header, path)
+    for part in header.config:
+        if part not in parts:
+            raise AdapterFileError(f"{path} adapts '{part}', which this pipeline does not have.")
+    configs = {part: config_of(fields, path) for part, fields in header.config.items()}
+    _refuse_other_tensors(tensors, parts, configs, path)
+    return Fitting(header, configs, tensors, tokens)
 
 
 def _taken_tokens(tensors: dict[str, torch.Tensor], header: Header, path: str | Path) -> Tokens:
@@ -224,8 +251,7 @@ def present_base(pipe: object) -> dict:
     return fingerprint(model, getattr(getattr(scheduler, "config", None), "prediction_type", "epsilon"))
 
 
-def _refuse_other_base(pipe: object, header: Header, path: str | Path, any_weights: bool) -> None:
-    present = present_base(pipe)
+def _refuse_other_base(header: Header, present: dict, here: str, path: str | Path, any_weights: bool) -> None:
     reason = difference(header.fingerprint, present)
     if reason is None:
         return
@@ -234,7 +260,6 @@ def _refuse_other_base(pipe: object, header: Header, path: str | Path, any_weigh
         if any_weights:
             return
         reason += " (a fine-tune of it? then load with any_weights=True or --any_weights)"
-    here = getattr(getattr(denoiser(pipe), "config", None), "_name_or_path", "") or "the loaded base"
     raise AdapterFileError(f"{path} was trained on '{header.base_model}' and does not fit '{here}': {reason}.")
 
 

@@ -83,6 +83,16 @@ class Term:
             factors |= {"q_down": maths.in_weight(qk[0]), "out_up": maths.out_weight(vo[1])}
         return replace(self, scale=1.0, rank=rank, factors=factors)
 
+    def widened(self, rank: int) -> "Term":
+        """The same with zeros up to a rank."""
+        if rank == self.rank:
+            return self
+        (query, key), (value, back) = self.products()
+        missing = rank - self.rank
+        left = lambda factor: pad(factor, (0, missing))  # noqa: E731
+        right = lambda factor: pad(factor, (0, 0, 0, missing))  # noqa: E731
+        return self.rebuilt((left(query), right(key)), (left(value), right(back)))
+
 
 def _padded(product: Product, rank: int) -> Product:
     """Zeros up to a rank: a product that is cut to fewer channels than ranks is shorter than its partner."""
@@ -189,6 +199,15 @@ def write_contents(path: str | Path, contents: Contents, dtype: torch.dtype) -> 
     return made
 
 
+def refuse_several(header: Header, path: str | Path, what: str) -> None:
+    """Raise AdapterFileError for a file whose ranks wait for words of their own, where what is done would mix them."""
+    if any(config.get("trigger_ranks") for config in header.config.values()):
+        raise AdapterFileError(
+            f"{path} holds several subjects, each with ranks and words of its own, and {what} would mix them: take the "
+            "files that it was made of."
+        )
+
+
 def _by_part(terms: Iterable[Term]) -> dict[str, list[Term]]:
     parts: dict[str, list[Term]] = {}
     for term in terms:
@@ -202,5 +221,5 @@ def _config(terms: list[Term], common: int, before: dict) -> dict:
     if terms[0].tied:  # whose text side does not say of which attentions it is
         ranks = {"rank_pattern": layers["rank_pattern"], "alpha_pattern": {}}
         return {**before, "r": common, "alpha": float(common), **ranks}
-    trigger = {"trigger": before["trigger"]} if before.get("trigger") else {}
+    trigger = {name: before[name] for name in ("trigger", "trigger_ranks") if before.get(name)}
     return {"r": common, "alpha": float(common), "foldable": terms[0].foldable, **trigger, **layers}

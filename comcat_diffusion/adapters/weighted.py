@@ -74,11 +74,18 @@ def _common_config(
             raise ValueError(f"There is no COMCAT adapter '{name}' to add; loaded: {', '.join(known) or 'none'}.")
         if not math.isfinite(weight):
             raise ValueError(f"The weight of '{name}' must be a finite number, not {weight}.")
+        if known[name].trigger_ranks:
+            raise ValueError(f"'{name}' holds several subjects with words of their own, which have no weighted sum.")
         if known[name].modules_to_save:
             raise ValueError(f"'{name}' trains whole modules (modules_to_save), which have no weighted sum.")
     first = adapters[0][0]
     for name, _ in adapters:
-        for setting, told in (("foldable", "kinds"), ("tied", "kinds"), ("trigger", "triggers")):
+        for setting, told in (
+            ("foldable", "kinds"),
+            ("tied", "kinds"),
+            ("trigger", "triggers"),
+            ("trigger_ranks", "triggers"),
+        ):
             if getattr(known[name], setting) != getattr(known[first], setting):
                 raise ValueError(
                     f"'{first}' and '{name}' are of different {told} and cannot be one adapter: keep both and let both "

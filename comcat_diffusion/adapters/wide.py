@@ -12,6 +12,7 @@ only: keys and values of the others are the base's.
 Letters: B batch, N tokens, M context tokens, H heads, D head width, R rank, C channels.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,9 @@ from comcat_diffusion import heads as maths
 WIDTH_MULTIPLE = {"cuda": 8}
 
 
-Tokens = torch.Tensor | None  # (B, M, 1), one where an adapter acts on the context and zero elsewhere; None: everywhere
+# One where an adapter acts on the context and zero elsewhere, (B, M, 1) or, where its ranks wait for words of their
+# own, (B, M, R); None: everywhere.
+Tokens = torch.Tensor | None
 
 
 @dataclass
@@ -81,7 +84,7 @@ class WideHeads:
         """(B, M, C) -> (B, M, H*wide)."""
         base = project(context)
         for a in self.foldable:
-            base = _add_spoken(base, a, self._folded(a.k_down, a.q_core, context))
+            base = _add_spoken(base, a, self._folded(a.k_down, a.q_core, context, a.tokens))
         keys = self._widen(base, [_spoken(a, _apply(a.k_down, context)) for a in self.free])
         return keys * self.gain if self.gain != 1 else keys
 
@@ -89,7 +92,7 @@ class WideHeads:
         """(B, M, C) -> (B, M, H*wide)."""
         base = project(context)
         for a in self.foldable:
-            base = _add_spoken(base, a, self._folded(a.v_down, a.out_core, context))
+            base = _add_spoken(base, a, self._folded(a.v_down, a.out_core, context, a.tokens))
         return self._widen(base, [_spoken(a, _apply(a.v_down, context)) for a in self.free])
 
     def output(self, project: nn.Module, mixed: torch.Tensor) -> torch.Tensor:
@@ -140,12 +143,14 @@ class WideHeads:
             extras = [*extras, base.new_zeros(*base.shape[:-1], self.heads * (self.wide - filled))]
         return maths.interleave(base, *[extra.to(base.dtype) for extra in extras], heads=self.heads)
 
-    def _folded(self, down: nn.Linear, core: nn.Linear, context: torch.Tensor) -> torch.Tensor:
+    def _folded(self, down: nn.Linear, core: nn.Linear, context: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         weight = core.weight
         if weight.device != context.device:  # offloaded: called on the unit matrix, the hook brings it here
             weight = core(torch.eye(self.width, dtype=weight.dtype, device=context.device)).mT
         mix = weight.unflatten(0, (self.heads, -1))  # H, R, D
         lowered = _apply(down, context)  # B, M, H*R, or, tied, B, M, R
+        if _by_rank(tokens):
+            lowered = lowered * _of_each_head(tokens, lowered)
         if _tied(down, core):
             return lowered @ mix.movedim(0, 1).flatten(1).to(lowered.dtype)  # B, M, H*D
         # One product with mostly zeros is faster than H small ones, which would copy all tokens head by head, and zeros
@@ -159,14 +164,39 @@ def _tied(down: nn.Linear, core: nn.Linear) -> bool:
     return down.out_features < core.out_features
 
 
+def shared_out(
+    waits: Sequence[tuple[tuple[str, ...], int]], trigger: tuple[str, ...], spoken: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """The tokens of an adapter: (B, M, 1), or (B, M, R) if its ranks wait for words of their own.
+
+    `spoken` gives those of some words.
+    """
+    if not waits:
+        return spoken(trigger)
+    return torch.cat([spoken(words).expand(-1, -1, count) for words, count in waits], dim=-1)
+
+
+def _by_rank(tokens: Tokens) -> bool:
+    return tokens is not None and tokens.shape[-1] > 1
+
+
+def _of_each_head(tokens: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
+    """(B, M, R) -> (B, M, H*R), the same for every head, as a term has them."""
+    return tokens.to(term).repeat(1, 1, term.shape[-1] // tokens.shape[-1])
+
+
 def _spoken(adapter: Free, term: torch.Tensor) -> torch.Tensor:
-    """A term on the context's side, (B, M, ...), scaled, and zero on tokens that the adapter leaves alone."""
-    return term * (adapter.scale if adapter.tokens is None else adapter.scale * adapter.tokens.to(term))
+    """A term on the context's side, (B, M, H*R), scaled, and zero on tokens that the adapter leaves alone."""
+    if adapter.tokens is None:
+        return term * adapter.scale
+    return term * (
+        adapter.scale * (_of_each_head(adapter.tokens, term) if _by_rank(adapter.tokens) else adapter.tokens.to(term))
+    )
 
 
 def _add_spoken(base: torch.Tensor, adapter: Foldable, term: torch.Tensor) -> torch.Tensor:
     """base + `_spoken(adapter, term)` in one pass: on a GPU every pass more is a launch more."""
-    if adapter.tokens is None:
+    if adapter.tokens is None or _by_rank(adapter.tokens):  # whose ranks are silent by now where they should be
         return torch.add(base, term, alpha=adapter.scale)
     return torch.addcmul(base, term, adapter.tokens.to(term), value=adapter.scale)
 

@@ -133,7 +133,7 @@ def bend(called: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 def _freed(contents: Contents, model: nn.Module, matrix: torch.Tensor) -> Contents:
     """The contents without a trigger, the text sides of a denoiser's cross-attentions times a matrix (E, E)."""
     config = {
-        part: {name: value for name, value in own.items() if name != "trigger"}
+        part: {name: value for name, value in own.items() if name not in ("trigger", "trigger_ranks")}
         for part, own in contents.header.config.items()
     }
     terms = [_bent(term, matrix) if _waits_for_text(term, contents, model) else term for term in contents.terms]

@@ -59,6 +59,8 @@ def with_initial(config: TrainConfig, subjects: Sequence[Subject]) -> TrainConfi
     found = next((parts[part] for part in DENOISERS if part in parts), None)
     if found is None:
         return config
+    if found.get("trigger_ranks"):
+        raise ValueError(f"--init_adapter {path} holds several subjects: learn on one of the files it was made of.")
     words = found.get("trigger") or []
     shape = {"kind": kind_of(found), "rank": found["r"], "alpha": found.get("alpha"), "everywhere": not words}
     shape["train_text_encoder"] = len(parts) > 1  # what was adapted goes on being so

@@ -1,0 +1,138 @@
+"""A model of ComfyUI seen as diffusers names its parts, found by structure: its attentions are the very same modules.
+
+The original code counts all blocks of a U-Net one by one, diffusers by level; where a level ends, the block that comes
+next halves (`op`) or doubles (`conv`) the picture.
+"""
+
+import re
+
+import torch
+from torch import nn
+
+from comcat_diffusion.adapters.fingerprint import fingerprint_as
+from comcat_diffusion.adapters.same_base import sketch_of
+
+PREDICTIONS = {"EPS": "epsilon", "V_PREDICTION": "v_prediction"}  # as ComfyUI calls them; others by their own names
+ENCODERS = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}  # its names of ours
+_BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.1\.(transformer_blocks\.\d+\.attn[12])")
+_MIDDLE = re.compile(r"middle_block\.1\.(transformer_blocks\.\d+\.attn[12])")
+_ROUGH = 0.07  # relative; 8-bit floats keep 3 bits of mantissa
+_PLACES = ("down_blocks", "up_blocks", "mid_block")  # the order in which diffusers makes a U-Net
+
+
+class Attention(nn.Module):
+    """One attention with the attributes of diffusers'; its projections are those of the other, not copies."""
+
+    def __init__(self, attention: nn.Module, crossed: bool, keys: torch.Tensor | None) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = attention.to_q, attention.to_k, attention.to_v
+        if keys is not None:
+            self.to_k = nn.Linear(keys.shape[1], keys.shape[0], bias=False, device="meta")
+            self.to_k.weight = nn.Parameter(keys, requires_grad=False)
+        self.to_out, self.heads = attention.to_out, attention.heads
+        self.is_cross_attention, self.scale_qk = crossed, True
+
+
+class TextAttention(nn.Module):
+    """The same of a text encoder, with the attributes of transformers'."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
+        self.out_proj, self.num_heads = attention.out_proj, attention.heads
+
+
+def unet_names(unet: nn.Module) -> dict[str, str]:
+    """Name in ComfyUI by name in diffusers, of every attention of a U-Net, in diffusers' order."""
+    modules = dict(unet.named_modules())
+    found = {}
+    for name in modules:
+        block, middle = _BLOCK.fullmatch(name), _MIDDLE.fullmatch(name)
+        if middle:
+            found[f"mid_block.attentions.0.{middle[1]}"] = name
+        elif block:
+            down, number = block[1] == "input_blocks", int(block[2])
+            level, place = _level(modules, block[1], number)
+            found[f"{'down' if down else 'up'}_blocks.{level}.attentions.{place}.{block[3]}"] = name
+    return dict(sorted(found.items(), key=lambda pair: _PLACES.index(pair[0].partition(".")[0])))  # sorted is stable
+
+
+def _level(modules: dict[str, nn.Module], side: str, number: int) -> tuple[int, int]:
+    """Of block `number`: the level, and the place within it."""
+    if side == "input_blocks":  # the first one reads the picture, and one that halves it stands between two levels
+        ends = [n for n in range(number) if f"{side}.{n}.0.op" in modules]
+        return len(ends), number - (ends[-1] if ends else 0) - 1
+    ends = [n for n in range(number) if any(f"{side}.{n}.{place}.conv" in modules for place in (1, 2))]
+    return len(ends), number - (ends[-1] + 1 if ends else 0)
+
+
+def unet_as_diffusers(patcher: object) -> nn.Module:
+    """The attentions of a `ModelPatcher`'s U-Net under diffusers' names, keys as they are without LoRAs.
+
+    While a model is loaded ComfyUI keeps LoRAs in its weights, and the weights that were there in `backup`. Raises
+    ValueError for a model without attentions that are known.
+    """
+    unet = patcher.model.diffusion_model
+    names = unet_names(unet)
+    if not names:
+        raise ValueError(
+            f"This model ({type(unet).__name__}) is no U-Net of Stable Diffusion 1.x, 2.x or XL, for which COMCAT "
+            "adapters are read here."
+        )
+    modules = dict(unet.named_modules())
+    kept = {name: patcher.backup.get(f"diffusion_model.{name}.to_k.weight") for name in names.values()}
+    keys = {name: getattr(backup, "weight", None) for name, backup in kept.items()}
+    return _tree({own: Attention(modules[name], own.endswith("attn2"), keys[name]) for own, name in names.items()})
+
+
+def text_names(encoder: nn.Module) -> dict[str, str]:
+    """Name in ComfyUI by name in transformers, of every attention of a text encoder."""
+    names = [
+        name for name, module in encoder.named_modules() if name.endswith("self_attn") and hasattr(module, "q_proj")
+    ]
+    return {name[name.index("encoder.layers.") :]: name for name in names}
+
+
+def text_as_transformers(encoder: nn.Module) -> nn.Module:
+    """The attentions of a text encoder under transformers' names."""
+    modules = dict(encoder.named_modules())
+    return _tree({own: TextAttention(modules[name]) for own, name in text_names(encoder).items()})
+
+
+def _tree(leaves: dict[str, nn.Module]) -> nn.Module:
+    root = nn.Module()
+    for name, leaf in leaves.items():
+        *path, last = name.split(".")
+        here = root
+        for step in path:
+            if step not in here._modules:
+                here.add_module(step, nn.Module())
+            here = here._modules[step]
+        here.add_module(last, leaf)
+    return root
+
+
+def prediction_of(patcher: object) -> str:
+    """What a model predicts, as diffusers calls it: its own kind, or what a sampling node has made of it."""
+    sampling = patcher.object_patches.get("model_sampling")
+    kinds = {kind.__name__ for kind in type(sampling).__mro__}
+    name = next((name for name in ("V_PREDICTION", "EPS") if name in kinds), patcher.model.model_type.name)
+    return PREDICTIONS.get(name, name)
+
+
+def fingerprint_of(shell: nn.Module, prediction: str, trained: dict) -> dict:
+    """What identifies a U-Net, seen as diffusers names it, so that it compares with that of an adapter's base.
+
+    Weights of 8 bits are the ones that were trained on if they are so up to their rounding.
+    """
+    crossed = [module for module in shell.modules() if getattr(module, "is_cross_attention", False)]
+    width = crossed[0].to_k.in_features if crossed else None
+    found = fingerprint_as("UNet2DConditionModel", width, shell, prediction)
+    if crossed and crossed[0].to_k.weight.dtype.itemsize == 1:
+        before, now = sketch_of(trained), found["sketch"]
+        floor = sum(map(abs, now)) / max(len(now), 1) * _ROUGH
+        if len(before) == len(now) and all(
+            abs(b - n) <= floor + _ROUGH * abs(b) for b, n in zip(before, now, strict=True)
+        ):
+            found["sketch"] = before
+    return found

@@ -1,0 +1,456 @@
+"""`make test-comfyui COMFYUI=folder`: the real ComfyUI, headless on a CPU, draws with the nodes what diffusers draws.
+
+A small random base of Stable Diffusion 1.5's kind is written as a checkpoint; ComfyUI is started on a folder of its own
+and asked through its HTTP API; latents are compared with diffusers and `load_adapter` on the same base, seed and
+sampler. Nothing is written into ComfyUI's folder. It takes its Python from COMFYUI_PYTHON, or this one.
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from comcat_diffusion import ComcatConfig, load_adapter, remember_prompts, save_adapter, set_regions
+from comcat_diffusion.adapters.header import Notes
+from comcat_diffusion.adapters.merge import unload_adapters
+from comcat_diffusion.adapters.model import factors
+
+ROOT = Path(__file__).parents[1]
+CLOSE = 1e-5  # of the largest latent, after four steps in float32: the same sums in another order
+STEPS, GUIDANCE, SEED, SIDE = 4, 2.0, 5, 96  # 999 is a multiple of 3, so the timesteps are whole numbers
+PROBE = """
+import folder_paths, os, safetensors.torch
+
+class SaveConditioning:
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "run", True, "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",), "name": ("STRING", {})}}
+
+    def run(self, conditioning, name):
+        states, more = conditioning[0]
+        found = {"states": states.contiguous()}
+        if "comcat" in more:
+            found["acts"] = more["comcat"].acts(["sks"]).float()
+        safetensors.torch.save_file(found, os.path.join(folder_paths.get_output_directory(), name))
+        return {}
+
+NODE_CLASS_MAPPINGS = {"SaveConditioning": SaveConditioning}
+"""
+# The same nodes in ComfyUI's current form, which it does not look at where it finds the older one.
+CURRENT = """
+import importlib.util
+
+spec = importlib.util.spec_from_file_location("comcat_current", {path!r})
+nodes = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(nodes)
+nodes._NODES = {{name + "Current": node for name, node in nodes._NODES.items()}}
+comfy_entrypoint = nodes.comfy_entrypoint
+"""
+
+
+def random_base(comfyui: Path) -> StableDiffusionPipeline:
+    """A base of random weights, small, of the kind that ComfyUI takes for a Stable Diffusion 1.5."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=SIDE // 8,
+        block_out_channels=(320, 640),
+        layers_per_block=1,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                                        num_attention_heads=12, projection_dim=768))  # fmt: skip
+    for model in (unet, text):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.half().float()  # as the checkpoint holds it
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(comfyui / "comfy" / "sd1_tokenizer", model_max_length=77)
+    parts = {"vae": None, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = StableDiffusionPipeline(unet=unet, text_encoder=text, tokenizer=tokenizer, scheduler=scheduler, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def original_names(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """The weights of a U-Net as the original code names them; the inverse of what diffusers does on loading."""
+    per_level = unet.config.layers_per_block + 1
+    outer = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+    outer |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
+    inner = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
+    inner |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+    found = {}
+    for name, tensor in unet.state_dict().items():
+        for own, theirs in outer.items():
+            name = re.sub(rf"^{own}\.", f"{theirs}.", name)
+        name = re.sub(r"^mid_block\.resnets\.(\d)\.", lambda m: f"middle_block.{2 * int(m[1])}.", name)
+        name = re.sub(r"^mid_block\.attentions\.0\.", "middle_block.1.", name)
+        name = re.sub(
+            r"^down_blocks\.(\d)\.(resnets|attentions)\.(\d)\.",
+            lambda m: f"input_blocks.{1 + per_level * int(m[1]) + int(m[3])}.{int(m[2] == 'attentions')}.",
+            name,
+        )
+        name = re.sub(
+            r"^down_blocks\.(\d)\.downsamplers\.0\.conv\.",
+            lambda m: f"input_blocks.{per_level * (int(m[1]) + 1)}.0.op.",
+            name,
+        )
+        name = re.sub(
+            r"^up_blocks\.(\d)\.(resnets|attentions)\.(\d)\.",
+            lambda m: f"output_blocks.{per_level * int(m[1]) + int(m[3])}.{int(m[2] == 'attentions')}.",
+            name,
+        )
+        name = re.sub(
+            r"^up_blocks\.(\d)\.upsamplers\.0\.conv\.",
+            lambda m: f"output_blocks.{per_level * (int(m[1]) + 1) - 1}.2.conv.",
+            name,
+        )
+        if re.match(r"(input|output|middle)_block", name) and "transformer_blocks" not in name:
+            for own, theirs in inner.items():
+                name = name.replace(f".{own}.", f".{theirs}.")
+        found[f"model.diffusion_model.{name}"] = tensor.half()
+    return found
+
+
+def checkpoint(pipe: StableDiffusionPipeline, path: Path) -> None:
+    """The base as one file, as people have it."""
+    tensors = original_names(pipe.unet)
+    for name, tensor in pipe.text_encoder.state_dict().items():
+        name = f"text_model.{name.removeprefix('text_model.')}"
+        tensors[f"cond_stage_model.transformer.{name}"] = tensor.half()
+    path.parent.mkdir(parents=True)
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def adapters(pipe: StableDiffusionPipeline, folder: Path) -> dict[str, Path]:
+    """Random adapters of each kind, strong enough to be seen."""
+    folder.mkdir(parents=True)
+    kinds = {
+        "tied": {"foldable": True, "tied": True, "trigger": ["sks"]},
+        "free": {"trigger": ["ohwx"]},
+        "everywhere": {"foldable": True},
+    }
+    files = {}
+    for number, (name, options) in enumerate(kinds.items()):
+        pipe.unet.add_adapter(ComcatConfig(r=2, alpha=3.0, **options), name)
+        models, tokens = [pipe.unet], None
+        if name == "everywhere":
+            pipe.text_encoder.add_adapter(ComcatConfig(r=1, foldable=True), name)
+            models.append(pipe.text_encoder)
+            vectors = torch.randn(2, 768, generator=torch.Generator().manual_seed(9)) * 0.02
+            tokens = {"<dog>": {"text_encoder": vectors}}
+        noise = torch.Generator().manual_seed(number)
+        for model in models:
+            for factor in factors(model, name).values():
+                factor.data = torch.randn(factor.shape, generator=noise) * 0.15
+        files[name] = folder / f"{name}.safetensors"
+        notes = Notes((options.get("trigger") or ["sks"])[0], "a photo of sks dog", "dog")
+        save_adapter(pipe, files[name], name, "somebody/base", notes, tokens=tokens)
+        unload_adapters(pipe)
+    return files
+
+
+class ComfyUI:
+    """A running one."""
+
+    def __init__(self, folder: Path, base: Path) -> None:
+        with contextlib.closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.base = base
+        flags = ["--cpu", "--base-directory", str(base), "--port", str(self.port), "--fp32-unet", "--fp32-text-enc"]
+        flags += [
+            "--disable-api-nodes",
+            "--front-end-root",
+            str(base / "front"),
+            "--database-url",
+            "sqlite:///:memory:",
+        ]
+        (base / "front").mkdir()
+        around = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+        self.log = base / "log.txt"
+        python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+        with self.log.open("w") as log:
+            command = [python, "main.py", *flags]
+            self.process = subprocess.Popen(command, cwd=folder, env=around, stdout=log, stderr=subprocess.STDOUT)
+        for _ in range(240):
+            time.sleep(0.5)
+            if self.process.poll() is not None:
+                raise SystemExit(f"ComfyUI ended at its start:\n{self.log.read_text()[-9000:]}")
+            with contextlib.suppress(OSError):
+                return self._known()
+        raise SystemExit("ComfyUI did not answer.")
+
+    def _known(self) -> None:
+        nodes = self._ask("/object_info")
+        ours = {"ComcatLoadAdapter", "ComcatTextEncode", "ComcatRegions", "ComcatSaveLora"}
+        if not ours | {f"{name}Current" for name in ours} <= nodes.keys():
+            raise SystemExit(f"ComfyUI has not loaded the nodes:\n{self.log.read_text()[-9000:]}")
+
+    def _ask(self, path: str, content: dict | None = None) -> dict:
+        data = None if content is None else json.dumps(content).encode()
+        asked = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data)
+        with urllib.request.urlopen(asked) as answer:
+            return json.loads(answer.read())
+
+    def run(self, graph: dict) -> dict:
+        """Run a workflow; what became of it."""
+        number = self._ask("/prompt", {"prompt": graph})["prompt_id"]
+        while True:
+            found = self._ask(f"/history/{number}")
+            if number in found and found[number]["status"]["completed"] is not None:
+                return found[number]
+            time.sleep(0.1)
+
+    def error(self, graph: dict) -> str:
+        """What a workflow that must fail says."""
+        for kind, told in self.run(graph)["status"]["messages"]:
+            if kind == "execution_error":
+                return told["exception_message"]
+        return "nothing"
+
+    def latent(self, graph: dict) -> torch.Tensor:
+        """What a workflow with a SaveLatent node draws."""
+        made = self.run(graph)
+        if made["status"]["status_str"] != "success":
+            raise SystemExit(json.dumps(made["status"], indent=1)[:3000])
+        (file,) = made["outputs"]["save"]["latents"]
+        return safetensors.torch.load_file(self.base / "output" / file["subfolder"] / file["filename"])["latent_tensor"]
+
+
+def graph(prompt: str, *loaded: tuple[str, float], encode: str = "CLIPTextEncode", **more: dict) -> dict:
+    """A workflow: checkpoint, adapters one after the other, text, sampler."""
+    nodes = {"base": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "base.safetensors"}}}
+    model, clip = ["base", 0], ["base", 1]
+    for name, strength in loaded:
+        inputs = {"model": model, "clip": clip, "adapter": f"{name}.safetensors", "strength": strength}
+        nodes[name] = {"class_type": "ComcatLoadAdapter", "inputs": inputs}
+        model, clip = [name, 0], [name, 1]
+    for name, text in (("positive", prompt), ("negative", "")):
+        nodes[name] = {"class_type": encode, "inputs": {"clip": clip, "text": text}}
+    nodes["empty"] = {"class_type": "EmptyLatentImage", "inputs": {"width": SIDE, "height": SIDE, "batch_size": 1}}
+    settings = {
+        "seed": SEED,
+        "steps": STEPS,
+        "cfg": GUIDANCE,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+        "denoise": 1,
+    }
+    for name, node in more.items():
+        nodes[name] = node
+        if node.get("gives_model"):
+            node["inputs"]["model"], model = model, [name, 0]
+    wired = {"model": model, "positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["empty", 0]}
+    nodes["draw"] = {"class_type": "KSampler", "inputs": settings | wired}
+    nodes["save"] = {"class_type": "SaveLatent", "inputs": {"samples": ["draw", 0], "filename_prefix": "latent"}}
+    return {name: {key: node[key] for key in ("class_type", "inputs")} for name, node in nodes.items()}
+
+
+def drawn(pipe: StableDiffusionPipeline, prompt: str | None, **more: object) -> torch.Tensor:
+    """The latents that diffusers draws, as ComfyUI saves them."""
+    how = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": SIDE, "width": SIDE}
+    noise = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(SEED))
+    most = float(pipe.scheduler.sigmas.max())  # ComfyUI begins with noise of sqrt(1 + most^2), diffusers with `most`
+    return pipe(prompt, latents=noise * (1 + most**-2) ** 0.5, output_type="latent", **how, **more).images / 0.18215
+
+
+def check(name: str, found: torch.Tensor, expected: torch.Tensor, other: torch.Tensor | None = None) -> None:
+    """Compare, and say how close it was and how far another picture is."""
+    off = float((found - expected).abs().max())
+    effect = float("inf") if other is None else float((expected - other).abs().max())
+    print(
+        f"{name:<52} off by {off:.1e} of {float(expected.abs().max()):.1f}; without the adapter {effect:.1e}",
+        flush=True,
+    )
+    if not (off < CLOSE * float(expected.abs().max()) and effect > 20 * off):
+        raise SystemExit(f"{name}: ComfyUI draws something else.")
+
+
+def main(comfyui: Path) -> None:
+    """All checks, one after the other."""
+    with tempfile.TemporaryDirectory() as place, torch.no_grad():
+        base = Path(place)
+        pipe = random_base(comfyui)
+        checkpoint(pipe, base / "models" / "checkpoints" / "base.safetensors")
+        files = adapters(pipe, base / "models" / "comcat")
+        nodes = base / "custom_nodes"
+        (nodes / "probe").mkdir(parents=True)
+        (nodes / "probe" / "__init__.py").write_text(PROBE)
+        (nodes / "current").mkdir()
+        path = str(ROOT / "integrations" / "comfyui" / "nodes.py")
+        (nodes / "current" / "__init__.py").write_text(CURRENT.format(path=path))
+        (nodes / "comcat").symlink_to(ROOT / "integrations" / "comfyui")
+        (base / "input").mkdir(), (base / "output").mkdir()
+        running = ComfyUI(comfyui, base)
+        try:
+            compare(running, pipe, files)
+        finally:
+            running.process.terminate()
+            running.process.wait()
+    print("ComfyUI draws what diffusers draws.")
+
+
+def compare(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path]) -> None:
+    """ComfyUI and diffusers, picture by picture."""
+    said = "a photo of sks dog, ohwx cat"
+    plain, own = running.latent(graph(said)), drawn(pipe, said)
+    check("the base alone", plain, own)
+    for name in ("tied", "free"):
+        load_adapter(pipe, files[name], name)
+        check(f"{name}, from its trigger on", running.latent(graph(said, (name, 1.0))), drawn(pipe, said), own)
+        without = "a photo of a cat"
+        same = torch.equal(running.latent(graph(without, (name, 1.0))), running.latent(graph(without)))
+        if not same:
+            raise SystemExit(f"{name}: a prompt without the trigger is not drawn as the base draws it.")
+        unload_adapters(pipe)
+    asked = graph(said, ("tied", 1.0), encode="ComcatTextEncode")
+    older = running.latent(asked)
+    for node in asked.values():
+        node["class_type"] += "Current" * node["class_type"].startswith("Comcat")
+    asked["draw"]["inputs"]["cfg"] = GUIDANCE + 1e-12  # so that nothing comes from a cache
+    expect("the nodes' current form does the same", torch.equal(running.latent(asked), older), True)
+    word = "<dog> in the snow"
+    base = drawn(pipe, word.replace("<dog>", "dog"))
+    load_adapter(pipe, files["everywhere"], "everywhere")
+    check("everywhere, text encoder too, and a new word", running.latent(graph(word, ("everywhere", 1.0))),
+          drawn(pipe, word), base)  # fmt: skip
+    for name in ("tied", "free"):
+        load_adapter(pipe, files[name], name)
+    pipe.unet.set_adapters(["everywhere", "tied", "free"], [1.0, 0.7, 0.5])
+    three = (("everywhere", 1.0), ("tied", 0.7), ("free", 0.5))
+    check("three of them, at strengths of their own", running.latent(graph(said, *three)), drawn(pipe, said), own)
+    unload_adapters(pipe)
+    in_places(running, pipe, files, said, own)
+    with_weights(running, pipe, files)
+    as_lora(running, pipe, files)
+    mistakes(running, pipe, files)
+    example(running, files)
+
+
+def in_places(
+    running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path], said: str, own: torch.Tensor
+) -> None:
+    """One subject on the left, one on the right."""
+    for name in ("tied", "free"):
+        load_adapter(pipe, files[name], name)
+    left = torch.zeros(SIDE, SIDE)
+    left[:, : SIDE // 2] = 1
+    set_regions(pipe, {"tied": left, "free": 1 - left})
+    solid = lambda wide, value: {"class_type": "SolidMask", "inputs": {"value": value, "width": wide, "height": SIDE}}
+    wires = {"destination": ["all", 0], "source": ["half", 0]}
+    left_half = {"class_type": "MaskComposite", "inputs": {"x": 0, "y": 0, "operation": "add", **wires}}
+    right_half = {"class_type": "InvertMask", "inputs": {"mask": ["left", 0]}}
+    inputs = {"first": "tied", "first_mask": ["left", 0], "second": "free", "second_mask": ["right", 0]}
+    there = {"class_type": "ComcatRegions", "inputs": inputs, "gives_model": True}
+    more = {"all": solid(SIDE, 0.0), "half": solid(SIDE // 2, 1.0), "left": left_half, "right": right_half}
+    asked = graph(said, ("tied", 1.0), ("free", 1.0), **more, there=there)
+    check("one on the left, one on the right", running.latent(asked), drawn(pipe, said), own)
+    unload_adapters(pipe)
+
+
+def with_weights(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path]) -> None:
+    """ComfyUI's own weights, chunks and BREAK: its text states, given to diffusers, draw the same."""
+    load_adapter(pipe, files["tied"], "tied")
+
+    def conditioned(text: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        save = {
+            "class_type": "SaveConditioning",
+            "inputs": {"conditioning": ["positive", 0], "name": "text.safetensors"},
+        }
+        latent = running.latent(graph(text, ("tied", 1.0), encode="ComcatTextEncode", probe=save))
+        found = safetensors.torch.load_file(running.base / "output" / "text.safetensors")
+        return latent, found["states"], found["acts"].bool()
+
+    latent, states, acts = conditioned("a photo of (sks dog:1.3) in (snow:0.8)")
+    empty = pipe.encode_prompt("", "cpu", 1, False)[0]
+    remember_prompts(pipe, states, ["a photo of sks dog in snow"])
+    given = {"prompt_embeds": states, "negative_prompt_embeds": empty}
+    check("words with weights", latent, drawn(pipe, None, **given))
+    expect("acts from the weighted word on", acts.tolist(), [False] * 4 + [True] * 73)
+    _, states, acts = conditioned("a photo BREAK a big sks dog BREAK snow")
+    expected = [False] * 77 + [False] * 3 + [True] * 74 + [False] * 77
+    expect("acts in the chunk with the word alone", (states.shape[1], acts.tolist()), (231, expected))
+    _, states, acts = conditioned("a " * 80 + "sks dog")
+    expect("a long prompt is two chunks", (states.shape[1], int(acts.sum())), (154, 77 - 1 - 5))
+    for text in ("masks, sks1 and tusks", "a dog"):
+        expect(f"nothing acts in '{text}'", conditioned(text)[2].any().item(), False)
+    unload_adapters(pipe)
+
+
+def as_lora(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path]) -> None:
+    """Save as LoRA, loaded by ComfyUI's own loader."""
+    load_adapter(pipe, files["everywhere"], "everywhere")
+    said, inputs = "a photo of a cat", {"model": ["base", 0], "adapter": "everywhere.safetensors", "name": "exported"}
+    asked = graph(said)
+    asked["lora"] = {"class_type": "ComcatSaveLora", "inputs": inputs}
+    running.latent(asked)
+    wired = {"lora_name": "exported.safetensors", "strength_model": 1.0, "strength_clip": 1.0}
+    loader = {"class_type": "LoraLoader", "inputs": wired | {"model": ["base", 0], "clip": ["base", 1]}}
+    asked = graph(said, loader=loader)
+    asked["draw"]["inputs"]["model"] = ["loader", 0]
+    for name in ("positive", "negative"):
+        asked[name]["inputs"]["clip"] = ["loader", 1]
+    before = len(running.log.read_text())
+    check("as a LoRA, by ComfyUI's own loader", running.latent(asked), drawn(pipe, said))
+    expect("every weight of the LoRA is read", "NOT LOADED" in running.log.read_text()[before:], False)
+    unload_adapters(pipe)
+
+
+def mistakes(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path]) -> None:
+    """What is wrong is one sentence at the node that it is wrong in."""
+    other = StableDiffusionPipeline(**{**pipe.components, "unet": UNet2DConditionModel.from_config(pipe.unet.config)},
+                                    requires_safety_checker=False)  # fmt: skip
+    other.unet.add_adapter(ComcatConfig(r=1), "x")
+    save_adapter(other, files["tied"].with_name("other.safetensors"), "x", "somebody/else")
+    files["tied"].with_name("damaged.safetensors").write_bytes(files["tied"].read_bytes()[:5000])
+    for name, said in (("other", "was trained on 'somebody/else'"), ("damaged", "is damaged or cut short")):
+        told = running.error(graph("sks", (name, 1.0)))
+        expect(f"{name}: {told.strip()[:90]}...", said in told, True)
+    told = running.error(graph("sks", ("tied", 1.0)) | {"positive": graph("sks")["positive"]})
+    expect(told.strip()[:110] + "...", "does not say what it was made of" in told, True)
+
+
+def example(running: ComfyUI, files: dict[str, Path]) -> None:
+    """The workflow that comes with the nodes runs, with names of files that are here."""
+    folder = ROOT / "integrations" / "comfyui" / "example_workflows"
+    asked = json.loads((folder / "comcat-api.json").read_text())
+    for node in asked.values():
+        node["inputs"] |= {"ckpt_name": "base.safetensors"} if "ckpt_name" in node["inputs"] else {}
+        node["inputs"] |= {"adapter": "tied.safetensors"} if "adapter" in node["inputs"] else {}
+        node["inputs"] |= (
+            {"width": SIDE, "height": SIDE, "steps": 1} if {"width", "steps"} & node["inputs"].keys() else {}
+        )
+    drop = [name for name, node in asked.items() if node["class_type"] in ("VAEDecode", "SaveImage")]
+    (draw,) = [name for name, node in asked.items() if node["class_type"] == "KSampler"]
+    asked = {name: node for name, node in asked.items() if name not in drop}  # this base has no VAE
+    asked["save"] = {"class_type": "SaveLatent", "inputs": {"samples": [draw, 0], "filename_prefix": "latent"}}
+    expect("the example draws", running.latent(asked).isfinite().all().item(), True)
+
+
+def expect(name: str, found: object, expected: object) -> None:
+    """Compare what is no picture."""
+    print(f"{name}: {'yes' if found == expected else found}", flush=True)
+    if found != expected:
+        raise SystemExit(f"{name}: {found} instead of {expected}.")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())

@@ -1,0 +1,521 @@
+"""Adapters in ComfyUI, without it: on objects with the same names. `make test-comfyui` asks the real one."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torch.testing import assert_close
+
+from comcat_diffusion import ComcatConfig, read_adapter, save_adapter
+from comcat_diffusion.adapters.combine import combine
+from comcat_diffusion.adapters.header import AdapterFileError, Notes
+from comcat_diffusion.adapters.same_base import difference
+from comcat_diffusion.bases import load_base
+from comcat_diffusion.comfy.guests import Guests, guests_of, seated
+from comcat_diffusion.comfy.load import encode, load, regions, save_lora
+from comcat_diffusion.comfy.names import fingerprint_of, unet_as_diffusers, unet_names
+from comcat_diffusion.comfy.text import SAID, Said, Tokenizer, joined
+from comcat_diffusion.config import BaseSettings
+from comcat_diffusion.export.lora import _original_name, export_adapter
+from comcat_diffusion.export.spread import shells
+
+PACK = Path(__file__).parents[1] / "integrations" / "comfyui"
+NOTES = Notes("sks", "a photo of sks teddy", "teddy")
+
+
+class Attention(nn.Module):
+    """ComfyUI's attention, as far as it can be seen from outside."""
+
+    def __init__(self, like: nn.Module) -> None:
+        super().__init__()
+        self.heads, self.to_q, self.to_k, self.to_v = like.heads, like.to_q, like.to_k, like.to_v
+        self.to_out = nn.Sequential(like.to_out[0], nn.Dropout(0.0))
+
+    def forward(self, x, context=None, value=None, mask=None, transformer_options={}):  # noqa: B006 - as ComfyUI's
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context if value is None else value)
+        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # by the width that it sees
+        mixed = nn.functional.scaled_dot_product_attention(split(q), split(k), split(v))
+        return self.to_out(mixed.transpose(1, 2).flatten(2))
+
+
+class UNet(nn.Module):
+    """Attentions under the original code's names, one after the other."""
+
+    def __init__(self, unet: nn.Module, places: dict[str, str]) -> None:
+        super().__init__()
+        self.places = places
+        for own, name in places.items():
+            *path, last = name.split(".")
+            here = self
+            for step in path:
+                if step not in here._modules:
+                    here.add_module(step, nn.Module())
+                here = here._modules[step]
+            here.add_module(last, Attention(unet.get_submodule(own)) if ".attn" in f".{own}" else nn.Module())
+
+    def forward(self, x, timesteps=None, context=None, transformer_options={}, **kwargs):  # noqa: B006
+        assert not kwargs  # what is ours does not come this far
+        options = {**transformer_options, "original_shape": [len(x), 4, 4, 4]}
+        found = []
+        for name in self.places.values():
+            attention = self.get_submodule(name)
+            if isinstance(attention, Attention):
+                hidden = torch.ones(len(x), 16, attention.to_q.in_features) * torch.linspace(-1, 1, 16)[:, None]
+                own = context if name.endswith("attn2") else None
+                found.append(attention(hidden, context=own, transformer_options=options).flatten(1))
+        return torch.cat(found, dim=1)
+
+
+class Model(nn.Module):
+    def __init__(self, unet: nn.Module, kind: str = "V_PREDICTION") -> None:
+        super().__init__()
+        self.diffusion_model, self.model_type = unet, types.SimpleNamespace(name=kind)
+
+    def extra_conds(self, **kwargs):
+        return {"c_crossattn": Condition(kwargs["cross_attn"])}
+
+
+class Condition:
+    def __init__(self, cond: torch.Tensor) -> None:
+        self.cond = cond
+
+
+class Patcher:
+    """ComfyUI's `ModelPatcher`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.object_patches, self.backup = model, {}, {}
+
+    def clone(self):
+        made = type(self)(self.model)
+        made.object_patches, made.backup = dict(self.object_patches), self.backup
+        return made
+
+    def add_object_patch(self, name, patch):
+        self.object_patches[name] = patch
+
+    def patched(self):
+        """The model while ComfyUI draws with this one."""
+        for name, patch in self.object_patches.items():
+            owner, _, last = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), last, patch)
+        return self.model
+
+    def unpatch(self):
+        for name in self.object_patches:
+            owner, _, last = name.rpartition(".")
+            vars(self.model.get_submodule(owner)).pop(last, None)
+
+
+class Clip:
+    """ComfyUI's CLIP, over the embedded base's tokenizer: chunks of 16 tokens."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer, self.cond_stage_model = tokenizer, TextModel()
+        self.patcher = Patcher(self.cond_stage_model)
+
+    def clone(self):
+        made = Clip(self.tokenizer)
+        made.patcher, made.cond_stage_model = self.patcher.clone(), self.cond_stage_model
+        return made
+
+    def tokenize(self, text):
+        return self.tokenizer.tokenize_with_weights(text)
+
+    def encode_from_tokens_scheduled(self, tokens):
+        states, pooled, more = self.patcher.patched().encode_token_weights(tokens)
+        self.patcher.unpatch()
+        return [[states, {"pooled_output": pooled, **more}]]
+
+
+class TextModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.clip_l = nn.Module()
+        self.clip_l.transformer = nn.Module()
+
+    def encode_token_weights(self, tokens):
+        count = sum(len(chunk) for chunk in tokens["l"])
+        return torch.randn(1, count, 128, generator=torch.Generator().manual_seed(count)), None
+
+
+class Words:
+    """ComfyUI's tokenizer: "(word:1.2)" weighs, chunks are as long as the tokenizer's longest text."""
+
+    def __init__(self, tokenizer) -> None:
+        self.clip_l = types.SimpleNamespace(tokenizer=tokenizer)
+
+    def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
+        plain, length, chunks = self.clip_l.tokenizer, 16, []
+        weight, tokens = 1.0, []
+        for part in text.replace("(", "\0(").replace(")", ")\0").split("\0"):
+            weight = float(part.strip("()").rpartition(":")[2]) if part.startswith("(") else 1.0
+            inner = part.strip("()").rpartition(":")[0] if part.startswith("(") else part
+            tokens += [(token, weight) for token in plain(inner, add_special_tokens=False).input_ids]
+        while tokens or not chunks:
+            chunk = [(plain.bos_token_id, 1.0), *tokens[: length - 2], (plain.eos_token_id, 1.0)]
+            chunks.append(chunk + [(plain.pad_token_id, 1.0)] * (length - len(chunk)))
+            tokens = tokens[length - 2 :]
+        return {"l": chunks}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base("embedded")
+
+
+@pytest.fixture(scope="module")
+def places(base):
+    """Where the attentions of the embedded base are in the original code's count, and where its levels end."""
+    found, config = {}, base.unet.config
+    per_level = config.layers_per_block + 1
+    for name, _ in base.unet.named_modules():
+        if name.endswith((".attn1", ".attn2")):
+            side, *rest = name.split(".")
+            tail = name[name.index("transformer_blocks") :]
+            if side == "mid_block":
+                found[name] = f"middle_block.1.{tail}"
+            else:
+                number = per_level * int(rest[0]) + int(rest[2]) + (side == "down_blocks")
+                found[name] = f"{'input' if side == 'down_blocks' else 'output'}_blocks.{number}.1.{tail}"
+    for level in range(len(config.block_out_channels) - 1):
+        found[f"down {level}"] = f"input_blocks.{per_level * (level + 1)}.0.op"
+        found[f"up {level}"] = f"output_blocks.{per_level * (level + 1) - 1}.1.conv"
+    return found
+
+
+@pytest.fixture
+def model(base, places):
+    return Patcher(Model(UNet(base.unet, places)))
+
+
+@pytest.fixture
+def clip(base):
+    return Clip(Words(base.tokenizer))
+
+
+@pytest.fixture(scope="module")
+def files(base, tmp_path_factory, randomize):
+    """Adapters by name, and what each does to the attentions in diffusers, from the third token on where it waits."""
+    folder, found = tmp_path_factory.mktemp("comfy"), {}
+    kinds = {
+        "tied": {"foldable": True, "tied": True, "trigger": ["sks"]},
+        "free": {"trigger": ["ohwx"]},
+        "both": {"target_modules": ["attn1", "attn2"]},
+        "everywhere": {"foldable": True, "tied": True},
+    }
+    for name, options in kinds.items():
+        pipe = load_base("embedded")
+        pipe.unet.add_adapter(ComcatConfig(r=2, alpha=3.0, **options), name)
+        randomize(pipe.unet, name, 1, std=0.3)
+        found[name] = folder / f"{name}.safetensors"
+        save_adapter(pipe, found[name], name, "embedded", NOTES)
+        found[name].with_suffix(".pipe").touch()
+        found[f"{name} pipe"] = pipe
+    return found
+
+
+def outputs(patcher, texts, clip, **options):
+    """What the attentions give for a batch of texts, as ComfyUI makes them."""
+    conditions = [encode(clip, text)[0] for text in texts]
+    model, acts = patcher.patched(), {}
+    made = [model.extra_conds(cross_attn=s, prompt_type="positive", **more) for s, more in conditions]
+    if SAID in made[0]:
+        acts = {SAID: torch.cat([one[SAID].cond for one in made])}
+    states = torch.cat([states for states, _ in conditions])
+    found = model.diffusion_model(torch.zeros(len(texts), 1), context=states, transformer_options=options, **acts)
+    patcher.unpatch()
+    return found
+
+
+def by_diffusers(files, name, places, states, said):
+    """The same by the adapter's own layers; `said` are the prompts."""
+    pipe, found = files[f"{name} pipe"], []
+    from comcat_diffusion.adapters.call import here
+    from comcat_diffusion.adapters.trigger import listen
+
+    listen(pipe)
+    if hasattr(pipe, "comcat_gate"):
+        pipe.comcat_gate.tell(states, said)
+    for own in places:
+        if ".attn" in own:
+            attention = pipe.unet.get_submodule(own)
+            hidden = torch.ones(len(states), 16, attention.to_q.in_features) * torch.linspace(-1, 1, 16)[:, None]
+            crossed = {"encoder_hidden_states": states} if own.endswith("attn2") else {}
+            found.append(attention(hidden, **crossed).flatten(1))
+    here.heard = here.next = None
+    return torch.cat(found, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["tied", "free", "both"])
+def test_attentions_do_what_they_do_in_diffusers_each_row_from_its_trigger_on(name, files, model, clip, places):
+    texts = ["a photo of sks teddy, ohwx cat", "a photo of a ball"]
+    base = outputs(model, texts, clip)
+    made, heard, header = load(model, clip, files[name])
+    states = torch.cat([encode(clip, text)[0][0] for text in texts])
+    expected = by_diffusers({**files}, name, _no_attn1(places, name), states, texts)
+    found = outputs(made, texts, heard)
+    if name != "both":  # the second lacks the trigger; a free adapter widens the heads of all rows of a batch
+        assert_close(found[1], base[1], rtol=0, atol=1e-6 if name == "free" else 0)
+    kept = [n for n in places if ".attn" in n]
+    widths = [16 * files["tied pipe"].unet.get_submodule(n).to_q.in_features for n in kept]
+    chosen = torch.cat(
+        [p for n, p in zip(kept, found.split(widths, 1), strict=True) if n in _no_attn1(places, name)], 1
+    )
+    assert_close(chosen, expected, rtol=1e-5, atol=1e-5)
+    assert (found - base).abs().max() > 0.05 and header.notes == NOTES
+    assert not model.object_patches and torch.equal(outputs(model, texts, clip), base)
+
+
+def _no_attn1(places, name):
+    return [own for own in places if ".attn" in own and (name == "both" or own.endswith("attn2"))]
+
+
+@torch.no_grad()
+def test_several_chain_and_a_strength_of_zero_is_the_base(files, model, clip):
+    texts = ["a photo of sks teddy, ohwx cat"]
+    base = outputs(model, texts, clip)
+    one, heard, _ = load(model, clip, files["tied"], 0.5)
+    two, heard, _ = load(one, heard, files["free"], 0.7)
+    swapped = load(*load(model, clip, files["free"], 0.7)[:2], files["tied"], 0.5)[0]
+    assert_close(outputs(two, texts, heard), outputs(swapped, texts, heard), rtol=1e-5, atol=1e-5)
+    assert [guest.name for guest in guests_of(two).all] == ["tied", "free"] and len(guests_of(one).all) == 1
+    assert torch.equal(outputs(load(model, clip, files["tied"], 0.0)[0], texts, heard), base)
+    with pytest.raises(ValueError, match=r"tied\.safetensors is loaded by another node already"):
+        load(two, heard, files["tied"])
+
+
+@torch.no_grad()
+def test_several_subjects_in_one_file_are_several_files(files, model, clip, tmp_path, randomize):
+    pipe = load_base("embedded")
+    pipe.unet.add_adapter(ComcatConfig(r=3, foldable=True, tied=True, trigger=["ohwx"]), "other")
+    randomize(pipe.unet, "other", 7, std=0.3)
+    save_adapter(pipe, tmp_path / "other.safetensors", "other", "embedded", NOTES)
+    both = [(files["tied"], 1.0), (tmp_path / "other.safetensors", 0.5)]
+    combine(both, tmp_path / "both.safetensors", dtype=torch.float32)
+    one, heard, _ = load(*load(model, clip, files["tied"])[:2], tmp_path / "other.safetensors", 0.5)
+    made, _, _ = load(model, clip, tmp_path / "both.safetensors")
+    texts = ["a photo of sks teddy", "a photo of ohwx cat", "an ohwx cat, sks teddy", "a ball"]
+    found, expected = outputs(made, texts, heard), outputs(one, texts, heard)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found - outputs(model, texts, heard)).abs().amax(dim=1).gt(0.05).tolist() == [True, True, True, False]
+
+
+@torch.no_grad()
+def test_each_acts_where_its_mask_is_white(files, model, clip):
+    texts = ["a photo of sks teddy, ohwx cat"]
+    made, heard, _ = load(*load(model, clip, files["tied"])[:2], files["free"])
+    left = torch.zeros(8, 8)
+    left[:, :4] = 1
+    placed = regions(made, [("tied", left), ("free", 1 - left)])
+    alone = [outputs(load(model, clip, files[name])[0], texts, heard) for name in ("tied", "free")]
+    found = outputs(placed, texts, heard)
+    unet = model.model.diffusion_model
+    width = unet.get_submodule(list(unet_names(unet).values())[-1]).to_q.in_features
+    grid = lambda t: t[0, -16 * width :].view(4, 4, width)  # of the last attention, an attn2
+    assert_close(grid(found)[:, :2], grid(alone[0])[:, :2]), assert_close(grid(found)[:, 2:], grid(alone[1])[:, 2:])
+    with pytest.raises(ValueError, match="no adapter 'dog' to give a region; loaded: tied, free"):
+        regions(made, [("dog", left)])
+    with pytest.raises(ValueError, match="not the proportions of the picture"):
+        outputs(regions(made, [("tied", torch.ones(8, 16))]), texts, heard)
+    assert guests_of(made).masks == {}
+
+
+def test_a_lora_that_stands_in_the_weights_is_not_taken_for_another_base(files, model, clip):
+    name = next(n for n in unet_names(model.model.diffusion_model).values() if n.endswith("attn2"))
+    keys = model.model.diffusion_model.get_submodule(name).to_k
+    before = keys.weight.data
+    try:
+        keys.weight.data = before + 1
+        with pytest.raises(AdapterFileError, match="trained on 'embedded' and does not fit 'the model of this node'"):
+            load(model, clip, files["tied"])
+        model.backup[f"diffusion_model.{name}.to_k.weight"] = types.SimpleNamespace(weight=before)
+        load(model, clip, files["tied"])
+        assert load(Patcher(model.model), clip, files["tied"], any_weights=True)
+    finally:
+        keys.weight.data = before
+
+
+@torch.no_grad()
+def test_what_would_be_silent_is_an_error(files, model, clip):
+    made, heard, _ = load(model, clip, files["tied"])
+    states, said = encode(heard, "a photo of sks teddy")[0]
+    conditions = made.object_patches["extra_conds"]
+    with pytest.raises(ValueError, match="does not say what it was made of.*'sks'"):
+        conditions(cross_attn=states)
+    with pytest.raises(ValueError, match="has 32 tokens and its text 16"):
+        conditions(cross_attn=torch.cat([states, states], 1), **said)
+    with pytest.raises(ValueError, match=r"replaces the attentions \(attn2\)"):
+        outputs(made, ["sks"], heard, patches_replace={"attn2": {("input", 1): 1}})
+    taken = Patcher(model.model)
+    taken.add_object_patch(next(name for name in made.object_patches if ".attn2" in name), print)
+    with pytest.raises(ValueError, match="Another node has changed"):
+        load(taken, clip, files["tied"])
+    plain = Patcher(Model(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="is no U-Net of Stable Diffusion"):
+        load(plain, clip, files["tied"])
+    velocity = Patcher(Model(model.model.diffusion_model, "EPS"))
+    with pytest.raises(AdapterFileError, match="another prediction type"):
+        load(velocity, clip, files["tied"])
+    velocity.add_object_patch("model_sampling", type("V_PREDICTION", (), {})())  # by a sampling node
+    load(velocity, clip, files["tied"])
+
+
+def test_a_prompt_without_the_trigger_is_told_of(files, model, clip, caplog):
+    made, heard, _ = load(model, clip, files["tied"])
+    outputs(made, ["a photo of a ball"], heard)
+    assert "the prompt lacks 'sks'" in caplog.text
+
+
+def test_other_packs_keep_their_patches(files, model, clip):
+    foreign = lambda **kwargs: {"c_crossattn": Condition(kwargs["cross_attn"]), "theirs": 1}
+    model.add_object_patch("extra_conds", foreign)
+    made, heard, _ = load(model, clip, files["tied"])
+    states, said = encode(heard, "sks")[0]
+    assert made.object_patches["extra_conds"](cross_attn=states, **said)["theirs"] == 1
+    bare = seated(made, Guests())
+    assert bare.object_patches["extra_conds"].before is foreign
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("a photo of sks teddy", 4),
+        ("a photo of (sks:1.2) teddy", 4),
+        ("(a photo of:0.5) sks teddy", 4),
+        ("sks teddy", 1),
+        ("a ball", None),
+    ],
+)
+def test_an_adapter_acts_from_its_word_on(base, text, first):
+    plain, tokenizer = base.tokenizer, Tokenizer(Words(base.tokenizer), {})
+    acts = tokenizer.tokenize_with_weights(text).said.acts(["sks"])
+    words = [text for text in plain.convert_ids_to_tokens(plain("a photo of").input_ids)]
+    first = len(words) - 1 if first == 4 else first  # a small vocabulary may read a word as several tokens
+    assert acts.tolist() == [first is not None and n >= first for n in range(16)]
+
+
+def test_chunks_act_by_themselves(base):
+    tokenizer = Tokenizer(Words(base.tokenizer), {})
+    parts = [tokenizer.tokenize_with_weights(text) for text in ("a ball", "big sks teddy", "white")]
+    acts = joined(parts).said.acts(["sks"]).view(3, 16)
+    assert not acts[0].any() and not acts[2].any() and torch.equal(acts[1], parts[1].said.acts(["sks"]))
+
+
+@pytest.mark.parametrize(("text", "heard"), [("masks", False), ("sks1", False), ("a,sks,b", True), ("SKS", True)])
+def test_a_trigger_is_a_word_here_too(text, heard):
+    said = Said(text, ((0, *range(1, len(text) + 1)),))
+    assert bool(said.acts(["sks"]).any()) == heard
+
+
+def test_a_new_word_is_its_vectors_and_a_word_to_its_adapter(base):
+    vectors = torch.randn(2, 128)
+    tokenizer = Tokenizer(Tokenizer(Words(base.tokenizer), {}), {"<dog>": {"text_encoder": vectors}})
+    tokens = tokenizer.tokenize_with_weights("a (<dog>:1.2) on <dog>")
+    found = [(number, *one) for number, one in enumerate(tokens["l"][0]) if not isinstance(one[0], int)]
+    assert len(found) == 4 and [one[2] for one in found] == [1.2, 1.2, 1.0, 1.0]
+    assert all(torch.equal(one[1], vectors[n % 2]) for n, one in enumerate(found))
+    acts = tokens.said.acts(["<dog>"])
+    assert acts.tolist() == [n >= found[0][0] for n in range(16)]
+    with pytest.raises(ValueError, match="has no embeddings for one of the text encoders"):
+        Tokenizer(Words(base.tokenizer), {"<dog>": {}} | {"<cat>": {"text_encoder_2": vectors}}).tokenize_with_weights(
+            "<cat>"
+        )
+
+
+# Names
+
+
+@pytest.mark.parametrize("kind", ["1.5", "XL"])
+def test_blocks_are_counted_as_the_original_code_does(kind):
+    """Three blocks are a level in both; export/lora.py names those of XL for loaders that know them by these names."""
+    xl = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+    }
+    widths = (32, 64, 64) if kind == "XL" else (32, 64, 64, 64)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, block_out_channels=widths, **(xl if kind == "XL" else {}))
+    names = [name for name, _ in unet.named_modules() if name.endswith((".attn1", ".attn2"))]
+    expected = {name: _original_name(name) for name in names}
+    levels = len(widths) - 1
+    ends = {f"d{n}": f"input_blocks.{3 * (n + 1)}.0.op" for n in range(levels)}
+    first = 2 if kind == "XL" else 1  # where the level has attentions, the block that doubles stands behind them
+    ends |= {f"u{n}": f"output_blocks.{3 * n + 2}.{first if n == 0 else 2}.conv" for n in range(levels)}
+    assert list(unet_names(UNet(unet, expected | ends)).items()) == list(expected.items())
+    assert len(expected) == {"1.5": 32, "XL": 140}[kind]
+
+
+def test_an_adapter_that_acts_everywhere_is_saved_as_a_lora(files, model, tmp_path):
+    with pytest.raises(AdapterFileError, match="acts from 'sks' on"):
+        save_lora(model, files["tied"], tmp_path / "lora.safetensors")
+    (made,) = save_lora(model, files["everywhere"], tmp_path / "lora.safetensors")
+    models = shells(BaseSettings(), read_adapter(files["everywhere"]), "x")
+    export_adapter(files["everywhere"], tmp_path / "same.safetensors", models=models)
+    ours, same = load_file(made), load_file(tmp_path / "same.safetensors")
+    assert ours.keys() == same.keys() and all(torch.equal(ours[name], same[name]) for name in same)
+
+
+def test_eight_bits_of_the_base_are_the_base(base, files, model):
+    trained = read_adapter(files["tied"]).fingerprint
+    shell = unet_as_diffusers(model)
+    for module in shell.modules():
+        if getattr(module, "to_k", None) is not None:
+            rounded = module.to_k.weight.detach().to(torch.float8_e4m3fn)
+            module.to_k = nn.Linear(rounded.shape[1], rounded.shape[0], bias=False, device="meta")
+            module.to_k.weight = nn.Parameter(rounded, requires_grad=False)
+    assert difference(trained, fingerprint_of(shell, "v_prediction", trained)) is None
+    other = {**trained, "sketch": [value + 0.05 for value in trained["sketch"]]}
+    assert difference(other, fingerprint_of(shell, "v_prediction", other)) == "it has the same shape but other weights"
+
+
+# The pack
+
+
+def test_the_nodes_in_both_forms_and_the_example(monkeypatch, tmp_path):
+    paths = types.ModuleType("folder_paths")
+    paths.models_dir, paths.folder_names_and_paths = str(tmp_path), {}
+    paths.get_folder_paths = lambda kind: [str(tmp_path / kind)]
+    paths.add_model_folder_path = lambda kind, path: paths.folder_names_and_paths.setdefault(kind, ([], set()))[
+        0
+    ].append(path)
+    paths.get_filename_list = lambda kind: ["dog.safetensors"]
+    monkeypatch.setitem(sys.modules, "folder_paths", paths)
+    monkeypatch.syspath_prepend(str(PACK.parent))
+    import comfyui
+
+    nodes = comfyui.NODE_CLASS_MAPPINGS
+    assert comfyui.NODE_DISPLAY_NAME_MAPPINGS["ComcatLoadAdapter"] == "Load COMCAT adapter" and len(nodes) == 4
+    for node in nodes.values():
+        inputs = node.INPUT_TYPES()
+        names = {name for fields in inputs.values() for name in fields}
+        assert {*node.run.__code__.co_varnames[1 : node.run.__code__.co_argcount]} <= names
+    for name in ("comcat-api", "comcat"):
+        content = json.loads((PACK / "example_workflows" / f"{name}.json").read_text())
+        kinds = {node["class_type"] for node in content.values()} if name == "comcat-api" else {
+            node["type"] for node in content["nodes"]}  # fmt: skip
+        assert {"ComcatLoadAdapter", "ComcatTextEncode"} <= kinds
+        assert all(kind in nodes for kind in kinds if kind.startswith("Comcat"))
+    with pytest.raises(ValueError, match="is no name of a file"):
+        nodes["ComcatSaveLora"]().run(None, "dog.safetensors", "../dog")
+
+
+def test_the_picture_has_the_workflow_inside():
+    with Image.open(PACK / "example_workflows" / "comcat.png") as picture:
+        for key, name in (("workflow", "comcat"), ("prompt", "comcat-api")):
+            assert json.loads(picture.text[key]) == json.loads(
+                (PACK / "example_workflows" / f"{name}.json").read_text()
+            )
