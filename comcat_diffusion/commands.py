@@ -274,11 +274,13 @@ def export(parsed: argparse.Namespace) -> int:
             pipe = bases.asked_base(config, "fp32", header.base_model)
             if is_free(header):
                 source = Path(folder) / "foldable.safetensors"
-                found = approximate(pipe, config.adapter, source, prompts, math.inf if config.force else 0.1)
+                limit = math.inf if config.force or waits(header) else 0.1  # of what waits, all is measured below
+                found = approximate(pipe, config.adapter, source, prompts, limit)
                 print(f"The closest foldable adapter differs by {found.error:.1%} of the adapter's effect.")
             if waits(header):
                 waiting, source = source, Path(folder) / "everywhere.safetensors"
-                freed = act_everywhere(pipe, waiting, source, prompts)
+                least = -math.inf if config.force else 0.1
+                freed = act_everywhere(pipe, waiting, source, prompts, config.adapter, least)
                 print(freed.told)
         models = shells(config, header, config.adapter) if needs_base(header) else None
         precision, format = bases.PRECISIONS[config.save_precision], format_of(config.for_, config.format)

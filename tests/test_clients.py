@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from comcat_diffusion import ComcatConfig, bases, load_adapter, places, read_ada
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.cli import main
 from comcat_diffusion.config import BaseSettings, read_toml, to_toml
+from comcat_diffusion.export.approximate import approximate
 from comcat_diffusion.export.beside import files_beside
 from comcat_diffusion.export.clients import CLIENTS, format_of
 from comcat_diffusion.export.config import ExportConfig
@@ -39,6 +41,7 @@ def adapters(tmp_path_factory, randomize):
         "waiting": {"foldable": True, "tied": True, "trigger": ["sks"]},
         "foldable": {"foldable": True},
         "free": {},
+        "free waiting": {"trigger": ["sks"]},
     }.items():
         pipe = bases.load_base("embedded")
         pipe.unet.add_adapter(ComcatConfig(r=2, alpha=3.0, **options), "dog")
@@ -122,7 +125,7 @@ def act_everywhere_unbent(file, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("comcat_diffusion.export.everywhere.text_grams", lambda *_, exclude: (None, None))
         patch.setattr("comcat_diffusion.export.everywhere.bend", lambda *_: torch.eye(128, dtype=torch.float64))
-        return act_everywhere(bases.load_base("embedded"), file, folder / "unbent.safetensors", [PROMPT])
+        return act_everywhere(bases.load_base("embedded"), file, folder / "unbent.safetensors", [PROMPT], least=-1e9)
 
 
 def test_the_command_exports_what_waits_if_asked_to(adapters, tmp_path, capsys):
@@ -138,6 +141,16 @@ def test_the_command_exports_what_waits_if_asked_to(adapters, tmp_path, capsys):
     (tmp_path / "dog.safetensors").unlink()
     assert main([*export, "--approximate", "--for", "a1111"]) == 2
     assert "dog.json is there already" in capsys.readouterr().err
+
+
+def test_what_is_kept_is_measured_against_the_adapter_that_was_meant(adapters, tmp_path):
+    pipe, target, closest = bases.load_base("embedded"), tmp_path / "x.safetensors", tmp_path / "closest.safetensors"
+    approximate(pipe, adapters["free waiting"], closest, [PROMPT], 10.0)
+    with pytest.raises(ValueError, match=r"free waiting.safetensors would keep .* or force it") as refused:
+        act_everywhere(pipe, closest, target, [PROMPT], adapters["free waiting"], 0.99)
+    assert not target.exists()
+    own = act_everywhere(pipe, closest, target, [PROMPT], least=-1e9)
+    assert int(re.search(r"keep (\d+)%", str(refused.value))[1]) < 100 * own.kept - 2
 
 
 # What a file says, and what stands beside it

@@ -56,7 +56,9 @@ class ExportConfig(BaseSettings, OneAdapter):
     )
     prompt: list[str] = option([], "Prompts that the cost is measured on. Default: the adapter's own.")
     force: bool = option(
-        False, "Write a foldable approximation that differs by more than a tenth of what a free one does."
+        False,
+        "Write also an approximation that is off by more than a tenth, or, of an adapter that waits for its trigger, "
+        "one that keeps less than a tenth.",
     )
 
     def check(self) -> None:
