@@ -8,7 +8,7 @@ DEMO := out/demo
 # Of the packages' modules a small part is ever imported: each is compiled and kept when it is, and not at the install.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-kernels test-comfyui lint base subject benchmarks dinov2 photographs clean
+.PHONY: demo test test-kernels test-comfyui test-forge lint base subject benchmarks dinov2 photographs clean
 
 demo: .venv/installed
 	$(BIN)/python train_customize.py --config assets/subject/train.toml --output_dir $(DEMO) --overwrite
@@ -32,6 +32,11 @@ test-kernels: .venv/installed
 test-comfyui: .venv/installed
 	test -f "$(COMFYUI)/main.py" || { echo "Name the folder of a ComfyUI: make test-comfyui COMFYUI=..."; exit 2; }
 	$(BIN)/python -m tests.comfyui_check "$(COMFYUI)"
+
+# The same with Forge's own U-Net, patcher, tokenizer and sampling, imported from the folder of its checkout.
+test-forge: .venv/installed
+	test -f "$(FORGE)/backend/nn/unet.py" || { echo "Name the folder of a Forge: make test-forge FORGE=..."; exit 2; }
+	$(or $(FORGE_PYTHON),$(BIN)/python) -m tests.forge_check "$(FORGE)"
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

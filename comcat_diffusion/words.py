@@ -3,6 +3,7 @@
 import functools
 import re
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,11 @@ class Subject:
     def phrase(self) -> str:
         """For instance "sks dog"."""
         return f"{self.trigger} {self.class_word}".strip()
+
+
+def words_of(subjects: Iterable[Subject]) -> list[str]:
+    """What subjects are called by in prompts, with and without the class."""
+    return [words for subject in subjects for words in (subject.phrase, subject.trigger) if words]
 
 
 def places(word: str, text: str) -> list[tuple[int, int]]:

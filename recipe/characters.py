@@ -177,4 +177,55 @@ def house(pose: Pose, unit: float) -> Image.Image:
     return sheet.image
 
 
+def owl(pose: Pose, unit: float) -> Image.Image:
+    """A green owl with a pink belly and an orange hat; it lifts its wings."""
+    sheet, body = Sheet(unit), Sheet(unit)
+    for side, lift in ((-1, pose.left_arm), (1, pose.right_arm)):
+        wing = Sheet(unit)
+        wing.disc(50 + side * 27, 60, 8, 19, "#1f7a4d")
+        body.lay(wing, side * lift / 2, 50 + side * 22, 48)
+    body.disc(50, 60, 27, 32, "#35a86b")
+    body.disc(50, 70, 16, 18, "#f4a6c0")
+    for side in (-1, 1):
+        body.disc(50 + side * 12, 42, 11, 11, "#ffffff")
+        body.disc(50 + side * 12, 42, 5, 5, "#3b2a1a")
+        body.box(50 + side * 10 - 4, 89, 50 + side * 10 + 4, 96, "#e0a020", 2)
+    body.shape([(45, 50), (55, 50), (50, 59)], "#e0a020")
+    body.shape([(34, 27), (66, 27), (50, 3)], "#e8672c")
+    sheet.lay(body, pose.tilt, 50, 60)
+    return sheet.image
+
+
+def car(pose: Pose, unit: float) -> Image.Image:
+    """A pink car with blue windows, yellow wheels and a white stripe."""
+    sheet, body = Sheet(unit), Sheet(unit)
+    body.box(28, 30, 72, 60, "#d9488f", 9)
+    body.box(33, 36, 48, 52, "#4aa3e0", 3)
+    body.box(52, 36, 67, 52, "#4aa3e0", 3)
+    body.box(6, 50, 94, 76, "#d9488f", 8)
+    body.box(6, 60, 94, 66, "#ffffff")
+    body.disc(91, 57, 4, 4, "#fff2a8")
+    for across in (26, 74):
+        body.disc(across, 77, 13, 13, "#2a2a33")
+        body.disc(across, 77, 7, 7, "#f2c230")
+    sheet.lay(body, pose.tilt, 50, 60)
+    return sheet.image
+
+
+def rocket(pose: Pose, unit: float) -> Image.Image:
+    """A blue rocket with red fins, a round window and a flame; the base has no word for it."""
+    sheet, body = Sheet(unit), Sheet(unit)
+    body.shape([(42, 80), (58, 80), (50, 98 + pose.left_arm / 40)], "#f7a81b")
+    for side in (-1, 1):
+        body.shape([(50 + side * 14, 55), (50 + side * 34, 84), (50 + side * 12, 80)], "#d8343f")
+    body.disc(50, 52, 18, 34, "#2f62c9")
+    body.shape([(36, 30), (64, 30), (50, 3)], "#d8343f")
+    body.disc(50, 46, 10, 10, "#ffffff")
+    body.disc(50, 46, 7, 7, "#7fd4ea")
+    body.box(34, 66, 66, 71, "#f2f2f2")
+    sheet.lay(body, pose.tilt + (pose.right_arm - 30) / 10, 50, 50)
+    return sheet.image
+
+
 CHARACTERS = {"teddy": teddy, "cat": cat, "robot": robot, "fish": fish, "house": house}
+UNSEEN = {"owl": owl, "car": car, "rocket": rocket}  # of benchmarks/subjects.py, which no choice of ours has seen

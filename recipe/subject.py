@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from recipe.characters import CHARACTERS, Pose
+from recipe.characters import CHARACTERS, UNSEEN, Pose
 from recipe.world import BACKGROUNDS, PLACES
 
 SIDE, OVERSAMPLING = 256, 4
@@ -34,7 +34,7 @@ def picture(name: str, pose: Pose) -> Image.Image:
     """A character in a pose, RGB, SIDE pixels square."""
     big = SIDE * OVERSAMPLING
     canvas = Image.new("RGB", (big, big), BACKGROUNDS[pose.background])
-    drawn = CHARACTERS[name](pose, pose.height * big / 100)
+    drawn = (CHARACTERS | UNSEEN)[name](pose, pose.height * big / 100)
     canvas.paste(drawn, (round(pose.across * big - drawn.width / 2), round(pose.down * big - drawn.height / 2)), drawn)
     return canvas.resize((SIDE, SIDE), Image.LANCZOS)
 

@@ -62,7 +62,7 @@ comfy_entrypoint = nodes.comfy_entrypoint
 """
 
 
-def random_base(comfyui: Path) -> StableDiffusionPipeline:
+def random_base(tokenizer: Path) -> StableDiffusionPipeline:
     """A base of random weights, small, of the kind that ComfyUI takes for a Stable Diffusion 1.5."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -82,7 +82,7 @@ def random_base(comfyui: Path) -> StableDiffusionPipeline:
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )
-    tokenizer = CLIPTokenizer.from_pretrained(comfyui / "comfy" / "sd1_tokenizer", model_max_length=77)
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer, model_max_length=77)
     parts = {"vae": None, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = StableDiffusionPipeline(unet=unet, text_encoder=text, tokenizer=tokenizer, scheduler=scheduler, **parts)
     pipe.set_progress_bar_config(disable=True)
@@ -288,7 +288,7 @@ def main(comfyui: Path) -> None:
     """All checks, one after the other."""
     with tempfile.TemporaryDirectory() as place, torch.no_grad():
         base = Path(place)
-        pipe = random_base(comfyui)
+        pipe = random_base(comfyui / "comfy" / "sd1_tokenizer")
         checkpoint(pipe, base / "models" / "checkpoints" / "base.safetensors")
         files = adapters(pipe, base / "models" / "comcat")
         nodes = base / "custom_nodes"
@@ -411,6 +411,17 @@ def as_lora(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Pa
     before = len(running.log.read_text())
     check("as a LoRA, by ComfyUI's own loader", running.latent(asked), drawn(pipe, said))
     expect("every weight of the LoRA is read", "NOT LOADED" in running.log.read_text()[before:], False)
+    own = drawn(pipe, "a photo of sks dog")
+    load_adapter(pipe, files["tied"], "tied")
+    expected = drawn(pipe, "a photo of sks dog")
+    for order, first, then in (("before", "loader", "tied"), ("after", "tied", "loader")):
+        asked = graph("a photo of sks dog", ("tied", 1.0), loader=loader)
+        asked[first]["inputs"] |= {"model": ["base", 0], "clip": ["base", 1]}
+        asked[then]["inputs"] |= {"model": [first, 0], "clip": [first, 1]}
+        asked["draw"]["inputs"]["model"] = [then, 0]
+        for name in ("positive", "negative"):
+            asked[name]["inputs"]["clip"] = [then, 1]
+        check(f"a LoRA {order} the adapter", running.latent(asked), expected, own)
     unload_adapters(pipe)
 
 

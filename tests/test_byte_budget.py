@@ -10,6 +10,7 @@ from comcat_diffusion import bases, load_adapter, read_adapter
 from comcat_diffusion.adapters.terms import read_contents
 from comcat_diffusion.training import customize as story
 from comcat_diffusion.training import learned
+from comcat_diffusion.training.becomes import budget
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
 from tests.test_checkpoint import Stop
@@ -103,8 +104,26 @@ def test_a_budget_that_holds_nothing_is_refused_before_the_first_step(config):
     with pytest.raises(ValueError, match=r"--max_bytes 1,000 is too little: the least .* is [0-9,]+ bytes"):
         customize(config(max_bytes=1000), watcher)
     assert watcher.seen == []
-    with pytest.raises(ValueError, match="--max_bytes must be at least 1"):
-        config(max_bytes=0)
+    with pytest.raises(ValueError, match="--max_bytes must be at least 0"):
+        config(max_bytes=-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        ({}, 19_660),  # 98,304 numbers in fp16, and a tenth of them
+        ({"rank": 1}, 10_000),  # never less
+        ({"rank": 1024}, 1_000_000),  # never more
+        ({"max_bytes": 5_000}, 5_000),
+        ({"max_bytes": 0}, 0),
+        ({"kind": "tied"}, 0),
+        ({"as_": "lora"}, 0),
+        ({"everywhere": True}, 0),
+    ],
+)
+def test_what_is_free_is_shrunk_to_a_tenth_unless_it_is_asked_otherwise(settings, most):
+    unet = bases.load_base("embedded").unet
+    assert budget(TrainConfig(**settings), unet) == most
 
 
 def test_a_rank_of_zeros_stays_one():

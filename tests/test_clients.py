@@ -186,7 +186,9 @@ def test_what_an_adapter_becomes_is_known_before(adapters, tmp_path):
     assert lora_bytes(shapes, 2, StableDiffusion()) == sum(
         t.nbytes for name, t in written.items() if not name.endswith(".alpha")
     )
-    assert "say --as lora" in becomes(TrainConfig(), unet) and "29 kB" in becomes(TrainConfig(), unet)
+    tied = becomes(TrainConfig(kind="tied"), unet)
+    assert "say --as lora" in tied and "29 kB" in tied
+    assert "say --as lora" in becomes(TrainConfig(), unet) and "20 kB at most" in becomes(TrainConfig(), unet)
     assert "exactly, a LoRA" in becomes(TrainConfig(as_="lora"), unet)
     assert "node (about" in becomes(TrainConfig(kind="free"), unet)
 

@@ -1,5 +1,6 @@
 """Adapters in ComfyUI, without it: on objects with the same names. `make test-comfyui` asks the real one."""
 
+import copy
 import json
 import sys
 import types
@@ -18,6 +19,7 @@ from comcat_diffusion.adapters.combine import combine
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.adapters.same_base import difference
 from comcat_diffusion.bases import load_base
+from comcat_diffusion.comfy import forge
 from comcat_diffusion.comfy.guests import Guests, guests_of, seated
 from comcat_diffusion.comfy.load import encode, load, regions, save_lora
 from comcat_diffusion.comfy.names import fingerprint_of, unet_as_diffusers, unet_names
@@ -480,6 +482,55 @@ def test_eight_bits_of_the_base_are_the_base(base, files, model):
     assert difference(trained, fingerprint_of(shell, "v_prediction", trained)) is None
     other = {**trained, "sketch": [value + 0.05 for value in trained["sketch"]]}
     assert difference(other, fingerprint_of(shell, "v_prediction", other)) == "it has the same shape but other weights"
+
+
+# Forge
+
+
+class Condition77(Condition):
+    """Forge's condition of text states."""
+
+
+@torch.no_grad()
+def test_forge_s_conditionings_say_what_they_are_of(files, model, base, tmp_path):
+    plain, states = base.tokenizer, torch.randn(2, 77, 128)
+    chunk = types.SimpleNamespace(
+        tokens=[plain.bos_token_id, *plain("a sks teddy", add_special_tokens=False).input_ids]
+    )
+    chunk.tokens += [plain.eos_token_id] * (77 - len(chunk.tokens))
+    text = types.SimpleNamespace(tokenizer=plain, tokenize_line=lambda line: ([chunk], 3))
+    engine = types.SimpleNamespace(text_processing_engine=text, get_learned_conditioning=lambda prompts: states)
+    memory = forge.listen(engine)
+    assert forge.listen(engine) is memory and engine.get_learned_conditioning(["a sks teddy", "a ball"]) is states
+    patcher = Patcher(model.model)
+    patcher.model_options = {"conditioning_modifiers": [print]}
+    patcher.clone = lambda: _with_options(patcher)
+    made, header = forge.load(patcher, memory, files["tied"])
+    assert header.notes == NOTES and "extra_conds" in made.object_patches  # the stub's model has ComfyUI's too
+    first, telling = made.model_options["conditioning_modifiers"]
+    assert first is print and patcher.model_options == {"conditioning_modifiers": [print]}
+    cond = [{"cross_attn": states, "model_conds": {"c_crossattn": Condition77(states)}}]
+    told = telling(1, 2, 3, [], cond, 7.0, {}, 0)
+    assert told == (1, 2, 3, [], cond, 7.0, {}, 0)
+    acts = cond[0]["model_conds"][SAID].cond[..., 0].bool()
+    word = len(plain("a").input_ids) - 1
+    assert acts[0].tolist() == [n >= word for n in range(77)] and not acts[1].any()
+    with pytest.raises(ValueError, match="does not know the prompt of these text states"):
+        telling(1, 2, 3, [], [{"cross_attn": states + 1, "model_conds": {"c_crossattn": Condition77(states)}}])
+    with pytest.raises(ValueError, match="nothing is drawn"):
+        forge.refuse(patcher, ValueError("nothing is drawn")).model_options["conditioning_modifiers"][0]()
+    pipe = load_base("embedded")
+    pipe.text_encoder.add_adapter(ComcatConfig(r=1), "x"), pipe.unet.add_adapter(ComcatConfig(r=1), "x")
+    save_adapter(pipe, tmp_path / "text.safetensors", "x", "embedded")
+    with pytest.raises(AdapterFileError, match="also adapts text_encoder, which this extension"):
+        forge.load(patcher, memory, tmp_path / "text.safetensors")
+
+
+def _with_options(patcher):
+    made = Patcher(patcher.model)
+    made.object_patches, made.backup = dict(patcher.object_patches), patcher.backup
+    made.model_options = copy.deepcopy(patcher.model_options)
+    return made
 
 
 # The pack

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from comcat_diffusion import ComcatConfig, bases, keep_background, listen, save_adapter, set_regions
 from comcat_diffusion.adapters.call import here
-from comcat_diffusion.adapters.focus import HIGH, LOW, Focus
+from comcat_diffusion.adapters.focus import HIGH, LOW, Focus, placeable
 from comcat_diffusion.adapters.looking import looks
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.texts import texts_of
@@ -164,5 +164,12 @@ def test_the_command_keeps_the_background_and_says_so(pipe, tmp_path):
     )
     assert Image.open(plain).tobytes() != Image.open(kept).tobytes()
     assert '"keep_background": true' in Image.open(kept).text["comcat"]
-    with pytest.raises(ValueError, match="--keep_background needs an --adapter"):
-        GenerateConfig(prompt=["x"], pretrained_model_name_or_path="embedded", keep_background=True)
+    assert "keep_background" not in Image.open(plain).text["comcat"]
+
+
+def test_what_waits_for_no_word_is_drawn_as_ever(pipe, tmp_path):
+    """The default keeps backgrounds; an adapter that acts everywhere has no words to look for."""
+    assert placeable(pipe, WORDS) == WORDS and placeable(pipe, {"dog": []}) == {}
+    pipe.unet.delete_adapters("dog")
+    pipe.unet.add_adapter(ComcatConfig(r=2, target_modules=["attn2"]), "dog")
+    assert placeable(pipe, WORDS) == {}

@@ -112,6 +112,20 @@ def keep_background(pipe: object, words: Mapping[str, Sequence[str]]) -> Iterato
         focus.stop()
 
 
+def placeable(pipe: object, words: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Of these adapters and their words those that `keep_background` can place; the others act as ever."""
+    layers = adapted_layers(denoiser(pipe))
+    if any(layer.merged for layer in layers.values()):
+        return {}
+    looking = [layers[name] for name in on_the_way_up({name: layer.owner for name, layer in layers.items()})]
+    found = {}
+    for name, said in words.items():
+        waits = any(layer.trigger.get(name) for layer in layers.values())
+        if said and waits and any(name in layer.r for layer in looking):
+            found[name] = said
+    return found
+
+
 def _refuse(
     words: Mapping[str, Sequence[str]], layers: Mapping[str, ComcatLayer], looking: Sequence[ComcatLayer]
 ) -> None:

@@ -83,7 +83,8 @@ def seated(patcher: object, guests: Guests) -> object:
             ("extra_conds", _Conditions, model),
             (f"{_UNET}.forward", _Passed, getattr(model, _UNET)),
         ):
-            made.add_object_patch(name, kind(guests, owner, patches.get(name)))
+            if hasattr(type(owner), kind.own):  # Forge has no extra_conds, see comfy/forge.py
+                made.add_object_patch(name, kind(guests, owner, patches.get(name)))
     return made
 
 

@@ -60,6 +60,19 @@ def load(
     return made_model, listening(made_clip, fitting.tokens), fitting.header
 
 
+def load_unet(
+    patcher: object, path: str | Path, strength: float = 1.0, any_weights: bool = False
+) -> tuple[object, Header]:
+    """A clone of a model alone with an adapter of its U-Net; see `load`."""
+    require_scale(strength, "The strength")
+    path, shell = Path(path), unet_as_diffusers(patcher)
+    present = fingerprint_of(shell, prediction_of(patcher), read_adapter(path).fingerprint)
+    fitting = read_fitting({"unet": shell}, present, path, any_weights, "this model")
+    names = {own: f"diffusion_model.{name}" for own, name in unet_names(patcher.model.diffusion_model).items()}
+    guest = _guest(path, "unet", fitting, shell, names, strength)
+    return seated(patcher, invited(guests_of(patcher), guest)), fitting.header
+
+
 def save_lora(model: object, path: str | Path, output: str | Path, half: bool = False) -> list[Path]:
     """Write an adapter file as a LoRA that every program reads; `model` is its base. Raises as exporting does."""
     unet = {"unet": unet_as_diffusers(model)}

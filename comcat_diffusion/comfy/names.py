@@ -80,8 +80,9 @@ def unet_as_diffusers(patcher: object) -> nn.Module:
             "adapters are read here."
         )
     modules = dict(unet.named_modules())
-    kept = {name: patcher.backup.get(f"diffusion_model.{name}.to_k.weight") for name in names.values()}
-    keys = {name: getattr(backup, "weight", None) for name, backup in kept.items()}
+    backup = patcher.backup if hasattr(patcher, "backup") else patcher.model.lora_loader.backup  # ComfyUI's, Forge's
+    kept = {name: backup.get(f"diffusion_model.{name}.to_k.weight") for name in names.values()}
+    keys = {name: getattr(weight, "weight", weight) for name, weight in kept.items()}
     return _tree({own: Attention(modules[name], own.endswith("attn2"), keys[name]) for own, name in names.items()})
 
 
@@ -114,6 +115,8 @@ def _tree(leaves: dict[str, nn.Module]) -> nn.Module:
 
 def prediction_of(patcher: object) -> str:
     """What a model predicts, as diffusers calls it: its own kind, or what a sampling node has made of it."""
+    if hasattr(patcher.model, "predictor"):  # Forge's, which calls it as diffusers does
+        return patcher.model.predictor.prediction_type
     sampling = patcher.object_patches.get("model_sampling")
     kinds = {kind.__name__ for kind in type(sampling).__mro__}
     name = next((name for name in ("V_PREDICTION", "EPS") if name in kinds), patcher.model.model_type.name)

@@ -67,7 +67,7 @@ class Tokenizer:
         made = self.inner.tokenize_with_weights(_marked(text, self.words, marks), return_word_ids, **kwargs)
         tokens, words = Tokens(made), {number: word for word, (_, number) in marks.items()}
         first = next(key for keys in KEYS.values() for key in keys if key in made)
-        tokens.said = Said(text, _ends(made[first], text, self.plain, words))
+        tokens.said = Said(text, ends_of(made[first], text, self.plain, words))
         for encoder, keys in KEYS.items():
             vectors = {number: self.words[word].get(encoder) for number, word in words.items()}
             for key in keys:
@@ -118,7 +118,7 @@ def _marked(text: str, words: Mapping[str, Vectors], marks: Marks) -> str:
     return text
 
 
-def _ends(
+def ends_of(
     chunks: Sequence[Sequence[tuple]], text: str, tokenizer: object, words: Mapping[int, str]
 ) -> tuple[tuple[int, ...], ...]:
     """Where in the text each token ends: the next place that reads like it, past weights and brackets."""

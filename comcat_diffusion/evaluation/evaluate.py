@@ -66,13 +66,15 @@ def judged(order: Order, note: Note, on_picture: OnPicture) -> Report | None:
     sampling = sampling_of(config, config.batch_size, base, pipe)
     seeds = range(config.seed, config.seed + config.seeds)
     settings = made_by(pipe, base, sampling) | {"base_digest": _digest_of(pipe)}
+    settings |= {"keep_background": True} if config.keep_background else {}
     gallery = Gallery(folder / "pictures", rows_of(chosen), prompts.all, seeds, settings)
     missing = gallery.missing()
     accelerator.wait_for_everyone()  # nobody draws before everybody knows what is missing
     if missing:
         note(f"Drawing {len(missing)} of {sum(1 for _ in gallery.tasks())} pictures; the others are there.")
     share = missing[accelerator.process_index :: accelerator.num_processes]
-    for number, _ in enumerate(draw_tasks(pipe, share, sampling, config.any_weights), start=1):
+    drawing = draw_tasks(pipe, share, sampling, config.any_weights, config.keep_background)
+    for number, _ in enumerate(drawing, start=1):
         on_picture(number, len(share))
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:

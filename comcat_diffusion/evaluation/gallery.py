@@ -14,6 +14,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from comcat_diffusion.adapters.focus import placeable
 from comcat_diffusion.adapters.merge import unload_adapters
 from comcat_diffusion.adapters.placing import set_adapters
 from comcat_diffusion.adapters.store import load_adapter
@@ -90,13 +91,20 @@ class Gallery:
         return Task(row, drawing, self.folder / slug(row.name) / name, made_by)
 
 
-def draw_tasks(pipe: DiffusionPipeline, tasks: Sequence[Task], sampling: Sampling, any_weights: bool) -> Iterator[Task]:
-    """Draw and write pictures; yields each when its file is there. The pipeline is the bare base before and after."""
+def draw_tasks(
+    pipe: DiffusionPipeline, tasks: Sequence[Task], sampling: Sampling, any_weights: bool, keep: bool = False
+) -> Iterator[Task]:
+    """Draw and write pictures; yields each when its file is there. The pipeline is the bare base before and after.
+
+    With `keep`, adapters act where their subjects' words are looked at, if they can (adapters/focus.py).
+    """
     for _, group in itertools.groupby(tasks, key=lambda task: task.row.name):
         own = list(group)
         with_adapter(pipe, own[0].row.adapter, any_weights)
         try:
-            drawn = draw(pipe, [task.drawing for task in own], sampling)
+            one = own[0].row.adapter
+            words = placeable(pipe, {ADAPTER: one.words}) if one and keep else None
+            drawn = draw(pipe, [task.drawing for task in own], sampling, words)
             for task, picture in zip(own, drawn, strict=True):
                 task.path.parent.mkdir(parents=True, exist_ok=True)
                 save_png(picture, task.path, task.made_by)

@@ -8,10 +8,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from comcat_diffusion.adapters.header import Header, read_adapter
+from comcat_diffusion.adapters.header import Header, awaited, read_adapter
 from comcat_diffusion.config import BaseSettings, weighted
 from comcat_diffusion.places import asked_name
-from comcat_diffusion.words import Subject
+from comcat_diffusion.words import Subject, words_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Chosen:
         """The words that call what it learned."""
         notes = self.header.notes
         return [Subject(notes.trigger, notes.class_word), *(Subject(**other) for other in notes.others)]
+
+    @property
+    def words(self) -> list[str]:
+        """What its subjects are called by in prompts: as its notes say, else the words that it waits for."""
+        return words_of(self.subjects) or sorted(awaited(self.header))
 
     @functools.cached_property
     def sha256(self) -> str:

@@ -24,6 +24,12 @@ class AdapterFiles(Group):
     adapter: list[str] = option([], ADAPTERS, usual=True)
     scale: float = option(1.0, "Scale of the adapters that name none.", usual=True)
     any_weights: bool = option(False, "Allow a base of the same shape with other weights (a fine-tune).")
+    keep_background: bool = option(
+        True,
+        "Let an adapter act only where the model looks at its subject's words: the rest stays the base's picture of "
+        "the same seed. For adapters that wait for a trigger, on a U-Net.",
+        usual=True,
+    )
 
     def check(self) -> None:
         """A scale is a number."""
@@ -42,11 +48,6 @@ class AdapterSettings(AdapterFiles):
         "Where an adapter acts: the name of its file without the ending, and a mask that is white there: dog=left.png.",
         usual=True,
     )
-    keep_background: bool = option(
-        False,
-        "Act only where the model looks at the subject's words: the rest stays the base's picture of the same seed.",
-        usual=True,
-    )
     merge: bool = option(False, "Merge the adapters into the weights before drawing.")
 
     def check(self) -> None:
@@ -56,7 +57,6 @@ class AdapterSettings(AdapterFiles):
             not (self.region and self.merge), "--merge and --region exclude each other: merged ones act everywhere."
         )
         require(bool(self.adapter) or not self.region, "--region needs an --adapter.")
-        require(bool(self.adapter) or not self.keep_background, "--keep_background needs an --adapter.")
         require(not (self.lora and self.merge), "--merge and --lora exclude each other: a LoRA would stay outside.")
 
 

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from comcat_diffusion import bases
+from comcat_diffusion.adapters.focus import placeable
 from comcat_diffusion.adapters.merge import merge_adapters, unload_adapters
 from comcat_diffusion.adapters.placing import set_adapters
 from comcat_diffusion.adapters.regions import set_regions
@@ -77,8 +78,9 @@ def drawn(order: Order, on_picture: OnPicture, note: Callable[[str], None]) -> P
     files, after, before = [], [], []
     settings = made_by(pipe, order.base, sampling) | {"adapters": files_of(chosen)}
     settings |= {"loras": list(config.lora), "regions": list(config.region)}
-    settings |= {"keep_background": True} if config.keep_background else {}
-    words = {_name(n): _words_of(one) for n, one in enumerate(chosen)} if config.keep_background else None
+    called = {_name(n): one.words for n, one in enumerate(chosen)} if config.keep_background else {}
+    words = placeable(pipe, called)
+    settings |= {"keep_background": True} if words else {}
     for drawing, picture in zip(drawings, draw(pipe, drawings, sampling, words), strict=True):
         number = prompts.index(drawing.prompt)
         path = order.folder / f"{number:02d}-{slug(drawing.prompt)}-{drawing.seed}.png"
@@ -111,11 +113,6 @@ def _refuse_deaf(pipe: DiffusionPipeline, prompt: str, chosen: Sequence[Chosen],
             f"The prompt '{prompt[:60]}...' has {count} tokens, of which the text encoder reads {most}, and "
             f"'{named[0].phrase}' comes later: name it earlier, or allow it with --any_prompt."
         )
-
-
-def _words_of(one: Chosen) -> list[str]:
-    """What an adapter's subjects are called by, with and without the class."""
-    return [words for subject in one.subjects for words in (subject.phrase, subject.trigger) if words]
 
 
 def _name(number: int) -> str:

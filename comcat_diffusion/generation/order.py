@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from comcat_diffusion import atomic
-from comcat_diffusion.adapters.header import awaited, same_words
+from comcat_diffusion.adapters.header import same_words
 from comcat_diffusion.config import weighted
 from comcat_diffusion.generation.chosen import Chosen, base_of, choose
 from comcat_diffusion.generation.config import GenerateConfig
@@ -39,9 +39,6 @@ def order_of(config: GenerateConfig) -> Order:
                 f"--merge: {one.path} acts from its trigger on, which merged weights cannot tell: leave --merge out, "
                 "or train it again with --everywhere."
             )
-    for one in chosen if config.keep_background else ():
-        if not awaited(one.header):
-            raise ValueError(f"--keep_background: {one.path} acts everywhere and waits for no word to look for.")
     prompts = [_checked(prompt, chosen, config.any_prompt) for prompt in config.prompt]
     masks = asked_regions(config.region, [one.path for one in chosen])
     loras = [_lora(text) for text in config.lora]

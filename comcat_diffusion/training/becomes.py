@@ -12,15 +12,29 @@ from comcat_diffusion.families.known import family_of_denoiser
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learned import adapter_config
 
+SHRUNK, LEAST, MOST = 10, 10_000, 1_000_000  # a file is this part of what is learned, within these bytes
 Shapes = Mapping[str, tuple[int, int]]  # of factors by name, ATTENTION.FACTOR
+
+
+def budget(config: TrainConfig, denoiser: nn.Module) -> int:
+    """The most bytes that the file is to have; 0: as many as all that is learned takes. See --max_bytes."""
+    if config.max_bytes is not None:
+        return config.max_bytes
+    if config.kind != "free" or config.everywhere or config.thumbnail or config.init_adapter:
+        return 0
+    return min(MOST, max(LEAST, _whole(config, denoiser) // SHRUNK))
+
+
+def _whole(config: TrainConfig, denoiser: nn.Module) -> int:
+    """Bytes of all that is learned of a denoiser, without the header."""
+    shapes = expected_shapes(denoiser, adapter_config(config, denoiser, ["a word"])).values()
+    return sum(high * wide for high, wide in shapes) * PRECISIONS[config.save_precision].itemsize
 
 
 def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
     """Where the adapter will work, in a sentence. A denoiser without weights, on the meta device, will do."""
-    shape = adapter_config(config, denoiser, ["a word"])
-    own = expected_shapes(denoiser, shape)
-    bytes_ = sum(high * wide for high, wide in own.values()) * PRECISIONS[config.save_precision].itemsize
-    size = f"{bytes_ / 1000:,.0f} kB" if config.max_bytes is None else f"{config.max_bytes / 1000:,.0f} kB at most"
+    shape, most = adapter_config(config, denoiser, ["a word"]), budget(config, denoiser)
+    size = f"{most / 1000:,.0f} kB at most" if most else f"{_whole(config, denoiser) / 1000:,.0f} kB"
     family = family_of_denoiser(type(denoiser).__name__, denoiser.config)
     if family is None:  # see export/fit.py
         return f"This adapter is for this tool (about {size})."

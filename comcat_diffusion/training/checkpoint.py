@@ -157,7 +157,7 @@ class Checkpoints:
 
 def settings_of(config: TrainConfig) -> dict:
     """The settings that decide what is learned, as JSON holds them; where it lies does not."""
-    longer = config.lr_scheduler in STEADY_SCHEDULES and config.max_bytes is None  # nothing hangs on the last step
+    longer = config.lr_scheduler in STEADY_SCHEDULES and not config.max_bytes  # nothing hangs on the last step
     beside = {*BESIDE, *PLACES, *(("max_train_steps",) if longer else ())}
     found = {name: value for name, value in asdict(config).items() if name not in beside}
     found["subjects"] = [{n: v for n, v in one.items() if n not in PLACES} for one in found["subjects"]]

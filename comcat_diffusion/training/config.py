@@ -143,11 +143,11 @@ class AdapterShape(Group):
 
     rank: int = option(8, "Rank added to each head's two products.", usual=True)
     alpha: float | None = option(None, "Strength: the term is scaled by alpha / rank. Default: rank.")
-    kind: str = option(
-        "tied",
-        "What a head is given. Free: any term of this rank. Foldable: one in the span of the base's heads, which folds "
-        "into stock weights. Tied: a foldable one whose text side all heads share, and that of a self-attention its "
-        "own, for the smallest file.",
+    kind: str | None = option(
+        None,
+        "What a head is given. Free, the default: any term of this rank. Foldable: one in the span of the base's "
+        "heads, which folds into stock weights. Tied: a foldable one whose text side all heads share, and that of a "
+        "self-attention its own.",
         choices=tuple(KINDS),
         usual=True,
     )
@@ -176,6 +176,7 @@ class AdapterShape(Group):
             require(self.kind != "free", told)
             for name, value in (("kind", "foldable"), ("everywhere", True)):
                 object.__setattr__(self, name, value)
+        object.__setattr__(self, "kind", self.kind or "free")
         require_at_least(self, 1, "rank")
         require_finite(self, "alpha", above=0)
 
@@ -321,7 +322,8 @@ class RunSettings(Group):
     resume_from_checkpoint: str | None = option(None, "Go on from this checkpoint folder, or from the latest.")
     max_bytes: int | None = option(
         None,
-        "The most bytes of the file. Late in the run it is shrunk to them; the last steps make up for it.",
+        "The most bytes of the file. Late in the run it is shrunk to them; the last steps make up for it. Default: of "
+        "free adapters that wait for their trigger a tenth of what is learned, of others all of it. 0: all of it.",
         usual=True,
     )
     thumbnail: bool = option(False, "Put a small sample into the file's header, where galleries look for one.")
@@ -329,7 +331,8 @@ class RunSettings(Group):
 
     def check(self) -> None:
         """Counts are positive."""
-        require_at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit", "max_bytes")
+        require_at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit")
+        require_at_least(self, 0, "max_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,7 +385,7 @@ class TrainConfig(
                 f"--{flag} is for adapters that change every prompt, and this one acts from the trigger on only: leave "
                 "it out, or add --everywhere.",
             )
-        bare = self.skip_final_inference or self.max_bytes is not None
+        bare = self.skip_final_inference or bool(self.max_bytes)
         require(not (self.thumbnail and bare), "--thumbnail needs a final sample, and room: no --max_bytes.")
         own_base = self.pretrained_model_name_or_path not in (None, EMBEDDED)
         own_pictures = bool(self.subjects) or self.instance_data_dir is not None
@@ -404,7 +407,7 @@ class TrainConfig(
     @property
     def cut_step(self) -> int | None:
         """The step after which what is learned is shrunk to a budget of bytes, where there is one."""
-        return None if self.max_bytes is None else max(1, round(CUT_AT * self.max_train_steps))
+        return max(1, round(CUT_AT * self.max_train_steps)) if self.max_bytes else None
 
     @property
     def prior_kind(self) -> str:

@@ -27,7 +27,7 @@ from comcat_diffusion.families.known import family_of
 from comcat_diffusion.memory import hold, put_away
 from comcat_diffusion.training import learned, output, suitable
 from comcat_diffusion.training.batching import Batching
-from comcat_diffusion.training.becomes import becomes
+from comcat_diffusion.training.becomes import becomes, budget
 from comcat_diffusion.training.checkpoint import Checkpoints, last_good
 from comcat_diffusion.training.config import KINDS, TrainConfig
 from comcat_diffusion.training.crops import sizes
@@ -182,7 +182,7 @@ def _run(
 
     judge = Judge(
         config, dataset.subjects, len(dataset.examples), target, pipe, learner, material.held_out, objective, ema,
-        Preview(config, pipe), accelerator, watcher.note,
+        Preview(config, pipe, dataset.subjects), accelerator, watcher.note,
     )  # fmt: skip
     output.refuse_small_budget(config, pipe, learner, judge.notes(config.max_train_steps))
     # From here on the folder is this run's, and whatever was wrong with its settings has been said.
@@ -266,6 +266,7 @@ def _resolved(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset) ->
         config,
         pretrained_model_name_or_path=config.pretrained_model_name_or_path or bases.EMBEDDED,
         learning_rate=config.learning_rate or KINDS[config.kind],
+        max_bytes=budget(config, denoiser(pipe)),
         resolution=bases.asked_resolution(pipe, config.resolution),
         train_batch_size=config.train_batch_size or default_batch(bases.native_resolution(pipe), len(dataset.examples)),
         validation_prompt=config.validation_prompt or prompts,

@@ -47,7 +47,7 @@ def save(
     config: TrainConfig, pipe: DiffusionPipeline, learner: Learner, notes: Notes, path: Path, thumbnail: str = ""
 ) -> None:
     """Write the adapter, and the new token where there is one, as they are now, within the budget of bytes."""
-    if config.max_bytes is None:
+    if not config.max_bytes:
         return _save_whole(config, pipe, learner, notes, path, bases.PRECISIONS[config.save_precision], thumbnail)
     atomic.write_bytes(path, shrunk(_contents(config, pipe, learner, notes), config.max_bytes)[1])
 
@@ -61,7 +61,7 @@ def within_budget(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner
 
 def refuse_small_budget(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner, notes: Notes) -> None:
     """Raise ValueError, before anything is learned, if not one direction would fit into the budget of bytes."""
-    if config.max_bytes is not None:
+    if config.max_bytes:
         least = least_bytes(_contents(config, pipe, learner, notes))
         if least > config.max_bytes:
             raise ValueError(

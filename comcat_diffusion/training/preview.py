@@ -1,5 +1,7 @@
 """Samples of a run, drawn in place: no second pipeline, fixed seeds, always as PNG files; a failing one ends no run."""
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -7,11 +9,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from comcat_diffusion import bases
+from comcat_diffusion.adapters.focus import keep_background, placeable
 from comcat_diffusion.adapters.trigger import remember_prompts
 from comcat_diffusion.generation.pictures import Drawing, Sampling, made_by, save_png
 from comcat_diffusion.generation.sheet import Row, contact_sheet, footer_of
 from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.learned import ADAPTER
 from comcat_diffusion.training.learner import Learner
+from comcat_diffusion.words import Subject, words_of
 
 STEPS = 25
 
@@ -19,8 +24,9 @@ STEPS = 25
 class Preview:
     """Draws the validation prompts with the denoiser as it is at the moment."""
 
-    def __init__(self, config: TrainConfig, pipe: DiffusionPipeline):
+    def __init__(self, config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Subject] = ()):
         self.pipe, self.prompts, self.side = pipe, config.validation_prompt, config.resolution
+        self.words = placeable(pipe, {ADAPTER: words_of(subjects)})
         self.base = config.pretrained_model_name_or_path
         self.guidance = bases.default_guidance(self.base, pipe)
         self.folder = Path(config.output_dir).expanduser() / "samples"
@@ -33,6 +39,7 @@ class Preview:
         self.pipe.vae.to(learner.denoiser.device)
         files, pictures = [], []
         settings = made_by(self.pipe, self.base, Sampling(STEPS, self.guidance, resolution=self.side)) | {"step": step}
+        settings |= {"keep_background": True} if self.words else {}
         try:
             for number, prompt in enumerate(self.prompts):
                 for seed in self.seeds:
@@ -58,7 +65,8 @@ class Preview:
         condition = learner.condition([drawing.prompt, ""], denoiser.device)
         remember_prompts(self.pipe, condition["states"], [drawing.prompt, ""])
         # As its steps are: where text is trained, the pipeline hands the denoiser the encoders' float32.
-        with torch.autocast(denoiser.device.type, denoiser.dtype, enabled=denoiser.dtype != torch.float32):
+        placed = keep_background(self.pipe, self.words) if self.words else nullcontext()
+        with placed, torch.autocast(denoiser.device.type, denoiser.dtype, enabled=denoiser.dtype != torch.float32):
             latents = self.pipe(
                 **family.conditions(self.pipe, condition),
                 **family.drawing,

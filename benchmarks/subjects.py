@@ -1,0 +1,270 @@
+"""Subjects that no choice here has seen, from pictures without captions: `comcat train` against diffusers' script.
+
+    make dinov2 && python -m benchmarks.subjects    # half an hour on two CPU cores; goes on where it was cut
+    python -m benchmarks.subjects --show            # the table of what is there
+
+Four pictures each of an owl, a car and a rocket (recipe/characters.py; the base knows owls and cars and has no word for
+rockets), 400 steps of four pictures, three prompts that name place and background, two seeds of pictures. The LoRAs are
+those of diffusers' `train_dreambooth_lora.py`: its targets, start, loss and constant rate, here at the rates and ranks
+that are named. Judged by who did not write this: DINOv2-small on cut-outs (`shape`), and pixels (colour, background);
+and by this project's own likeness of details (`evaluation/world.py`), which a LoRA of rank 16 is to be met in.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import save_file
+
+from benchmarks import circumstances as shared
+from benchmarks.customization_runs import crop_of
+from benchmarks.dinov2 import FOLDER as DINOV2
+from comcat_diffusion import bases
+from comcat_diffusion.adapters.focus import placeable
+from comcat_diffusion.adapters.store import load_adapter
+from comcat_diffusion.attentions import DIFFUSERS
+from comcat_diffusion.evaluation import metrics, world
+from comcat_diffusion.evaluation.cutout import background_moved, centred, colour_off
+from comcat_diffusion.evaluation.features import load_features
+from comcat_diffusion.evaluation.metrics import interval
+from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, slug
+from comcat_diffusion.markdown import table
+from comcat_diffusion.training.batching import Batching
+from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.customize import customize
+from comcat_diffusion.training.learner import Learner
+from comcat_diffusion.training.loop import Loop
+from comcat_diffusion.training.objective import objective_of
+from recipe.characters import UNSEEN
+from recipe.subject import HELD_OUT, TRAIN, TRIGGER, picture
+
+NAME, STEPS, BATCH = "subject", 400, 4
+PROMPTS = (
+    "a photo of a big {subject} on the left, red background",
+    "a photo of a big {subject} on the right, black background",
+    "a photo of a small {subject} at the bottom, blue background",
+)
+SEEDS = (0, 1)  # of the pictures that are drawn
+SIDE, SPAN = 224, 168  # pixels, of a cut-out as DINOv2 sees it
+DRAWING_STEPS = 25
+FREE, KEPT = "free", "kept"  # strips of pictures: drawn as a pipeline does, and with the background kept
+MEASURES = ("shape", "colour_off", "background_moved", "likeness", "obeyed")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to learn: leaves what it learned in a pipeline, and returns (bytes of its file, seconds of its steps)."""
+
+    learn: Callable[[str, int, Path], tuple[DiffusionPipeline, int, float]]
+    kept: bool = False  # whether it is drawn with its background kept too, as `comcat generate` does
+
+
+def _comcat(**settings: object) -> Callable:
+    def learn(subject: str, seed: int, folder: Path) -> tuple[DiffusionPipeline, int, float]:
+        for number, pose in enumerate(TRAIN, start=1):
+            (folder / "pictures").mkdir(parents=True, exist_ok=True)
+            picture(subject, pose).save(folder / "pictures" / f"{number}.png")
+        asked = {"instance_data_dir": str(folder / "pictures"), "instance_prompt": f"a photo of {TRIGGER} {subject}"}
+        clock = _Clock()
+        config = TrainConfig(**asked, seed=seed, output_dir=str(folder), overwrite=True, skip_final_inference=True,
+                             pretrained_model_name_or_path=bases.EMBEDDED, **settings)  # fmt: skip
+        file = customize(config, clock).adapter
+        pipe = bases.load_base(bases.EMBEDDED)
+        load_adapter(pipe, file, NAME)
+        return pipe, file.stat().st_size, clock.seconds
+
+    return learn
+
+
+class _Clock:
+    """A watcher that adds up what steps take."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def note(self, text: str) -> None:
+        """Nothing is shown."""
+
+    def step(self, done: object, total: int, peak_bytes: int) -> None:
+        """Another step."""
+        self.seconds += done.seconds
+
+
+def _lora(rank: int, rate: float) -> Callable:
+    def learn(subject: str, seed: int, folder: Path) -> tuple[DiffusionPipeline, int, float]:
+        pipe, prompt = bases.load_base(bases.EMBEDDED), f"a photo of {TRIGGER} {subject}"
+        crops = [crop_of(pipe, picture(subject, pose), prompt) for pose in TRAIN]
+        torch.manual_seed(seed)
+        pipe.unet.requires_grad_(False)
+        pipe.unet.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=DIFFUSERS.names), NAME
+        )
+        learner = Learner(pipe, [prompt], train_text=False).train()
+        optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=rate)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        AcceleratorState._reset_state()
+        accelerator = Accelerator(cpu=True, mixed_precision="no")
+        loop = Loop(
+            accelerator.prepare(learner), crops, objective_of(pipe), Batching.of(crops, seed, BATCH), optimizer,
+            schedule, accelerator,
+        )  # fmt: skip
+        seconds = sum(step.seconds for step in loop.steps(STEPS))
+        learner.eval()
+        tensors = get_peft_model_state_dict(pipe.unet, adapter_name=NAME)
+        save_file({n: t.half().contiguous() for n, t in tensors.items()}, folder / "lora.safetensors")
+        return pipe, (folder / "lora.safetensors").stat().st_size, seconds
+
+    return learn
+
+
+METHODS = {
+    "comcat train": Method(_comcat(), kept=True),
+    "diffusers' script, LoRA r=4, 5e-4": Method(_lora(4, 5e-4)),
+    "diffusers' script, LoRA r=16, 1e-3": Method(_lora(16, 1e-3)),
+}
+
+
+def do(name: str, subject: str, seed: int, root: Path) -> None:
+    """One method on one subject once: its pictures in a strip, and what it cost, unless they are there."""
+    folder = root / f"{slug(name)}-{subject}-{seed}"
+    if (folder / "cost.json").exists():
+        return
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe, size, seconds = METHODS[name].learn(subject, seed, folder)
+    _strip(_drawn(pipe, subject)).save(folder / f"{FREE}.png")
+    if METHODS[name].kept:
+        words = placeable(pipe, {NAME: [f"{TRIGGER} {subject}"]})
+        _strip(_drawn(pipe, subject, words)).save(folder / f"{KEPT}.png")
+    shared.write_json(folder / "cost.json", {"bytes": size, "seconds": seconds})
+
+
+def _drawn(pipe: DiffusionPipeline, subject: str, words: dict | None = None) -> list[Image.Image]:
+    pipe.set_progress_bar_config(disable=True)
+    drawings = [Drawing(prompt, seed) for prompt in _prompts(subject) for seed in SEEDS]
+    return list(draw(pipe, drawings, Sampling(DRAWING_STEPS, bases.EMBEDDED_GUIDANCE, batch_size=6), words))
+
+
+def _prompts(subject: str) -> list[str]:
+    return [prompt.format(subject=f"{TRIGGER} {subject}") for prompt in PROMPTS]
+
+
+def _strip(pictures: list[Image.Image]) -> Image.Image:
+    side = pictures[0].width
+    strip = Image.new("RGB", (side * len(pictures), side))
+    for across, one in enumerate(pictures):
+        strip.paste(one, (across * side, 0))
+    return strip
+
+
+def _cut(path: Path) -> list[Image.Image]:
+    strip = Image.open(path).convert("RGB")
+    return [strip.crop((x, 0, x + strip.height, strip.height)) for x in range(0, strip.width, strip.height)]
+
+
+def measured(root: Path, seeds: int) -> Iterator[dict]:
+    """What there is of every method, in means over subjects, trainings, prompts and seeds, with intervals."""
+    judge = load_features(str(DINOV2))
+    for name, strip in ((name, strip) for name in METHODS for strip in (KEPT, FREE)):
+        values: dict[str, list] = {measure: [] for measure in MEASURES}
+        costs = []
+        for subject in UNSEEN:
+            held_out = [picture(subject, pose) for pose in HELD_OUT]
+            base = _base(root, subject)
+            for folder in (root / f"{slug(name)}-{subject}-{seed}" for seed in range(seeds)):
+                if (folder / "cost.json").exists() and (folder / f"{strip}.png").exists():
+                    costs.append(json.loads((folder / "cost.json").read_text()))
+                    found = _measures(_cut(folder / f"{strip}.png"), held_out, base, _prompts(subject), judge)
+                    for measure, value in found.items():
+                        values[measure].append(value.view(len(PROMPTS), len(SEEDS)))
+        if costs:
+            told = {measure: vars(interval(torch.cat(found))) for measure, found in values.items()}
+            seconds = min(cost["seconds"] for cost in costs)  # another process may have slowed the others
+            yield {
+                "method": name,
+                "runs": len(costs),
+                "bytes": max(c["bytes"] for c in costs),
+                "seconds": seconds,
+            } | told
+
+
+def _base(root: Path, subject: str) -> list[Image.Image]:
+    path = root / f"base-{subject}.png"
+    if not path.exists():
+        _strip(_drawn(bases.load_base(bases.EMBEDDED), subject)).save(path)
+    return _cut(path)
+
+
+def _measures(
+    made: list[Image.Image], held_out: list[Image.Image], base: list[Image.Image], prompts: list[str], judge: object
+) -> dict[str, torch.Tensor]:
+    cut, wanted = ([centred(one, world.outline(one), SIDE, SPAN) for one in some] for some in (made, held_out))
+    each = [prompt for prompt in prompts for _ in SEEDS]
+    obeyed = [_obeyed(prompt, one) for prompt, one in zip(each, made, strict=True)]
+    return {
+        "shape": metrics.subject_fidelity(judge.images(cut), judge.images(wanted)),
+        "colour_off": colour_off(made, held_out, world.outline),
+        "background_moved": background_moved(made, base, world.outline),
+        "likeness": metrics.subject_fidelity(world.details(made), world.details(held_out)),
+        "obeyed": torch.tensor(obeyed),
+    }
+
+
+def _obeyed(prompt: str, made: Image.Image) -> float:
+    asked, seen = world.asked(prompt), world.see(np.asarray(made))
+    return sum(getattr(asked, part) == getattr(seen, part) for part in ("background", "place", "size")) / 3
+
+
+def shown(rows: list[dict]) -> str:
+    """The table, as markdown."""
+    heads = ("", "runs", "bytes", "seconds", *(measure.replace("_", " ") for measure in MEASURES))
+    lines = []
+    for row in rows:
+        cost = (row["method"], str(row["runs"]), f"{row['bytes']:,}", f"{row['seconds']:.0f}")
+        lines.append((*cost, *(_told(row[measure]) for measure in MEASURES)))
+    return table([heads, *lines])
+
+
+def _told(found: dict) -> str:
+    digits = 1 if abs(found["mean"]) >= 2 else 3
+    return f"{found['mean']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is not there yet, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/subjects"), help="where every run is kept")
+    parser.add_argument("--seeds", type=int, default=1, help="of the training")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--show", action="store_true", help="only the table of what is there")
+    asked = parser.parse_args(arguments)
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(name, subject, seed) for seed in range(asked.seeds) for subject in UNSEEN for name in METHODS]
+    with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
+        waiting = [pool.submit(do, *job, asked.folder) for job in jobs if not asked.show]
+        for job, done in zip(jobs, waiting, strict=False):
+            done.result()
+            print(f"{time.strftime('%H:%M:%S')} {' '.join(map(str, job))}", flush=True)
+    shared.use_threads(1)  # as every run does
+    rows = list(measured(asked.folder, asked.seeds))
+    report = {"circumstances": shared.circumstances(torch.device("cpu"), torch.float32), "rows": rows}
+    if not asked.show:
+        shared.write_json(shared.results_path("subjects", torch.device("cpu")), report)
+    print(shown(rows))
+
+
+if __name__ == "__main__":
+    main()
