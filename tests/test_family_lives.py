@@ -53,7 +53,13 @@ def base(request, folders):
 
 
 def settings(base, output, **more) -> TrainConfig:
-    own = {"instance_data_dir": PICTURES, "instance_prompt": PROMPT, "validation_prompt": [PROMPT], "rank": 2}
+    own = {
+        "instance_data_dir": PICTURES,
+        "instance_prompt": PROMPT,
+        "validation_prompt": [PROMPT],
+        "rank": 2,
+        "kind": "tied",
+    }
     return TrainConfig(
         **{
             "pretrained_model_name_or_path": base, "output_dir": str(output), "mixed_precision": "no",
