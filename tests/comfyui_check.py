@@ -190,6 +190,13 @@ class ComfyUI:
         with self.log.open("w") as log:
             command = [python, "main.py", *flags]
             self.process = subprocess.Popen(command, cwd=folder, env=around, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait(self) -> None:
         for _ in range(240):
             time.sleep(0.5)
             if self.process.poll() is not None:
@@ -197,6 +204,11 @@ class ComfyUI:
             with contextlib.suppress(OSError):
                 return self._known()
         raise SystemExit("ComfyUI did not answer.")
+
+    def stop(self) -> None:
+        """End it."""
+        self.process.terminate()
+        self.process.wait()
 
     def _known(self) -> None:
         nodes = self._ask("/object_info")
@@ -303,8 +315,7 @@ def main(comfyui: Path) -> None:
         try:
             compare(running, pipe, files)
         finally:
-            running.process.terminate()
-            running.process.wait()
+            running.stop()
     print("ComfyUI draws what diffusers draws.")
 
 
