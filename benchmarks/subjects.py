@@ -193,8 +193,9 @@ def measured(root: Path, seeds: int) -> Iterator[dict]:
         if costs:
             told = {measure: vars(interval(torch.cat(found))) for measure, found in values.items()}
             seconds = min(cost["seconds"] for cost in costs)  # another process may have slowed the others
+            drawn = ", drawn with --no-keep_background" if METHODS[name].kept and strip == FREE else ""
             yield {
-                "method": name,
+                "method": name + drawn,
                 "runs": len(costs),
                 "bytes": max(c["bytes"] for c in costs),
                 "seconds": seconds,

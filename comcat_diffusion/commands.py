@@ -10,6 +10,7 @@ import shlex
 import sys
 import tempfile
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -224,12 +225,19 @@ def info(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _named(targets: str | list[str]) -> str:
+    """Attentions as they were asked for; those that a file lists one by one, as shrunk ones do, by kind and number."""
+    if isinstance(targets, str) or not any("." in target for target in targets):
+        return targets if isinstance(targets, str) else " ".join(targets)
+    kinds = Counter(target.rpartition(".")[2] for target in targets)
+    return " and ".join(f"{kind} ({count} attentions)" for kind, count in kinds.items())
+
+
 def _told(header: "Header", part: str) -> str:
     from comcat_diffusion.adapters.header import kind_of
 
     config = header.config[part]
-    targets = config.get("target_modules") or []
-    named = targets if isinstance(targets, str) else " ".join(targets)
+    named = _named(config.get("target_modules") or [])
     rank = f"rank {config.get('r')}"
     if part in header.head_ranks:
         ranks = [rank for products in header.head_ranks[part].values() for heads in products for rank in heads]
