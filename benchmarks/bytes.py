@@ -21,8 +21,8 @@ from comcat_diffusion.training.customize import customize
 
 FOLDER = Path("runs/bytes")
 ADAPTERS = {
-    "tied": {},  # as it is trained by default
-    "free": {"kind": "free", "rank": 4, "target_modules": ["attn2"]},
+    "tied": {"kind": "tied"},
+    "free": {"kind": "free", "rank": 4, "target_modules": ["attn2"], "max_bytes": 0},  # shrunk here, not in training
     "foldable": {"kind": "foldable", "rank": 8, "target_modules": ["attn1", "attn2"]},
 }
 SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)

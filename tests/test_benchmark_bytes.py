@@ -16,7 +16,7 @@ def test_every_adapter_can_be_trained(kind):
 
 def test_fewer_bytes_change_more(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "FOLDER", tmp_path / "runs")
-    monkeypatch.setattr(benchmark, "ADAPTERS", {"tied": {"max_train_steps": 2}})
+    monkeypatch.setattr(benchmark, "ADAPTERS", {"tied": {"kind": "tied", "max_train_steps": 2}})
     monkeypatch.setattr(benchmark, "SHARES", (1.0, 0.5, 0.01))
     monkeypatch.setattr(benchmark, "PROMPTS", benchmark.PROMPTS[:1])
     monkeypatch.setattr(benchmark.shared, "results_path", lambda name, device: tmp_path / f"{name}.json")

@@ -469,7 +469,7 @@ def test_save_lora_weights_writes_lora_layers(embedded, randomize, kind, tmp_pat
 def test_factors_are_not_written_as_a_lora(live, tmp_path):
     unet = live()
     for state in (get_peft_model_state_dict(unet, adapter_name="dog"), unet):
-        with pytest.raises(ValueError, match=r"factors of a COMCAT adapter.*lora_layers\(pipe.unet, name\)"):
+        with pytest.raises(ValueError, match=r"factors of a COMCAT adapter.*lora_layers\(model, name\)"):
             StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
     assert list(tmp_path.iterdir()) == []
     assert list(inspect.signature(LoraBaseMixin.pack_weights).parameters) == ["layers", "prefix"]

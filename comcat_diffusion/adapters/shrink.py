@@ -81,6 +81,11 @@ def shrink(adapter: str | Path, output: str | Path, max_bytes: int) -> Shrunk:
     return made
 
 
+def teaches(whole_file: Contents) -> bool:
+    """Whether an adapter adds anything to its base: before its first step all its products are zero."""
+    return any(direction.share for direction in _directions([_Layer.of(term) for term in whole_file.terms]))
+
+
 def shrunk(whole_file: Contents, max_bytes: int) -> tuple[Shrunk, bytes]:
     """As `shrink`, in memory: what was made, and the file's bytes."""
     layers = [_Layer.of(term) for term in whole_file.terms]
