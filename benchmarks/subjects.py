@@ -147,7 +147,7 @@ def do(name: str, subject: str, seed: int, root: Path) -> None:
     pipe, size, seconds = METHODS[name].learn(subject, seed, folder)
     _strip(_drawn(pipe, subject)).save(folder / f"{FREE}.png")
     if METHODS[name].kept:
-        words = placeable(pipe, {NAME: [f"{TRIGGER} {subject}"]})
+        words = placeable(pipe, {NAME: [f"{TRIGGER} {subject}"]}, DRAWING_STEPS)
         _strip(_drawn(pipe, subject, words)).save(folder / f"{KEPT}.png")
     shared.write_json(folder / "cost.json", {"bytes": size, "seconds": seconds})
 

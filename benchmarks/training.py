@@ -198,6 +198,7 @@ def config_of(settings: Settings, pictures: Path, folder: Path, **more: object) 
         output_dir=str(folder),
         mixed_precision=PRECISIONS.get(settings.dtype),
         save_precision="fp32",
+        max_bytes=0,
         skip_final_inference=True,
         gradient_checkpointing=settings.gradient_checkpointing,
         **TARGETS[settings.targets],

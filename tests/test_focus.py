@@ -157,7 +157,7 @@ def test_what_has_no_words_or_looks_nowhere_is_refused(pipe, loaded):
 def test_the_command_keeps_the_background_and_says_so(pipe, tmp_path):
     save_adapter(pipe, tmp_path / "dog.safetensors", "dog", "embedded")
     settings = {"adapter": [str(tmp_path / "dog.safetensors")], "prompt": [WITH], "num_images": 1, "any_prompt": True}
-    settings |= {"num_inference_steps": 3, "guidance_scale": 2.0}
+    settings |= {"num_inference_steps": 8, "guidance_scale": 2.0}
     plain, kept = (
         generate(GenerateConfig(**settings, keep_background=keep, output_dir=str(tmp_path / str(keep)))).files[0]
         for keep in (False, True)
@@ -169,7 +169,7 @@ def test_the_command_keeps_the_background_and_says_so(pipe, tmp_path):
 
 def test_what_waits_for_no_word_is_drawn_as_ever(pipe, tmp_path):
     """The default keeps backgrounds; an adapter that acts everywhere has no words to look for."""
-    assert placeable(pipe, WORDS) == WORDS and placeable(pipe, {"dog": []}) == {}
+    assert placeable(pipe, WORDS, 8) == WORDS and placeable(pipe, {"dog": []}, 8) == placeable(pipe, WORDS, 7) == {}
     pipe.unet.delete_adapters("dog")
     pipe.unet.add_adapter(ComcatConfig(r=2, target_modules=["attn2"]), "dog")
-    assert placeable(pipe, WORDS) == {}
+    assert placeable(pipe, WORDS, 8) == {}

@@ -140,7 +140,7 @@ def test_an_adapter_of_the_text_encoder_is_learned_on_with_it(config, tmp_path):
 
 @pytest.mark.slow
 def test_what_is_learned_on_in_bfloat16_is_not_rounded(config, tmp_path):
-    first = customize(config(max_train_steps=3, save_precision="fp32"))
+    first = customize(config(max_train_steps=3, save_precision="fp32", max_bytes=0))
     still = {"learning_rate": 1e-30, "adam_weight_decay": 0.0, "mixed_precision": "bf16", "save_precision": "fp32"}
     more = {"init_adapter": str(first.adapter), "max_train_steps": 1, "output_dir": str(tmp_path / "on")}
     before, after = (load_file(one.adapter) for one in (first, customize(config(**more, **still))))
@@ -237,13 +237,14 @@ def test_a_compiled_unet_learns_the_same(config, tmp_path):
     torch.compiler.reset()  # torch 2.13 cannot compile again, for all sizes, what an earlier test compiled for one
     # A large epsilon makes AdamW's step a smooth function of the gradient: otherwise the sign of a gradient that is
     # zero up to the compiler's rounding decides about a whole step.
-    smooth = {"learning_rate": 1e-1, "adam_epsilon": 1e-1, "lr_scheduler": "constant"}
+    smooth = {"learning_rate": 1e-1, "adam_epsilon": 1e-1, "lr_scheduler": "constant", "kind": "tied"}
     losses = {}
     for compiled in (False, True):
         listener = Listener()
         customize(config(compile=compiled, **smooth, output_dir=str(tmp_path / str(compiled))), listener)
         losses[compiled] = [step.loss for step in listener.steps]
-    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    # A sum of n float32 is off by up to n 2^-24 in another order; those of a gradient are over some 10^3 numbers.
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     assert losses[True][0] != losses[True][-1]
 
 

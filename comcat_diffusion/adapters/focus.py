@@ -26,6 +26,7 @@ from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.regions import grid_of
 
 LOW, HIGH = 0.1, 0.35  # of the place that looks most: below the one nothing of an adapter is seen, above the other all
+FEWEST = 8  # steps of drawing in which adapters are placed
 
 
 class Focus(Follower):
@@ -112,10 +113,14 @@ def keep_background(pipe: object, words: Mapping[str, Sequence[str]]) -> Iterato
         focus.stop()
 
 
-def placeable(pipe: object, words: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
-    """Of these adapters and their words those that `keep_background` can place; the others act as ever."""
+def placeable(pipe: object, words: Mapping[str, Sequence[str]], steps: int) -> dict[str, Sequence[str]]:
+    """Of these adapters and their words those that `keep_background` can place; the others act as ever.
+
+    In fewer than FEWEST `steps` of drawing the first one, in which nothing has been looked at yet, is too much of the
+    picture: then none is placed.
+    """
     layers = adapted_layers(denoiser(pipe))
-    if any(layer.merged for layer in layers.values()):
+    if steps < FEWEST or any(layer.merged for layer in layers.values()):
         return {}
     looking = [layers[name] for name in on_the_way_up({name: layer.owner for name, layer in layers.items()})]
     found = {}
