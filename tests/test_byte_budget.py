@@ -80,6 +80,7 @@ def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(config, tmp_path):
     assert customize(config("third", **settings, resume_from_checkpoint=at_the_cut)).adapter.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_the_best_adapter_fits_too(config, tmp_path):
     judged = {"validation_fraction": 0.25, "validation_steps": 2, "num_validation_images": 1}
     outcome = customize(config(max_train_steps=4, **judged))

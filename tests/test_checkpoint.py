@@ -72,7 +72,7 @@ def unbroken(three, tmp_path_factory):
     return customize(TrainConfig(**settings)).adapter.read_bytes()
 
 
-@pytest.mark.parametrize("stop", [1, 4, STEPS - 1])
+@pytest.mark.parametrize("stop", [1, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (4, STEPS - 1))])
 def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(config, tmp_path, unbroken, stop):
     first = customize(config(tmp_path), Stop(stop))
     assert first.interrupted and first.steps == stop and first.adapter.read_bytes() != unbroken
@@ -109,6 +109,7 @@ def test_a_run_that_replaces_another_has_its_own_checkpoints_alone(config, tmp_p
     assert customize(config(tmp_path, **more, resume_from_checkpoint="latest")).steps == STEPS
 
 
+@pytest.mark.slow
 def test_a_stop_within_a_step_leaves_the_last_checkpoint_as_it_is(config, tmp_path, unbroken, monkeypatch):
     reduced, reduce = [], Accelerator.reduce
 

@@ -205,6 +205,7 @@ def test_a_sheet_is_drawn_with_the_guidance_that_the_base_is_drawn_with(sd1, une
     assert bases.default_guidance(str(tmp_path)) == 2.0 and bases.default_guidance(str(unet_report.folder)) == 7.5
 
 
+@pytest.mark.slow
 def test_a_compressed_base_is_a_base_for_every_command(sd1, unet_report, tmp_path, capsys):
     """An adapter is trained on it and drawn with; the dense base, whose heads are wider, refuses it."""
     small = ["--pretrained_model_name_or_path", str(unet_report.folder)]

@@ -194,6 +194,7 @@ def test_a_run_is_its_checkpoints_by_their_steps_and_then_its_own_files(config, 
     assert made.rows[1].measures != made.rows[2].measures == made.rows[3].measures
 
 
+@pytest.mark.slow
 def test_another_base_is_judged_by_a_dinov2_and_a_clip(tmp_path, randomize):
     base = tiny_bases.sd1(tmp_path / "sd1")
     pipe = bases.load_base(str(base))

@@ -70,6 +70,7 @@ class FullAfter(Silent):
             self.stack.enter_context(longest_file(self.size))
 
 
+@pytest.mark.slow
 def test_the_checkpoint_before_stays_and_the_run_goes_on_from_it(tmp_path):
     settings = {"max_train_steps": 3, "checkpointing_steps": 1, "skip_final_inference": True, "use_ema": True}
     settings |= {"kind": "free", "max_bytes": 0}  # whose tensors are most of a checkpoint

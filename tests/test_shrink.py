@@ -287,6 +287,7 @@ def test_the_header_tells_the_ranks_in_plain_json(file, tmp_path):
     assert all(len(products) == 2 and all(len(ranks) == 2 for ranks in products) for products in told.values())
 
 
+@pytest.mark.slow
 def test_the_change_of_the_output_is_measured_where_a_base_is_given(randomize, tmp_path, capsys):
     from comcat_diffusion import bases
     from comcat_diffusion.adapters.effect import change

@@ -111,6 +111,7 @@ def test_what_a_mask_leaves_out_is_not_learned(tmp_path, pictures):
     assert abs(made["hidden"] - made["as is"]) < 0.2 * abs(made["shown"] - made["as is"])
 
 
+@pytest.mark.slow
 def test_the_alpha_channel_can_be_the_mask(tmp_path, pictures):
     for path in sorted(pictures.glob("*.png")):
         picture = Image.open(path).convert("RGBA")
@@ -308,6 +309,7 @@ def test_the_text_encoder_can_be_adapted_at_its_own_rate(tmp_path):
     assert moved > 5e-3  # AdamW's first steps are about as large as the rate
 
 
+@pytest.mark.slow
 def test_sdxl_trains_with_both_text_encoders_and_a_token(tmp_path):
     base = tiny_bases.sdxl(tmp_path / "sdxl")
     settings = {"placeholder_token": "<my-teddy>", "initializer_token": "teddy", "train_text_encoder": True}
@@ -328,6 +330,7 @@ def test_sdxl_trains_with_both_text_encoders_and_a_token(tmp_path):
     assert generate(GenerateConfig(adapter=[str(plain.adapter)], prompt=["{subject}"], **drawn)).files
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_chooses_the_best(tmp_path):
     outcome, _ = run(tmp_path, max_train_steps=6, validation_fraction=0.25, validation_steps=2, num_validation_images=1)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -396,6 +399,7 @@ def test_a_sample_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch):
     assert outcome.steps == 2 and any("No samples at step 2: no room left" in note for note in listener.notes)
 
 
+@pytest.mark.slow
 def test_the_running_mean_is_what_is_saved(tmp_path):
     plain, _ = run(tmp_path / "a", max_train_steps=4)
     mean, _ = run(tmp_path / "b", max_train_steps=4, use_ema=True, ema_decay=0.9)

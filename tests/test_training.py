@@ -296,10 +296,15 @@ def test_a_device_that_is_fast_in_bfloat16_trains_in_it_unless_another_is_asked_
     ("launched", "asked", "taken", "told"),
     [
         ("bf16", None, "bf16", "The precision is bf16, as accelerate launch says."),
-        ("BF16", None, "bf16", "The precision is bf16, as accelerate launch says."),
         ("bf16", "no", "no", None),
-        ("no", None, "no", None),
-        ("no", "bf16", "bf16", None),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("BF16", None, "bf16", "The precision is bf16, as accelerate launch says."),
+                ("no", None, "no", None),
+                ("no", "bf16", "bf16", None),
+            )
+        ),
     ],
 )
 def test_the_launchers_precision_is_taken_where_none_is_named(
