@@ -160,6 +160,7 @@ def test_several_act_at_their_weights_and_where_their_regions_are(taught):
         set_adapters(pipe, ["three"], [1.0])
 
 
+@pytest.mark.slow
 def test_the_commands_take_it_from_end_to_end(taught, tmp_path, capsys):
     base, file = taught
     report = validate(ValidateConfig(**vars(settings(base, tmp_path / "run"))))
