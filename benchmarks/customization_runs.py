@@ -159,7 +159,7 @@ def _peak_mib(run: Run) -> float:
 def keep_pictures(bench: Bench, run: Run, pipe: DiffusionPipeline, facts: dict) -> None:
     """Draw what is judged, the prompts of the subject above those without it, and keep it with the run's facts."""
     about, without = prompts_of(run.subject, METHODS[run.method])
-    _strip([bench.drawn(pipe, about), bench.drawn(pipe, without)]).save(bench.folder / f"{run.name}.png")
+    strip_of([bench.drawn(pipe, about), bench.drawn(pipe, without)]).save(bench.folder / f"{run.name}.png")
     shared.write_json(bench.folder / f"{run.name}.json", facts | asdict(run))
 
 
@@ -176,7 +176,7 @@ def _measures(features: Features, run: Run, folder: Path) -> dict:
     train, held_out = ([picture(run.subject, pose) for pose in poses] for poses in (TRAIN, HELD_OUT))
     details, shape = world.details(made), (len(PROMPTS), len(SEEDS))
     alone, held_alone = (features.images([world.alone(one) for one in some]) for some in (made, held_out))
-    obeyed = [_obeyed(prompt, one) for prompt, one in zip(_each(prompts_of(run.subject)[0]), made, strict=True)]
+    obeyed = [obeyed_share(prompt, one) for prompt, one in zip(_each(prompts_of(run.subject)[0]), made, strict=True)]
     found = {
         "fidelity": metrics.subject_fidelity(details, world.details(held_out)),
         "clip": metrics.subject_fidelity(alone, held_alone),
@@ -192,14 +192,15 @@ def _each(prompts: list[str]) -> Iterator[str]:
     return (prompt for prompt in prompts for _ in SEEDS)
 
 
-def _obeyed(prompt: str, made: Image.Image) -> float:
+def obeyed_share(prompt: str, made: Image.Image) -> float:
     """Share of what the prompt says of background, place and size that the picture shows."""
     asked, seen = asdict(world.asked(prompt)), asdict(world.see(np.asarray(made)))
     said = [name for name, value in asked.items() if value is not None]
     return sum(seen[name] == asked[name] for name in said) / len(said)
 
 
-def _strip(rows: list[list[Image.Image]]) -> Image.Image:
+def strip_of(rows: list[list[Image.Image]]) -> Image.Image:
+    """Rows of equally large pictures as one picture."""
     side = rows[0][0].width
     strip = Image.new("RGB", (side * max(map(len, rows)), side * len(rows)))
     for down, row in enumerate(rows):
@@ -209,7 +210,7 @@ def _strip(rows: list[list[Image.Image]]) -> Image.Image:
 
 
 def _rows(path: Path) -> list[list[Image.Image]]:
-    """The inverse of `_strip` for rows of equal length."""
+    """The inverse of `strip_of` for rows of equal length."""
     strip = Image.open(path).convert("RGB")
     side = strip.height // 2
     return [
@@ -222,4 +223,4 @@ def prepare_base(bench: Bench, subject: str) -> None:
     """The bare base's pictures of a subject's prompts, which drift is measured from."""
     path = bench.folder / f"base-{subject}.png"
     if not path.exists():
-        _strip([bench.drawn(bench.base(), prompts) for prompts in prompts_of(subject)]).save(path)
+        strip_of([bench.drawn(bench.base(), prompts) for prompts in prompts_of(subject)]).save(path)

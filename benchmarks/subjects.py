@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -30,7 +29,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from benchmarks import circumstances as shared
-from benchmarks.customization_runs import crop_of
+from benchmarks.customization_runs import crop_of, obeyed_share, strip_of
 from benchmarks.dinov2 import FOLDER as DINOV2
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.focus import placeable
@@ -145,10 +144,10 @@ def do(name: str, subject: str, seed: int, root: Path) -> None:
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     pipe, size, seconds = METHODS[name].learn(subject, seed, folder)
-    _strip(_drawn(pipe, subject)).save(folder / f"{FREE}.png")
+    strip_of([_drawn(pipe, subject)]).save(folder / f"{FREE}.png")
     if METHODS[name].kept:
         words = placeable(pipe, {NAME: [f"{TRIGGER} {subject}"]}, DRAWING_STEPS)
-        _strip(_drawn(pipe, subject, words)).save(folder / f"{KEPT}.png")
+        strip_of([_drawn(pipe, subject, words)]).save(folder / f"{KEPT}.png")
     shared.write_json(folder / "cost.json", {"bytes": size, "seconds": seconds})
 
 
@@ -160,14 +159,6 @@ def _drawn(pipe: DiffusionPipeline, subject: str, words: dict | None = None) -> 
 
 def _prompts(subject: str) -> list[str]:
     return [prompt.format(subject=f"{TRIGGER} {subject}") for prompt in PROMPTS]
-
-
-def _strip(pictures: list[Image.Image]) -> Image.Image:
-    side = pictures[0].width
-    strip = Image.new("RGB", (side * len(pictures), side))
-    for across, one in enumerate(pictures):
-        strip.paste(one, (across * side, 0))
-    return strip
 
 
 def _cut(path: Path) -> list[Image.Image]:
@@ -205,7 +196,7 @@ def measured(root: Path, seeds: int) -> Iterator[dict]:
 def _base(root: Path, subject: str) -> list[Image.Image]:
     path = root / f"base-{subject}.png"
     if not path.exists():
-        _strip(_drawn(bases.load_base(bases.EMBEDDED), subject)).save(path)
+        strip_of([_drawn(bases.load_base(bases.EMBEDDED), subject)]).save(path)
     return _cut(path)
 
 
@@ -214,7 +205,7 @@ def _measures(
 ) -> dict[str, torch.Tensor]:
     cut, wanted = ([centred(one, world.outline(one), SIDE, SPAN) for one in some] for some in (made, held_out))
     each = [prompt for prompt in prompts for _ in SEEDS]
-    obeyed = [_obeyed(prompt, one) for prompt, one in zip(each, made, strict=True)]
+    obeyed = [obeyed_share(prompt, one) for prompt, one in zip(each, made, strict=True)]
     return {
         "shape": metrics.subject_fidelity(judge.images(cut), judge.images(wanted)),
         "colour_off": colour_off(made, held_out, world.outline),
@@ -222,11 +213,6 @@ def _measures(
         "likeness": metrics.subject_fidelity(world.details(made), world.details(held_out)),
         "obeyed": torch.tensor(obeyed),
     }
-
-
-def _obeyed(prompt: str, made: Image.Image) -> float:
-    asked, seen = world.asked(prompt), world.see(np.asarray(made))
-    return sum(getattr(asked, part) == getattr(seen, part) for part in ("background", "place", "size")) / 3
 
 
 def shown(rows: list[dict]) -> str:

@@ -102,9 +102,9 @@ def test_measures_are_read_from_the_pictures_that_were_kept(tmp_path):
     run = Run("LoRA, rank 4", "cat", 1e-2, 0, 3)
     own = [picture("cat", pose).resize((64, 64)) for pose in (*HELD_OUT, *TRAIN)] * 2
     other = [picture("house", pose).resize((64, 64)) for pose in (*HELD_OUT, *TRAIN)] * 2
-    customization_runs._strip([own, own]).save(tmp_path / f"{run.name}.png")
-    customization_runs._strip([other, other]).save(tmp_path / "base-cat.png")
-    customization_runs._strip([other, own]).save(tmp_path / f"{replace(run, seed=1).name}.png")
+    customization_runs.strip_of([own, own]).save(tmp_path / f"{run.name}.png")
+    customization_runs.strip_of([other, other]).save(tmp_path / "base-cat.png")
+    customization_runs.strip_of([other, own]).save(tmp_path / f"{replace(run, seed=1).name}.png")
     features, found = load_features(bases.EMBEDDED), []
     for one in (run, replace(run, seed=1)):
         (tmp_path / f"{one.name}.json").write_text(json.dumps({"seconds": 1.0}))

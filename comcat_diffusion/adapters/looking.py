@@ -32,6 +32,12 @@ def on_the_way_up(attentions: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: module for name, module in found if seam.is_cross_attention(module)}
 
 
+def that_look(denoiser: nn.Module) -> list[nn.Module]:
+    """The attentions of a bare denoiser that show where it looks at words."""
+    modules = {name: module for name, module in denoiser.named_modules() if style_of(module) is not None}
+    return list(on_the_way_up(modules).values())
+
+
 @torch.no_grad()
 def looks(
     attention: nn.Module, hidden: torch.Tensor, text: torch.Tensor, of_words: torch.Tensor, latent: tuple[int, int]
@@ -65,8 +71,7 @@ def watched(denoiser: nn.Module, of_words: torch.Tensor, latent: tuple[int, int]
         text = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
         seen.append(looks(attention, args[0] if args else kwargs["hidden_states"], text, of_words, latent))
 
-    modules = {name: module for name, module in denoiser.named_modules() if style_of(module) is not None}
-    hooks = [module.register_forward_pre_hook(see, with_kwargs=True) for module in on_the_way_up(modules).values()]
+    hooks = [module.register_forward_pre_hook(see, with_kwargs=True) for module in that_look(denoiser)]
     try:
         yield seen
     finally:

@@ -68,6 +68,10 @@ class _Direction:
         return sum(row_bytes(length, bits) for length in self.rows) if bits else 0
 
 
+class AddsNothing(ValueError):
+    """An adapter whose products are all zero, as before its first step: there is nothing to choose from."""
+
+
 def shrink(adapter: str | Path, output: str | Path, max_bytes: int) -> Shrunk:
     """Write an adapter file of at most `max_bytes`, header and new words included; it loads as any other.
 
@@ -81,17 +85,12 @@ def shrink(adapter: str | Path, output: str | Path, max_bytes: int) -> Shrunk:
     return made
 
 
-def teaches(whole_file: Contents) -> bool:
-    """Whether an adapter adds anything to its base: before its first step all its products are zero."""
-    return any(direction.share for direction in _directions([_Layer.of(term) for term in whole_file.terms]))
-
-
 def shrunk(whole_file: Contents, max_bytes: int) -> tuple[Shrunk, bytes]:
     """As `shrink`, in memory: what was made, and the file's bytes."""
     layers = [_Layer.of(term) for term in whole_file.terms]
     directions = _directions(layers)
     if not any(direction.share for direction in directions):
-        raise ValueError("The adapter adds nothing to its base, since all its products are zero; train it first.")
+        raise AddsNothing("The adapter adds nothing to its base, since all its products are zero; train it first.")
     header, content = _made(whole_file, layers, [FLOAT if direction.share else 0 for direction in directions])
     if len(content) > max_bytes:
         header, content = _richest(whole_file, layers, directions, max_bytes)

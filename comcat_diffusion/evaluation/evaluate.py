@@ -82,7 +82,6 @@ def judged(order: Order, note: Note, on_picture: OnPicture) -> Report | None:
         return None
 
     # One process measures and writes.
-    unload_adapters(pipe)
     outline = world.outline if order.embedded else by_attention(pipe, prompts.subject)
     measures = Measures(clip, judge, subject, prompts, order.embedded, outline)
     before = _shown(gallery, gallery.rows[0], prompts)

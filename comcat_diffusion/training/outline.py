@@ -12,9 +12,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch.nn.functional import max_pool2d
 
-from comcat_diffusion.adapters.looking import on_the_way_up, watched
+from comcat_diffusion.adapters.looking import that_look, watched
 from comcat_diffusion.adapters.texts import texts_of
-from comcat_diffusion.attentions import style_of
 from comcat_diffusion.families.known import family_of
 from comcat_diffusion.training.dataset import Example
 from comcat_diffusion.training.objective import Objective
@@ -28,9 +27,8 @@ STYLES = ("style", "painting", "drawing", "artwork", "aesthetic", "pattern", "te
 
 def can_outline(pipe: DiffusionPipeline) -> bool:
     """Whether a base shows where it looks at words: a U-Net does."""
-    denoiser = getattr(pipe, family_of(pipe).part)
-    modules = {name: module for name, module in denoiser.named_modules() if style_of(module) is not None}
-    return bool(on_the_way_up(modules)) and family_of(pipe).flow is None
+    family = family_of(pipe)
+    return bool(that_look(getattr(pipe, family.part))) and family.flow is None
 
 
 def to_outline(example: Example) -> bool:

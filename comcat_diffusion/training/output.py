@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 
 from comcat_diffusion import atomic, bases
 from comcat_diffusion.adapters.header import Notes
-from comcat_diffusion.adapters.shrink import least_bytes, shrunk, teaches
+from comcat_diffusion.adapters.shrink import AddsNothing, least_bytes, shrunk
 from comcat_diffusion.adapters.store import load_adapter, save_adapter
 from comcat_diffusion.adapters.terms import Contents, read_contents
 from comcat_diffusion.memory import hold
@@ -47,10 +47,10 @@ def save(
     config: TrainConfig, pipe: DiffusionPipeline, learner: Learner, notes: Notes, path: Path, thumbnail: str = ""
 ) -> None:
     """Write the adapter, and the new token where there is one, as they are now, within the budget of bytes."""
-    contents = _contents(config, pipe, learner, notes) if config.max_bytes else None
-    if contents is None or not teaches(contents):  # stopped before anything was learned: there is nothing to choose
-        return _save_whole(config, pipe, learner, notes, path, bases.PRECISIONS[config.save_precision], thumbnail)
-    atomic.write_bytes(path, shrunk(contents, config.max_bytes)[1])
+    if config.max_bytes:
+        with contextlib.suppress(AddsNothing):  # stopped before anything was learned: it is saved as it is
+            return atomic.write_bytes(path, shrunk(_contents(config, pipe, learner, notes), config.max_bytes)[1])
+    return _save_whole(config, pipe, learner, notes, path, bases.PRECISIONS[config.save_precision], thumbnail)
 
 
 def within_budget(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner, notes: Notes) -> Contents:
