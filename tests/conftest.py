@@ -150,6 +150,23 @@ def tiny_sd3() -> Tiny:
 
 
 @pytest.fixture(scope="session")
+def tiny_klein() -> Tiny:
+    """FLUX.2's transformer: two joint blocks with norms and rotations, and one of one stream."""
+    from tests.tiny_families import WIDTH, klein_transformer
+
+    def inputs() -> dict[str, torch.Tensor]:
+        tokens, context = _noise(2, 12, 16, seed=1), _noise(2, 7, 3 * WIDTH, seed=2)  # B N 4C, B M 3E
+        places = torch.tensor([[0, row, column, 0] for row in range(3) for column in range(4)])
+        words = torch.tensor([[0, 0, 0, number] for number in range(7)])
+        return {
+            "hidden_states": tokens, "encoder_hidden_states": context, "img_ids": places, "txt_ids": words,
+            "timestep": torch.tensor([0.01, 0.5], dtype=torch.float64),
+        }  # fmt: skip
+
+    return Tiny("tiny_klein", _built(klein_transformer, seed=5), inputs)
+
+
+@pytest.fixture(scope="session")
 def tiny_vae() -> Tiny:
     """An autoencoder with one attention on a 4-d input, with a residual, a group norm and biases."""
 

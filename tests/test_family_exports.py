@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
+    convert_sd3_transformer_checkpoint_to_diffusers,
+)
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from PIL import Image, ImageChops
 from safetensors import safe_open
@@ -27,14 +30,18 @@ from tests import tiny_families
 
 PROMPT = "a photo of sks teddy"
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
-BASES = ("pixart", "sd3", "sd35", "sana")
+BASES = ("pixart", "sd3", "sd35", "sana", "klein")
 
 
 @pytest.fixture(scope="module", params=[f"{kind}-{name}" for name in BASES for kind in ("tied", "foldable")])
 def exported(request, tmp_path_factory):
     """A base, an adapter that acts on every token, in self-attentions too where it can, and what it predicts."""
     kind, _, name = request.param.partition("-")
-    folder = tmp_path_factory.mktemp(name)
+    return made(kind, name, tmp_path_factory.mktemp(name))
+
+
+def made(kind, name, folder):
+    """See `exported`."""
     base = str(getattr(tiny_families, name)(folder / "base"))
     pipe = bases.load_base(base)
     model = denoiser(pipe)
@@ -53,7 +60,8 @@ def exported(request, tmp_path_factory):
 def predicted(pipe) -> torch.Tensor:
     """What the denoiser answers to noise."""
     learner = Learner(pipe, [PROMPT], train_text=False).eval()
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    channels = denoiser(pipe).config.in_channels
+    noise = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(1))
     return learner(noise, torch.tensor([500]), [PROMPT], torch.tensor([[16.0, 16, 0, 0, 16, 16]]))
 
 
@@ -124,6 +132,9 @@ def native_weights(pipe) -> dict[str, torch.Tensor]:
             continue
         joint = block.attn
         text = [joint.add_q_proj.weight, joint.add_k_proj.weight, joint.add_v_proj.weight]
+        if "Flux" in type(model).__name__:
+            found[f"double_blocks.{number}.txt_attn.qkv"] = torch.cat(text)
+            continue
         found[f"joint_blocks.{number}.context_block.attn.qkv"] = torch.cat(text)
         if block.attn2 is not None:
             two = block.attn2
@@ -177,6 +188,30 @@ def test_native_names_of_stable_diffusion_3_are_those_that_diffusers_converts_fr
             assert torch.equal(third, weight)
 
 
+@pytest.mark.parametrize("kind", ["tied", "foldable"])
+def test_diffusers_reads_native_names_of_flux(kind, tmp_path):
+    """Its own reading of files in these names does what the adapter does."""
+    base, file, _, live = made(kind, "klein", tmp_path)
+    argv = ["export", "--adapter", str(file), "--output", str(tmp_path / "lora.safetensors"), "--for", "comfyui"]
+    assert main(argv) == 0
+    fresh = bases.load_base(base)
+    fresh.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    assert_close(predicted(fresh), live, **CLOSE)
+
+
+def test_native_names_of_flux_2_are_those_that_diffusers_converts_from(tmp_path):
+    pipe = bases.load_base(str(tiny_families.klein(tmp_path)))
+    model, family = denoiser(pipe), family_of(pipe)
+    native = {f"{name}.weight": weight for name, weight in native_weights(pipe).items()}
+    converted = convert_flux2_transformer_checkpoint_to_diffusers(dict(native))
+    names = {f"transformer_blocks.{block}.attn.add_{one}_proj.weight" for block in range(2) for one in "qkv"}
+    assert set(converted) == names
+    for name in names:
+        assert torch.equal(converted[name], model.get_parameter(name))
+        place = family.native_weight(name.removesuffix(".weight"))
+        assert torch.equal(native[f"{place.name}.weight"].chunk(place.count)[place.place], converted[name])
+
+
 def test_the_size_that_is_told_before_training_is_what_is_written(exported, tmp_path):
     base, file, pipe, _ = exported
     from dataclasses import replace
@@ -205,7 +240,7 @@ def test_files_say_of_what_architecture_they_are(exported):
     _, file, pipe, _ = exported
     with safe_open(file, framework="pt") as opened:
         told = opened.metadata()["modelspec.architecture"]
-    kinds = {"PixArtSigmaPipeline": "pixart", "SanaPipeline": "sana"}
+    kinds = {"PixArtSigmaPipeline": "pixart", "SanaPipeline": "sana", "Flux2KleinPipeline": "flux-2-klein"}
     assert told == kinds.get(type(pipe).__name__, "stable-diffusion-3") + "/comcat"
 
 
