@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import Flux2KleinInpaintPipeline
 from PIL import Image, ImageChops
 
 from comcat_diffusion import ComcatConfig, bases, listen, load_adapter, save_adapter, set_regions, unload_adapters
 from comcat_diffusion.adapters.call import here
-from comcat_diffusion.adapters.header import AdapterFileError
+from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.adapters.model import factors
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.placing import add_adapter, set_adapters
@@ -19,6 +20,7 @@ from comcat_diffusion.bench.run import bench
 from comcat_diffusion.cli import main
 from comcat_diffusion.evaluation.config import EvaluateConfig
 from comcat_diffusion.evaluation.evaluate import evaluate
+from comcat_diffusion.families.known import family_of, family_of_denoiser
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, use_sampler
@@ -29,6 +31,7 @@ from comcat_diffusion.training.encode import Crop, posterior
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import held_out_loss
 from comcat_diffusion.training.objective import objective_of
+from comcat_diffusion.training.suitable import refuse_pipeline
 from comcat_diffusion.training.validate import validate
 from comcat_diffusion.words import Subject
 from tests import tiny_families
@@ -245,7 +248,6 @@ def test_a_missing_t5_is_told(folders, tmp_path):
 def test_a_trigger_is_heard_by_every_text_encoder(folders):
     """Of 3.5's states, the CLIPs' and the T5's 256, those from the trigger on, each by its own tokens."""
     from comcat_diffusion.adapters.texts import texts_of
-    from comcat_diffusion.families.known import family_of
 
     pipe = bases.load_base(str(folders["sd35"]))
     clips = pipe.tokenizer.model_max_length
@@ -297,6 +299,123 @@ def test_behind_sanas_instruction_a_trigger_is_heard_where_it_stands(folders):
     assert heard[-1].said[1].acts(["cat"]).tolist().index(True) < 20
     with pytest.raises(ValueError, match="leave complex_human_instruction as it is"):
         pipe("a red cat!", complex_human_instruction=["Draw: "], **how)
+
+
+@torch.no_grad()
+def test_in_a_chat_a_trigger_is_heard_in_what_the_user_says(folders):
+    """By byte pairs that spaces lead; the words of the chat itself are no trigger."""
+    pipe = bases.load_base(str(folders["klein"]))
+    words = ["sks", "user", "assistant"]
+    add_adapter(denoiser(pipe), ComcatConfig(r=1, foldable=True, tied=True, trigger=words), "dog")
+    listen(pipe)
+    heard = {}
+
+    def tell(model, args, kwargs, output):
+        heard.setdefault(here.heard.said[0].text, here.heard.said[0])
+
+    denoiser(pipe).register_forward_hook(tell, with_kwargs=True, prepend=True)
+    family = family_of(pipe)
+    how = {"num_inference_steps": 1, "height": 32, "width": 32, "output_type": "latent", **family.drawing(pipe)}
+    prompts = ["a photo of a teddy", "a photo of (sks) teddy", "sks", "two <|im_end|> sks ", "no such user"]
+    for prompt in prompts:
+        pipe(prompt=prompt, **how)
+    pipe(prompt="a dog", guidance_scale=3.0, **family.negative(pipe, ["ugly sks"]), **how)
+    assert list(heard) == [prompts[0], "", *prompts[1:], "a dog", "ugly sks"]
+    before = pipe.tokenizer("<|im_start|>user\n").input_ids
+    for prompt, said in heard.items():
+        acts, place = said.acts(words).tolist(), max(prompt.find("sks"), prompt.find("user"))
+        own = pipe.tokenizer(f"<|im_start|>user\n{prompt}", return_offsets_mapping=True)
+        ends = [end - len("<|im_start|>user\n") for _, end in own.offset_mapping]
+        first = next((n for n, end in enumerate(ends) if end > place), None) if place >= 0 else 48
+        assert acts == [n >= first for n in range(48)] and (first == 48 or first >= len(before))
+    assert [n for n, one in enumerate(heard["sks"].within(["sks"]).tolist()) if one] == [len(before), len(before) + 1]
+
+
+def test_what_the_chat_cuts_off_is_told(folders, tmp_path):
+    base = str(folders["klein"])
+    pipe = bases.load_base(base)
+    family, long = family_of(pipe), "so " * 30 + "sks teddy"
+    most = family.most_tokens(pipe.tokenizer, type(pipe).__name__)
+    assert most == 48 - len(pipe.tokenizer("<|im_start|>user\n").input_ids)
+    config = {"prompt": [long], "num_images": 1, "num_inference_steps": 1, "output_dir": str(tmp_path)}
+    add_adapter(denoiser(pipe), ComcatConfig(r=1, foldable=True, trigger=["sks"]), "dog")
+    save_adapter(pipe, tmp_path / "a.safetensors", "dog", base, Notes(trigger="sks", class_word="teddy"))
+    with pytest.raises(ValueError, match=f"of which the text encoder reads {most}, and 'sks teddy' comes later"):
+        generate(GenerateConfig(adapter=[str(tmp_path / "a.safetensors")], **config))
+
+
+def test_a_distilled_base_is_told_and_draws_without_guidance(folders, tmp_path):
+    pipe = bases.load_base(str(folders["klein"]))
+    assert bases.default_guidance("klein", pipe) == 4 and not family_of(pipe).remarks(pipe)
+    pipe.register_to_config(is_distilled=True)
+    assert bases.default_guidance("klein", pipe) == 1
+    assert "distilled to draw in a few steps" in family_of(pipe).remarks(pipe)[0]
+
+
+@pytest.mark.parametrize("name", ["sd3", "klein"])
+def test_a_scale_in_the_call_and_a_negative_prompt_count(folders, name):
+    pipe = bases.load_base(str(folders[name]))
+    (before,) = drawn(pipe, PROMPT)
+    (away,) = draw(pipe, [Drawing(PROMPT, 3)], Sampling(2, 3.0, negative_prompt="snow"))
+    assert differs(away, before)
+    add_adapter(denoiser(pipe), ComcatConfig(r=1, foldable=True), "dog")
+    with torch.no_grad():
+        for factor in factors(denoiser(pipe), "dog").values():
+            factor.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    (after,) = drawn(pipe, PROMPT)
+    how = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": after.height, "width": after.width}
+    how |= family_of(pipe).drawing(pipe)
+    scale = {"sd3": "joint_attention_kwargs"}.get(name, "attention_kwargs")
+
+    def at(strength: float) -> Image.Image:
+        generator = torch.Generator().manual_seed(3)
+        return pipe(prompt=PROMPT, generator=generator, **{scale: {"scale": strength}}, **how).images[0]
+
+    assert not differs(at(0.0), before) and not differs(at(1.0), after)
+    half = at(0.5)
+    assert differs(half, before) and differs(half, after)
+
+
+@torch.no_grad()
+def test_a_region_is_a_part_of_a_picture_that_is_a_row_of_tokens(folders):
+    """Four rows of six: what the left half of them gives is the adapter's, what the right half gives the base's."""
+    pipe = bases.load_base(str(folders["klein"]))
+    model = denoiser(pipe)
+    add_adapter(model, ComcatConfig(r=1, foldable=True), "dog")
+    for factor in factors(model, "dog").values():
+        factor.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    seen, attention = [], model.transformer_blocks[0].attn
+    attention.register_forward_hook(lambda _, args, output: seen.append(output[0][0].unflatten(0, (4, 6))))
+    latents, how = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(2)), torch.tensor([0.5])
+    states = torch.randn(1, 5, 72, generator=torch.Generator().manual_seed(3))
+
+    def run() -> torch.Tensor:
+        return family_of(pipe).predict(model, latents, 1000 * how, {"states": states}, None)
+
+    set_adapters(pipe, ["dog"], [0.0])
+    run()
+    set_adapters(pipe, ["dog"], [1.0])
+    run()
+    set_regions(pipe, {"dog": torch.cat([torch.ones(8, 6), torch.zeros(8, 6)], dim=1)})
+    run()
+    bare, whole, half = seen
+    assert torch.equal(half[:, :3], whole[:, :3]) and torch.equal(half[:, 3:], bare[:, 3:])
+    assert (whole - bare).abs().amax(-1).min() > 1e-3
+    places = torch.cartesian_prod(torch.tensor([0, 10]), torch.arange(4), torch.arange(6), torch.arange(1))
+    more = {"encoder_hidden_states": states, "timestep": how, "txt_ids": torch.zeros(5, 4), "img_ids": places}
+    with pytest.raises(ValueError, match="48 tokens are no level of latents"):  # a picture to start from beside
+        model(torch.zeros(1, 48, 16), **more)
+
+
+def test_bases_that_look_alike_are_refused_by_name(folders):
+    pipe = bases.load_base(str(folders["klein"]))
+    other = Flux2KleinInpaintPipeline(**pipe.components)
+    with pytest.raises(ValueError, match="is a Flux2KleinInpaintPipeline, which starts from a picture"):
+        refuse_pipeline(other, "klein")
+    assert family_of_denoiser("Flux2Transformer2DModel", {"guidance_embeds": True}) is None  # FLUX.2 [dev]
+    pipe.vae.register_to_config(latent_channels=8)
+    with pytest.raises(ValueError, match="its transformer sees 16 channels, its VAE has 32"):
+        refuse_pipeline(pipe, "klein")
 
 
 def test_stable_diffusion_3_refuses_words_that_only_its_t5_is_told(folders):

@@ -61,12 +61,11 @@ class Flux2Klein(Family):
     def reading(self, pipe: DiffusionPipeline) -> Reading:
         """As what a user says in a chat."""
         known = weakref.ref(pipe.tokenizer)  # which holds what is returned here
-        before, behind = _chat(pipe.tokenizer, _MARK).split(_MARK)
-        return Reading((Segment(pipe.tokenizer),), lambda text: _chat(known(), text), around=(before, behind))
+        return Reading((Segment(pipe.tokenizer),), lambda text: _chat(known(), text), around=_around(pipe.tokenizer))
 
     def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
-        """What the chat leaves."""
-        return self.states(tokenizer, pipeline) - len(tokenizer(_chat(tokenizer, "")).input_ids)
+        """What the chat leaves; its end is cut off first."""
+        return self.states(tokenizer, pipeline) - len(tokenizer(_around(tokenizer)[0]).input_ids)
 
     def states(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
         """See `Family`."""
@@ -151,3 +150,9 @@ def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """What the pipeline has its Qwen3 read."""
     said = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What stands before and behind what a user says."""
+    before, behind = _chat(tokenizer, _MARK).split(_MARK)
+    return before, behind
