@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.loaders.single_file_utils import (
     convert_flux2_transformer_checkpoint_to_diffusers,
+    convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
 )
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -30,7 +31,7 @@ from tests import tiny_families
 
 PROMPT = "a photo of sks teddy"
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
-BASES = ("pixart", "sd3", "sd35", "sana", "klein")
+BASES = ("pixart", "sd3", "sd35", "sana", "klein", "flux1", "chroma")
 
 
 @pytest.fixture(scope="module", params=[f"{kind}-{name}" for name in BASES for kind in ("tied", "foldable")])
@@ -132,7 +133,7 @@ def native_weights(pipe) -> dict[str, torch.Tensor]:
             continue
         joint = block.attn
         text = [joint.add_q_proj.weight, joint.add_k_proj.weight, joint.add_v_proj.weight]
-        if "Flux" in type(model).__name__:
+        if hasattr(model, "single_transformer_blocks"):
             found[f"double_blocks.{number}.txt_attn.qkv"] = torch.cat(text)
             continue
         found[f"joint_blocks.{number}.context_block.attn.qkv"] = torch.cat(text)
@@ -188,10 +189,11 @@ def test_native_names_of_stable_diffusion_3_are_those_that_diffusers_converts_fr
             assert torch.equal(third, weight)
 
 
+@pytest.mark.parametrize("name", ["klein", "flux1", "chroma"])
 @pytest.mark.parametrize("kind", ["tied", "foldable"])
-def test_diffusers_reads_native_names_of_flux(kind, tmp_path):
+def test_diffusers_reads_native_names_of_flux(kind, name, tmp_path):
     """Its own reading of files in these names does what the adapter does."""
-    base, file, _, live = made(kind, "klein", tmp_path)
+    base, file, _, live = made(kind, name, tmp_path)
     argv = ["export", "--adapter", str(file), "--output", str(tmp_path / "lora.safetensors"), "--for", "comfyui"]
     assert main(argv) == 0
     fresh = bases.load_base(base)
@@ -199,13 +201,24 @@ def test_diffusers_reads_native_names_of_flux(kind, tmp_path):
     assert_close(predicted(fresh), live, **CLOSE)
 
 
-def test_native_names_of_flux_2_are_those_that_diffusers_converts_from(tmp_path):
-    pipe = bases.load_base(str(tiny_families.klein(tmp_path)))
+@pytest.mark.parametrize("name", ["klein", "flux1"])
+def test_native_names_of_flux_are_those_that_diffusers_converts_from(name, tmp_path):
+    pipe = bases.load_base(str(getattr(tiny_families, name)(tmp_path)))
     model, family = denoiser(pipe), family_of(pipe)
     native = {f"{name}.weight": weight for name, weight in native_weights(pipe).items()}
-    converted = convert_flux2_transformer_checkpoint_to_diffusers(dict(native))
+    convert = {
+        "klein": convert_flux2_transformer_checkpoint_to_diffusers,
+        "flux1": convert_flux_transformer_checkpoint_to_diffusers,
+    }[name]
+
+    class Anything(dict):  # the rest of a checkpoint, which does not matter here
+        def pop(self, key, *default):  # the fused rows of a block of one stream, as many as those of the big model
+            return super().pop(key) if key in self else torch.zeros(7 * 3072, 1)
+
+    rest = {} if name == "klein" else {"single_blocks.0.linear2.weight": torch.zeros(1, 1)}
+    converted = convert(dict(native) if name == "klein" else Anything(native | rest))
     names = {f"transformer_blocks.{block}.attn.add_{one}_proj.weight" for block in range(2) for one in "qkv"}
-    assert set(converted) == names
+    assert names <= set(converted)
     for name in names:
         assert torch.equal(converted[name], model.get_parameter(name))
         place = family.native_weight(name.removesuffix(".weight"))
@@ -240,8 +253,11 @@ def test_files_say_of_what_architecture_they_are(exported):
     _, file, pipe, _ = exported
     with safe_open(file, framework="pt") as opened:
         told = opened.metadata()["modelspec.architecture"]
-    kinds = {"PixArtSigmaPipeline": "pixart", "SanaPipeline": "sana", "Flux2KleinPipeline": "flux-2-klein"}
-    assert told == kinds.get(type(pipe).__name__, "stable-diffusion-3") + "/comcat"
+    kinds = {
+        "PixArtSigmaPipeline": "pixart", "SanaPipeline": "sana", "StableDiffusion3Pipeline": "stable-diffusion-3",
+        "Flux2KleinPipeline": "flux-2-klein", "FluxPipeline": "flux-1-dev", "ChromaPipeline": "chroma",
+    }  # fmt: skip
+    assert told == kinds[type(pipe).__name__] + "/comcat"
 
 
 def test_another_model_has_no_lora_files(exported, tmp_path):

@@ -226,3 +226,16 @@ def test_columns_that_are_turned_are_even_in_number(rank, tiny_klein, randomize)
     case = Case(tiny_klein, JOINT["tiny_klein"], "free", randomize)
     model = case.adapted("dog", r=rank, alpha=float(rank))
     assert distance(case.run(model), case.base()) > 0.01
+
+
+@torch.no_grad()
+def test_torch_compile_traces_a_rotated_block_in_one_graph(tiny_klein, randomize):
+    model = Case(tiny_klein, JOINT["tiny_klein"], "free", randomize).adapted("dog", dtype=torch.float32)
+    block, generator = model.base_model.model.transformer_blocks[0], torch.Generator().manual_seed(5)
+    x, c, one, two = (torch.randn(2, *size, generator=generator) for size in ((6, 16), (5, 16), (1, 96), (1, 96)))
+    angles = torch.rand(11, 8, generator=generator)
+    asked = {"temb_mod_img": one, "temb_mod_txt": two, "image_rotary_emb": (angles.cos(), angles.sin())}
+    compiled = torch.compile(block, backend="eager", fullgraph=True)(x, c, **asked)
+    for got, wanted in zip(compiled, block(x, c, **asked), strict=True):
+        assert torch.equal(got, wanted)
+    torch._dynamo.reset()

@@ -17,7 +17,7 @@ from comcat_diffusion.attentions import Style, style_of
 
 # diffusers' processors whose way with norms and added projections is known: one softmax over picture and text. Those
 # that rotate do it behind the norms, by a table of cosines and sines for pairs of neighbouring columns.
-ROTATING_PROCESSORS = frozenset(("Flux2AttnProcessor",))
+ROTATING_PROCESSORS = frozenset(("FluxAttnProcessor", "Flux2AttnProcessor"))
 JOINT_PROCESSORS = ROTATING_PROCESSORS | {
     "JointAttnProcessor2_0",
     "FusedJointAttnProcessor2_0",

@@ -82,6 +82,7 @@ class Family:
     part = TRANSFORMER  # the component that denoises,
     noun = "transformer"  # and what it is called in sentences
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    tokenizer = "tokenizer"  # the component that reads what attentions are given; of several, the first
     optional: tuple[str, ...] = ()  # components that a base may lack
     heavy: tuple[str, ...] = ()  # text encoders of billions of weights, with which training reads in bfloat16
     trains_text = False  # whether text encoders can be adapted and new words learned
@@ -148,13 +149,13 @@ class Family:
         """
         return self.reading(pipe).prepared(prompt)
 
-    def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
-        """How many tokens of a prompt a pipeline of this class reads."""
+    def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str, denoiser: Mapping) -> int:
+        """How many tokens of a prompt a pipeline of this class, around a denoiser of this configuration, reads."""
         return tokenizer.model_max_length
 
-    def states(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
+    def states(self, tokenizer: PreTrainedTokenizerBase, pipeline: str, denoiser: Mapping) -> int:
         """How many text states M it makes of them."""
-        return self.most_tokens(tokenizer, pipeline)
+        return self.most_tokens(tokenizer, pipeline, denoiser)
 
     def remarks(self, pipe: DiffusionPipeline) -> Sequence[str]:
         """What is worth knowing of this very base, a sentence each."""
