@@ -33,8 +33,9 @@ from tests.test_adapter_battery import (  # noqa: F401 - run here over these cas
 )
 
 KINDS = ("free", "foldable", "tied")
-JOINT = {"tiny_sd3": "attn", "tiny_klein": "transformer_blocks.0.attn transformer_blocks.1.attn"}
-TARGETS = {"sd3": ("tiny_sd3", "attn"), "sd3-self": ("tiny_sd3", "attn2"), "klein": ("tiny_klein", JOINT["tiny_klein"])}
+OF_TWO = "transformer_blocks.0.attn transformer_blocks.1.attn"  # streams, in FLUX
+JOINT = {"tiny_sd3": "attn", "tiny_klein": OF_TWO, "tiny_flux1": OF_TWO}
+TARGETS = {"sd3": ("tiny_sd3", "attn"), "sd3-self": ("tiny_sd3", "attn2"), "klein": ("tiny_klein", OF_TWO)}
 
 
 def pytest_generate_tests(metafunc):
@@ -181,7 +182,7 @@ def test_a_normed_self_attention_matches_the_slow_formula(kind, tiny_sd3, random
 def test_the_text_is_what_is_adapted_by_default_and_what_a_free_adapter_leaves_alone(tiny_sd3, tiny_klein, randomize):
     model = tiny_sd3(torch.float64)
     assert default_targets(model) == ["attn"]
-    assert default_targets(tiny_klein()) == JOINT["tiny_klein"].split()
+    assert default_targets(tiny_klein()) == OF_TWO.split()
     case = Case(tiny_sd3, "attn", "free", randomize)
     host = case.adapted("dog").get_submodule("base_model.model.transformer_blocks.0.attn")
     x, c = torch.randn(2, 6, 16, dtype=torch.float64), torch.randn(2, 5, 16, dtype=torch.float64)
@@ -223,14 +224,14 @@ def test_blocks_whose_projections_are_one_with_others_are_refused_by_name(tiny_k
 @pytest.mark.parametrize("rank", [1, 2])
 def test_columns_that_are_turned_are_even_in_number(rank, tiny_klein, randomize):
     """A free adapter of one column is filled up by one of zeros, in which nothing is."""
-    case = Case(tiny_klein, JOINT["tiny_klein"], "free", randomize)
+    case = Case(tiny_klein, OF_TWO, "free", randomize)
     model = case.adapted("dog", r=rank, alpha=float(rank))
     assert distance(case.run(model), case.base()) > 0.01
 
 
 @torch.no_grad()
 def test_torch_compile_traces_a_rotated_block_in_one_graph(tiny_klein, randomize):
-    model = Case(tiny_klein, JOINT["tiny_klein"], "free", randomize).adapted("dog", dtype=torch.float32)
+    model = Case(tiny_klein, OF_TWO, "free", randomize).adapted("dog", dtype=torch.float32)
     block, generator = model.base_model.model.transformer_blocks[0], torch.Generator().manual_seed(5)
     x, c, one, two = (torch.randn(2, *size, generator=generator) for size in ((6, 16), (5, 16), (1, 96), (1, 96)))
     angles = torch.rand(11, 8, generator=generator)
