@@ -46,7 +46,9 @@ def made(kind, name, folder):
     base = str(getattr(tiny_families, name)(folder / "base"))
     pipe = bases.load_base(base)
     model = denoiser(pipe)
-    targets = {"pixart": ["attn1", "attn2"], "sd35": ["attn", "attn2"]}.get(name, default_targets(model))
+    targets = {"pixart": ["attn1", "attn2"], "sd35": ["attn", "attn2"], "klein": ["attn"]}.get(
+        name, default_targets(model)
+    )
     config = ComcatConfig(r=2, alpha=3.0, foldable=True, tied=kind == "tied", target_modules=targets)
     add_adapter(model, config, "dog")
     with torch.no_grad():
@@ -142,6 +144,8 @@ def native_weights(pipe) -> dict[str, torch.Tensor]:
             found[f"joint_blocks.{number}.x_block.attn2.qkv"] = torch.cat(
                 [two.to_q.weight, two.to_k.weight, two.to_v.weight]
             )
+    for number, block in enumerate(model.single_transformer_blocks if "Flux2" in type(model).__name__ else ()):
+        found[f"single_blocks.{number}.linear1"] = block.attn.to_qkv_mlp_proj.weight
     return {name: weight.detach().clone() for name, weight in found.items()}
 
 
@@ -223,6 +227,18 @@ def test_native_names_of_flux_are_those_that_diffusers_converts_from(name, tmp_p
         assert torch.equal(converted[name], model.get_parameter(name))
         place = family.native_weight(name.removesuffix(".weight"))
         assert torch.equal(native[f"{place.name}.weight"].chunk(place.count)[place.place], converted[name])
+
+
+def test_native_names_of_a_block_of_one_stream_are_those_that_diffusers_converts_from(tmp_path):
+    pipe = bases.load_base(str(tiny_families.klein(tmp_path)))
+    native, family = native_weights(pipe)["single_blocks.0.linear1"], family_of(pipe)
+    converted = convert_flux2_transformer_checkpoint_to_diffusers({"single_blocks.0.linear1.weight": native})
+    for place, name in ((1, "to_k"), (2, "to_v")):
+        projection = f"single_transformer_blocks.0.attn.{name}"
+        held, own = family.held_by(projection), family.native_weight(projection)
+        assert own.name == "single_blocks.0.linear1" and (own.place, own.count) == (held.place, held.count)
+        rows = converted[f"{held.name}.weight"].chunk(held.count)[held.place]
+        assert torch.equal(rows, denoiser(pipe).get_parameter(f"{held.name}.weight")[16 * place : 16 * (place + 1)])
 
 
 def test_the_size_that_is_told_before_training_is_what_is_written(exported, tmp_path):

@@ -16,6 +16,7 @@ from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.adapters.model import factors
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.placing import add_adapter, set_adapters
+from comcat_diffusion.adapters.texts import texts_of
 from comcat_diffusion.bench.config import BenchConfig
 from comcat_diffusion.bench.run import bench
 from comcat_diffusion.cli import main
@@ -248,8 +249,6 @@ def test_a_missing_t5_is_told(folders, tmp_path):
 
 def test_a_trigger_is_heard_by_every_text_encoder(folders):
     """Of 3.5's states, the CLIPs' and the T5's 256, those from the trigger on, each by its own tokens."""
-    from comcat_diffusion.adapters.texts import texts_of
-
     pipe = bases.load_base(str(folders["sd35"]))
     clips = pipe.tokenizer.model_max_length
     read = texts_of(pipe.tokenizer, family_of(pipe).reading(pipe)).read(PROMPT, clips + 256)
@@ -436,6 +435,75 @@ def test_a_region_is_a_part_of_a_picture_that_is_a_row_of_tokens(folders):
     more = {"encoder_hidden_states": states, "timestep": how, "txt_ids": torch.zeros(5, 4), "img_ids": places}
     with pytest.raises(ValueError, match="48 tokens are no level of latents"):  # a picture to start from beside
         model(torch.zeros(1, 48, 16), **more)
+
+
+@torch.no_grad()
+def test_in_one_stream_an_adapter_acts_on_words_from_its_trigger_on_and_then_on_the_picture(folders):
+    """Of two pictures on the one whose prompt has it, within its region; the words have the mean of the region."""
+    pipe = bases.load_base(str(folders["klein"]))
+    model, name = denoiser(pipe), "single_transformer_blocks.0.attn"
+    attention = model.get_submodule(name)
+    add_adapter(model, ComcatConfig(r=1, foldable=True, tied=True, trigger=["sks"], target_modules=[name]), "dog")
+    listen(pipe)
+    for factor in factors(model, "dog").values():
+        factor.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    family, seen = family_of(pipe), []
+    condition = family.encode(pipe, [OTHER, PROMPT])
+    attention.register_forward_hook(lambda _, args, output: seen.append((asked[-1], output)))
+    asked = []
+    attention.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs), with_kwargs=True)
+    latents = torch.randn(2, 16, 4, 6, generator=torch.Generator().manual_seed(2))
+
+    def run() -> torch.Tensor:
+        pipe.comcat_gate.tell(condition["states"], [OTHER, PROMPT])
+        return family.predict(model, latents, torch.tensor([500.0, 500.0]), condition, None)
+
+    set_adapters(pipe, ["dog"], [0.0])
+    before = run()
+    set_adapters(pipe, ["dog"], [1.0])
+    after = run()
+    assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
+    (inputs, bare), (_, whole) = seen
+    weights = model.get_submodule(name).to_qkv_mlp_proj.weight
+    layer = attention.comcat
+    said = texts_of(pipe.tokenizer).read(PROMPT, 48).acts(["sks"])
+    acts = torch.cat([said, torch.ones(24, dtype=torch.bool)]).float()[:, None]
+    change = lora_layers_of_one(layer, "dog")
+    hidden = inputs["hidden_states"][1:]
+    made = hidden @ weights.T + acts * (hidden @ change.T)
+    attention.to_qkv_mlp_proj.forward = lambda _: made
+    set_adapters(pipe, ["dog"], [0.0])
+    by_hand = attention(**inputs | {"hidden_states": hidden})
+    del attention.to_qkv_mlp_proj.forward
+    torch.testing.assert_close(whole[1:], by_hand, rtol=1e-4, atol=1e-5)
+    set_adapters(pipe, ["dog"], [1.0])
+    set_regions(pipe, {"dog": torch.cat([torch.ones(8, 4), torch.zeros(8, 8)], dim=1)})
+    run()
+    words, picture = seen[-1][1][1].split((48, 24))
+    picture, own, base = (one.unflatten(0, (4, 6)) for one in (picture, whole[1][48:], bare[1][48:]))
+    assert torch.equal(picture[:, :2], own[:, :2]) and torch.equal(picture[:, 2:], base[:, 2:])
+    torch.testing.assert_close(words, whole[1][:48] / 3 + bare[1][:48] * 2 / 3, rtol=1e-4, atol=1e-5)
+
+
+def lora_layers_of_one(layer, adapter) -> torch.Tensor:
+    """The change of a stream's Linear, (9 * inner, C), that a tied adapter is: keys' rows, then values'."""
+    inner, change = layer.heads * layer.width, 0.0
+    for place, (down, core) in enumerate(
+        ((layer.comcat_k_down, layer.comcat_q_core), (layer.comcat_v_down, layer.comcat_out_core)), start=1
+    ):
+        rows = torch.zeros(9 * inner, down[adapter].in_features)
+        rows[place * inner : (place + 1) * inner] = core[adapter].weight.reshape(-1, 1) * down[adapter].weight  # rank 1
+        change = change + rows
+    return change
+
+
+def test_training_in_every_block_leaves_other_prompts_alone(folders, tmp_path):
+    base = str(folders["klein"])
+    file = customize(settings(base, tmp_path, kind="tied", target_modules=["attn"], learning_rate=0.02)).adapter
+    pipe = bases.load_base(base)
+    before = drawn(pipe, OTHER, PROMPT)
+    load_adapter(pipe, file, "dog")
+    assert [differs(*pair) for pair in zip(drawn(pipe, OTHER, PROMPT), before, strict=True)] == [False, True]
 
 
 def test_bases_that_look_alike_are_refused_by_name(folders):

@@ -31,11 +31,12 @@ from tests.test_adapter_battery import (  # noqa: F401 - run here over these cas
     test_unload_gives_back_the_very_model,
     weights_of,
 )
+from tests.tiny_families import klein_transformer
 
 KINDS = ("free", "foldable", "tied")
 OF_TWO = "transformer_blocks.0.attn transformer_blocks.1.attn"  # streams, in FLUX
 JOINT = {"tiny_sd3": "attn", "tiny_klein": OF_TWO, "tiny_flux1": OF_TWO}
-TARGETS = {"sd3": ("tiny_sd3", "attn"), "sd3-self": ("tiny_sd3", "attn2"), "klein": ("tiny_klein", OF_TWO)}
+TARGETS = {"sd3": ("tiny_sd3", "attn"), "sd3-self": ("tiny_sd3", "attn2"), "klein": ("tiny_klein", "attn")}
 
 
 def pytest_generate_tests(metafunc):
@@ -215,9 +216,54 @@ def test_processors_that_are_not_known_are_refused_by_name(tiny_sd3):
     assert isinstance(get_peft_model(tiny_sd3(), ComcatConfig(r=1)).base_model, ComcatModel)
 
 
-def test_blocks_whose_projections_are_one_with_others_are_refused_by_name(tiny_klein):
-    with pytest.raises(ValueError, match=r"'single_transformer_blocks.0.attn'.*its feed-forward \(to_qkv_mlp_proj\)"):
-        get_peft_model(tiny_klein(), ComcatConfig(r=1, target_modules=["attn"]))
+def stream(host: nn.Module, x: torch.Tensor, adapters: tuple, angles: torch.Tensor) -> torch.Tensor:
+    """Words and then a picture, (B, N, C), with a feed-forward beside, from the rows and columns of two Linears."""
+    made, inner = x @ host.to_qkv_mlp_proj.weight.T, host.heads * host.head_dim
+    first, second = made[..., 3 * inner :].chunk(2, dim=-1)
+    result = first * first.sigmoid() * second @ host.to_out.weight[:, inner:].T
+    for h in range(host.heads):
+        own = slice(h * host.head_dim, (h + 1) * host.head_dim)
+        q, k, v = (made[..., n * inner : (n + 1) * inner][..., own] for n in range(3))
+        more_logits, more_values = 0.0, 0.0
+        for a in adapters:
+            ak, av = (x @ rows_of_head(f, h, host.heads).T * a.scale for f in (a.k_down, a.v_down))
+            if isinstance(a, FreeFactors):
+                more_logits = more_logits + x @ rows_of_head(a.q_down, h, host.heads).T @ ak.mT
+                more_values = more_values + av @ rows_of_head(a.out_up.T, h, host.heads)
+            else:
+                k = k + ak @ rows_of_head(a.q_core, h, host.heads)
+                v = v + av @ rows_of_head(a.out_core, h, host.heads)
+        q, k = _rotated(_normed(host.norm_q, q), angles), _rotated(_normed(host.norm_k, k), angles)
+        weights = ((q @ k.mT + more_logits) * host.head_dim**-0.5).softmax(-1)
+        result = result + weights @ (v @ host.to_out.weight[:, own].T + more_values)
+    return result
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_attention_over_one_stream_matches_the_slow_formula(kind, tiny_klein, randomize):
+    target = "single_transformer_blocks.0.attn"
+    model, generator = Case(tiny_klein, target, kind, randomize).adapted("dog", "cat"), torch.Generator().manual_seed(5)
+    layer = adapted_layers(model)[f"base_model.model.{target}"]
+    host, x = layer.owner, torch.randn(2, 11, 16, generator=generator, dtype=torch.float64)
+    for norm in (host.norm_q, host.norm_k):
+        norm.weight.copy_(0.5 + torch.rand(norm.weight.shape, generator=generator, dtype=torch.float64))
+    angles = 3 * torch.rand(11, 4, generator=generator, dtype=torch.float64)
+    turned = angles.float().repeat_interleave(2, dim=-1)
+    got = host(x, image_rotary_emb=(turned.cos(), turned.sin()))
+    adapters = tuple(weights_of(layer, adapter) for adapter in ("dog", "cat"))
+    assert_close(got, stream(host, x, adapters, angles), rtol=0, atol=1e-6)  # diffusers rotates in float32
+    for fewer in (adapters[:1], ()):
+        assert distance(got, stream(host, x, fewer, angles)) > 0.05
+
+
+def test_what_is_half_of_another_block_is_refused_by_name(tiny_flux1):
+    with pytest.raises(ValueError, match=r"'single_transformer_blocks.0.attn'.*is one with that of a feed-forward"):
+        get_peft_model(tiny_flux1(), ComcatConfig(r=1, target_modules=["attn"]))
+    wide = klein_transformer(mlp_ratio=4.0)
+    with pytest.raises(ValueError, match=r"'single_transformer_blocks.0.attn'.*not three times as wide as its heads"):
+        get_peft_model(wide, ComcatConfig(r=1, target_modules=["attn"]))
+    assert isinstance(get_peft_model(wide, ComcatConfig(r=1)).base_model, ComcatModel)
 
 
 @torch.no_grad()

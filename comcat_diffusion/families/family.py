@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Condition = dict[str, "torch.Tensor"]  # what a denoiser hears of B prompts: "states" (B, M, E), and what else it takes
 UNET, TRANSFORMER = "unet", "transformer"  # names of the component that denoises
 DENOISERS = (UNET, TRANSFORMER)
+# The first Linear of a block of one stream holds its queries, keys and values, and twice three times as much for its
+# feed-forward: of as many equal heights.
+STREAM_ROWS = 9
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,10 @@ class Family:
     def lora_projections(self, attention: str) -> tuple[str, str]:
         """What of an attention of this name a foldable adapter changes: its keys' and its values' projection."""
         return "to_k", "to_v"
+
+    def held_by(self, projection: str) -> Native | None:
+        """The module of diffusers that holds a projection among others; None where it is one itself."""
+        return None
 
     def native_weight(self, projection: str) -> Native | None:
         """Where a projection is in the family's native weights; None where they are named and cut as a U-Net's."""
