@@ -5,8 +5,8 @@ each step weighs an adapter at every place by how much that place looked at its 
 
     w = clamp((r - LOW) / (HIGH - LOW), 0, 1)        r = sum_j P_j / max over places of it        j: tokens of the words
 
-with P the base's own attention, a mean over heads and layers. In the first step nothing has been looked at yet: the base
-takes it alone once, only to look, and then it is taken again with the adapters. That is one more pass in a drawing.
+with P the base's own attention, a mean over heads and layers. Before the first step nothing has been looked at yet: the
+base takes it alone, only to look, and then it is taken again with the adapters. That is one more pass in a drawing.
 
 Letters: B batch, N = h*w tokens of one attention, M context tokens, H heads, D head width, C channels.
 """
