@@ -1,11 +1,15 @@
 """The class that a subject belongs to: its prompt, and pictures of it, drawn by the base where they are missing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from comcat_diffusion import atomic, bases
+from comcat_diffusion.adapters.parts import denoiser
+from comcat_diffusion.families.known import family_of
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, made_by, save_png
 from comcat_diffusion.training import folder
 from comcat_diffusion.training.config import TrainConfig
@@ -45,11 +49,33 @@ def class_pictures(
         guidance = bases.default_guidance(config.pretrained_model_name_or_path, pipe)
         sampling = Sampling(STEPS, guidance, resolution=config.resolution)
         settings = made_by(pipe, config.pretrained_model_name_or_path, sampling)
-        for drawing, picture in zip(missing, draw(pipe, missing, sampling), strict=True):
+        for drawing, picture in zip(missing, _drawn(pipe, missing, sampling), strict=True):
             save_png(picture, place / _name(drawing), {"prompt": prompt, "seed": drawing.seed, **settings})
         shots = folder.find(place).shots[: config.num_class_images]
         examples += [Example(shot.path, prompt, subject) for shot in shots]
     return examples
+
+
+def _drawn(pipe: DiffusionPipeline, drawings: list[Drawing], sampling: Sampling) -> Iterator[Image.Image]:
+    """As `draw`, also where a heavy text encoder reads in another precision than the denoiser is in."""
+    family = family_of(pipe)
+    if not family.heavy:
+        yield from draw(pipe, drawings, sampling)
+        return
+    model = denoiser(pipe)
+    for drawing in drawings:
+        with torch.no_grad():
+            read = family.encode(pipe, [drawing.prompt, ""])
+        condition = {name: part.to(model.device, model.dtype) for name, part in read.items()}
+        yield pipe(
+            **family.conditions(pipe, condition),
+            **family.drawing(pipe),
+            height=sampling.resolution,
+            width=sampling.resolution,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(drawing.seed),
+        ).images[0]
 
 
 def _name(drawing: Drawing) -> str:
