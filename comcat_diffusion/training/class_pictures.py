@@ -58,24 +58,25 @@ def class_pictures(
 
 def _drawn(pipe: DiffusionPipeline, drawings: list[Drawing], sampling: Sampling) -> Iterator[Image.Image]:
     """As `draw`, also where a heavy text encoder reads in another precision than the denoiser is in."""
-    family = family_of(pipe)
-    if not family.heavy:
+    family, model = family_of(pipe), denoiser(pipe)
+    if not family.heavy or not drawings:
         yield from draw(pipe, drawings, sampling)
         return
-    model = denoiser(pipe)
-    for drawing in drawings:
-        with torch.no_grad():
-            read = family.encode(pipe, [drawing.prompt, ""])
-        condition = {name: part.to(model.device, model.dtype) for name, part in read.items()}
-        yield pipe(
-            **family.conditions(pipe, condition),
-            **family.drawing(pipe),
-            height=sampling.resolution,
-            width=sampling.resolution,
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(drawing.seed),
-        ).images[0]
+    with torch.no_grad():
+        read = family.encode(pipe, [drawings[0].prompt, ""])  # they are all of one prompt
+    asked = family.conditions(pipe, {name: part.to(model.device, model.dtype) for name, part in read.items()})
+    asked |= dict(family.drawing(pipe))
+    asked |= {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale}
+    encoders = family.encoders(pipe)
+    for name in encoders:  # whose precision a pipeline would go by
+        setattr(pipe, name, None)
+    try:
+        for drawing in drawings:
+            noise = torch.Generator("cpu").manual_seed(drawing.seed)
+            yield pipe(**asked, height=sampling.resolution, width=sampling.resolution, generator=noise).images[0]
+    finally:
+        for name, encoder in encoders.items():
+            setattr(pipe, name, encoder)
 
 
 def _name(drawing: Drawing) -> str:
