@@ -524,8 +524,9 @@ def lora_layers_of_one(layer, adapter) -> torch.Tensor:
     return change
 
 
-def test_training_in_every_block_leaves_other_prompts_alone(folders, tmp_path):
-    base = str(folders["klein"])
+@pytest.mark.parametrize("name", ["klein", "flux1", "chroma"])
+def test_training_in_every_block_leaves_other_prompts_alone(folders, name, tmp_path):
+    base = str(folders[name])
     file = customize(settings(base, tmp_path, kind="tied", target_modules=["attn"], learning_rate=0.02)).adapter
     pipe = bases.load_base(base)
     before = drawn(pipe, OTHER, PROMPT)
