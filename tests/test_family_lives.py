@@ -35,7 +35,7 @@ from tests import tiny_families
 
 PICTURES = str(bases.assets() / "subject" / "train")
 PROMPT, OTHER = "a photo of sks teddy", "a photo of a teddy"
-BASES = ("pixart", "sd3", "sd35", "sana")
+BASES = ("pixart", "sd3", "sd35", "sana", "klein")
 SUBJECTS = [Subject("sks", "teddy")]
 
 
@@ -120,7 +120,7 @@ def test_what_has_learned_nothing_is_the_base(base, kind, tmp_path):
     assert differs(drawn(pipe, PROMPT)[0], before)
 
 
-@pytest.mark.parametrize(("name", "kind"), zip(BASES, ("foldable", "tied", "free", "tied"), strict=True))
+@pytest.mark.parametrize(("name", "kind"), zip(BASES, ("foldable", "tied", "free", "tied", "free"), strict=True))
 def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(folders, name, kind, tmp_path):
     base = str(folders[name])
     whole = customize(settings(base, tmp_path, kind=kind, checkpointing_steps=2, skip_final_inference=True)).adapter
@@ -317,7 +317,7 @@ def test_half_precision_is_refused_where_a_family_overflows_in_it(folders, tmp_p
     with pytest.raises(ValueError, match="--mixed_precision fp16"):
         customize(settings(base, tmp_path / "out", mixed_precision="fp16"))
     chosen = {name: bases.asked_precision(None, "cuda", str(folders[name])) for name in BASES}
-    assert chosen == {"pixart": "fp16", "sd3": "fp16", "sd35": "fp16", "sana": "bf16"}
+    assert chosen == {"pixart": "fp16", "sd3": "fp16", "sd35": "fp16", "sana": "bf16", "klein": "bf16"}
 
 
 def test_linear_attention_is_refused_by_name(folders):
@@ -336,7 +336,12 @@ def test_a_picture_larger_than_a_base_has_places_for_is_refused(folders, more, t
 
 
 def test_what_is_heavy_reads_in_bfloat16_where_it_reads_for_training_alone(folders):
-    for name, part in (("pixart", "text_encoder"), ("sd35", "text_encoder_3"), ("sana", "text_encoder")):
+    for name, part in (
+        ("pixart", "text_encoder"),
+        ("sd35", "text_encoder_3"),
+        ("sana", "text_encoder"),
+        ("klein", "text_encoder"),
+    ):
         for to_train, kind in ((True, torch.bfloat16), (False, torch.float32)):
             parts = bases.load_base(str(folders[name]), to_train=to_train).components
             kinds = {n: model.dtype for n, model in parts.items() if isinstance(model, torch.nn.Module)}

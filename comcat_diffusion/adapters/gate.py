@@ -64,7 +64,7 @@ class Gate(Follower):
     def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """The hook before the denoiser: which prompts its text states are of."""
         carry(model)
-        states = given(model, args, kwargs, "encoder_hidden_states")
+        states = given(model, args, kwargs)["encoder_hidden_states"]
         if here.next is None or not here.next.is_of(self, states):
             here.next = Heard(self, states, texts_of(self.tokenizer).known(states))
         here.heard = here.next

@@ -255,8 +255,9 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
 
     def _wide_heads(self, names: list[str]) -> WideHeads:
         adapters = [self._factors(name) for name in names]
-        device = self._keys.weight.device.type
-        return WideHeads(self.heads, self.width, adapters, self.style.diffusers, device, seam.is_normed(self.owner))
+        owner, device = self.owner, self._keys.weight.device.type
+        normed, rotated = seam.is_normed(owner), seam.is_rotated(owner)
+        return WideHeads(self.heads, self.width, adapters, self.style.diffusers, device, normed, rotated)
 
     def _factors(self, name: str) -> Free | Foldable:
         scale, k, v = self.scaling[name], self.comcat_k_down[name], self.comcat_v_down[name]

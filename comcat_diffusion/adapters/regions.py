@@ -19,11 +19,13 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from comcat_diffusion.adapters.call import Follower, carry, here, take_hooks
+from comcat_diffusion.adapters.call import Follower, carry, given, here, take_hooks
 from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import components, denoiser
 from comcat_diffusion.adapters.proportions import refuse_other_shape
+from comcat_diffusion.families.family import Family
+from comcat_diffusion.families.known import family_of_denoiser
 
 
 class Regions(Follower):
@@ -45,8 +47,8 @@ class Regions(Follower):
         Raises ValueError if a mask has other proportions.
         """
         carry(model)
-        sample = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
-        latent = tuple(sample.shape[-2:])
+        family = family_of_denoiser(type(model).__name__, getattr(model, "config", {})) or Family()
+        latent = family.size(given(model, args, kwargs))
         if not any(latent == known for known, _ in self._shares):
             for name, mask in self.masks.items():
                 refuse_other_shape(name, mask, *latent)

@@ -81,7 +81,7 @@ def _remembering(pipe: DiffusionPipeline, encode_prompt: Callable, texts: Texts)
         with texts.lock:
             made = encode_prompt(*args, **kwargs)
             given = inspect.signature(encode_prompt).bind(*args, **kwargs).arguments
-            for place, name in zip(family.states_at, ("prompt", "negative_prompt"), strict=True):
+            for place, name in zip(family.states_at, ("prompt", "negative_prompt"), strict=False):
                 states = made[place]
                 if states is not None and given.get(f"{name}_embeds") is None:
                     said = given.get(name) or ""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from comcat_diffusion import heads as maths
 
@@ -64,12 +65,13 @@ class WideHeads:
         scales_by_width: bool,
         device: str,
         normed: bool = False,
+        rotated: bool = False,
     ):
         self.heads, self.width = heads, width
         self.free = [a for a in adapters if isinstance(a, Free)]
         self.foldable = [a for a in adapters if isinstance(a, Foldable)]
         self.ranks = [a.k_down.out_features // heads for a in self.free]
-        multiple = WIDTH_MULTIPLE.get(device, 1) if self.free else 1
+        multiple = WIDTH_MULTIPLE.get(device, 2 if rotated else 1) if self.free else 1  # columns are rotated in pairs
         self.wide = -(-(width + sum(self.ranks)) // multiple) * multiple
         # Processors that scale by the width they see would scale by wide^-1/2; the gain makes it width^-1/2 again.
         gain = maths.logit_gain(width, self.wide) if scales_by_width else 1.0
@@ -121,6 +123,11 @@ class WideHeads:
         """The same of keys, with the gain."""
         made = self.queries_normed(norm, keys)
         return made * self.norm_gain if self.norm_gain != 1 else made
+
+    def table(self, table: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (N, D) of rotations as those of wider heads, (N, wide): new columns stay as they are."""
+        new = (0, self.wide - self.width)
+        return pad(table[0], new, value=1.0), pad(table[1], new)
 
     def foreign_output(self, project: nn.Module, mixed: torch.Tensor) -> torch.Tensor:
         """(B, M, H*wide) -> (B, M, C) for queries that no adapter speaks for."""

@@ -70,6 +70,7 @@ class Reading:
     prepared: Callable[[str], str] = str  # what is made of a prompt before it is read
     # An instruction that stands before prompts, with one segment. Of its states the first is kept alone.
     prefix: str = ""
+    around: tuple[str, str] = ("", "")  # what a chat's template sets before and behind a prompt, whose states all stay
 
 
 class Family:
@@ -89,28 +90,34 @@ class Family:
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16")  # in which it draws; another overflows
     flow: Flow | None = None  # None: noise, velocities or clean latents, as the scheduler says
     flow_samplers: tuple[str, ...] = ()  # of a flow-matching family: diffusers' schedulers that draw with it
-    drawing: Mapping[str, object] = {}  # what its pipeline is asked for beside prompts, sizes, steps and guidance
-    states_at = (0, 1)  # where in what `encode_prompt` returns the text states are, and those of the negative prompt
+    packing = 1  # side of the square of latents that the denoiser is given as one, with as many more channels
+    # Where in what `encode_prompt` returns the text states are, and, where they are made with these, those of the
+    # negative prompt.
+    states_at: tuple[int, ...] = (0, 1)
     architecture = ""  # in the headers of files (modelspec); default: by the width of a U-Net's text states
     lora_prefix = ""  # of LoRA files that diffusers loads; default: the component's name
 
-    # Sizes; `denoiser` is a configuration, `factor` the pixels of one latent place
+    # Sizes; `denoiser` and `vae` are configurations, `factor` the pixels of one latent place
 
     def factor(self, vae: Mapping) -> int:
         """Pixels of one latent place, along a side."""
         return 2 ** (len(vae["block_out_channels"]) - 1)
 
-    def native(self, denoiser: Mapping, factor: int) -> int:
+    def native(self, denoiser: Mapping, vae: Mapping) -> int:
         """Side in pixels at which the base was trained."""
-        return denoiser["sample_size"] * factor
+        return denoiser["sample_size"] * self.factor(vae)
 
     def grain(self, denoiser: Mapping, factor: int) -> int:
         """Pixels that the sides of pictures must be multiples of."""
-        return denoiser["patch_size"] * factor
+        return denoiser["patch_size"] * self.packing * factor
 
     def largest(self, denoiser: Mapping, factor: int) -> int | None:
         """Most pixels that a side can have; None where the base sets no end."""
         return None
+
+    def size(self, call: Mapping[str, object]) -> tuple[int, int]:
+        """Height and width (h, w) of the latents that a denoiser is called with, its arguments by name."""
+        return tuple(call["sample" if "sample" in call else "hidden_states"].shape[-2:])
 
     def is_of(self, denoiser: Mapping) -> bool:
         """Whether a denoiser of one of `denoisers`, by its configuration, is of this family."""
@@ -153,6 +160,20 @@ class Family:
         """What is worth knowing of this very base, a sentence each."""
         return ()
 
+    # Drawing
+
+    def drawing(self, pipe: DiffusionPipeline) -> Mapping[str, object]:
+        """What its pipeline is asked for beside prompts, sizes, steps and guidance."""
+        return {}
+
+    def negative(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Mapping[str, object]:
+        """The pipeline's arguments for prompts to draw away from."""
+        return {"negative_prompt": list(prompts)}
+
+    def guidance_of(self, pipe: DiffusionPipeline) -> float:
+        """The strength of guidance that suits this very base."""
+        return self.guidance
+
     # Pictures and latents
 
     def posterior(self, vae: nn.Module, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -163,7 +184,7 @@ class Family:
         return {"mean": mean[0].cpu(), "std": std[0].cpu()}
 
     def decoded(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-        """The inverse: (B, C, h, w) latents as (B, 3, H, W) pixels in -1 to 1."""
+        """Latents as its pipeline leaves them, asked for no pictures, as (B, 3, H, W) pixels in -1 to 1."""
         shift, factor = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
         return vae.decode(latents.to(vae.dtype) / factor + shift).sample
 

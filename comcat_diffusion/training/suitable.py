@@ -93,7 +93,7 @@ def refuse_settings(config: TrainConfig, family: Family) -> None:
 
 
 def _refuse(kind: str, family: Family, seer: Mapping, vae: Mapping, name: str) -> None:
-    seen, latents = seer.get("in_channels", 4), vae.get("latent_channels", 4)
+    seen, latents = seer.get("in_channels", 4), vae.get("latent_channels", 4) * family.packing**2
     if seen > latents:
         raise ValueError(
             f"The base '{name}' takes a picture or a mask beside the words: its {family.noun} sees {seen} channels, of "
@@ -103,6 +103,6 @@ def _refuse(kind: str, family: Family, seer: Mapping, vae: Mapping, name: str) -
         raise ValueError(
             f"The base '{name}' does not fit together: its {family.noun} sees {seen} channels, its VAE has {latents}."
         )
-    pipeline = getattr(diffusers, kind, None)
+    pipeline = getattr(diffusers, kind, None) if kind not in family.pipelines else None
     if pipeline is not None and "image" in inspect.signature(pipeline.__call__).parameters:
         raise ValueError(f"The base '{name}' is a {kind}, which starts from a picture: {WAY_OUT}.")
