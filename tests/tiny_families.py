@@ -10,11 +10,15 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKLFlux2,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
@@ -25,6 +29,7 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
@@ -256,6 +261,67 @@ def klein(folder: Path) -> Path:
             text_encoder=qwen(),
             tokenizer=qwen_tokenizer(),
             transformer=klein_transformer(),
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def short_t5_tokenizer() -> T5Tokenizer:
+    """One that reads forty tokens at most."""
+    made = t5_tokenizer()
+    made.model_max_length = 40
+    return made
+
+
+def flux1_transformer(**more) -> FluxTransformer2DModel:
+    """Two blocks of two streams and one of one, two heads of 8, three axes, told its guidance."""
+    settings = {
+        "in_channels": 16, "num_layers": 2, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
+        "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH, "guidance_embeds": True,
+        "axes_dims_rope": (2, 2, 4),
+    }  # fmt: skip
+    return lively(FluxTransformer2DModel(**settings | more))
+
+
+def flux_parts() -> dict[str, object]:
+    """What FLUX.1 and Chroma have in common."""
+    vae = tiny_bases.vae()
+    vae.register_to_config(shift_factor=0.25, scaling_factor=1.3, sample_size=32)
+    return {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), "vae": vae}
+
+
+def flux1(folder: Path, **more) -> Path:
+    """FLUX.1 [dev]: pictures of 32x32 as 8x8 tokens."""
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        pipe = FluxPipeline(
+            **flux_parts(),
+            text_encoder=tiny_bases.text_encoder(CLIPTextModel),
+            tokenizer=tiny_bases.tokenizer(),
+            text_encoder_2=t5(),
+            tokenizer_2=short_t5_tokenizer(),
+            transformer=flux1_transformer(**more),
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def schnell(folder: Path) -> Path:
+    """FLUX.1 [schnell]: no guidance."""
+    return flux1(folder, guidance_embeds=False)
+
+
+def chroma(folder: Path) -> Path:
+    """Chroma: pictures of 32x32 as 8x8 tokens."""
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        transformer = ChromaTransformer2DModel(
+            in_channels=16, num_layers=2, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=WIDTH, axes_dims_rope=(2, 2, 4), approximator_num_channels=16,
+            approximator_hidden_dim=16, approximator_layers=1,
+        )  # fmt: skip
+        pipe = ChromaPipeline(
+            **flux_parts(), text_encoder=t5(), tokenizer=short_t5_tokenizer(), transformer=lively(transformer)
         )
     pipe.save_pretrained(folder)
     return folder

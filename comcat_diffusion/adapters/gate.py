@@ -121,15 +121,17 @@ class Gate(Follower):
         return heard
 
 
-def spoken(gate: Gate | None, trigger: tuple[str, ...], of_text: bool) -> torch.Tensor:
+def spoken(gate: Gate | None, trigger: tuple[str, ...], of_text: bool, stream: int = 0) -> torch.Tensor:
     """The tokens that an adapter acts on: of text, (B, M, 1); else whether on a picture at all, (B, 1, 1).
 
+    In a `stream` of so many tokens, (B, stream, 1), the picture's come after the text's, and so after the trigger.
     Raises ValueError where there is no gate to tell.
     """
     if gate is None:
         raise ValueError(f"An adapter waits for '{trigger[0]}': call comcat_diffusion.listen(pipe) once it is there.")
     tokens = gate.tokens(trigger)
-    return tokens if of_text else tokens.amax(dim=1, keepdim=True)
+    called = tokens if of_text else tokens.amax(dim=1, keepdim=True)
+    return torch.cat([tokens, called.expand(-1, stream - tokens.shape[1], -1)], dim=1) if stream else called
 
 
 def _version(states: torch.Tensor) -> int | None:

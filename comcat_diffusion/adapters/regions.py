@@ -11,6 +11,7 @@ more than one, each is divided by the sum.
 Letters: N = h*w tokens of one attention, C channels.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -59,9 +60,14 @@ class Regions(Follower):
         """The hook after the denoiser."""
         here.latent = None
 
-    def shares(self, live: list[str], tokens: int) -> dict[str, torch.Tensor]:
-        """Of N tokens the share, (N, 1), of every adapter that acts and has a mask."""
-        return {name: share for name, share in self._of_grid(tokens).items() if name in live}
+    def shares(self, live: list[str], tokens: int, stream: bool = False) -> dict[str, torch.Tensor]:
+        """Of N tokens the share, (N, 1), of every adapter that acts and has a mask.
+
+        In a stream words come first, which have no place: their share is the mean of the picture's.
+        """
+        words = tokens - math.prod(here.latent) if stream and here.latent is not None else 0
+        found = {name: share for name, share in self._of_grid(tokens - words).items() if name in live}
+        return {name: torch.cat([share.mean().expand(words, 1), share]) for name, share in found.items()}
 
     def _of_grid(self, tokens: int) -> dict[str, torch.Tensor]:
         """Every adapter's share of each of N places: (N, 1)."""

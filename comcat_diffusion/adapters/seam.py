@@ -13,11 +13,12 @@ from torch import nn
 
 from comcat_diffusion.adapters.blend import blended
 from comcat_diffusion.adapters.wide import WideHeads
-from comcat_diffusion.attentions import Style, style_of
+from comcat_diffusion.attentions import Style, plain, style_of
+from comcat_diffusion.families.family import STREAM_ROWS
 
 # diffusers' processors whose way with norms and added projections is known: one softmax over picture and text. Those
 # that rotate do it behind the norms, by a table of cosines and sines for pairs of neighbouring columns.
-ROTATING_PROCESSORS = frozenset(("Flux2AttnProcessor",))
+ROTATING_PROCESSORS = frozenset(("FluxAttnProcessor", "Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"))
 JOINT_PROCESSORS = ROTATING_PROCESSORS | {
     "JointAttnProcessor2_0",
     "FusedJointAttnProcessor2_0",
@@ -28,18 +29,11 @@ ROTATIONS = frozenset(("position_embeddings", "rotary_pos_emb", TABLE))  # argum
 SIDECAR = "comcat"  # name of the one child that an adapted attention has more than before
 
 
-def plain(projection: nn.Module) -> nn.Module:
-    """The Linear inside a projection, below any adapter of another method that wraps it."""
-    while hasattr(projection, "base_layer"):
-        projection = projection.base_layer
-    return projection
-
-
 def why_not(module: nn.Module) -> str | None:
     """Why this module cannot carry a head-level adapter, or None if it can."""
     style = style_of(module)
-    if style is None and hasattr(module, "to_qkv_mlp_proj"):
-        return "its projections are one with those of its feed-forward (to_qkv_mlp_proj), which a head is no part of"
+    if style is None and getattr(module, "pre_only", False):
+        return "its output projection is one with that of a feed-forward outside of it"
     if style is None:
         return "it is not an attention with query, key, value and output projections"
     processor = type(getattr(module, "processor", None)).__name__
@@ -60,6 +54,8 @@ def why_not(module: nn.Module) -> str | None:
     q, k, v, out = (plain(projection) for projection in style.projections(module))
     if not all(hasattr(p, "out_features") and hasattr(p, "in_features") for p in (q, k, v, out)):
         return "its projections are not linear layers"
+    if style.stream and module.to_qkv_mlp_proj.out_features != STREAM_ROWS * q.out_features:
+        return "its feed-forward is not three times as wide as its heads"
     if not q.out_features == k.out_features == v.out_features == out.in_features:
         return "its heads share keys and values (grouped queries)"
     return None
@@ -74,6 +70,11 @@ def _arguments(kind: type[nn.Module]) -> frozenset[str]:
 def is_cross_attention(module: nn.Module) -> bool:
     """Whether an adapter's keys and values come from another sequence than its queries: from the text."""
     return bool(getattr(module, "is_cross_attention", False)) or getattr(module, "add_k_proj", None) is not None
+
+
+def reads_text(module: nn.Module) -> bool:
+    """Whether an adapter's keys and values come from the text, alone or before the picture in one stream."""
+    return is_cross_attention(module) or hasattr(module, "to_qkv_mlp_proj")
 
 
 def is_rotated(module: nn.Module) -> bool:
@@ -121,14 +122,18 @@ class _ProcessorView(View):
 
 def view_of(attention: nn.Module, style: Style, wide: WideHeads) -> View:
     """The attention as its own forward should see it while adapters make its heads `wide`."""
-    q, k, v, out = style.projections(attention)
-    query, key = functools.partial(wide.query, q), functools.partial(wide.key, k)
-    value, output = functools.partial(wide.value, v), functools.partial(wide.output, out)
     replaced = _width_attributes(attention, style, wide.wide)
     if is_rotated(attention):
         replaced["_widen_table"] = wide.table
     if is_normed(attention):
         replaced |= _norms(attention, wide)
+    if style.stream:
+        into, out = style.held(attention)
+        replaced |= {style.q: functools.partial(wide.stream, into), "inner_dim": wide.heads * wide.wide}
+        return View(attention, **replaced, **{style.out: functools.partial(wide.stream_output, out)})
+    q, k, v, out = style.projections(attention)
+    query, key = functools.partial(wide.query, q), functools.partial(wide.key, k)
+    value, output = functools.partial(wide.value, v), functools.partial(wide.output, out)
     if style.joint:
         return View(attention, **replaced, **_joint(attention, wide, query, key, value, output))
     if not style.diffusers:
@@ -191,7 +196,7 @@ def set_projections(
     attention: nn.Module, style: Style, projections: tuple[nn.Module, ...], width: int | dict
 ) -> dict[str, object]:
     """Put other projections, with heads of another width, in place. Returns what undoes the width, for `width`."""
-    for path, projection in zip((style.q, style.k, style.v, style.out), projections, strict=True):
+    for path, projection in zip(style.paths, projections, strict=True):
         parent, _, name = path.rpartition(".")
         setattr(attention.get_submodule(parent), name, projection)
     attributes = width if isinstance(width, dict) else _width_attributes(attention, style, width)
@@ -218,7 +223,7 @@ def adapted(host: type) -> type:
         def attend(names: list[str]) -> object:
             if not names:
                 return host_forward(self, *args, **kwargs)
-            view = layer.view(names)
+            view = layer.view(names, hidden.shape[1])
             return host_forward(view, *args, **view.asked(kwargs))
 
         hidden = args[0] if args else kwargs["hidden_states"]

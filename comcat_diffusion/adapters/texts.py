@@ -92,10 +92,10 @@ class Texts:
             own = text[len(before) : len(text) - len(behind)]
             return Said(own, (ends - len(before)).clamp(min=0), tuple(count for _, count in parts))
 
-    @property
-    def whole(self) -> bool:
-        """Whether one tokenizer reads all, and all of it is the prompt."""
-        return len(self.reading.segments) == 1 and not (self.reading.prefix or any(self.reading.around))
+    def whole_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether a tokenizer reads all, and all of it is the prompt."""
+        alone = [segment.tokenizer for segment in self.reading.segments] == [tokenizer]
+        return alone and not (self.reading.prefix or any(self.reading.around))
 
     def _parts(self, length: int) -> list[tuple[PreTrainedTokenizerBase | None, int]]:
         """The tokenizers and how many of `length` tokens each makes."""

@@ -32,7 +32,7 @@ def listen(pipe: DiffusionPipeline) -> None:
     gate.triggers |= {words for layer in waiting for words in layer.trigger.values() if words}
     gate.follow(denoiser(pipe), waiting)
     texts = _texts_of(pipe)
-    if texts.whole:  # else no text encoder alone makes the states
+    if texts.whole_of(pipe.tokenizer):  # else its text encoder alone does not make the states
         gate.hear(pipe.text_encoder)
     for layer in waiting:
         layer.gate = gate

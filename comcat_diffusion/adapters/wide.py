@@ -113,6 +113,18 @@ class WideHeads:
         *projections, hidden = projections_then_hidden
         return torch.cat([project(hidden) for project in projections], dim=-1)
 
+    def stream(self, project: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values, and what a feed-forward beside has in the same Linear: (B, N, C) -> (B, N, ...)."""
+        made, inner = project(hidden), self.heads * self.width
+        query, key, value, rest = made.split((inner, inner, inner, made.shape[-1] - 3 * inner), dim=-1)
+        own = self.query(lambda _: query, hidden), self.key(lambda _: key, hidden), self.value(lambda _: value, hidden)
+        return torch.cat([*own, rest], dim=-1)
+
+    def stream_output(self, project: nn.Module, mixed: torch.Tensor) -> torch.Tensor:
+        """What the heads and the feed-forward give, (B, N, H*wide + ...) -> (B, N, C)."""
+        own, rest = mixed.tensor_split([self.heads * self.wide], dim=-1)
+        return self.output(lambda base: project(torch.cat([base, rest], dim=-1)), own)
+
     def queries_normed(self, norm: nn.Module, queries: torch.Tensor) -> torch.Tensor:
         """(B, H, N, wide) behind the host's norm of its own D columns; an adapter's R columns have none."""
         if self.wide == self.width:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Condition = dict[str, "torch.Tensor"]  # what a denoiser hears of B prompts: "states" (B, M, E), and what else it takes
 UNET, TRANSFORMER = "unet", "transformer"  # names of the component that denoises
 DENOISERS = (UNET, TRANSFORMER)
+# The first Linear of a block of one stream holds its queries, keys and values, and twice three times as much for its
+# feed-forward: of as many equal heights.
+STREAM_ROWS = 9
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Family:
     part = TRANSFORMER  # the component that denoises,
     noun = "transformer"  # and what it is called in sentences
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    tokenizer = "tokenizer"  # the component that reads what attentions are given; of several, the first
     optional: tuple[str, ...] = ()  # components that a base may lack
     heavy: tuple[str, ...] = ()  # text encoders of billions of weights, with which training reads in bfloat16
     trains_text = False  # whether text encoders can be adapted and new words learned
@@ -148,13 +152,13 @@ class Family:
         """
         return self.reading(pipe).prepared(prompt)
 
-    def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
-        """How many tokens of a prompt a pipeline of this class reads."""
+    def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str, denoiser: Mapping) -> int:
+        """How many tokens of a prompt a pipeline of this class, around a denoiser of this configuration, reads."""
         return tokenizer.model_max_length
 
-    def states(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
+    def states(self, tokenizer: PreTrainedTokenizerBase, pipeline: str, denoiser: Mapping) -> int:
         """How many text states M it makes of them."""
-        return self.most_tokens(tokenizer, pipeline)
+        return self.most_tokens(tokenizer, pipeline, denoiser)
 
     def remarks(self, pipe: DiffusionPipeline) -> Sequence[str]:
         """What is worth knowing of this very base, a sentence each."""
@@ -224,6 +228,10 @@ class Family:
     def lora_projections(self, attention: str) -> tuple[str, str]:
         """What of an attention of this name a foldable adapter changes: its keys' and its values' projection."""
         return "to_k", "to_v"
+
+    def held_by(self, projection: str) -> Native | None:
+        """The module of diffusers that holds a projection among others; None where it is one itself."""
+        return None
 
     def native_weight(self, projection: str) -> Native | None:
         """Where a projection is in the family's native weights; None where they are named and cut as a U-Net's."""

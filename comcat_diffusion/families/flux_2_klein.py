@@ -2,8 +2,8 @@
 
 Of a text's states those at a quarter, a half and three quarters of the Qwen3's layers stand side by side. Four
 neighbouring latents are one token, with four times the channels, by the statistics of the autoencoder's batch norm.
-Adapters change the text's keys and values in the blocks of two streams. The blocks of one stream, whose projections are
-one with those of their feed-forward, are left alone.
+Adapters change the text's keys and values in the blocks of two streams, and if asked, in those of one stream, whose
+projections are one with those of their feed-forward, the text's from the trigger on and the picture's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from comcat_diffusion.families.family import Condition, Family, Flow, Native, Reading, Segment
+from comcat_diffusion.families.family import STREAM_ROWS, Condition, Family, Native, Reading, Segment
+from comcat_diffusion.families.flux_1 import Flux1
 
 if TYPE_CHECKING:
     import torch
@@ -20,34 +21,23 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-_TOKENS = 512  # of a prompt in its chat, unless the tokenizer says fewer
-_TIMES = 1000  # of the scheduler, by which the transformer multiplies what it is given
+_TOKENS = 512  # of a prompt in its chat, at most
+_STREAM = "single_transformer_blocks."
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
-class Flux2Klein(Family):
+class Flux2Klein(Flux1):
     """See the module's docstring."""
 
     name = "FLUX.2 [klein]"
     pipelines = ("Flux2KleinPipeline",)
     denoisers = ("Flux2Transformer2DModel",)
+    text_encoders = ("text_encoder",)
+    tokenizer = "tokenizer"
     heavy = ("text_encoder",)
     guidance = 4.0
-    precisions = ("fp32", "bf16")  # in half precision its blocks cut off what overflows
-    flow = Flow(times="none")
-    flow_samplers = ("FlowMatchEulerDiscreteScheduler",)
-    packing = 2
-    states_at = (0,)  # the negative prompt's are made in a call of their own
     architecture = "flux-2-klein"
-
-    def native(self, denoiser: Mapping, vae: Mapping) -> int:
-        """As the autoencoder says; the transformer has places for any size."""
-        return vae["sample_size"]
-
-    def size(self, call: Mapping[str, object]) -> tuple[int, int]:
-        """By the places of the tokens, (B, N, 4) or (N, 4): time, row, column, number."""
-        _, row, column, _ = call["img_ids"].flatten(0, -2).amax(0).tolist()
-        return int(row) + 1, int(column) + 1
+    said, conditions = Family.said, Family.conditions
 
     def is_of(self, denoiser: Mapping) -> bool:
         """FLUX.2 [dev], which is told its guidance, reads by another model."""
@@ -61,14 +51,13 @@ class Flux2Klein(Family):
     def reading(self, pipe: DiffusionPipeline) -> Reading:
         """As what a user says in a chat."""
         known = weakref.ref(pipe.tokenizer)  # which holds what is returned here
-        before, behind = _chat(pipe.tokenizer, _MARK).split(_MARK)
-        return Reading((Segment(pipe.tokenizer),), lambda text: _chat(known(), text), around=(before, behind))
+        return Reading((Segment(pipe.tokenizer),), lambda text: _chat(known(), text), around=_around(pipe.tokenizer))
 
-    def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
-        """What the chat leaves."""
-        return self.states(tokenizer, pipeline) - len(tokenizer(_chat(tokenizer, "")).input_ids)
+    def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str, denoiser: Mapping) -> int:
+        """What the chat leaves; its end is cut off first."""
+        return self.states(tokenizer, pipeline, denoiser) - len(tokenizer(_around(tokenizer)[0]).input_ids)
 
-    def states(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
+    def states(self, tokenizer: PreTrainedTokenizerBase, pipeline: str, denoiser: Mapping) -> int:
         """See `Family`."""
         return min(_TOKENS, tokenizer.model_max_length)
 
@@ -78,12 +67,12 @@ class Flux2Klein(Family):
             return ()
         return (
             "This base is distilled to draw in a few steps and without guidance: draw with --num_inference_steps 4, "
-            "and train on the base that it was made from, whose adapters fit both.",
+            "and train on the base that it was made from, whose adapters work here with --any_weights.",
         )
 
     def drawing(self, pipe: DiffusionPipeline) -> Mapping[str, object]:
         """How much of a prompt is read, and which layers of its reader are kept: of a Qwen3 of 36, 9, 18 and 27."""
-        said = {"max_sequence_length": self.states(pipe.tokenizer, "")}
+        said = dict(super().drawing(pipe))
         if pipe.text_encoder is not None:  # else it has read all prompts already
             depth = pipe.text_encoder.config.num_hidden_layers
             said["text_encoder_out_layers"] = tuple(depth * quarter // 4 for quarter in (1, 2, 3))
@@ -112,42 +101,43 @@ class Flux2Klein(Family):
         """The pipeline leaves them as the autoencoder has them."""
         return vae.decode(latents.to(vae.dtype)).sample
 
-    def predict(
-        self,
-        denoiser: nn.Module,
-        noisy: torch.Tensor,
-        timesteps: torch.Tensor,
-        condition: Condition,
-        frames: torch.Tensor,
-    ) -> torch.Tensor:
-        """See `Family`: places are rows and columns, words are numbered."""
+    def places(self, device: torch.device, rows: int, columns: int, words: int = 1) -> torch.Tensor:
+        """Of tokens, (N, 4): nothing, row and column, and which word it is."""
         import torch
 
-        states, (high, wide) = condition["states"], noisy.shape[-2:]
-        nothing = [torch.arange(1, device=noisy.device)]
-        rows, columns = (torch.arange(count, device=noisy.device) for count in (high, wide))
-        words = torch.arange(states.shape[1], device=noisy.device)
-        answer = denoiser(
-            noisy.flatten(2).mT,
-            encoder_hidden_states=states,
-            timestep=timesteps / _TIMES,
-            img_ids=torch.cartesian_prod(*nothing, rows, columns, *nothing),
-            txt_ids=torch.cartesian_prod(*nothing * 3, words),
-            return_dict=False,
-        )[0]
-        return answer.mT.unflatten(-1, (high, wide))
+        zero, *others = (torch.arange(count, device=device) for count in (1, rows, columns, words))
+        return torch.cartesian_prod(zero, *others)
 
     def lora_projections(self, attention: str) -> tuple[str, str]:
-        """Those of the text."""
-        return "add_k_proj", "add_v_proj"
+        """Those of the text, and in blocks of one stream the only ones."""
+        return ("to_k", "to_v") if attention.startswith(_STREAM) else super().lora_projections(attention)
+
+    def held_by(self, projection: str) -> Native | None:
+        """In a block of one stream all that is made of its tokens is one Linear."""
+        if not projection.startswith(_STREAM):
+            return None
+        block, _, name = projection.rpartition(".")
+        return Native(f"{block}.to_qkv_mlp_proj", "qkv".index(name[-1]), STREAM_ROWS)
 
     def native_weight(self, projection: str) -> Native:
-        """Queries, keys and values are one Linear, one for the picture, one for the text."""
-        _, block, _, name = projection.split(".")
-        return Native(f"double_blocks.{block}.txt_attn.qkv", "qkv".index(name.removesuffix("_proj")[-1]), 3)
+        """Queries, keys and values are one Linear, one for the picture, one for the text; in one stream, see above."""
+        held = self.held_by(projection)
+        if held is None:
+            return super().native_weight(projection)
+        return Native(f"single_blocks.{projection.split('.')[1]}.linear1", held.place, STREAM_ROWS)
+
+    def told(self, denoiser: nn.Module, noisy: torch.Tensor, condition: Condition) -> dict[str, torch.Tensor]:
+        """Nothing."""
+        return {}
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """What the pipeline has its Qwen3 read."""
     said = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+
+
+def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What stands before and behind what a user says."""
+    before, behind = _chat(tokenizer, _MARK).split(_MARK)
+    return before, behind

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from comcat_diffusion.families.chroma import Chroma
 from comcat_diffusion.families.family import DENOISERS, UNET, Family
+from comcat_diffusion.families.flux_1 import Flux1
 from comcat_diffusion.families.flux_2_klein import Flux2Klein
 from comcat_diffusion.families.pixart import PixArt
 from comcat_diffusion.families.sana import Sana
@@ -17,6 +19,8 @@ FAMILIES: tuple[Family, ...] = (
     StableDiffusionXL(),
     StableDiffusion3(),
     Flux2Klein(),
+    Flux1(),
+    Chroma(),
     PixArt(),
     Sana(),
 )

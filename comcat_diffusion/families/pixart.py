@@ -53,7 +53,7 @@ class PixArt(Family):
         """Pictures of the size that is asked for, and prompts as training reads them."""
         return {"clean_caption": False, "use_resolution_binning": False}
 
-    def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
+    def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str, denoiser: Mapping) -> int:
         """See `Family`."""
         return _TOKENS.get(pipeline, 300)
 

@@ -53,12 +53,12 @@ def kind_in(folder: Path) -> str:
     return json.loads((folder / "model_index.json").read_text("utf-8")).get("_class_name", "")
 
 
-def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
-    """The (first) tokenizer of a base. Raises ValueError for a class that transformers does not have."""
-    _, kind = json.loads((folder / "model_index.json").read_text("utf-8"))["tokenizer"]
+def tokenizer_in(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer of a base by its component's name. Raises ValueError for a class that transformers does not have."""
+    _, kind = json.loads((folder / "model_index.json").read_text("utf-8"))[name]
     if not hasattr(transformers, kind):
         raise ValueError(f"The base in {folder} has a tokenizer of class {kind}, which transformers does not know.")
-    return getattr(transformers, kind).from_pretrained(folder / "tokenizer", local_files_only=True)
+    return getattr(transformers, kind).from_pretrained(folder / name, local_files_only=True)
 
 
 def refuse_pipeline(pipe: DiffusionPipeline, name: str | None) -> None:
