@@ -146,7 +146,7 @@ def do(name: str, subject: str, seed: int, root: Path) -> None:
     pipe, size, seconds = METHODS[name].learn(subject, seed, folder)
     strip_of([_drawn(pipe, subject)]).save(folder / f"{FREE}.png")
     if METHODS[name].kept:
-        words = placeable(pipe, {NAME: [f"{TRIGGER} {subject}"]}, DRAWING_STEPS)
+        words = placeable(pipe, {NAME: [f"{TRIGGER} {subject}"]})
         strip_of([_drawn(pipe, subject, words)]).save(folder / f"{KEPT}.png")
     shared.write_json(folder / "cost.json", {"bytes": size, "seconds": seconds})
 

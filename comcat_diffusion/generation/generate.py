@@ -80,7 +80,7 @@ def drawn(order: Order, on_picture: OnPicture, note: Callable[[str], None]) -> P
     settings = made_by(pipe, order.base, sampling) | {"adapters": files_of(chosen)}
     settings |= {"loras": list(config.lora), "regions": list(config.region)}
     called = {_name(n): one.words for n, one in enumerate(chosen)} if config.keep_background else {}
-    words = placeable(pipe, called, config.num_inference_steps)
+    words = placeable(pipe, called)
     settings |= {"keep_background": True} if words else {}
     for drawing, picture in zip(drawings, draw(pipe, drawings, sampling, words), strict=True):
         number = prompts.index(drawing.prompt)

@@ -26,7 +26,7 @@ class Preview:
 
     def __init__(self, config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Subject] = ()):
         self.pipe, self.prompts, self.side = pipe, config.validation_prompt, config.resolution
-        self.words = placeable(pipe, {ADAPTER: words_of(subjects)}, STEPS)
+        self.words = placeable(pipe, {ADAPTER: words_of(subjects)})
         self.base = config.pretrained_model_name_or_path
         self.guidance = bases.default_guidance(self.base, pipe)
         self.folder = Path(config.output_dir).expanduser() / "samples"
