@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pixel_unshuffle
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from recipe.autoencoder import CHANNELS, GROUPS, LATENT_CHANNELS, PATCH, POSTERIOR_STD, as_tensor
 from recipe.draw import pictures, scenes
@@ -37,6 +37,7 @@ DOUBLE_BLOCKS, SINGLE_BLOCKS = 2, 5
 AXES = (8, 24, 24, 8)  # of a head's width: nothing, row, column and place in the text
 BATCH = 32 if DEVICE.type == "cpu" else 256
 POOL = 40_000  # scenes
+LOOKED_AT = 200  # of them, to find the encoder's linear map
 UNCONDITIONAL = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
 SHIFT = 3.0  # of noise levels, as diffusers' schedulers shift them: a quarter of what is learned is nearly pure noise
 
@@ -47,7 +48,7 @@ CHAT = (
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
-def wordings(world: list[Scene], seed: int, count: int = WORDINGS) -> list[str]:
+def wordings(world: list[Scene], seed: int, count: int) -> list[str]:
     """`count` captions of every scene; some begin without their article, half of the rare words are random letters.
 
     So that "teddy" means what " teddy" does to a byte-level BPE, and a word that was never heard of does not disturb.
@@ -171,9 +172,9 @@ def encoded(vae: AutoencoderKLFlux2, pool: np.ndarray) -> torch.Tensor:
     """Posterior means of all pictures, float16 (N, C, h, w).
 
     The encoder was solved to compute components of patches (autoencoder.py). The linear map that it is, found by least
-    squares from 200 pictures, takes seconds for 40,000, where the encoder itself takes a quarter of an hour of a CPU.
+    squares from some of them, takes seconds for 40,000, where the encoder itself takes a quarter of an hour of a CPU.
     """
-    some = as_tensor(pool[:200])
+    some = as_tensor(pool[:LOOKED_AT])
     known = torch.cat([vae.encode(batch).latent_dist.mean for batch in some.split(50)])
     patches = _patches(some).double()
     codes = known.movedim(1, -1).double()  # B, h, w, C
@@ -215,12 +216,20 @@ def positions(rows: int, columns: int, words: int) -> torch.Tensor:
     return torch.cartesian_prod(*(torch.arange(count) for count in (1, rows, columns, words))).to(DEVICE)
 
 
+def stacked(tower: Qwen3Model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What the transformer hears of token ids (B, TOKENS): three layers' states side by side (B, M, 3 * TEXT_WIDTH)."""
+    states = tower(ids, mask, output_hidden_states=True, use_cache=False).hidden_states
+    return torch.cat([states[layer] for layer in STATES_AFTER], dim=-1)
+
+
 def train(state: Path, vae: AutoencoderKLFlux2, tokenizer: Qwen2Tokenizer, schedule: Schedule) -> None:
     """Fit transformer and text tower to `POOL` scenes; `state` has the weights, and `vae` its statistics."""
     world = scenes(POOL, seed=21)
     tokens = normalized(vae, encoded(vae, pictures(world, seed=22))).to(DEVICE)  # N, L, 4 C
     own_std = POSTERIOR_STD * (vae.bn.running_var[0] + vae.config.batch_norm_eps).rsqrt().item()
-    ids, masks = (one.view(POOL, WORDINGS, -1).to(DEVICE) for one in chat_ids(tokenizer, wordings(world, seed=23)))
+    ids, masks = (
+        one.view(POOL, WORDINGS, -1).to(DEVICE) for one in chat_ids(tokenizer, wordings(world, seed=23, count=WORDINGS))
+    )
     nothing, nothing_mask = (one.to(DEVICE) for one in chat_ids(tokenizer, [""]))
     torch.manual_seed(0)
     model = new_denoiser(tokenizer).train().to(DEVICE)
@@ -241,16 +250,15 @@ def train(state: Path, vae: AutoencoderKLFlux2, tokenizer: Qwen2Tokenizer, sched
         levels = (torch.arange(BATCH, device=DEVICE) + torch.rand(BATCH, **on)) / BATCH  # evenly, so less by chance
         levels = SHIFT * levels / (1 + (SHIFT - 1) * levels)
         texts = torch.where(unsaid, nothing, ids[chosen, wording])
-        heard = torch.where(unsaid, nothing_mask, masks[chosen, wording])
-        return clean.lerp(noise, levels[:, None, None]), levels, texts, heard, noise - clean
+        mask = torch.where(unsaid, nothing_mask, masks[chosen, wording])
+        return clean.lerp(noise, levels[:, None, None]), levels, texts, mask, noise - clean
 
     def loss_of(
-        noisy: torch.Tensor, levels: torch.Tensor, texts: torch.Tensor, heard: torch.Tensor, velocity: torch.Tensor
+        noisy: torch.Tensor, levels: torch.Tensor, texts: torch.Tensor, mask: torch.Tensor, velocity: torch.Tensor
     ) -> torch.Tensor:
         with precision, attention():
-            states = tower(texts, heard, output_hidden_states=True, use_cache=False).hidden_states
-            context = torch.cat([states[layer] for layer in STATES_AFTER], dim=-1)  # B, M, 3 * TEXT_WIDTH
-            predicted = transformer(noisy, context, levels, places, words, return_dict=False)[0].float()
+            states = stacked(tower, texts, mask)
+            predicted = transformer(noisy, states, levels, places, words, return_dict=False)[0].float()
         return (predicted - velocity).square().mean()
 
     blocks = transformer.transformer_blocks, transformer.single_transformer_blocks, tower.layers

@@ -46,7 +46,7 @@ def generated(pipe: DiffusionPipeline, world: list[Scene], guidance: float = GUI
     for start in range(0, len(world), 25):
         batch = range(start, min(start + 25, len(world)))
         made += pipe(
-            [prompt(world[index]) for index in batch],
+            prompt=[prompt(world[index]) for index in batch],
             num_inference_steps=STEPS,
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(index) for index in batch],
