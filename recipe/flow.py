@@ -130,7 +130,7 @@ def new_transformer() -> Flux2Transformer2DModel:
         num_attention_heads=HEADS,
         joint_attention_dim=len(STATES_AFTER) * TEXT_WIDTH,
         timestep_guidance_channels=128,
-        mlp_ratio=2.0,
+        mlp_ratio=3.0,
         axes_dims_rope=AXES,
         rope_theta=100,  # pictures are 8 x 8 tokens
         guidance_embeds=False,
