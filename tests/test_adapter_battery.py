@@ -191,7 +191,7 @@ def test_the_scale_is_linear_in_the_deltas(case, scale):
     set_scales(scaled, dog=scale)
     # One factor of each of the two products.
     multiply(multiplied, "dog", scale, ("q_core", "out_core") if case.foldable else ("q_down", "out_up"))
-    assert_close(case.run(scaled), case.run(multiplied), rtol=0, atol=1e-10)
+    assert_close(case.run(scaled), case.run(multiplied), rtol=0, atol=case.close)
     assert distance(case.run(scaled), case.run(case.adapted("dog"))) > CLEAR
 
 

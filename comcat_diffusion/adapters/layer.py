@@ -233,12 +233,12 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
 
         hidden (B, N, C), text (B, M, C') -> (N, 1) or (B, N, 1) by adapter.
         """
-        shares = self.regions.shares(live, hidden.shape[1]) if self.regions is not None else None
+        shares = self.regions.shares(live, hidden.shape[1], self.style.stream) if self.regions is not None else None
         return shares if here.focus is None else here.focus.shares(self, live, hidden, text, shares or {})
 
-    def view(self, names: list[str]) -> seam.View:
-        """The attention as its own forward should see it while these adapters act."""
-        wide = self._wide_heads(names)
+    def view(self, names: list[str], tokens: int) -> seam.View:
+        """The attention as its own forward should see it while these adapters act, on so many tokens."""
+        wide = self._wide_heads(names, tokens)
         if here.texts is not None and seam.is_cross_attention(self.owner) and not self.style.joint:
             here.texts.cover(self, wide, names)
         return seam.view_of(self.owner, self.style, wide)
@@ -253,17 +253,21 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
     def _plain(self) -> list[nn.Linear]:
         return [seam.plain(projection) for projection in self._base_projections()]
 
-    def _wide_heads(self, names: list[str]) -> WideHeads:
-        adapters = [self._factors(name) for name in names]
-        device = self._keys.weight.device.type
-        return WideHeads(self.heads, self.width, adapters, self.style.diffusers, device, seam.is_normed(self.owner))
+    def _wide_heads(self, names: list[str], tokens: int = 0) -> WideHeads:
+        adapters = [self._factors(name, tokens) for name in names]
+        owner, device = self.owner, self._keys.weight.device.type
+        normed, rotated = seam.is_normed(owner), seam.is_rotated(owner)
+        return WideHeads(self.heads, self.width, adapters, self.style.diffusers, device, normed, rotated)
 
-    def _factors(self, name: str) -> Free | Foldable:
+    def _factors(self, name: str, length: int) -> Free | Foldable:
         scale, k, v = self.scaling[name], self.comcat_k_down[name], self.comcat_v_down[name]
         tokens = None
         if self.trigger[name]:
             crossed = seam.is_cross_attention(self.owner)
-            tokens = shared_out(self.waits[name], self.trigger[name], lambda words: spoken(self.gate, words, crossed))
+            stream = length if self.style.stream else 0
+            tokens = shared_out(
+                self.waits[name], self.trigger[name], lambda words: spoken(self.gate, words, crossed, stream)
+            )
         if name in self.comcat_q_core:
             return Foldable(scale, tokens, k, v, self.comcat_q_core[name], self.comcat_out_core[name])
         return Free(scale, tokens, self.comcat_q_down[name], k, v, self.comcat_out_up[name])

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.focus import placeable
 from comcat_diffusion.adapters.merge import merge_adapters, unload_adapters
+from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.placing import set_adapters
 from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.store import load_adapter
@@ -103,12 +104,13 @@ def drawn(order: Order, on_picture: OnPicture, note: Callable[[str], None]) -> P
 
 def _refuse_deaf(pipe: DiffusionPipeline, prompt: str, chosen: Sequence[Chosen], any_prompt: bool) -> None:
     """Raise ValueError for a prompt that names the subject only where the text encoder does not read any more."""
-    family, kind = family_of(pipe), type(pipe).__name__
-    most = family.most_tokens(pipe.tokenizer, kind)
-    read = texts_of(pipe.tokenizer, family.reading(pipe)).read(prompt, family.states(pipe.tokenizer, kind))
+    family, about = family_of(pipe), (type(pipe).__name__, denoiser(pipe).config)
+    tokenizer = getattr(pipe, family.tokenizer)
+    most = family.most_tokens(tokenizer, *about)
+    read = texts_of(pipe.tokenizer, family.reading(pipe)).read(prompt, family.states(tokenizer, *about))
     named = [subject for one in chosen for subject in one.subjects if calls(prompt, subject)]
     if named and not any_prompt and not any(read.acts([subject.trigger]).any() for subject in named):
-        count = len(pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
         raise ValueError(
             f"The prompt '{prompt[:60]}...' has {count} tokens, of which the text encoder reads {most}, and "
             f"'{named[0].phrase}' comes later: name it earlier, or allow it with --any_prompt."

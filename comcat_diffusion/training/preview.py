@@ -69,7 +69,7 @@ class Preview:
         with placed, torch.autocast(denoiser.device.type, denoiser.dtype, enabled=denoiser.dtype != torch.float32):
             latents = self.pipe(
                 **family.conditions(self.pipe, condition),
-                **family.drawing,
+                **family.drawing(self.pipe),
                 height=self.side,
                 width=self.side,
                 num_inference_steps=STEPS,
