@@ -64,6 +64,7 @@ class Method:
 
     learn: Callable[[str, int, Path], tuple[DiffusionPipeline, int, float]]
     kept: bool = False  # whether it is drawn with its background kept too, as `comcat generate` does
+    once: bool = False  # whether one training is enough
 
 
 def _comcat(**settings: object) -> Callable:
@@ -75,14 +76,27 @@ def _comcat(**settings: object) -> Callable:
 
 
 def _lora(rank: int, rate: float) -> Callable:
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=DIFFUSERS.names)
+
+    def start(pipe: DiffusionPipeline) -> None:
+        pipe.unet.requires_grad_(False)
+        pipe.unet.add_adapter(config, NAME)
+
+    return _by_script(start, rate, lambda pipe: get_peft_model_state_dict(pipe.unet, adapter_name=NAME))
+
+
+def _dreambooth(rate: float) -> Callable:
+    return _by_script(lambda pipe: pipe.unet.requires_grad_(True), rate, lambda pipe: pipe.unet.state_dict())
+
+
+def _by_script(start: Callable, rate: float, kept: Callable) -> Callable:
+    """Diffusers' scripts: a constant rate, the plain loss of all of a picture, one prompt for every picture."""
+
     def learn(subject: str, seed: int, folder: Path) -> tuple[DiffusionPipeline, int, float]:
         pipe, prompt = bases.load_base(bases.EMBEDDED), f"a photo of {TRIGGER} {subject}"
         crops = [crop_of(pipe, picture(subject, pose), prompt) for pose in TRAIN]
         torch.manual_seed(seed)
-        pipe.unet.requires_grad_(False)
-        pipe.unet.add_adapter(
-            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=DIFFUSERS.names), NAME
-        )
+        start(pipe)
         learner = Learner(pipe, [prompt], train_text=False).train()
         optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=rate)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
@@ -94,9 +108,9 @@ def _lora(rank: int, rate: float) -> Callable:
         )  # fmt: skip
         seconds = sum(step.seconds for step in loop.steps(STEPS))
         learner.eval()
-        tensors = get_peft_model_state_dict(pipe.unet, adapter_name=NAME)
-        save_file({n: t.half().contiguous() for n, t in tensors.items()}, folder / "lora.safetensors")
-        return pipe, (folder / "lora.safetensors").stat().st_size, seconds
+        file = folder / "learned.safetensors"
+        save_file({name: tensor.half().contiguous() for name, tensor in kept(pipe).items()}, file)
+        return pipe, file.stat().st_size, seconds
 
     return learn
 
@@ -105,6 +119,7 @@ METHODS = {
     "comcat train": Method(_comcat(), kept=True),
     "diffusers' script, LoRA r=4, 5e-4": Method(_lora(4, 5e-4)),
     "diffusers' script, LoRA r=16, 1e-3": Method(_lora(16, 1e-3)),
+    "DreamBooth, the whole U-Net, 2e-4": Method(_dreambooth(2e-4), once=True),  # the base's own limit
 }
 
 
@@ -207,7 +222,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--show", action="store_true", help="only the table of what is there")
     asked = parser.parse_args(arguments)
     asked.folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(name, subject, seed) for seed in range(asked.seeds) for subject in UNSEEN for name in METHODS]
+    jobs = [
+        (name, subject, seed)
+        for seed in range(asked.seeds)
+        for subject in UNSEEN
+        for name, method in METHODS.items()
+        if not (method.once and seed)
+    ]
     with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(do, *job, asked.folder) for job in jobs if not asked.show]
         for job, done in zip(jobs, waiting, strict=False):
