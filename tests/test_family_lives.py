@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shutil
 from itertools import cycle
 from pathlib import Path
 
@@ -347,6 +348,17 @@ def test_what_the_chat_cuts_off_is_told(folders, tmp_path):
     save_adapter(pipe, tmp_path / "a.safetensors", "dog", base, Notes(trigger="sks", class_word="teddy"))
     with pytest.raises(ValueError, match=f"of which the text encoder reads {most}, and 'sks teddy' comes later"):
         generate(GenerateConfig(adapter=[str(tmp_path / "a.safetensors")], **config))
+
+
+def test_a_tokenizer_without_a_chat_is_told(folders, tmp_path):
+    base = Path(shutil.copytree(folders["klein"], tmp_path / "base"))
+    template = base / "tokenizer" / "chat_template.jinja"
+    for content, message in (("{{ 'hello' }}", "does not say once what a user says"), (None, "has no chat template")):
+        template.unlink() if content is None else template.write_text(content)
+        asked = settings(str(base), tmp_path / "out")
+        assert any(message in error for error in validate(ValidateConfig(**vars(asked))).errors)
+        with pytest.raises(ValueError, match=message):
+            customize(asked)
 
 
 def test_the_words_of_flux_1_are_its_t5s(folders):
