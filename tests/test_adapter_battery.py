@@ -252,7 +252,8 @@ def test_factors_saved_from_one_model_and_set_on_another_are_exact(case):
     source, other = case.adapted("dog"), case.adapted("kitten", r=RANK)
     case.randomize(other, "kitten", seed=9)
     saved = get_peft_model_state_dict(source, adapter_name="dog")
-    assert len(saved) == len(factors(source, "dog")) and not [key for key in saved if "lora" in key or "dog" in key]
+    own = set(factors(source, "dog").values())  # each once, however many attentions share it
+    assert len(saved) == len(own) and not [key for key in saved if "lora" in key or "dog" in key]
     assert distance(case.run(other), case.run(source)) > CLEAR
     result = set_peft_model_state_dict(other, saved, adapter_name="kitten")
     assert not result.unexpected_keys and not [key for key in result.missing_keys if "comcat" in key]

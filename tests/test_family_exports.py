@@ -34,7 +34,13 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
 BASES = ("pixart", "sd3", "sd35", "sana", "klein", "flux1", "chroma")
 
 
-@pytest.fixture(scope="module", params=[f"{kind}-{name}" for name in BASES for kind in ("tied", "foldable")])
+def _mostly(case: str) -> object:
+    """FLUX.1 and Chroma are FLUX.2 in nearly all: `make test-kernels` walks them too."""
+    often = "chroma" not in case and case != "tied-flux1"
+    return case if often else pytest.param(case, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[_mostly(f"{kind}-{name}") for name in BASES for kind in ("tied", "foldable")])
 def exported(request, tmp_path_factory):
     """A base, an adapter that acts on every token, in self-attentions too where it can, and what it predicts."""
     kind, _, name = request.param.partition("-")

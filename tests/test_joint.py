@@ -275,6 +275,7 @@ def test_columns_that_are_turned_are_even_in_number(rank, tiny_klein, randomize)
     assert distance(case.run(model), case.base()) > 0.01
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_torch_compile_traces_a_rotated_block_in_one_graph(tiny_klein, randomize):
     model = Case(tiny_klein, OF_TWO, "free", randomize).adapted("dog", dtype=torch.float32)

@@ -69,6 +69,7 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         self.trigger: dict[str, tuple[str, ...]] = {}  # words that an adapter waits for; none: it acts everywhere
         self.waits: dict[str, list[tuple[tuple[str, ...], int]]] = {}  # for which words how many of its ranks do
         self.gate: Gate | None = None  # which tells where these words stand, see adapters/gate.py
+        self.shared: set[str] = set()  # names of weights that another attention, which came first, holds as well
         self.merged_adapters: list[str] = []
         self.style = style_of(attention)
         self._owner = (attention,)  # in a tuple, so that the parent is not a submodule of its own child
@@ -137,6 +138,8 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
             if name in zero:
                 nn.init.zeros_(factor.weight)
             getattr(self, f"comcat_{name}")[adapter_name] = factor
+            if name in tied:
+                self.shared.add(f"comcat_{name}.{adapter_name}.weight")
         self.r[adapter_name], self.alpha[adapter_name] = rank, alpha
         self.trigger[adapter_name] = tuple(config.trigger or ())
         self.waits[adapter_name] = [(tuple(words), count) for words, count in config.trigger_ranks or ()]
@@ -181,11 +184,24 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         """As PEFT's; what came with the adapter goes with the last layer that has it."""
         known = adapter_name in self.r
         super().delete_adapter(adapter_name)
+        self.shared = {name for name in self.shared if name.split(".")[1] != adapter_name}
         if known:
             self.belongings.left(adapter_name)
         if self.gate is not None and not any(self.trigger.values()):
             self.gate.leave(self)
             self.gate = None
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
+        """As PyTorch's, without what another attention's has already: so PEFT's files of tied adapters are small."""
+        found = super().state_dict(*args, **kwargs)
+        for name in self.shared:
+            found.pop(kwargs.get("prefix", "") + name, None)
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        for name in self.shared:  # loaded with the attention that has it
+            state_dict.setdefault(prefix + name, self.get_parameter(name).data)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def leave(self) -> None:
         """The attention has no side-car any more; merged weights stay."""

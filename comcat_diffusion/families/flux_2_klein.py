@@ -132,12 +132,16 @@ class Flux2Klein(Flux1):
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """What the pipeline has its Qwen3 read."""
+    """What the pipeline has its Qwen3 read. Raises ValueError for a tokenizer that knows no chat."""
+    if not tokenizer.chat_template:
+        raise ValueError("This base's tokenizer has no chat template, by which FLUX.2 [klein] reads its prompts.")
     said = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What stands before and behind what a user says."""
-    before, behind = _chat(tokenizer, _MARK).split(_MARK)
-    return before, behind
+    """What stands before and behind what a user says. Raises ValueError where that is not found again."""
+    parts = _chat(tokenizer, _MARK).split(_MARK)
+    if len(parts) != 2:
+        raise ValueError("The chat template of this base's tokenizer does not say once what a user says.")
+    return parts[0], parts[1]

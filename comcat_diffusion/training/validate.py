@@ -55,10 +55,10 @@ def validate(config: ValidateConfig) -> Report:
         suitable.refuse_settings(config, family)
         tokenizer = suitable.tokenizer_in(folder, family.tokenizer)
         denoiser = family.blank(folder)
+        most = family.most_tokens(tokenizer, suitable.kind_in(folder), denoiser.config)
     except (ValueError, OSError) as error:
         report.errors.append(str(error))
         return report
-    most = family.most_tokens(tokenizer, suitable.kind_in(folder), denoiser.config)
     report.doubts += cut_off(tokenizer, (example.prompt for example in dataset.examples), most)
     report.doubts += well_known(tokenizer, dataset.subjects)
     vae = suitable.config_in(folder / "vae")
