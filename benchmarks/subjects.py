@@ -43,7 +43,7 @@ from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, slug
 from comcat_diffusion.markdown import table
 from comcat_diffusion.training.batching import Batching
 from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.training.customize import customize
+from comcat_diffusion.training.customize import Silent, customize
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import Loop
 from comcat_diffusion.training.objective import objective_of
@@ -88,7 +88,7 @@ def _comcat(**settings: object) -> Callable:
     return learn
 
 
-class _Clock:
+class _Clock(Silent):
     """A watcher that adds up what steps take."""
 
     def __init__(self) -> None:

@@ -65,6 +65,9 @@ class _Terminal:
         if done.step == total:
             self.close()
 
+    def phase(self, name: str) -> None:
+        """What takes long shows in the bar or in the notes."""
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
