@@ -339,9 +339,7 @@ def test_the_held_out_loss_chooses_the_best(tmp_path):
     best = outcome.adapter.with_name("sks-teddy-best.safetensors")
     assert read_adapter(best).notes.training["steps"] == min(judged, key=judged.get)
     before, later = (tmp_path / "samples" / f"step-00000{step}-00-0.png" for step in (0, 2))
-    assert before.read_bytes() != later.read_bytes() and not (
-        tmp_path / "samples/step-000006.png"
-    ).exists()
+    assert before.read_bytes() != later.read_bytes() and not (tmp_path / "samples/step-000006.png").exists()
     with pytest.raises(ValueError, match="leaves 0 to judge"):
         run(tmp_path / "b", validation_fraction=0.01)
 
