@@ -250,6 +250,7 @@ def test_every_setting_has_a_place_on_the_page_and_a_label(kind, language):
     assert set(names) == {item.name for item in fields(kind)} - own and len(names) == len(set(names))
     for name in names:
         assert name in texts._all()[language]["labels"], name
+        assert language == "en" or name in texts._all()[language]["help"], name
 
 
 def test_what_is_left_empty_is_not_sent_and_what_is_typed_keeps_its_type():

@@ -30,6 +30,12 @@ SLIDERS = {
     "guidance_scale": (1, 15, 0.5), "gradient_accumulation_steps": (1, 16, 1), "train_batch_size": (1, 16, 1),
     "num_vectors": (1, 8, 1), "repeats": (1, 20, 1), "batch_size": (1, 16, 1),
 }  # fmt: skip
+# Where the page asks for what a flag means, under a name of its own.
+_FIELDS = {
+    "instance_prompt": "word", "trigger": "word", "class_word": "what", "pretrained_model_name_or_path": "base",
+    "as": "file", "adapter": "adapters",
+}  # fmt: skip
+PAGE_DEFAULTS = {"num_validation_images": 2, "checkpoints_total_limit": 1}  # where the page's are others
 _FLAG = re.compile(r"--(no-)?([a-z][a-z0-9_]*)")
 
 
@@ -63,7 +69,7 @@ def _field(item: object, kind: type, several: bool, language: str) -> dict:
         "help": texts.help_of(flag_of(item), item.metadata["help"], language),
         "kind": "several" if several else {bool: "switch", int: "whole", float: "number", str: "text"}[kind],
         "choices": list(item.metadata.get("choices") or ()),
-        "default": default,
+        "default": PAGE_DEFAULTS.get(item.name, default),
         "slider": SLIDERS.get(item.name),
     }
 
@@ -105,5 +111,5 @@ def refused(error: Exception, language: str) -> Refused:
         said = " ".join(str(error).split())
     known = {flag_of(item) for kind in (TrainConfig, GenerateConfig) for item in fields(kind)}
     flags = [name for _, name in _FLAG.findall(said) if name in known]
-    field = getattr(error, "field", None) or (flags[0] if flags else None)
+    field = getattr(error, "field", None) or (_FIELDS.get(flags[0], flags[0]) if flags else None)
     return Refused(_FLAG.sub(lambda found: texts.quoted_label(found[2], language, known), said), field)

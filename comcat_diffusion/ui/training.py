@@ -100,9 +100,8 @@ def train(asked: Asked) -> dict:
     found.setdefault("validation_steps", next((round for round in ROUND if round >= steps / 8), max(1, steps // 8)))
     if is_embedded(found["pretrained_model_name_or_path"]):  # which knows prompts that name a place
         found.setdefault("validation_prompt", [presets.example(*subject_in(asked))])
-    found.setdefault("num_validation_images", 2)
     found.setdefault("checkpointing_steps", max(1, steps // 4))
-    found.setdefault("checkpoints_total_limit", 1)
+    found = settings.PAGE_DEFAULTS | found
     request = {
         "settings": found,
         "own_images": True,

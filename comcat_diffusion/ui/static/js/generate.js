@@ -54,6 +54,7 @@ class GeneratePage {
     const chosen = take("chosen");
     const again = take("again");
     const kept = JSON.parse(localStorage.getItem(KEPT) || "null");
+    this.recalled = true;
     if (kept) this.fill(kept, false);
     if (again) this.fill(again, true);
     else if (chosen) { this.chosen = new Map(chosen.map((one) => [one, 1])); this.prompt.value = ""; this.drawCards(true); }
@@ -161,6 +162,7 @@ class GeneratePage {
   }
 
   keep() {
+    if (!this.recalled) return; // what was kept is not read yet
     localStorage.setItem(KEPT, JSON.stringify({ prompt: this.prompt?.value, typed: this.values, adapters: [...this.chosen].map(([one, scale]) => ({ id: one, scale })), num_images: Number(this.count?.value) || 4, job: this.jobId }));
   }
 

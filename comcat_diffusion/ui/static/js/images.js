@@ -129,7 +129,7 @@ export class Images {
     const thumb = h("div", { class: "thumb" },
       one.problem ? icon("warn") : h("img", { src: view("small"), alt: one.called, loading: "lazy" }),
       one.mask ? h("img", { src: `${view("mask")}?${Date.now()}`, alt: "", class: "mask" }) : null,
-      one.crop && !one.problem ? cropFrame(one) : null);
+      !one.problem && (one.crop || one.size[0] !== one.size[1]) ? cropFrame(one) : null);
     const name = h("p", { class: "name", title: one.called }, one.called);
     const size = one.problem ? null : h("p", { class: "size" }, `${number(one.size[0])} × ${number(one.size[1])}${one.mask ? ` · ${t(`mask_${one.mask}`)}` : ""}`);
     const tools = h("div", { class: "tools" },
@@ -137,7 +137,7 @@ export class Images {
       one.problem ? null : h("button", { type: "button", class: "link", "aria-pressed": String(one.left_out), onclick: () => this.change(one, { left_out: !one.left_out }) }, t(one.left_out ? "take_in" : "leave_out")),
       iconButton(t("remove_image", { name: one.called }), "trash", { onclick: async () => this.take(await api.remove(`/api/images/${this.set}/${one.number}`)) }));
     const own = id("caption");
-    const caption = one.problem ? null : h("textarea", { id: own, rows: 2, placeholder: t("caption_hint"), onchange: (event) => this.change(one, { caption: event.target.value }) });
+    const caption = one.problem ? null : h("textarea", { id: own, rows: 3, placeholder: t("caption_hint"), onchange: (event) => this.change(one, { caption: event.target.value }) });
     if (caption) caption.value = one.caption;
     return [thumb, name, size, notes.length ? h("ul", { class: "notes" }, notes.map(([text, kind]) => h("li", { class: kind }, text))) : null,
       caption && h("label", { class: "sr", for: own }, t("caption_of", { name: one.called })), caption, tools];
@@ -166,8 +166,14 @@ export class Images {
   }
 }
 
+// The square of the middle, as the training cuts it if nobody moves it.
+function middle([width, height]) {
+  const side = Math.min(width, height);
+  return [Math.floor((width - side) / 2), Math.floor((height - side) / 2), side];
+}
+
 function cropFrame(one) {
-  const [left, top, side] = one.crop;
+  const [left, top, side] = one.crop || middle(one.size);
   const [width, height] = one.size;
   const square = Math.max(width, height); // the thumbnail shows the whole picture inside a square
   const part = (value) => `${(value / square) * 100}%`;
@@ -180,7 +186,7 @@ class Crop {
   constructor(one) {
     [this.width, this.height] = one.size;
     const side = Math.min(this.width, this.height);
-    this.middle = [Math.floor((this.width - side) / 2), Math.floor((this.height - side) / 2), side];
+    this.middle = middle(one.size);
     this.box = one.crop ? [...one.crop] : [...this.middle];
     this.frame = h("span", { class: "crop-frame", "aria-hidden": "true" });
     const slider = (key, n, most) => h("input", { type: "range", id: id(key), min: n === 2 ? Math.min(64, side) : 0, max: most, value: this.box[n],

@@ -26,8 +26,8 @@ export function keepDraft(values) {
 export async function trainPage(content) {
   const [told, bases] = await Promise.all([api.get("/api/train"), api.get("/api/bases")]);
   const page = new TrainPage(told, bases, draft());
+  await page.images.open(); // before anybody can press what needs them
   replace(content, page.element);
-  await page.images.open();
   return () => page.leave();
 }
 
