@@ -213,7 +213,7 @@ def _nowhere(name: str) -> FileNotFoundError:
 
 def native_resolution(pipe: DiffusionPipeline) -> int:
     """Side in pixels at which the base was trained."""
-    return family_of(pipe).native(denoiser(pipe).config, pipe.vae_scale_factor)
+    return family_of(pipe).native(denoiser(pipe).config, pipe.vae.config)
 
 
 def grain(pipe: DiffusionPipeline) -> int:
@@ -247,7 +247,7 @@ def default_guidance(name: str | None, pipe: DiffusionPipeline | None = None) ->
     """
     if is_of_embedded(name):
         return EMBEDDED_GUIDANCE
-    return (Family if pipe is None else family_of(pipe)).guidance
+    return Family.guidance if pipe is None else family_of(pipe).guidance_of(pipe)
 
 
 def forget_folder(config: Path) -> None:

@@ -24,9 +24,10 @@ class Case:
     """One kind of adapter on one tiny model."""
 
     tiny: object
-    target: str
+    target: str  # ends of attentions' names, spaces between
     kind: str
     randomize: object
+    close: float = 1e-10  # of float64 sums in another order; where the host takes some in float32, more
 
     @property
     def whole(self) -> str:
@@ -39,7 +40,7 @@ class Case:
 
     def config(self, **changes) -> ComcatConfig:
         kind = {"foldable": self.foldable, "tied": self.kind == "tied"}
-        return ComcatConfig(**{"r": RANK, "alpha": ALPHA, "target_modules": [self.target]} | kind | changes)
+        return ComcatConfig(**{"r": RANK, "alpha": ALPHA, "target_modules": self.target.split()} | kind | changes)
 
     def adapted(self, *names: str, dtype: torch.dtype = torch.float64, **changes) -> PeftModel:
         """A fresh model with random adapters `names`, all of them active."""

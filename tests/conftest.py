@@ -149,6 +149,37 @@ def tiny_sd3() -> Tiny:
     return Tiny("tiny_sd3", _built(sd3_transformer, seed=4), inputs)
 
 
+def _flux_inputs(width: int, axes: int) -> dict[str, torch.Tensor]:
+    """Two pictures of 3x4 tokens, which are 2x2 latents of four channels, and seven words."""
+    places = torch.tensor([[0, row, column, 0] for row in range(3) for column in range(4)])
+    words = torch.tensor([[0, 0, 0, number] for number in range(7)])
+    return {
+        "hidden_states": _noise(2, 12, 16, seed=1), "encoder_hidden_states": _noise(2, 7, width, seed=2),
+        "img_ids": places[:, :axes], "txt_ids": words[:, :axes],
+        "timestep": torch.tensor([0.01, 0.5], dtype=torch.float64),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_klein() -> Tiny:
+    """FLUX.2's transformer: two joint blocks with norms and rotations, and one of one stream."""
+    from tests.tiny_families import WIDTH, klein_transformer
+
+    return Tiny("tiny_klein", _built(klein_transformer, seed=5), lambda: _flux_inputs(3 * WIDTH, axes=4))
+
+
+@pytest.fixture(scope="session")
+def tiny_flux1() -> Tiny:
+    """FLUX.1's transformer: the same with biases."""
+    from tests.tiny_families import WIDTH, flux1_transformer
+
+    def inputs() -> dict[str, torch.Tensor]:
+        told = {"pooled_projections": _noise(2, WIDTH, seed=3), "guidance": torch.tensor([3.5], dtype=torch.float64)}
+        return _flux_inputs(WIDTH, axes=3) | told
+
+    return Tiny("tiny_flux1", _built(flux1_transformer, seed=6), inputs)
+
+
 @pytest.fixture(scope="session")
 def tiny_vae() -> Tiny:
     """An autoencoder with one attention on a 4-d input, with a residual, a group norm and biases."""

@@ -191,7 +191,7 @@ def test_the_scale_is_linear_in_the_deltas(case, scale):
     set_scales(scaled, dog=scale)
     # One factor of each of the two products.
     multiply(multiplied, "dog", scale, ("q_core", "out_core") if case.foldable else ("q_down", "out_up"))
-    assert_close(case.run(scaled), case.run(multiplied), rtol=0, atol=1e-10)
+    assert_close(case.run(scaled), case.run(multiplied), rtol=0, atol=case.close)
     assert distance(case.run(scaled), case.run(case.adapted("dog"))) > CLEAR
 
 
@@ -252,7 +252,8 @@ def test_factors_saved_from_one_model_and_set_on_another_are_exact(case):
     source, other = case.adapted("dog"), case.adapted("kitten", r=RANK)
     case.randomize(other, "kitten", seed=9)
     saved = get_peft_model_state_dict(source, adapter_name="dog")
-    assert len(saved) == len(factors(source, "dog")) and not [key for key in saved if "lora" in key or "dog" in key]
+    own = set(factors(source, "dog").values())  # each once, however many attentions share it
+    assert len(saved) == len(own) and not [key for key in saved if "lora" in key or "dog" in key]
     assert distance(case.run(other), case.run(source)) > CLEAR
     result = set_peft_model_state_dict(other, saved, adapter_name="kitten")
     assert not result.unexpected_keys and not [key for key in result.missing_keys if "comcat" in key]

@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
+    convert_flux_transformer_checkpoint_to_diffusers,
+    convert_sd3_transformer_checkpoint_to_diffusers,
+)
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from PIL import Image, ImageChops
 from safetensors import safe_open
@@ -27,18 +31,30 @@ from tests import tiny_families
 
 PROMPT = "a photo of sks teddy"
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
-BASES = ("pixart", "sd3", "sd35", "sana")
+BASES = ("pixart", "sd3", "sd35", "sana", "klein", "flux1", "chroma")
 
 
-@pytest.fixture(scope="module", params=[f"{kind}-{name}" for name in BASES for kind in ("tied", "foldable")])
+def _mostly(case: str) -> object:
+    """FLUX.1 and Chroma are FLUX.2 in nearly all: `make test-kernels` walks them too."""
+    often = "chroma" not in case and case != "tied-flux1"
+    return case if often else pytest.param(case, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[_mostly(f"{kind}-{name}") for name in BASES for kind in ("tied", "foldable")])
 def exported(request, tmp_path_factory):
     """A base, an adapter that acts on every token, in self-attentions too where it can, and what it predicts."""
     kind, _, name = request.param.partition("-")
-    folder = tmp_path_factory.mktemp(name)
+    return made(kind, name, tmp_path_factory.mktemp(name))
+
+
+def made(kind, name, folder):
+    """See `exported`."""
     base = str(getattr(tiny_families, name)(folder / "base"))
     pipe = bases.load_base(base)
     model = denoiser(pipe)
-    targets = {"pixart": ["attn1", "attn2"], "sd35": ["attn", "attn2"]}.get(name, default_targets(model))
+    targets = {"pixart": ["attn1", "attn2"], "sd35": ["attn", "attn2"], "klein": ["attn"]}.get(
+        name, default_targets(model)
+    )
     config = ComcatConfig(r=2, alpha=3.0, foldable=True, tied=kind == "tied", target_modules=targets)
     add_adapter(model, config, "dog")
     with torch.no_grad():
@@ -53,7 +69,8 @@ def exported(request, tmp_path_factory):
 def predicted(pipe) -> torch.Tensor:
     """What the denoiser answers to noise."""
     learner = Learner(pipe, [PROMPT], train_text=False).eval()
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    channels = denoiser(pipe).config.in_channels
+    noise = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(1))
     return learner(noise, torch.tensor([500]), [PROMPT], torch.tensor([[16.0, 16, 0, 0, 16, 16]]))
 
 
@@ -124,12 +141,17 @@ def native_weights(pipe) -> dict[str, torch.Tensor]:
             continue
         joint = block.attn
         text = [joint.add_q_proj.weight, joint.add_k_proj.weight, joint.add_v_proj.weight]
+        if hasattr(model, "single_transformer_blocks"):
+            found[f"double_blocks.{number}.txt_attn.qkv"] = torch.cat(text)
+            continue
         found[f"joint_blocks.{number}.context_block.attn.qkv"] = torch.cat(text)
         if block.attn2 is not None:
             two = block.attn2
             found[f"joint_blocks.{number}.x_block.attn2.qkv"] = torch.cat(
                 [two.to_q.weight, two.to_k.weight, two.to_v.weight]
             )
+    for number, block in enumerate(model.single_transformer_blocks if "Flux2" in type(model).__name__ else ()):
+        found[f"single_blocks.{number}.linear1"] = block.attn.to_qkv_mlp_proj.weight
     return {name: weight.detach().clone() for name, weight in found.items()}
 
 
@@ -177,6 +199,54 @@ def test_native_names_of_stable_diffusion_3_are_those_that_diffusers_converts_fr
             assert torch.equal(third, weight)
 
 
+@pytest.mark.parametrize("name", ["klein", "flux1", "chroma"])
+@pytest.mark.parametrize("kind", ["tied", "foldable"])
+def test_diffusers_reads_native_names_of_flux(kind, name, tmp_path):
+    """Its own reading of files in these names does what the adapter does."""
+    base, file, _, live = made(kind, name, tmp_path)
+    argv = ["export", "--adapter", str(file), "--output", str(tmp_path / "lora.safetensors"), "--for", "comfyui"]
+    assert main(argv) == 0
+    fresh = bases.load_base(base)
+    fresh.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    assert_close(predicted(fresh), live, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["klein", "flux1"])
+def test_native_names_of_flux_are_those_that_diffusers_converts_from(name, tmp_path):
+    pipe = bases.load_base(str(getattr(tiny_families, name)(tmp_path)))
+    model, family = denoiser(pipe), family_of(pipe)
+    native = {f"{name}.weight": weight for name, weight in native_weights(pipe).items()}
+    convert = {
+        "klein": convert_flux2_transformer_checkpoint_to_diffusers,
+        "flux1": convert_flux_transformer_checkpoint_to_diffusers,
+    }[name]
+
+    class Anything(dict):  # the rest of a checkpoint, which does not matter here
+        def pop(self, key, *default):  # the fused rows of a block of one stream, as many as those of the big model
+            return super().pop(key) if key in self else torch.zeros(7 * 3072, 1)
+
+    rest = {} if name == "klein" else {"single_blocks.0.linear2.weight": torch.zeros(1, 1)}
+    converted = convert(dict(native) if name == "klein" else Anything(native | rest))
+    names = {f"transformer_blocks.{block}.attn.add_{one}_proj.weight" for block in range(2) for one in "qkv"}
+    assert names <= set(converted)
+    for name in names:
+        assert torch.equal(converted[name], model.get_parameter(name))
+        place = family.native_weight(name.removesuffix(".weight"))
+        assert torch.equal(native[f"{place.name}.weight"].chunk(place.count)[place.place], converted[name])
+
+
+def test_native_names_of_a_block_of_one_stream_are_those_that_diffusers_converts_from(tmp_path):
+    pipe = bases.load_base(str(tiny_families.klein(tmp_path)))
+    native, family = native_weights(pipe)["single_blocks.0.linear1"], family_of(pipe)
+    converted = convert_flux2_transformer_checkpoint_to_diffusers({"single_blocks.0.linear1.weight": native})
+    for place, name in ((1, "to_k"), (2, "to_v")):
+        projection = f"single_transformer_blocks.0.attn.{name}"
+        held, own = family.held_by(projection), family.native_weight(projection)
+        assert own.name == "single_blocks.0.linear1" and (own.place, own.count) == (held.place, held.count)
+        rows = converted[f"{held.name}.weight"].chunk(held.count)[held.place]
+        assert torch.equal(rows, denoiser(pipe).get_parameter(f"{held.name}.weight")[16 * place : 16 * (place + 1)])
+
+
 def test_the_size_that_is_told_before_training_is_what_is_written(exported, tmp_path):
     base, file, pipe, _ = exported
     from dataclasses import replace
@@ -205,8 +275,11 @@ def test_files_say_of_what_architecture_they_are(exported):
     _, file, pipe, _ = exported
     with safe_open(file, framework="pt") as opened:
         told = opened.metadata()["modelspec.architecture"]
-    kinds = {"PixArtSigmaPipeline": "pixart", "SanaPipeline": "sana"}
-    assert told == kinds.get(type(pipe).__name__, "stable-diffusion-3") + "/comcat"
+    kinds = {
+        "PixArtSigmaPipeline": "pixart", "SanaPipeline": "sana", "StableDiffusion3Pipeline": "stable-diffusion-3",
+        "Flux2KleinPipeline": "flux-2-klein", "FluxPipeline": "flux-1-dev", "ChromaPipeline": "chroma",
+    }  # fmt: skip
+    assert told == kinds[type(pipe).__name__] + "/comcat"
 
 
 def test_another_model_has_no_lora_files(exported, tmp_path):

@@ -2,23 +2,28 @@
 
 import inspect
 import re
+import shutil
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import Flux2KleinInpaintPipeline
 from PIL import Image, ImageChops
 
 from comcat_diffusion import ComcatConfig, bases, listen, load_adapter, save_adapter, set_regions, unload_adapters
 from comcat_diffusion.adapters.call import here
-from comcat_diffusion.adapters.header import AdapterFileError
+from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.adapters.model import factors
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.placing import add_adapter, set_adapters
+from comcat_diffusion.adapters.texts import texts_of
 from comcat_diffusion.bench.config import BenchConfig
 from comcat_diffusion.bench.run import bench
 from comcat_diffusion.cli import main
 from comcat_diffusion.evaluation.config import EvaluateConfig
 from comcat_diffusion.evaluation.evaluate import evaluate
+from comcat_diffusion.families.known import family_of, family_of_denoiser
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, use_sampler
@@ -29,13 +34,14 @@ from comcat_diffusion.training.encode import Crop, posterior
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import held_out_loss
 from comcat_diffusion.training.objective import objective_of
+from comcat_diffusion.training.suitable import refuse_pipeline
 from comcat_diffusion.training.validate import validate
 from comcat_diffusion.words import Subject
 from tests import tiny_families
 
 PICTURES = str(bases.assets() / "subject" / "train")
 PROMPT, OTHER = "a photo of sks teddy", "a photo of a teddy"
-BASES = ("pixart", "sd3", "sd35", "sana")
+BASES = ("pixart", "sd3", "sd35", "sana", "klein", "flux1", "chroma")
 SUBJECTS = [Subject("sks", "teddy")]
 
 
@@ -46,7 +52,12 @@ def folders(tmp_path_factory):
     return {name: getattr(tiny_families, name)(root / name) for name in BASES}
 
 
-@pytest.fixture(scope="module", params=BASES)
+def _mostly(name: str) -> object:
+    """Chroma is FLUX.1 in nearly all: `make test-kernels` walks it too."""
+    return pytest.param(name, marks=pytest.mark.slow) if "chroma" in name else name
+
+
+@pytest.fixture(scope="module", params=[_mostly(name) for name in BASES])
 def base(request, folders):
     """The folder of one."""
     return str(folders[request.param])
@@ -120,7 +131,7 @@ def test_what_has_learned_nothing_is_the_base(base, kind, tmp_path):
     assert differs(drawn(pipe, PROMPT)[0], before)
 
 
-@pytest.mark.parametrize(("name", "kind"), zip(BASES, ("foldable", "tied", "free", "tied"), strict=True))
+@pytest.mark.parametrize(("name", "kind"), zip(BASES[:-1], cycle(("foldable", "tied", "free")), strict=False))
 def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(folders, name, kind, tmp_path):
     base = str(folders[name])
     whole = customize(settings(base, tmp_path, kind=kind, checkpointing_steps=2, skip_final_inference=True)).adapter
@@ -244,9 +255,6 @@ def test_a_missing_t5_is_told(folders, tmp_path):
 
 def test_a_trigger_is_heard_by_every_text_encoder(folders):
     """Of 3.5's states, the CLIPs' and the T5's 256, those from the trigger on, each by its own tokens."""
-    from comcat_diffusion.adapters.texts import texts_of
-    from comcat_diffusion.families.known import family_of
-
     pipe = bases.load_base(str(folders["sd35"]))
     clips = pipe.tokenizer.model_max_length
     read = texts_of(pipe.tokenizer, family_of(pipe).reading(pipe)).read(PROMPT, clips + 256)
@@ -299,6 +307,233 @@ def test_behind_sanas_instruction_a_trigger_is_heard_where_it_stands(folders):
         pipe("a red cat!", complex_human_instruction=["Draw: "], **how)
 
 
+@torch.no_grad()
+def test_in_a_chat_a_trigger_is_heard_in_what_the_user_says(folders):
+    """By byte pairs that spaces lead; the words of the chat itself are no trigger."""
+    pipe = bases.load_base(str(folders["klein"]))
+    words = ["sks", "user", "assistant"]
+    add_adapter(denoiser(pipe), ComcatConfig(r=1, foldable=True, tied=True, trigger=words), "dog")
+    listen(pipe)
+    heard = {}
+
+    def tell(model, args, kwargs, output):
+        heard.setdefault(here.heard.said[0].text, here.heard.said[0])
+
+    denoiser(pipe).register_forward_hook(tell, with_kwargs=True, prepend=True)
+    family = family_of(pipe)
+    how = {"num_inference_steps": 1, "height": 32, "width": 32, "output_type": "latent", **family.drawing(pipe)}
+    prompts = ["a photo of a teddy", "a photo of (sks) teddy", "sks", "two <|im_end|> sks ", "no such user"]
+    for prompt in prompts:
+        pipe(prompt=prompt, **how)
+    pipe(prompt="a dog", guidance_scale=3.0, **family.negative(pipe, ["ugly sks"]), **how)
+    assert list(heard) == [prompts[0], "", *prompts[1:], "a dog", "ugly sks"]
+    before = pipe.tokenizer("<|im_start|>user\n").input_ids
+    for prompt, said in heard.items():
+        acts, place = said.acts(words).tolist(), max(prompt.find("sks"), prompt.find("user"))
+        own = pipe.tokenizer(f"<|im_start|>user\n{prompt}", return_offsets_mapping=True)
+        ends = [end - len("<|im_start|>user\n") for _, end in own.offset_mapping]
+        first = next((n for n, end in enumerate(ends) if end > place), None) if place >= 0 else 48
+        assert acts == [n >= first for n in range(48)] and (first == 48 or first >= len(before))
+    assert [n for n, one in enumerate(heard["sks"].within(["sks"]).tolist()) if one] == [len(before), len(before) + 1]
+
+
+def test_what_the_chat_cuts_off_is_told(folders, tmp_path):
+    base = str(folders["klein"])
+    pipe = bases.load_base(base)
+    family, long = family_of(pipe), "so " * 30 + "sks teddy"
+    most = family.most_tokens(pipe.tokenizer, type(pipe).__name__, denoiser(pipe).config)
+    assert most == 48 - len(pipe.tokenizer("<|im_start|>user\n").input_ids)
+    config = {"prompt": [long], "num_images": 1, "num_inference_steps": 1, "output_dir": str(tmp_path)}
+    add_adapter(denoiser(pipe), ComcatConfig(r=1, foldable=True, trigger=["sks"]), "dog")
+    save_adapter(pipe, tmp_path / "a.safetensors", "dog", base, Notes(trigger="sks", class_word="teddy"))
+    with pytest.raises(ValueError, match=f"of which the text encoder reads {most}, and 'sks teddy' comes later"):
+        generate(GenerateConfig(adapter=[str(tmp_path / "a.safetensors")], **config))
+
+
+def test_a_tokenizer_without_a_chat_is_told(folders, tmp_path):
+    base = Path(shutil.copytree(folders["klein"], tmp_path / "base"))
+    template = base / "tokenizer" / "chat_template.jinja"
+    for content, message in (("{{ 'hello' }}", "does not say once what a user says"), (None, "has no chat template")):
+        template.unlink() if content is None else template.write_text(content)
+        asked = settings(str(base), tmp_path / "out")
+        assert any(message in error for error in validate(ValidateConfig(**vars(asked))).errors)
+        with pytest.raises(ValueError, match=message):
+            customize(asked)
+
+
+def test_the_words_of_flux_1_are_its_t5s(folders):
+    """Of a prompt of both; one that only the T5 is told is refused."""
+    pipe = bases.load_base(str(folders["flux1"]))
+    add_adapter(denoiser(pipe), ComcatConfig(r=1, foldable=True, trigger=["sks"]), "dog")
+    listen(pipe)
+    how = {"num_inference_steps": 1, "height": 16, "width": 16, "max_sequence_length": 40, "output_type": "latent"}
+    found = []
+    denoiser(pipe).register_forward_hook(lambda *_: found.append(here.heard.said[0]), prepend=True)
+    pipe(PROMPT, prompt_2=PROMPT, **how)
+    pieces = pipe.tokenizer_2(PROMPT, return_offsets_mapping=True).offset_mapping
+    first = next(n for n, (_, end) in enumerate(pieces) if end > PROMPT.index("sks"))
+    assert found[0].acts(["sks"]).tolist() == [n >= first for n in range(40)]
+    with pytest.raises(ValueError, match="leave `prompt_2` out"):
+        pipe("a dog", prompt_2=PROMPT, **how)
+    with pytest.raises(ValueError, match="--negative_prompt: FLUX.1 is drawn without subtracting anything"):
+        list(draw(pipe, [Drawing(PROMPT, 3)], Sampling(1, 3.0, negative_prompt="snow")))
+
+
+def test_schnell_is_told_of_no_guidance(tmp_path):
+    pipe = bases.load_base(str(tiny_families.schnell(tmp_path)))
+    assert bases.default_guidance("schnell", pipe) == 0
+    tokenizer, family = tiny_families.t5_tokenizer(), family_of(pipe)
+    most = [family.most_tokens(tokenizer, "FluxPipeline", {"guidance_embeds": told}) for told in (True, False)]
+    assert most == [512, 256]
+    assert "distilled to draw in a few steps" in family_of(pipe).remarks(pipe)[0]
+    add_adapter(denoiser(pipe), ComcatConfig(r=1, foldable=True, trigger=["sks"]), "dog")
+    listen(pipe)
+    assert len(drawn(pipe, PROMPT, OTHER)) == 2
+
+
+def test_a_distilled_base_is_told_and_draws_without_guidance(folders, tmp_path):
+    pipe = bases.load_base(str(folders["klein"]))
+    assert bases.default_guidance("klein", pipe) == 4 and not family_of(pipe).remarks(pipe)
+    pipe.register_to_config(is_distilled=True)
+    assert bases.default_guidance("klein", pipe) == 1
+    assert "distilled to draw in a few steps" in family_of(pipe).remarks(pipe)[0]
+
+
+@pytest.mark.parametrize("name", ["sd3", "klein", "chroma"])
+def test_a_scale_in_the_call_and_a_negative_prompt_count(folders, name):
+    pipe = bases.load_base(str(folders[name]))
+    (before,) = drawn(pipe, PROMPT)
+    (away,) = draw(pipe, [Drawing(PROMPT, 3)], Sampling(2, 3.0, negative_prompt="snow"))
+    assert differs(away, before)
+    add_adapter(denoiser(pipe), ComcatConfig(r=1, foldable=True), "dog")
+    with torch.no_grad():
+        for factor in factors(denoiser(pipe), "dog").values():
+            factor.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    (after,) = drawn(pipe, PROMPT)
+    how = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": after.height, "width": after.width}
+    how |= family_of(pipe).drawing(pipe)
+    scale = "attention_kwargs" if name == "klein" else "joint_attention_kwargs"
+
+    def at(strength: float) -> Image.Image:
+        generator = torch.Generator().manual_seed(3)
+        return pipe(prompt=PROMPT, generator=generator, **{scale: {"scale": strength}}, **how).images[0]
+
+    assert not differs(at(0.0), before) and not differs(at(1.0), after)
+    half = at(0.5)
+    assert differs(half, before) and differs(half, after)
+
+
+@torch.no_grad()
+def test_a_region_is_a_part_of_a_picture_that_is_a_row_of_tokens(folders):
+    """Four rows of six: what the left half of them gives is the adapter's, what the right half gives the base's."""
+    pipe = bases.load_base(str(folders["klein"]))
+    model = denoiser(pipe)
+    add_adapter(model, ComcatConfig(r=1, foldable=True), "dog")
+    for factor in factors(model, "dog").values():
+        factor.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    seen, attention = [], model.transformer_blocks[0].attn
+    attention.register_forward_hook(lambda _, args, output: seen.append(output[0][0].unflatten(0, (4, 6))))
+    latents, how = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(2)), torch.tensor([0.5])
+    states = torch.randn(1, 5, 72, generator=torch.Generator().manual_seed(3))
+
+    def run() -> torch.Tensor:
+        return family_of(pipe).predict(model, latents, 1000 * how, {"states": states}, None)
+
+    set_adapters(pipe, ["dog"], [0.0])
+    run()
+    set_adapters(pipe, ["dog"], [1.0])
+    run()
+    set_regions(pipe, {"dog": torch.cat([torch.ones(8, 6), torch.zeros(8, 6)], dim=1)})
+    run()
+    bare, whole, half = seen
+    assert torch.equal(half[:, :3], whole[:, :3]) and torch.equal(half[:, 3:], bare[:, 3:])
+    assert (whole - bare).abs().amax(-1).min() > 1e-3
+    places = torch.cartesian_prod(torch.tensor([0, 10]), torch.arange(4), torch.arange(6), torch.arange(1))
+    more = {"encoder_hidden_states": states, "timestep": how, "txt_ids": torch.zeros(5, 4), "img_ids": places}
+    with pytest.raises(ValueError, match="48 tokens are no level of latents"):  # a picture to start from beside
+        model(torch.zeros(1, 48, 16), **more)
+
+
+@torch.no_grad()
+def test_in_one_stream_an_adapter_acts_on_words_from_its_trigger_on_and_then_on_the_picture(folders):
+    """Of two pictures on the one whose prompt has it, within its region; the words have the mean of the region."""
+    pipe = bases.load_base(str(folders["klein"]))
+    model, name = denoiser(pipe), "single_transformer_blocks.0.attn"
+    attention = model.get_submodule(name)
+    add_adapter(model, ComcatConfig(r=1, foldable=True, tied=True, trigger=["sks"], target_modules=[name]), "dog")
+    listen(pipe)
+    for factor in factors(model, "dog").values():
+        factor.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    family, seen = family_of(pipe), []
+    condition = family.encode(pipe, [OTHER, PROMPT])
+    attention.register_forward_hook(lambda _, args, output: seen.append((asked[-1], output)))
+    asked = []
+    attention.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs), with_kwargs=True)
+    latents = torch.randn(2, 16, 4, 6, generator=torch.Generator().manual_seed(2))
+
+    def run() -> torch.Tensor:
+        pipe.comcat_gate.tell(condition["states"], [OTHER, PROMPT])
+        return family.predict(model, latents, torch.tensor([500.0, 500.0]), condition, None)
+
+    set_adapters(pipe, ["dog"], [0.0])
+    before = run()
+    set_adapters(pipe, ["dog"], [1.0])
+    after = run()
+    assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
+    (inputs, bare), (_, whole) = seen
+    weights = model.get_submodule(name).to_qkv_mlp_proj.weight
+    layer = attention.comcat
+    said = texts_of(pipe.tokenizer).read(PROMPT, 48).acts(["sks"])
+    acts = torch.cat([said, torch.ones(24, dtype=torch.bool)]).float()[:, None]
+    change = lora_layers_of_one(layer, "dog")
+    hidden = inputs["hidden_states"][1:]
+    made = hidden @ weights.T + acts * (hidden @ change.T)
+    attention.to_qkv_mlp_proj.forward = lambda _: made
+    set_adapters(pipe, ["dog"], [0.0])
+    by_hand = attention(**inputs | {"hidden_states": hidden})
+    del attention.to_qkv_mlp_proj.forward
+    torch.testing.assert_close(whole[1:], by_hand, rtol=1e-4, atol=1e-5)
+    set_adapters(pipe, ["dog"], [1.0])
+    set_regions(pipe, {"dog": torch.cat([torch.ones(8, 4), torch.zeros(8, 8)], dim=1)})
+    run()
+    words, picture = seen[-1][1][1].split((48, 24))
+    picture, own, base = (one.unflatten(0, (4, 6)) for one in (picture, whole[1][48:], bare[1][48:]))
+    assert torch.equal(picture[:, :2], own[:, :2]) and torch.equal(picture[:, 2:], base[:, 2:])
+    torch.testing.assert_close(words, whole[1][:48] / 3 + bare[1][:48] * 2 / 3, rtol=1e-4, atol=1e-5)
+
+
+def lora_layers_of_one(layer, adapter) -> torch.Tensor:
+    """The change of a stream's Linear, (9 * inner, C), that a tied adapter is: keys' rows, then values'."""
+    inner, change = layer.heads * layer.width, 0.0
+    for place, (down, core) in enumerate(
+        ((layer.comcat_k_down, layer.comcat_q_core), (layer.comcat_v_down, layer.comcat_out_core)), start=1
+    ):
+        rows = torch.zeros(9 * inner, down[adapter].in_features)
+        rows[place * inner : (place + 1) * inner] = core[adapter].weight.reshape(-1, 1) * down[adapter].weight  # rank 1
+        change = change + rows
+    return change
+
+
+def test_training_in_every_block_leaves_other_prompts_alone(folders, tmp_path):
+    base = str(folders["klein"])
+    file = customize(settings(base, tmp_path, kind="tied", target_modules=["attn"], learning_rate=0.02)).adapter
+    pipe = bases.load_base(base)
+    before = drawn(pipe, OTHER, PROMPT)
+    load_adapter(pipe, file, "dog")
+    assert [differs(*pair) for pair in zip(drawn(pipe, OTHER, PROMPT), before, strict=True)] == [False, True]
+
+
+def test_bases_that_look_alike_are_refused_by_name(folders):
+    pipe = bases.load_base(str(folders["klein"]))
+    other = Flux2KleinInpaintPipeline(**pipe.components)
+    with pytest.raises(ValueError, match="is a Flux2KleinInpaintPipeline, which starts from a picture"):
+        refuse_pipeline(other, "klein")
+    assert family_of_denoiser("Flux2Transformer2DModel", {"guidance_embeds": True}) is None  # FLUX.2 [dev]
+    pipe.vae.register_to_config(latent_channels=8)
+    with pytest.raises(ValueError, match="its transformer sees 16 channels, its VAE has 32"):
+        refuse_pipeline(pipe, "klein")
+
+
 def test_stable_diffusion_3_refuses_words_that_only_its_t5_is_told(folders):
     pipe = bases.load_base(str(folders["sd35"]))
     add_adapter(denoiser(pipe), ComcatConfig(r=1, foldable=True, trigger=["sks"]), "dog")
@@ -316,8 +551,9 @@ def test_half_precision_is_refused_where_a_family_overflows_in_it(folders, tmp_p
         generate(GenerateConfig(pretrained_model_name_or_path=base, precision="fp16", **config))
     with pytest.raises(ValueError, match="--mixed_precision fp16"):
         customize(settings(base, tmp_path / "out", mixed_precision="fp16"))
-    chosen = {name: bases.asked_precision(None, "cuda", str(folders[name])) for name in BASES}
-    assert chosen == {"pixart": "fp16", "sd3": "fp16", "sd35": "fp16", "sana": "bf16"}
+    for name in BASES:
+        half = "fp16" if name in ("pixart", "sd3", "sd35") else "bf16"
+        assert bases.asked_precision(None, "cuda", str(folders[name])) == half
 
 
 def test_linear_attention_is_refused_by_name(folders):
@@ -336,7 +572,8 @@ def test_a_picture_larger_than_a_base_has_places_for_is_refused(folders, more, t
 
 
 def test_what_is_heavy_reads_in_bfloat16_where_it_reads_for_training_alone(folders):
-    for name, part in (("pixart", "text_encoder"), ("sd35", "text_encoder_3"), ("sana", "text_encoder")):
+    second = {"sd35": "text_encoder_3", "flux1": "text_encoder_2"}
+    for name, part in ((name, second.get(name, "text_encoder")) for name in BASES if name != "sd3"):
         for to_train, kind in ((True, torch.bfloat16), (False, torch.float32)):
             parts = bases.load_base(str(folders[name]), to_train=to_train).components
             kinds = {n: model.dtype for n, model in parts.items() if isinstance(model, torch.nn.Module)}

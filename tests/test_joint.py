@@ -1,4 +1,4 @@
-"""Joint attentions, as of Stable Diffusion 3: the battery over every kind, and the slow formula, norms included.
+"""Joint attentions: the battery over every kind, and the slow formula, norms and rotations included.
 
 Letters: B batch, N tokens of the picture, M of the text, H heads, D head width, R rank, C channels.
 """
@@ -31,23 +31,27 @@ from tests.test_adapter_battery import (  # noqa: F401 - run here over these cas
     test_unload_gives_back_the_very_model,
     weights_of,
 )
+from tests.tiny_families import klein_transformer
 
 KINDS = ("free", "foldable", "tied")
+OF_TWO = "transformer_blocks.0.attn transformer_blocks.1.attn"  # streams, in FLUX
+JOINT = {"tiny_sd3": "attn", "tiny_klein": OF_TWO, "tiny_flux1": OF_TWO}
+TARGETS = {"sd3": ("tiny_sd3", "attn"), "sd3-self": ("tiny_sd3", "attn2"), "klein": ("tiny_klein", "attn")}
 
 
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         kinds = KINDS[1:] if "merg" in metafunc.function.__name__ else KINDS  # wider heads have no weights of their own
-        metafunc.parametrize(
-            "case", [f"{kind}-{target}" for kind in kinds for target in ("attn", "attn2")], indirect=True
-        )
+        metafunc.parametrize("case", [f"{kind}-{target}" for kind in kinds for target in TARGETS], indirect=True)
 
 
 @pytest.fixture
-def case(request, tiny_sd3, randomize, monkeypatch):
-    monkeypatch.setitem(WHOLES, "tiny_sd3", "proj_out")
-    kind, _, target = request.param.partition("-")
-    return Case(tiny_sd3, target, kind, randomize)
+def case(request, randomize, monkeypatch):
+    kind, _, name = request.param.partition("-")
+    tiny, target = TARGETS[name]
+    monkeypatch.setitem(WHOLES, tiny, "proj_out")
+    close = 1e-10 if tiny == "tiny_sd3" else 1e-6  # diffusers rotates in float32
+    return Case(request.getfixturevalue(tiny), target, kind, randomize, close)
 
 
 def _heads(linear: nn.Linear, h: int, heads: int, features: torch.Tensor) -> torch.Tensor:
@@ -62,13 +66,25 @@ def _normed(norm: nn.Module | None, made: torch.Tensor) -> torch.Tensor:
     return made / (made.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
 
 
-def joint(host: nn.Module, x: torch.Tensor, c: torch.Tensor, adapters: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotated(made: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
+    """Each pair of neighbouring columns of (B, N, D) as a complex number, turned by (N, D/2) angles."""
+    if angles is None:
+        return made
+    pairs = torch.complex(made[..., ::2], made[..., 1::2]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.stack([pairs.real, pairs.imag], dim=-1).flatten(-2)
+
+
+def joint(
+    host: nn.Module, x: torch.Tensor, c: torch.Tensor, adapters: tuple, angles: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures (B, N, C) and texts (B, M, C), head by head, one product at a time.
 
         logits = D^-1/2 [q k^T + s (x Aq)(c Ak)^T for the picture's queries and the text's keys]
 
-    q and k are normed; of a foldable adapter Ak and Av are part of what is normed, and all queries see them.
+    q and k are normed, and then turned by `angles`, (M + N, D/2), of the text and then of the picture; of a foldable
+    adapter Ak and Av are part of what is normed and turned, and all queries see them.
     """
+    of_text, of_picture = (None, None) if angles is None else angles.split((c.shape[1], x.shape[1]))
     picture, text, heads = 0.0, 0.0, host.heads
     width = host.to_q.out_features // heads
     for h in range(heads):
@@ -85,6 +101,8 @@ def joint(host: nn.Module, x: torch.Tensor, c: torch.Tensor, adapters: tuple) ->
                 tv = tv + av @ rows_of_head(a.out_core, h, heads)
         q, tq = _normed(host.norm_q, q), _normed(host.norm_added_q, tq)
         k, tk = _normed(host.norm_k, k), _normed(host.norm_added_k, tk)
+        q, tq = _rotated(q, of_picture), _rotated(tq, of_text)
+        k, tk = _rotated(k, of_picture), _rotated(tk, of_text)
         keys, values = torch.cat([k, tk], dim=1), torch.cat([v, tv], dim=1)
         logits = q @ keys.mT
         logits[..., x.shape[1] :] += more_logits
@@ -95,15 +113,20 @@ def joint(host: nn.Module, x: torch.Tensor, c: torch.Tensor, adapters: tuple) ->
         weights = (tq @ keys.mT * width**-0.5).softmax(-1)
         if host.to_add_out is not None:
             text = text + weights @ values @ rows_of_head(host.to_add_out.weight.T, h, heads)
-    return picture + host.to_out[0].bias.double(), text + (0 if host.to_add_out is None else host.to_add_out.bias)
+    bias, text_bias = (getattr(out, "bias", None) for out in (host.to_out[0], host.to_add_out))
+    return picture + (0 if bias is None else bias), text + (0 if text_bias is None else text_bias)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_joint_attention_matches_the_slow_formula(kind, normed, fused, tiny_sd3, randomize):
-    model = Case(tiny_sd3, "attn", kind, randomize).adapted("dog", "cat")
+@pytest.mark.parametrize("tiny", list(JOINT))
+def test_one_joint_attention_matches_the_slow_formula(tiny, kind, normed, fused, request, randomize):
+    rotated = tiny != "tiny_sd3"
+    if rotated and not normed:
+        pytest.skip("there is none without norms")
+    model = Case(request.getfixturevalue(tiny), JOINT[tiny], kind, randomize).adapted("dog", "cat")
     name, layer = next(iter(adapted_layers(model).items()))
     host, generator = model.get_submodule(name), torch.Generator().manual_seed(5)
     norms = [getattr(host, n) for n in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
@@ -114,15 +137,22 @@ def test_one_joint_attention_matches_the_slow_formula(kind, normed, fused, tiny_
     if fused:
         model.base_model.model.fuse_qkv_projections()
     x, c = (torch.randn(2, tokens, 16, generator=generator, dtype=torch.float64) for tokens in (6, 5))
-    got = host(x, encoder_hidden_states=c)
-    if fused:  # diffusers' processor of fused projections leaves the norms out
+    angles, table = None, {}
+    if rotated:
+        angles = 3 * torch.rand(11, 4, generator=generator, dtype=torch.float64)
+        turned = angles.float().repeat_interleave(2, dim=-1)  # of the base's columns: it knows of no others
+        table = {"image_rotary_emb": (turned.cos(), turned.sin())}
+    got = host(x, encoder_hidden_states=c, **table)
+    if fused and not rotated:  # diffusers' processor of fused projections leaves the norms out
         host.norm_q = host.norm_k = host.norm_added_q = host.norm_added_k = None
     adapters = tuple(weights_of(layer, adapter) for adapter in ("dog", "cat"))
     close = 1e-6 if normed else 1e-11  # diffusers takes the mean square in float32
-    for made, wanted in zip(got, joint(host, x, c, adapters), strict=True):
+    for made, wanted in zip(got, joint(host, x, c, adapters, angles), strict=True):
         assert_close(made, wanted, rtol=0, atol=close)
     for fewer in (adapters[:1], ()):
-        assert distance(got[0], joint(host, x, c, fewer)[0]) > 0.05
+        assert distance(got[0], joint(host, x, c, fewer, angles)[0]) > 0.05
+    if rotated:
+        assert distance(got[0], joint(host, x, c, adapters)[0]) > 0.05
 
 
 @torch.no_grad()
@@ -150,9 +180,10 @@ def test_a_normed_self_attention_matches_the_slow_formula(kind, tiny_sd3, random
     assert distance(made, bare) > 0.05
 
 
-def test_the_text_is_what_is_adapted_by_default_and_what_a_free_adapter_leaves_alone(tiny_sd3, randomize):
+def test_the_text_is_what_is_adapted_by_default_and_what_a_free_adapter_leaves_alone(tiny_sd3, tiny_klein, randomize):
     model = tiny_sd3(torch.float64)
     assert default_targets(model) == ["attn"]
+    assert default_targets(tiny_klein()) == OF_TWO.split()
     case = Case(tiny_sd3, "attn", "free", randomize)
     host = case.adapted("dog").get_submodule("base_model.model.transformer_blocks.0.attn")
     x, c = torch.randn(2, 6, 16, dtype=torch.float64), torch.randn(2, 5, 16, dtype=torch.float64)
@@ -183,3 +214,76 @@ def test_processors_that_are_not_known_are_refused_by_name(tiny_sd3):
         get_peft_model(model, ComcatConfig(r=1, target_modules=["attn"]))
     assert not any(seam.is_adapted(module) for module in model.modules())
     assert isinstance(get_peft_model(tiny_sd3(), ComcatConfig(r=1)).base_model, ComcatModel)
+
+
+def stream(host: nn.Module, x: torch.Tensor, adapters: tuple, angles: torch.Tensor) -> torch.Tensor:
+    """Words and then a picture, (B, N, C), with a feed-forward beside, from the rows and columns of two Linears."""
+    made, inner = x @ host.to_qkv_mlp_proj.weight.T, host.heads * host.head_dim
+    first, second = made[..., 3 * inner :].chunk(2, dim=-1)
+    result = first * first.sigmoid() * second @ host.to_out.weight[:, inner:].T
+    for h in range(host.heads):
+        own = slice(h * host.head_dim, (h + 1) * host.head_dim)
+        q, k, v = (made[..., n * inner : (n + 1) * inner][..., own] for n in range(3))
+        more_logits, more_values = 0.0, 0.0
+        for a in adapters:
+            ak, av = (x @ rows_of_head(f, h, host.heads).T * a.scale for f in (a.k_down, a.v_down))
+            if isinstance(a, FreeFactors):
+                more_logits = more_logits + x @ rows_of_head(a.q_down, h, host.heads).T @ ak.mT
+                more_values = more_values + av @ rows_of_head(a.out_up.T, h, host.heads)
+            else:
+                k = k + ak @ rows_of_head(a.q_core, h, host.heads)
+                v = v + av @ rows_of_head(a.out_core, h, host.heads)
+        q, k = _rotated(_normed(host.norm_q, q), angles), _rotated(_normed(host.norm_k, k), angles)
+        weights = ((q @ k.mT + more_logits) * host.head_dim**-0.5).softmax(-1)
+        result = result + weights @ (v @ host.to_out.weight[:, own].T + more_values)
+    return result
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_attention_over_one_stream_matches_the_slow_formula(kind, tiny_klein, randomize):
+    target = "single_transformer_blocks.0.attn"
+    model, generator = Case(tiny_klein, target, kind, randomize).adapted("dog", "cat"), torch.Generator().manual_seed(5)
+    layer = adapted_layers(model)[f"base_model.model.{target}"]
+    host, x = layer.owner, torch.randn(2, 11, 16, generator=generator, dtype=torch.float64)
+    for norm in (host.norm_q, host.norm_k):
+        norm.weight.copy_(0.5 + torch.rand(norm.weight.shape, generator=generator, dtype=torch.float64))
+    angles = 3 * torch.rand(11, 4, generator=generator, dtype=torch.float64)
+    turned = angles.float().repeat_interleave(2, dim=-1)
+    got = host(x, image_rotary_emb=(turned.cos(), turned.sin()))
+    adapters = tuple(weights_of(layer, adapter) for adapter in ("dog", "cat"))
+    assert_close(got, stream(host, x, adapters, angles), rtol=0, atol=1e-6)  # diffusers rotates in float32
+    for fewer in (adapters[:1], ()):
+        assert distance(got, stream(host, x, fewer, angles)) > 0.05
+
+
+def test_what_is_half_of_another_block_is_refused_by_name(tiny_flux1):
+    with pytest.raises(ValueError, match=r"'single_transformer_blocks.0.attn'.*is one with that of a feed-forward"):
+        get_peft_model(tiny_flux1(), ComcatConfig(r=1, target_modules=["attn"]))
+    wide = klein_transformer(mlp_ratio=4.0)
+    with pytest.raises(ValueError, match=r"'single_transformer_blocks.0.attn'.*not three times as wide as its heads"):
+        get_peft_model(wide, ComcatConfig(r=1, target_modules=["attn"]))
+    assert isinstance(get_peft_model(wide, ComcatConfig(r=1)).base_model, ComcatModel)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [1, 2])
+def test_columns_that_are_turned_are_even_in_number(rank, tiny_klein, randomize):
+    """A free adapter of one column is filled up by one of zeros, in which nothing is."""
+    case = Case(tiny_klein, OF_TWO, "free", randomize)
+    model = case.adapted("dog", r=rank, alpha=float(rank))
+    assert distance(case.run(model), case.base()) > 0.01
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_torch_compile_traces_a_rotated_block_in_one_graph(tiny_klein, randomize):
+    model = Case(tiny_klein, OF_TWO, "free", randomize).adapted("dog", dtype=torch.float32)
+    block, generator = model.base_model.model.transformer_blocks[0], torch.Generator().manual_seed(5)
+    x, c, one, two = (torch.randn(2, *size, generator=generator) for size in ((6, 16), (5, 16), (1, 96), (1, 96)))
+    angles = torch.rand(11, 8, generator=generator)
+    asked = {"temb_mod_img": one, "temb_mod_txt": two, "image_rotary_emb": (angles.cos(), angles.sin())}
+    compiled = torch.compile(block, backend="eager", fullgraph=True)(x, c, **asked)
+    for got, wanted in zip(compiled, block(x, c, **asked), strict=True):
+        assert torch.equal(got, wanted)
+    torch._dynamo.reset()

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from comcat_diffusion import ComcatConfig, load_adapter, save_adapter
 from comcat_diffusion.adapters.combine import combine
@@ -95,3 +97,25 @@ def test_tied_adapters_of_one_shape_combine_and_of_two_do_not(tiny_unet, randomi
     with pytest.raises(ValueError, match="are of different kinds, tied and free"):
         combine([(files["dog"], 1.0), (tmp_path / "free.safetensors", 1.0)], tmp_path / "mixed.safetensors")
     assert not (tmp_path / "mixed.safetensors").exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("light", [False, True])
+def test_what_peft_saves_has_the_text_side_once(light, tiny_unet, randomize, tmp_path):
+    """A folder that has it once for each attention, as they were, loads as well."""
+    model = get_peft_model(tiny_unet(), ComcatConfig(r=3, **TIED))
+    wanted = tiny_unet.run(randomize(model, "default"))
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    crossed = len([name for name, _ in tiny_unet().named_modules() if name.endswith("attn2")])
+    assert sum(".attn2.comcat.comcat_k_down" in name for name in saved) == 1
+    assert sum(".attn2.comcat.comcat_q_core" in name for name in saved) == crossed > 1
+    assert torch.equal(tiny_unet.run(PeftModel.from_pretrained(tiny_unet(), tmp_path, low_cpu_mem_usage=light)), wanted)
+    layers = adapted_layers(model)
+    for name, layer in layers.items():
+        for factor in ("k_down", "v_down"):
+            key = f"base_model.model.{name.removeprefix('base_model.model.')}.comcat.comcat_{factor}.weight"
+            saved[key] = getattr(layer, f"comcat_{factor}")["default"].weight.clone()
+    assert sum(".attn2.comcat.comcat_k_down" in name for name in saved) == crossed
+    save_file(saved, tmp_path / "adapter_model.safetensors")
+    assert torch.equal(tiny_unet.run(PeftModel.from_pretrained(tiny_unet(), tmp_path, low_cpu_mem_usage=light)), wanted)

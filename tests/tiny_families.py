@@ -3,14 +3,22 @@
 Their tokenizers are trained here, on a few captions.
 """
 
+import json
 from pathlib import Path
 
 import torch
 from diffusers import (
     AutoencoderDC,
+    AutoencoderKLFlux2,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
@@ -21,10 +29,14 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -183,5 +195,133 @@ def sana(folder: Path) -> Path:
                 use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
             ),
         )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+CHAT = (  # as Qwen3's own, of one voice and without thoughts
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+)
+
+
+def qwen_tokenizer(most: int = 48) -> Qwen2Tokenizer:
+    """Byte pairs of the captions, spaces leading their words, in a chat of at most so many tokens."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=letters, show_progress=False)
+    trained.train_from_iterator(CAPTIONS, trainer)
+    model = json.loads(trained.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    made = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, model_max_length=most, extra_special_tokens=special[1:])
+    made.chat_template = CHAT
+    return made
+
+
+def qwen(width: int = WIDTH, layers: int = 4) -> Qwen3ForCausalLM:
+    """Three heads that share one key."""
+    config = Qwen3Config(
+        vocab_size=len(qwen_tokenizer()), hidden_size=width, intermediate_size=32, num_hidden_layers=layers,
+        num_attention_heads=3, num_key_value_heads=1, head_dim=8, max_position_embeddings=512,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
+
+
+def flux2_vae() -> AutoencoderKLFlux2:
+    """Two levels, four channels; what its batch norm has seen is neither centred nor of one size."""
+    made = AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        sample_size=32,
+    ).eval()  # fmt: skip
+    made.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, 16))
+    made.bn.running_var.copy_(torch.linspace(0.5, 2.0, 16))
+    return made
+
+
+def klein_transformer(**more) -> Flux2Transformer2DModel:
+    """Two blocks of two streams and one of one, two heads of 8, four axes."""
+    settings = {
+        "in_channels": 16, "num_layers": 2, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
+        "joint_attention_dim": 3 * WIDTH, "timestep_guidance_channels": 16, "axes_dims_rope": (2, 2, 2, 2),
+        "guidance_embeds": False,
+    }  # fmt: skip
+    return lively(Flux2Transformer2DModel(**settings | more))
+
+
+def klein(folder: Path) -> Path:
+    """FLUX.2 [klein]: pictures of 32x32 as 8x8 tokens."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        pipe = Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=flux2_vae(),
+            text_encoder=qwen(),
+            tokenizer=qwen_tokenizer(),
+            transformer=klein_transformer(),
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def short_t5_tokenizer() -> T5Tokenizer:
+    """One that reads forty tokens at most."""
+    made = t5_tokenizer()
+    made.model_max_length = 40
+    return made
+
+
+def flux1_transformer(**more) -> FluxTransformer2DModel:
+    """Two blocks of two streams and one of one, two heads of 8, three axes, told its guidance."""
+    settings = {
+        "in_channels": 16, "num_layers": 2, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
+        "joint_attention_dim": WIDTH, "pooled_projection_dim": WIDTH, "guidance_embeds": True,
+        "axes_dims_rope": (2, 2, 4),
+    }  # fmt: skip
+    return lively(FluxTransformer2DModel(**settings | more))
+
+
+def flux_parts() -> dict[str, object]:
+    """What FLUX.1 and Chroma have in common."""
+    vae = tiny_bases.vae()
+    vae.register_to_config(shift_factor=0.25, scaling_factor=1.3, sample_size=32)
+    return {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), "vae": vae}
+
+
+def flux1(folder: Path, **more) -> Path:
+    """FLUX.1 [dev]: pictures of 32x32 as 8x8 tokens."""
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        pipe = FluxPipeline(
+            **flux_parts(),
+            text_encoder=tiny_bases.text_encoder(CLIPTextModel),
+            tokenizer=tiny_bases.tokenizer(),
+            text_encoder_2=t5(),
+            tokenizer_2=short_t5_tokenizer(),
+            transformer=flux1_transformer(**more),
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def schnell(folder: Path) -> Path:
+    """FLUX.1 [schnell]: no guidance."""
+    return flux1(folder, guidance_embeds=False)
+
+
+def chroma(folder: Path) -> Path:
+    """Chroma: pictures of 32x32 as 8x8 tokens."""
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        transformer = ChromaTransformer2DModel(
+            in_channels=16, num_layers=2, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=WIDTH, axes_dims_rope=(2, 2, 4), approximator_num_channels=16,
+            approximator_hidden_dim=16, approximator_layers=1,
+        )  # fmt: skip
+        pipe = ChromaPipeline(
+            **flux_parts(), text_encoder=t5(), tokenizer=short_t5_tokenizer(), transformer=lively(transformer)
+        )
     pipe.save_pretrained(folder)
     return folder

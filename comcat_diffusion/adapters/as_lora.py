@@ -15,6 +15,7 @@ from comcat_diffusion import heads as maths
 from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import bare
+from comcat_diffusion.families.family import STREAM_ROWS
 
 
 def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
@@ -30,15 +31,27 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, to
     for attention, layer in layers.items():
         _refuse_inexpressible(layer, adapter_name)
         path = attention if layer.style.diffusers else text_encoder_name(attention)
-        scale = layer.alpha[adapter_name] / layer.r[adapter_name]
+        scale, made = layer.alpha[adapter_name] / layer.r[adapter_name], []
         for projection, down, core in (
             (layer.style.k, layer.comcat_k_down, layer.comcat_q_core),
             (layer.style.v, layer.comcat_v_down, layer.comcat_out_core),
         ):
             down, core = down[adapter_name].weight.detach(), core[adapter_name].weight.detach()
-            found[f"{path}.{projection}.lora_A.weight"] = down.clone()
-            found[f"{path}.{projection}.lora_B.weight"] = up_of(core, len(down), layer.heads, scale)
+            made.append((projection, down.clone(), up_of(core, len(down), layer.heads, scale)))
+        if layer.style.stream:
+            (projection, k_down, k_up), (_, v_down, v_up) = made
+            ups = [placed(up, number, STREAM_ROWS) for number, up in ((1, k_up), (2, v_up))]
+            made = [(projection, torch.cat([k_down, v_down]), torch.cat(ups, dim=1))]
+        for projection, down, up in made:
+            found[f"{path}.{projection}.lora_A.weight"], found[f"{path}.{projection}.lora_B.weight"] = down, up
     return found
+
+
+def placed(up: torch.Tensor, place: int, count: int) -> torch.Tensor:
+    """The rows of one projection, (H*D, K), among those of `count` of the same height: zero elsewhere."""
+    rows = up.new_zeros(count, *up.shape)
+    rows[place] = up
+    return rows.flatten(0, 1)
 
 
 def up_of(core: torch.Tensor, rank: int, heads: int, scale: float) -> torch.Tensor:

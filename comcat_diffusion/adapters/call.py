@@ -82,9 +82,9 @@ class Follower:
         return type(self), self.made_of()
 
 
-def given(model: nn.Module, args: tuple, kwargs: dict, name: str) -> object:
-    """An argument of a forward pass, by name or by position."""
-    return kwargs[name] if name in kwargs else args[_names(type(model)).index(name)]
+def given(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, object]:
+    """The arguments of a forward pass by name."""
+    return dict(zip(_names(type(model)), args, strict=False)) | kwargs
 
 
 @functools.cache

@@ -34,15 +34,15 @@ def predictions(
 
     predicted = []
     model, family = denoiser(pipe), family_of(pipe)
-    side = family.native(model.config, pipe.vae_scale_factor)
+    side = family.native(model.config, pipe.vae.config)
     hooks = [
         model.register_forward_pre_hook(show, with_kwargs=True),
         model.register_forward_hook(lambda _, args, output: predicted.append(output[0].double().flatten())),
     ]
     try:
         generator = torch.Generator().manual_seed(seed)
-        asked = {"height": side, "width": side, **family.drawing}
-        pipe(list(prompts), num_inference_steps=steps, generator=generator, output_type="latent", **asked)
+        asked = {"height": side, "width": side, **family.drawing(pipe)}
+        pipe(prompt=list(prompts), num_inference_steps=steps, generator=generator, output_type="latent", **asked)
     finally:
         for hook in hooks:
             hook.remove()

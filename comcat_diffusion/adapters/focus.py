@@ -5,8 +5,8 @@ each step weighs an adapter at every place by how much that place looked at its 
 
     w = clamp((r - LOW) / (HIGH - LOW), 0, 1)        r = sum_j P_j / max over places of it        j: tokens of the words
 
-with P the base's own attention, a mean over heads and layers. In the first step nothing has been looked at yet, and the
-base draws alone.
+with P the base's own attention, a mean over heads and layers. Before the first step nothing has been looked at yet: the
+base takes it alone, only to look, and then it is taken again with the adapters. That is one more pass in a drawing.
 
 Letters: B batch, N = h*w tokens of one attention, M context tokens, H heads, D head width, C channels.
 """
@@ -16,17 +16,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.functional import adaptive_avg_pool2d
 
 from comcat_diffusion.adapters.call import Follower, here
 from comcat_diffusion.adapters.layer import ComcatLayer
-from comcat_diffusion.adapters.looking import looks, on_the_way_up
+from comcat_diffusion.adapters.looking import looks, on_the_way_up, weights_of
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.regions import grid_of
-
-LOW, HIGH = 0.1, 0.35  # of the place that looks most: below the one nothing of an adapter is seen, above the other all
-FEWEST = 8  # steps of drawing in which adapters are placed
 
 
 class Focus(Follower):
@@ -45,12 +41,27 @@ class Focus(Follower):
 
     @torch.compiler.disable
     def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """The hook before the denoiser: the shape of the picture."""
+        """The hook before the denoiser: the shape of the picture, and of other pictures than before a first look."""
         if here.focus is self:  # and not another thread's, which shares the denoiser
             sample = args[0] if args else kwargs["sample"]
             here.latent = tuple(sample.shape[-2:])
-            if self._heard is not here.heard:  # other pictures
+            if self._heard is not here.heard:
                 self._heard, self._maps = here.heard, {}
+                if self._asked():
+                    self._look(model, args, kwargs)
+
+    def _asked(self) -> bool:
+        """Whether any of the texts has any of the words."""
+        texts = here.heard.said if here.heard is not None and here.heard.said is not None else ()
+        return any(bool(said.within(words).any()) for said in texts for words in self.words.values())
+
+    def _look(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Let the base look: no adapter that is placed acts anywhere yet."""
+        known = here.heard, here.latent
+        try:
+            model(*args, **kwargs)
+        finally:
+            here.heard, here.latent = known  # which that pass took for its own, and forgot
 
     @torch.compiler.disable
     def end(self, model: nn.Module, args: tuple, output: object) -> None:
@@ -87,9 +98,7 @@ class Focus(Follower):
         seen = self._maps.get(name)
         if seen is None or len(seen) != len(hidden):
             return hidden.new_zeros(len(hidden), hidden.shape[1], 1)
-        most = seen.amax(dim=(1, 2, 3), keepdim=True)
-        weights = ((seen / most.clamp(min=1e-8) - LOW) / (HIGH - LOW)).clamp(0, 1)
-        return adaptive_avg_pool2d(weights, grid).flatten(1).unsqueeze(-1).to(hidden)  # B, N, 1
+        return weights_of(seen, grid).to(hidden)  # B, N, 1
 
 
 @contextmanager
@@ -113,14 +122,10 @@ def keep_background(pipe: object, words: Mapping[str, Sequence[str]]) -> Iterato
         focus.stop()
 
 
-def placeable(pipe: object, words: Mapping[str, Sequence[str]], steps: int) -> dict[str, Sequence[str]]:
-    """Of these adapters and their words those that `keep_background` can place; the others act as ever.
-
-    In fewer than FEWEST `steps` of drawing the first one, in which nothing has been looked at yet, is too much of the
-    picture: then none is placed.
-    """
+def placeable(pipe: object, words: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Of these adapters and their words those that `keep_background` can place; the others act as ever."""
     layers = adapted_layers(denoiser(pipe))
-    if steps < FEWEST or any(layer.merged for layer in layers.values()):
+    if any(layer.merged for layer in layers.values()):
         return {}
     looking = [layers[name] for name in on_the_way_up({name: layer.owner for name, layer in layers.items()})]
     found = {}

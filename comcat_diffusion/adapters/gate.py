@@ -64,7 +64,7 @@ class Gate(Follower):
     def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """The hook before the denoiser: which prompts its text states are of."""
         carry(model)
-        states = given(model, args, kwargs, "encoder_hidden_states")
+        states = given(model, args, kwargs)["encoder_hidden_states"]
         if here.next is None or not here.next.is_of(self, states):
             here.next = Heard(self, states, texts_of(self.tokenizer).known(states))
         here.heard = here.next
@@ -121,15 +121,17 @@ class Gate(Follower):
         return heard
 
 
-def spoken(gate: Gate | None, trigger: tuple[str, ...], of_text: bool) -> torch.Tensor:
+def spoken(gate: Gate | None, trigger: tuple[str, ...], of_text: bool, stream: int = 0) -> torch.Tensor:
     """The tokens that an adapter acts on: of text, (B, M, 1); else whether on a picture at all, (B, 1, 1).
 
+    In a `stream` of so many tokens, (B, stream, 1), the picture's come after the text's, and so after the trigger.
     Raises ValueError where there is no gate to tell.
     """
     if gate is None:
         raise ValueError(f"An adapter waits for '{trigger[0]}': call comcat_diffusion.listen(pipe) once it is there.")
     tokens = gate.tokens(trigger)
-    return tokens if of_text else tokens.amax(dim=1, keepdim=True)
+    called = tokens if of_text else tokens.amax(dim=1, keepdim=True)
+    return torch.cat([tokens, called.expand(-1, stream - tokens.shape[1], -1)], dim=1) if stream else called
 
 
 def _version(states: torch.Tensor) -> int | None:

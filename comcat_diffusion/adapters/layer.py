@@ -69,6 +69,7 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         self.trigger: dict[str, tuple[str, ...]] = {}  # words that an adapter waits for; none: it acts everywhere
         self.waits: dict[str, list[tuple[tuple[str, ...], int]]] = {}  # for which words how many of its ranks do
         self.gate: Gate | None = None  # which tells where these words stand, see adapters/gate.py
+        self.shared: set[str] = set()  # names of weights that another attention, which came first, holds as well
         self.merged_adapters: list[str] = []
         self.style = style_of(attention)
         self._owner = (attention,)  # in a tuple, so that the parent is not a submodule of its own child
@@ -137,6 +138,8 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
             if name in zero:
                 nn.init.zeros_(factor.weight)
             getattr(self, f"comcat_{name}")[adapter_name] = factor
+            if name in tied:
+                self.shared.add(f"comcat_{name}.{adapter_name}.weight")
         self.r[adapter_name], self.alpha[adapter_name] = rank, alpha
         self.trigger[adapter_name] = tuple(config.trigger or ())
         self.waits[adapter_name] = [(tuple(words), count) for words, count in config.trigger_ranks or ()]
@@ -181,11 +184,24 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         """As PEFT's; what came with the adapter goes with the last layer that has it."""
         known = adapter_name in self.r
         super().delete_adapter(adapter_name)
+        self.shared = {name for name in self.shared if name.split(".")[1] != adapter_name}
         if known:
             self.belongings.left(adapter_name)
         if self.gate is not None and not any(self.trigger.values()):
             self.gate.leave(self)
             self.gate = None
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
+        """As PyTorch's, without what another attention's has already: so PEFT's files of tied adapters are small."""
+        found = super().state_dict(*args, **kwargs)
+        for name in self.shared:
+            found.pop(kwargs.get("prefix", "") + name, None)
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        for name in self.shared:  # loaded with the attention that has it
+            state_dict.setdefault(prefix + name, self.get_parameter(name).data)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def leave(self) -> None:
         """The attention has no side-car any more; merged weights stay."""
@@ -233,12 +249,12 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
 
         hidden (B, N, C), text (B, M, C') -> (N, 1) or (B, N, 1) by adapter.
         """
-        shares = self.regions.shares(live, hidden.shape[1]) if self.regions is not None else None
+        shares = self.regions.shares(live, hidden.shape[1], self.style.stream) if self.regions is not None else None
         return shares if here.focus is None else here.focus.shares(self, live, hidden, text, shares or {})
 
-    def view(self, names: list[str]) -> seam.View:
-        """The attention as its own forward should see it while these adapters act."""
-        wide = self._wide_heads(names)
+    def view(self, names: list[str], tokens: int) -> seam.View:
+        """The attention as its own forward should see it while these adapters act, on so many tokens."""
+        wide = self._wide_heads(names, tokens)
         if here.texts is not None and seam.is_cross_attention(self.owner) and not self.style.joint:
             here.texts.cover(self, wide, names)
         return seam.view_of(self.owner, self.style, wide)
@@ -253,17 +269,21 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
     def _plain(self) -> list[nn.Linear]:
         return [seam.plain(projection) for projection in self._base_projections()]
 
-    def _wide_heads(self, names: list[str]) -> WideHeads:
-        adapters = [self._factors(name) for name in names]
-        device = self._keys.weight.device.type
-        return WideHeads(self.heads, self.width, adapters, self.style.diffusers, device, seam.is_normed(self.owner))
+    def _wide_heads(self, names: list[str], tokens: int = 0) -> WideHeads:
+        adapters = [self._factors(name, tokens) for name in names]
+        owner, device = self.owner, self._keys.weight.device.type
+        normed, rotated = seam.is_normed(owner), seam.is_rotated(owner)
+        return WideHeads(self.heads, self.width, adapters, self.style.diffusers, device, normed, rotated)
 
-    def _factors(self, name: str) -> Free | Foldable:
+    def _factors(self, name: str, length: int) -> Free | Foldable:
         scale, k, v = self.scaling[name], self.comcat_k_down[name], self.comcat_v_down[name]
         tokens = None
         if self.trigger[name]:
             crossed = seam.is_cross_attention(self.owner)
-            tokens = shared_out(self.waits[name], self.trigger[name], lambda words: spoken(self.gate, words, crossed))
+            stream = length if self.style.stream else 0
+            tokens = shared_out(
+                self.waits[name], self.trigger[name], lambda words: spoken(self.gate, words, crossed, stream)
+            )
         if name in self.comcat_q_core:
             return Foldable(scale, tokens, k, v, self.comcat_q_core[name], self.comcat_out_core[name])
         return Free(scale, tokens, self.comcat_q_down[name], k, v, self.comcat_out_up[name])

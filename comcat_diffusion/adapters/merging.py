@@ -9,6 +9,7 @@ from torch import nn
 
 from comcat_diffusion.adapters import guards, seam
 from comcat_diffusion.adapters.wide import WideHeads, merged_weights
+from comcat_diffusion.attentions import Part
 
 
 class NoBase(nn.Module):
@@ -38,10 +39,10 @@ class Merging:
                 f"'{waiting[0]}' acts from its trigger on, which merged weights cannot tell: keep it live, or train it "
                 "again with --everywhere."
             )
-        attention, base = self.owner, self._base_projections()
+        attention, base = self.owner, self._base_held()
         wide = self._wide_heads([name for name in before + names if self.scaling[name] != 0])
-        self._refuse_to_merge(self.style.projections(attention), wide)
-        merged = merged_weights(wide, *base)
+        self._refuse_to_merge(self.style.held(attention), wide)
+        merged = self.style.joined(base, merged_weights(wide, *self.style.cut(base)))
         if safe_merge and not all(torch.isfinite(linear.weight).all() for linear in merged):
             raise ValueError(f"Merging {', '.join(names)} would write NaN or infinity; nothing changed.")
         self.unmerge()
@@ -55,7 +56,7 @@ class Merging:
         if self._unmerged is None:
             return
         base, merged, width_attributes = self._unmerged
-        now = self.style.projections(self.owner)
+        now = self.style.held(self.owner)
         if any(here is not ours for here, ours in zip(now, merged, strict=True)):
             raise ValueError("Cannot unmerge: another adapter wraps the merged projections. Unload that one first.")
         seam.set_projections(self.owner, self.style, base, width_attributes)
@@ -69,8 +70,11 @@ class Merging:
                 linear._apply(fn, recurse)
         return self
 
-    def _base_projections(self) -> tuple[nn.Module, ...]:
-        return self.style.projections(self.owner) if self._unmerged is None else self._unmerged[0]
+    def _base_held(self) -> tuple[nn.Module, ...]:
+        return self.style.held(self.owner) if self._unmerged is None else self._unmerged[0]
+
+    def _base_projections(self) -> tuple[nn.Module | Part, ...]:
+        return self.style.cut(self._base_held())
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -11,6 +11,7 @@ more than one, each is divided by the sum.
 Letters: N = h*w tokens of one attention, C channels.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -19,11 +20,13 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from comcat_diffusion.adapters.call import Follower, carry, here, take_hooks
+from comcat_diffusion.adapters.call import Follower, carry, given, here, take_hooks
 from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import components, denoiser
 from comcat_diffusion.adapters.proportions import refuse_other_shape
+from comcat_diffusion.families.family import Family
+from comcat_diffusion.families.known import family_of_denoiser
 
 
 class Regions(Follower):
@@ -45,8 +48,8 @@ class Regions(Follower):
         Raises ValueError if a mask has other proportions.
         """
         carry(model)
-        sample = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
-        latent = tuple(sample.shape[-2:])
+        family = family_of_denoiser(type(model).__name__, getattr(model, "config", {})) or Family()
+        latent = family.size(given(model, args, kwargs))
         if not any(latent == known for known, _ in self._shares):
             for name, mask in self.masks.items():
                 refuse_other_shape(name, mask, *latent)
@@ -57,9 +60,14 @@ class Regions(Follower):
         """The hook after the denoiser."""
         here.latent = None
 
-    def shares(self, live: list[str], tokens: int) -> dict[str, torch.Tensor]:
-        """Of N tokens the share, (N, 1), of every adapter that acts and has a mask."""
-        return {name: share for name, share in self._of_grid(tokens).items() if name in live}
+    def shares(self, live: list[str], tokens: int, stream: bool = False) -> dict[str, torch.Tensor]:
+        """Of N tokens the share, (N, 1), of every adapter that acts and has a mask.
+
+        In a stream words come first, which have no place: their share is the mean of the picture's.
+        """
+        words = tokens - math.prod(here.latent) if stream and here.latent is not None else 0
+        found = {name: share for name, share in self._of_grid(tokens - words).items() if name in live}
+        return {name: torch.cat([share.mean().expand(words, 1), share]) for name, share in found.items()}
 
     def _of_grid(self, tokens: int) -> dict[str, torch.Tensor]:
         """Every adapter's share of each of N places: (N, 1)."""

@@ -13,24 +13,27 @@ from torch import nn
 
 from comcat_diffusion.adapters.blend import blended
 from comcat_diffusion.adapters.wide import WideHeads
-from comcat_diffusion.attentions import Style, style_of
+from comcat_diffusion.attentions import Style, plain, style_of
+from comcat_diffusion.families.family import STREAM_ROWS
 
-# diffusers' processors whose way with norms and added projections is known: picture first, then text, one softmax.
-JOINT_PROCESSORS = frozenset(("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0", "XFormersJointAttnProcessor"))
-ROTATIONS = frozenset(("position_embeddings", "rotary_pos_emb", "image_rotary_emb"))  # arguments that rotate heads
+# diffusers' processors whose way with norms and added projections is known: one softmax over picture and text. Those
+# that rotate do it behind the norms, by a table of cosines and sines for pairs of neighbouring columns.
+ROTATING_PROCESSORS = frozenset(("FluxAttnProcessor", "Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"))
+JOINT_PROCESSORS = ROTATING_PROCESSORS | {
+    "JointAttnProcessor2_0",
+    "FusedJointAttnProcessor2_0",
+    "XFormersJointAttnProcessor",
+}
+TABLE = "image_rotary_emb"  # the argument that brings the table
+ROTATIONS = frozenset(("position_embeddings", "rotary_pos_emb", TABLE))  # arguments that rotate heads
 SIDECAR = "comcat"  # name of the one child that an adapted attention has more than before
-
-
-def plain(projection: nn.Module) -> nn.Module:
-    """The Linear inside a projection, below any adapter of another method that wraps it."""
-    while hasattr(projection, "base_layer"):
-        projection = projection.base_layer
-    return projection
 
 
 def why_not(module: nn.Module) -> str | None:
     """Why this module cannot carry a head-level adapter, or None if it can."""
     style = style_of(module)
+    if style is None and getattr(module, "pre_only", False):
+        return "its output projection is one with that of a feed-forward outside of it"
     if style is None:
         return "it is not an attention with query, key, value and output projections"
     processor = type(getattr(module, "processor", None)).__name__
@@ -43,13 +46,16 @@ def why_not(module: nn.Module) -> str | None:
         for added in ("add_k_proj", "add_v_proj", "add_q_proj"):
             if getattr(module, added, None) is not None:
                 return f"it has added key and value projections ({added}), which {processor} uses in an unknown way"
-    for rotation in ROTATIONS & _arguments(type(module)):
+    rotates = processor in ROTATING_PROCESSORS
+    for rotation in ROTATIONS & _arguments(type(module)) if not rotates else ():
         return f"its queries and keys are rotated by position ({rotation}), in which a wider head does not fit"
-    if style.diffusers and not getattr(module, "scale_qk", False):
+    if style.diffusers and not rotates and not getattr(module, "scale_qk", False):
         return "its logits have no scale of their own (scale_qk), about which processors disagree"
     q, k, v, out = (plain(projection) for projection in style.projections(module))
     if not all(hasattr(p, "out_features") and hasattr(p, "in_features") for p in (q, k, v, out)):
         return "its projections are not linear layers"
+    if style.stream and module.to_qkv_mlp_proj.out_features != STREAM_ROWS * q.out_features:
+        return "its feed-forward is not three times as wide as its heads"
     if not q.out_features == k.out_features == v.out_features == out.in_features:
         return "its heads share keys and values (grouped queries)"
     return None
@@ -66,9 +72,23 @@ def is_cross_attention(module: nn.Module) -> bool:
     return bool(getattr(module, "is_cross_attention", False)) or getattr(module, "add_k_proj", None) is not None
 
 
+def reads_text(module: nn.Module) -> bool:
+    """Whether an adapter's keys and values come from the text, alone or before the picture in one stream."""
+    return is_cross_attention(module) or hasattr(module, "to_qkv_mlp_proj")
+
+
+def is_rotated(module: nn.Module) -> bool:
+    """Whether queries and keys are rotated by position, in a way that is known."""
+    return type(getattr(module, "processor", None)).__name__ in ROTATING_PROCESSORS
+
+
 def is_normed(module: nn.Module) -> bool:
-    """Whether queries and keys are normalized head by head; diffusers leaves that out where projections are fused."""
-    return getattr(module, "norm_k", None) is not None and not getattr(module, "fused_projections", False)
+    """Whether queries and keys are normalized head by head.
+
+    Where nothing rotates, diffusers leaves that out once projections are fused.
+    """
+    fused = getattr(module, "fused_projections", False) and not is_rotated(module)
+    return getattr(module, "norm_k", None) is not None and not fused
 
 
 class View:
@@ -82,6 +102,11 @@ class View:
         if inspect.ismethod(found) and found.__self__ is self.__dict__["_host"]:
             return functools.partial(found.__func__, self)
         return found
+
+    def asked(self, arguments: dict[str, object]) -> dict[str, object]:
+        """The arguments of its forward, of which the table of rotations is as wide as its heads."""
+        table, widen = arguments.get(TABLE), self.__dict__.get("_widen_table")
+        return arguments if table is None or widen is None else arguments | {TABLE: widen(table)}
 
 
 class _ProcessorView(View):
@@ -97,12 +122,18 @@ class _ProcessorView(View):
 
 def view_of(attention: nn.Module, style: Style, wide: WideHeads) -> View:
     """The attention as its own forward should see it while adapters make its heads `wide`."""
+    replaced = _width_attributes(attention, style, wide.wide)
+    if is_rotated(attention):
+        replaced["_widen_table"] = wide.table
+    if is_normed(attention):
+        replaced |= _norms(attention, wide)
+    if style.stream:
+        into, out = style.held(attention)
+        replaced |= {style.q: functools.partial(wide.stream, into), "inner_dim": wide.heads * wide.wide}
+        return View(attention, **replaced, **{style.out: functools.partial(wide.stream_output, out)})
     q, k, v, out = style.projections(attention)
     query, key = functools.partial(wide.query, q), functools.partial(wide.key, k)
     value, output = functools.partial(wide.value, v), functools.partial(wide.output, out)
-    replaced = _width_attributes(style, wide.wide)
-    if is_normed(attention):
-        replaced |= _norms(attention, wide)
     if style.joint:
         return View(attention, **replaced, **_joint(attention, wide, query, key, value, output))
     if not style.diffusers:
@@ -155,19 +186,20 @@ def _joint(
     return made
 
 
-def _width_attributes(style: Style, width: int) -> dict[str, object]:
+def _width_attributes(attention: nn.Module, style: Style, width: int) -> dict[str, object]:
     """The attributes in which a host remembers the width of its heads, as they are for another width."""
-    return {"scale": width**-0.5} if style.diffusers else {"head_dim": width}
+    known = {"scale": width**-0.5, "head_dim": width} if style.diffusers else {"head_dim": width}
+    return {name: value for name, value in known.items() if hasattr(attention, name)}
 
 
 def set_projections(
     attention: nn.Module, style: Style, projections: tuple[nn.Module, ...], width: int | dict
 ) -> dict[str, object]:
     """Put other projections, with heads of another width, in place. Returns what undoes the width, for `width`."""
-    for path, projection in zip((style.q, style.k, style.v, style.out), projections, strict=True):
+    for path, projection in zip(style.paths, projections, strict=True):
         parent, _, name = path.rpartition(".")
         setattr(attention.get_submodule(parent), name, projection)
-    attributes = width if isinstance(width, dict) else _width_attributes(style, width)
+    attributes = width if isinstance(width, dict) else _width_attributes(attention, style, width)
     before = {name: getattr(attention, name) for name in attributes}
     for name, value in attributes.items():
         setattr(attention, name, value)
@@ -189,7 +221,10 @@ def adapted(host: type) -> type:
         live = layer.live
 
         def attend(names: list[str]) -> object:
-            return host_forward(layer.view(names) if names else self, *args, **kwargs)
+            if not names:
+                return host_forward(self, *args, **kwargs)
+            view = layer.view(names, hidden.shape[1])
+            return host_forward(view, *args, **view.asked(kwargs))
 
         hidden = args[0] if args else kwargs["hidden_states"]
         shares = layer.shares(live, hidden, kwargs.get("encoder_hidden_states")) if live else None

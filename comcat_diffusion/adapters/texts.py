@@ -87,13 +87,15 @@ class Texts:
             text = unicodedata.normalize("NFC", text)  # as tokenizers do before they count
             if self.reading.prefix and text.startswith(self.reading.prefix):
                 return _behind(self.reading.prefix, first, text, length)
-            ends = [_ends(tokenizer, text, count) for tokenizer, count in parts]
-            return Said(text, torch.cat(ends), tuple(count for _, count in parts))
+            ends = torch.cat([_ends(tokenizer, text, count) for tokenizer, count in parts])
+            before, behind = self.reading.around
+            own = text[len(before) : len(text) - len(behind)]
+            return Said(own, (ends - len(before)).clamp(min=0), tuple(count for _, count in parts))
 
-    @property
-    def whole(self) -> bool:
-        """Whether one tokenizer reads all, and all of it is the prompt."""
-        return len(self.reading.segments) == 1 and not self.reading.prefix
+    def whole_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether a tokenizer reads all, and all of it is the prompt."""
+        alone = [segment.tokenizer for segment in self.reading.segments] == [tokenizer]
+        return alone and not (self.reading.prefix or any(self.reading.around))
 
     def _parts(self, length: int) -> list[tuple[PreTrainedTokenizerBase | None, int]]:
         """The tokenizers and how many of `length` tokens each makes."""

@@ -28,7 +28,7 @@ Sides = Mapping[str, list[str]]  # by side: its attentions in the order of their
 
 def side_of(attention: str, module: nn.Module) -> str:
     """The side that an attention of this name shares with others, or with none."""
-    return TEXT if seam.is_cross_attention(module) else attention
+    return TEXT if seam.reads_text(module) else attention
 
 
 def sides_of(model: nn.Module, factors: Iterable[str]) -> Sides:

@@ -32,7 +32,7 @@ def listen(pipe: DiffusionPipeline) -> None:
     gate.triggers |= {words for layer in waiting for words in layer.trigger.values() if words}
     gate.follow(denoiser(pipe), waiting)
     texts = _texts_of(pipe)
-    if texts.whole:  # else no text encoder alone makes the states
+    if texts.whole_of(pipe.tokenizer):  # else its text encoder alone does not make the states
         gate.hear(pipe.text_encoder)
     for layer in waiting:
         layer.gate = gate
@@ -81,7 +81,7 @@ def _remembering(pipe: DiffusionPipeline, encode_prompt: Callable, texts: Texts)
         with texts.lock:
             made = encode_prompt(*args, **kwargs)
             given = inspect.signature(encode_prompt).bind(*args, **kwargs).arguments
-            for place, name in zip(family.states_at, ("prompt", "negative_prompt"), strict=True):
+            for place, name in zip(family.states_at, ("prompt", "negative_prompt"), strict=False):
                 states = made[place]
                 if states is not None and given.get(f"{name}_embeds") is None:
                     said = given.get(name) or ""

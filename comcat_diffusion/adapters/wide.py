@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from comcat_diffusion import heads as maths
 
@@ -64,12 +65,13 @@ class WideHeads:
         scales_by_width: bool,
         device: str,
         normed: bool = False,
+        rotated: bool = False,
     ):
         self.heads, self.width = heads, width
         self.free = [a for a in adapters if isinstance(a, Free)]
         self.foldable = [a for a in adapters if isinstance(a, Foldable)]
         self.ranks = [a.k_down.out_features // heads for a in self.free]
-        multiple = WIDTH_MULTIPLE.get(device, 1) if self.free else 1
+        multiple = WIDTH_MULTIPLE.get(device, 2 if rotated else 1) if self.free else 1  # columns are rotated in pairs
         self.wide = -(-(width + sum(self.ranks)) // multiple) * multiple
         # Processors that scale by the width they see would scale by wide^-1/2; the gain makes it width^-1/2 again.
         gain = maths.logit_gain(width, self.wide) if scales_by_width else 1.0
@@ -111,6 +113,18 @@ class WideHeads:
         *projections, hidden = projections_then_hidden
         return torch.cat([project(hidden) for project in projections], dim=-1)
 
+    def stream(self, project: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values, and what a feed-forward beside has in the same Linear: (B, N, C) -> (B, N, ...)."""
+        made, inner = project(hidden), self.heads * self.width
+        query, key, value, rest = made.split((inner, inner, inner, made.shape[-1] - 3 * inner), dim=-1)
+        own = self.query(lambda _: query, hidden), self.key(lambda _: key, hidden), self.value(lambda _: value, hidden)
+        return torch.cat([*own, rest], dim=-1)
+
+    def stream_output(self, project: nn.Module, mixed: torch.Tensor) -> torch.Tensor:
+        """What the heads and the feed-forward give, (B, N, H*wide + ...) -> (B, N, C)."""
+        own, rest = mixed.tensor_split([self.heads * self.wide], dim=-1)
+        return self.output(lambda base: project(torch.cat([base, rest], dim=-1)), own)
+
     def queries_normed(self, norm: nn.Module, queries: torch.Tensor) -> torch.Tensor:
         """(B, H, N, wide) behind the host's norm of its own D columns; an adapter's R columns have none."""
         if self.wide == self.width:
@@ -121,6 +135,11 @@ class WideHeads:
         """The same of keys, with the gain."""
         made = self.queries_normed(norm, keys)
         return made * self.norm_gain if self.norm_gain != 1 else made
+
+    def table(self, table: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (N, D) of rotations as those of wider heads, (N, wide): new columns stay as they are."""
+        new = (0, self.wide - self.width)
+        return pad(table[0], new, value=1.0), pad(table[1], new)
 
     def foreign_output(self, project: nn.Module, mixed: torch.Tensor) -> torch.Tensor:
         """(B, M, H*wide) -> (B, M, C) for queries that no adapter speaks for."""

@@ -25,6 +25,7 @@ from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.attentions import DIFFUSERS
 from comcat_diffusion.bench.config import BenchConfig
 from comcat_diffusion.config import EMBEDDED
+from comcat_diffusion.families.known import family_of
 from comcat_diffusion.markdown import table
 from comcat_diffusion.training.batching import Batch, made
 from comcat_diffusion.training.encode import Crop
@@ -130,7 +131,8 @@ def _attach(pipe: DiffusionPipeline, name: str, config: BenchConfig) -> None:
 
 def _batch(pipe: DiffusionPipeline, resolution: int, prompts: list[str]) -> Batch:
     """Noise for every prompt, as a training step sees its pictures."""
-    side, size = resolution // pipe.vae_scale_factor, (resolution, resolution)
+    side = resolution // (pipe.vae_scale_factor * family_of(pipe).packing)
+    size = (resolution, resolution)
     noise = torch.randn(denoiser(pipe).config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
     crops = [Crop(noise, torch.zeros_like(noise), prompt, "noise", (*size, 0, 0, *size)) for prompt in prompts]
     objective = objective_of(pipe)

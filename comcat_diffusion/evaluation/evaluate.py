@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from comcat_diffusion import atomic, bases
-from comcat_diffusion.adapters.focus import FEWEST
 from comcat_diffusion.adapters.merge import unload_adapters
 from comcat_diffusion.adapters.store import library_versions, present_base
 from comcat_diffusion.config import EMBEDDED
@@ -67,7 +66,7 @@ def judged(order: Order, note: Note, on_picture: OnPicture) -> Report | None:
     sampling = sampling_of(config, config.batch_size, base, pipe)
     seeds = range(config.seed, config.seed + config.seeds)
     settings = made_by(pipe, base, sampling) | {"base_digest": _digest_of(pipe)}
-    settings |= {"keep_background": True} if config.keep_background and config.num_inference_steps >= FEWEST else {}
+    settings |= {"keep_background": True} if config.keep_background else {}
     gallery = Gallery(folder / "pictures", rows_of(chosen), prompts.all, seeds, settings)
     missing = gallery.missing()
     accelerator.wait_for_everyone()  # nobody draws before everybody knows what is missing
@@ -163,7 +162,7 @@ def _outline_notes(outline: Outline | None) -> list[str]:
         return []
     return [
         "Shape, colour and background were not measured apart: this base does not show where in a picture the subject "
-        "is, or the subject has no class word."
+        "is, or the subject has no class word, or is a style."
     ]
 
 

@@ -103,7 +103,7 @@ def draw_tasks(
         with_adapter(pipe, own[0].row.adapter, any_weights)
         try:
             one = own[0].row.adapter
-            words = placeable(pipe, {ADAPTER: one.words}, sampling.num_inference_steps) if one and keep else None
+            words = placeable(pipe, {ADAPTER: one.words}) if one and keep else None
             drawn = draw(pipe, [task.drawing for task in own], sampling, words)
             for task, picture in zip(own, drawn, strict=True):
                 task.path.parent.mkdir(parents=True, exist_ok=True)

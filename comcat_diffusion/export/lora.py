@@ -13,7 +13,7 @@ Letters: H heads, D head width, R rank, C channels, K = H*R.
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from comcat_diffusion import atomic
-from comcat_diffusion.adapters.as_lora import text_encoder_name, up_of
+from comcat_diffusion.adapters.as_lora import placed, text_encoder_name, up_of
 from comcat_diffusion.adapters.header import AdapterFileError, Header
 from comcat_diffusion.adapters.store import TOKEN, safetensors_bytes
 from comcat_diffusion.adapters.terms import Contents, Term, read_contents
@@ -133,7 +133,7 @@ def _word_files(contents: Contents, output: Path) -> dict[Path, bytes]:
 
 def _diffusers(loras: list[Lora], family: Family) -> dict[str, torch.Tensor]:
     tensors = {}
-    for lora in loras:
+    for lora in _fused(loras, family.held_by):
         name = f"{family.lora_prefix or lora.part}.{lora.projection}"
         if lora.part in TEXT_ENCODERS:
             name = f"{lora.part}.{text_encoder_name(lora.projection)}"
@@ -147,7 +147,7 @@ def _diffusers(loras: list[Lora], family: Family) -> dict[str, torch.Tensor]:
 
 def _kohya(loras: list[Lora], header: Header, family: Family) -> tuple[dict[str, torch.Tensor], float]:
     """The tensors, and the alpha that stands with each of them."""
-    loras = _fused(loras, family)
+    loras = _fused(loras, family.native_weight)
     alpha = float(Counter(lora.rank for lora in loras).most_common(1)[0][0])
     tensors = {}
     for lora in [*loras, *_markers(loras)]:
@@ -158,11 +158,11 @@ def _kohya(loras: list[Lora], header: Header, family: Family) -> tuple[dict[str,
     return tensors, alpha
 
 
-def _fused(loras: list[Lora], family: Family) -> list[Lora]:
-    """LoRAs of the family's native weights: those of one fused Linear are one, whose `up` has each in its rows."""
+def _fused(loras: list[Lora], place: Callable[[str], Native | None]) -> list[Lora]:
+    """LoRAs of a family's weights: those of one fused Linear are one, whose `up` has each in its rows."""
     own: dict[str, list[tuple[Native, Lora]]] = {}
     for lora in loras:
-        native = family.native_weight(lora.projection) if lora.part not in TEXT_ENCODERS else None
+        native = place(lora.projection) if lora.part not in TEXT_ENCODERS else None
         own.setdefault(native.name if native else lora.projection, []).append((native, lora))
     made = []
     for name, parts in own.items():
@@ -170,11 +170,7 @@ def _fused(loras: list[Lora], family: Family) -> list[Lora]:
             made += [lora for _, lora in parts]
             continue
         down = torch.cat([lora.down for _, lora in parts])  # K1 + K2, C
-        columns = []
-        for native, lora in parts:
-            column = lora.up.new_zeros(native.count, *lora.up.shape)
-            column[native.place] = lora.up
-            columns.append(column.flatten(0, 1))
+        columns = [placed(lora.up, native.place, native.count) for native, lora in parts]
         made.append(Lora(parts[0][1].part, name, down, torch.cat(columns, dim=1)))
     return made
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Condition = dict[str, "torch.Tensor"]  # what a denoiser hears of B prompts: "states" (B, M, E), and what else it takes
 UNET, TRANSFORMER = "unet", "transformer"  # names of the component that denoises
 DENOISERS = (UNET, TRANSFORMER)
+# The first Linear of a block of one stream holds its queries, keys and values, and twice three times as much for its
+# feed-forward: of as many equal heights.
+STREAM_ROWS = 9
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Reading:
     prepared: Callable[[str], str] = str  # what is made of a prompt before it is read
     # An instruction that stands before prompts, with one segment. Of its states the first is kept alone.
     prefix: str = ""
+    around: tuple[str, str] = ("", "")  # what a chat's template sets before and behind a prompt, whose states all stay
 
 
 class Family:
@@ -81,6 +85,7 @@ class Family:
     part = TRANSFORMER  # the component that denoises,
     noun = "transformer"  # and what it is called in sentences
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    tokenizer = "tokenizer"  # the component that reads what attentions are given; of several, the first
     optional: tuple[str, ...] = ()  # components that a base may lack
     heavy: tuple[str, ...] = ()  # text encoders of billions of weights, with which training reads in bfloat16
     trains_text = False  # whether text encoders can be adapted and new words learned
@@ -89,28 +94,34 @@ class Family:
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16")  # in which it draws; another overflows
     flow: Flow | None = None  # None: noise, velocities or clean latents, as the scheduler says
     flow_samplers: tuple[str, ...] = ()  # of a flow-matching family: diffusers' schedulers that draw with it
-    drawing: Mapping[str, object] = {}  # what its pipeline is asked for beside prompts, sizes, steps and guidance
-    states_at = (0, 1)  # where in what `encode_prompt` returns the text states are, and those of the negative prompt
+    packing = 1  # side of the square of latents that the denoiser is given as one, with as many more channels
+    # Where in what `encode_prompt` returns the text states are, and, where they are made with these, those of the
+    # negative prompt.
+    states_at: tuple[int, ...] = (0, 1)
     architecture = ""  # in the headers of files (modelspec); default: by the width of a U-Net's text states
     lora_prefix = ""  # of LoRA files that diffusers loads; default: the component's name
 
-    # Sizes; `denoiser` is a configuration, `factor` the pixels of one latent place
+    # Sizes; `denoiser` and `vae` are configurations, `factor` the pixels of one latent place
 
     def factor(self, vae: Mapping) -> int:
         """Pixels of one latent place, along a side."""
         return 2 ** (len(vae["block_out_channels"]) - 1)
 
-    def native(self, denoiser: Mapping, factor: int) -> int:
+    def native(self, denoiser: Mapping, vae: Mapping) -> int:
         """Side in pixels at which the base was trained."""
-        return denoiser["sample_size"] * factor
+        return denoiser["sample_size"] * self.factor(vae)
 
     def grain(self, denoiser: Mapping, factor: int) -> int:
         """Pixels that the sides of pictures must be multiples of."""
-        return denoiser["patch_size"] * factor
+        return denoiser["patch_size"] * self.packing * factor
 
     def largest(self, denoiser: Mapping, factor: int) -> int | None:
         """Most pixels that a side can have; None where the base sets no end."""
         return None
+
+    def size(self, call: Mapping[str, object]) -> tuple[int, int]:
+        """Height and width (h, w) of the latents that a denoiser is called with, its arguments by name."""
+        return tuple(call["sample" if "sample" in call else "hidden_states"].shape[-2:])
 
     def is_of(self, denoiser: Mapping) -> bool:
         """Whether a denoiser of one of `denoisers`, by its configuration, is of this family."""
@@ -141,17 +152,31 @@ class Family:
         """
         return self.reading(pipe).prepared(prompt)
 
-    def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
-        """How many tokens of a prompt a pipeline of this class reads."""
+    def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str, denoiser: Mapping) -> int:
+        """How many tokens of a prompt a pipeline of this class, around a denoiser of this configuration, reads."""
         return tokenizer.model_max_length
 
-    def states(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
+    def states(self, tokenizer: PreTrainedTokenizerBase, pipeline: str, denoiser: Mapping) -> int:
         """How many text states M it makes of them."""
-        return self.most_tokens(tokenizer, pipeline)
+        return self.most_tokens(tokenizer, pipeline, denoiser)
 
     def remarks(self, pipe: DiffusionPipeline) -> Sequence[str]:
         """What is worth knowing of this very base, a sentence each."""
         return ()
+
+    # Drawing
+
+    def drawing(self, pipe: DiffusionPipeline) -> Mapping[str, object]:
+        """What its pipeline is asked for beside prompts, sizes, steps and guidance."""
+        return {}
+
+    def negative(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Mapping[str, object]:
+        """The pipeline's arguments for prompts to draw away from."""
+        return {"negative_prompt": list(prompts)}
+
+    def guidance_of(self, pipe: DiffusionPipeline) -> float:
+        """The strength of guidance that suits this very base."""
+        return self.guidance
 
     # Pictures and latents
 
@@ -163,7 +188,7 @@ class Family:
         return {"mean": mean[0].cpu(), "std": std[0].cpu()}
 
     def decoded(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-        """The inverse: (B, C, h, w) latents as (B, 3, H, W) pixels in -1 to 1."""
+        """Latents as its pipeline leaves them, asked for no pictures, as (B, 3, H, W) pixels in -1 to 1."""
         shift, factor = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
         return vae.decode(latents.to(vae.dtype) / factor + shift).sample
 
@@ -203,6 +228,10 @@ class Family:
     def lora_projections(self, attention: str) -> tuple[str, str]:
         """What of an attention of this name a foldable adapter changes: its keys' and its values' projection."""
         return "to_k", "to_v"
+
+    def held_by(self, projection: str) -> Native | None:
+        """The module of diffusers that holds a projection among others; None where it is one itself."""
+        return None
 
     def native_weight(self, projection: str) -> Native | None:
         """Where a projection is in the family's native weights; None where they are named and cut as a U-Net's."""

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from comcat_diffusion.families.chroma import Chroma
 from comcat_diffusion.families.family import DENOISERS, UNET, Family
+from comcat_diffusion.families.flux_1 import Flux1
+from comcat_diffusion.families.flux_2_klein import Flux2Klein
 from comcat_diffusion.families.pixart import PixArt
 from comcat_diffusion.families.sana import Sana
 from comcat_diffusion.families.stable_diffusion import StableDiffusion
 from comcat_diffusion.families.stable_diffusion_3 import StableDiffusion3
 from comcat_diffusion.families.stable_diffusion_xl import StableDiffusionXL
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL(), StableDiffusion3(), PixArt(), Sana())
+FAMILIES: tuple[Family, ...] = (
+    StableDiffusion(),
+    StableDiffusionXL(),
+    StableDiffusion3(),
+    Flux2Klein(),
+    Flux1(),
+    Chroma(),
+    PixArt(),
+    Sana(),
+)
 
 
 def names() -> str:

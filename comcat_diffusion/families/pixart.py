@@ -31,8 +31,6 @@ class PixArt(Family):
     denoisers = ("PixArtTransformer2DModel",)
     heavy = ("text_encoder",)
     guidance = 4.5
-    # Pictures of the size that is asked for, and prompts as training reads them.
-    drawing = {"clean_caption": False, "use_resolution_binning": False}
     states_at = (0, 2)
     architecture = "pixart"
     lora_prefix = "base_model.model"  # PEFT's, which ComfyUI reads as well: the pipelines load no LoRA
@@ -51,7 +49,11 @@ class PixArt(Family):
         """Captions may be cleaned before they are read."""
         return pipe._text_preprocessing(prompt, clean_caption=bool(asked.get("clean_caption")))[0]
 
-    def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
+    def drawing(self, pipe: DiffusionPipeline) -> Mapping[str, object]:
+        """Pictures of the size that is asked for, and prompts as training reads them."""
+        return {"clean_caption": False, "use_resolution_binning": False}
+
+    def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str, denoiser: Mapping) -> int:
         """See `Family`."""
         return _TOKENS.get(pipeline, 300)
 

@@ -58,7 +58,7 @@ class StableDiffusion3(Family):
             raise ValueError(f"An adapter waits for its trigger in `{name}`: leave `{name}_3` out while one is loaded.")
         return prompt
 
-    def states(self, tokenizer: PreTrainedTokenizerBase, pipeline: str) -> int:
+    def states(self, tokenizer: PreTrainedTokenizerBase, pipeline: str, denoiser: Mapping) -> int:
         """See `Family`."""
         return tokenizer.model_max_length + T5_STATES
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.focus import placeable
 from comcat_diffusion.adapters.merge import merge_adapters, unload_adapters
+from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.placing import set_adapters
 from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.store import load_adapter
@@ -79,7 +80,7 @@ def drawn(order: Order, on_picture: OnPicture, note: Callable[[str], None]) -> P
     settings = made_by(pipe, order.base, sampling) | {"adapters": files_of(chosen)}
     settings |= {"loras": list(config.lora), "regions": list(config.region)}
     called = {_name(n): one.words for n, one in enumerate(chosen)} if config.keep_background else {}
-    words = placeable(pipe, called, config.num_inference_steps)
+    words = placeable(pipe, called)
     settings |= {"keep_background": True} if words else {}
     for drawing, picture in zip(drawings, draw(pipe, drawings, sampling, words), strict=True):
         number = prompts.index(drawing.prompt)
@@ -95,7 +96,7 @@ def drawn(order: Order, on_picture: OnPicture, note: Callable[[str], None]) -> P
             on_picture(len(after) + len(before), total)
     rows = [Row("before", before), Row("after", after)] if before else [Row("", after)]
     seeds = range(config.seed, config.seed + config.num_images)
-    sheet = contact_sheet(rows, prompts, len(seeds), footer=footer_of(settings, seeds))
+    sheet = contact_sheet(rows, prompts, len(seeds), footer=footer_of(settings, seeds), references=order.references)
     about = {"prompt": " | ".join(prompts), "seeds": list(seeds), **settings}
     sheet = save_png(sheet, order.folder / "sheet.png", about, keep=True)
     return Pictures(files, sheet)
@@ -103,12 +104,13 @@ def drawn(order: Order, on_picture: OnPicture, note: Callable[[str], None]) -> P
 
 def _refuse_deaf(pipe: DiffusionPipeline, prompt: str, chosen: Sequence[Chosen], any_prompt: bool) -> None:
     """Raise ValueError for a prompt that names the subject only where the text encoder does not read any more."""
-    family, kind = family_of(pipe), type(pipe).__name__
-    most = family.most_tokens(pipe.tokenizer, kind)
-    read = texts_of(pipe.tokenizer, family.reading(pipe)).read(prompt, family.states(pipe.tokenizer, kind))
+    family, about = family_of(pipe), (type(pipe).__name__, denoiser(pipe).config)
+    tokenizer = getattr(pipe, family.tokenizer)
+    most = family.most_tokens(tokenizer, *about)
+    read = texts_of(pipe.tokenizer, family.reading(pipe)).read(prompt, family.states(tokenizer, *about))
     named = [subject for one in chosen for subject in one.subjects if calls(prompt, subject)]
     if named and not any_prompt and not any(read.acts([subject.trigger]).any() for subject in named):
-        count = len(pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
         raise ValueError(
             f"The prompt '{prompt[:60]}...' has {count} tokens, of which the text encoder reads {most}, and "
             f"'{named[0].phrase}' comes later: name it earlier, or allow it with --any_prompt."

@@ -103,15 +103,15 @@ def draw(
     family, side = family_of(pipe), sampling.resolution or bases.native_resolution(pipe)
     for start in range(0, len(drawings), sampling.batch_size):
         batch = drawings[start : start + sampling.batch_size]
-        negative = {"negative_prompt": [sampling.negative_prompt] * len(batch)} if sampling.negative_prompt else {}
+        away = [sampling.negative_prompt] * len(batch) if sampling.negative_prompt else []
         once = text_once() if family.same_text else nullcontext()
         with once, keep_background(pipe, words) if words else nullcontext():
             drawn = pipe(
                 prompt=[drawing.prompt for drawing in batch],
-                **negative,
+                **(family.negative(pipe, away) if away else {}),
                 height=side,
                 width=side,
-                **family.drawing,
+                **family.drawing(pipe),
                 num_inference_steps=sampling.num_inference_steps,
                 guidance_scale=sampling.guidance_scale,
                 # on the CPU, so that a seed means the same picture on every device

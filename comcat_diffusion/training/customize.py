@@ -168,8 +168,9 @@ def _run(
     put_away(pipe.vae.parameters())
     learned.prepare(config, pipe, dataset.subjects)
     prompts = [*material.prompts, *config.validation_prompt, ""]
-    most = family_of(pipe).most_tokens(pipe.tokenizer, type(pipe).__name__)
-    for text in (*cut_off(pipe.tokenizer, prompts, most), *well_known(pipe.tokenizer, dataset.subjects)):
+    tokenizer = getattr(pipe, family_of(pipe).tokenizer)
+    most = family_of(pipe).most_tokens(tokenizer, type(pipe).__name__, denoiser(pipe).config)
+    for text in (*cut_off(tokenizer, prompts, most), *well_known(tokenizer, dataset.subjects)):
         watcher.note(text)
     train_text = config.train_text_encoder or bool(words_of(pipe))
     learner = Learner(pipe, prompts, train_text, accelerator.device)

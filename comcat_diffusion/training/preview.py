@@ -26,7 +26,7 @@ class Preview:
 
     def __init__(self, config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Subject] = ()):
         self.pipe, self.prompts, self.side = pipe, config.validation_prompt, config.resolution
-        self.words = placeable(pipe, {ADAPTER: words_of(subjects)}, STEPS)
+        self.words = placeable(pipe, {ADAPTER: words_of(subjects)})
         self.base = config.pretrained_model_name_or_path
         self.guidance = bases.default_guidance(self.base, pipe)
         self.folder = Path(config.output_dir).expanduser() / "samples"
@@ -69,7 +69,7 @@ class Preview:
         with placed, torch.autocast(denoiser.device.type, denoiser.dtype, enabled=denoiser.dtype != torch.float32):
             latents = self.pipe(
                 **family.conditions(self.pipe, condition),
-                **family.drawing,
+                **family.drawing(self.pipe),
                 height=self.side,
                 width=self.side,
                 num_inference_steps=STEPS,

@@ -53,12 +53,12 @@ def kind_in(folder: Path) -> str:
     return json.loads((folder / "model_index.json").read_text("utf-8")).get("_class_name", "")
 
 
-def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
-    """The (first) tokenizer of a base. Raises ValueError for a class that transformers does not have."""
-    _, kind = json.loads((folder / "model_index.json").read_text("utf-8"))["tokenizer"]
+def tokenizer_in(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer of a base by its component's name. Raises ValueError for a class that transformers does not have."""
+    _, kind = json.loads((folder / "model_index.json").read_text("utf-8"))[name]
     if not hasattr(transformers, kind):
         raise ValueError(f"The base in {folder} has a tokenizer of class {kind}, which transformers does not know.")
-    return getattr(transformers, kind).from_pretrained(folder / "tokenizer", local_files_only=True)
+    return getattr(transformers, kind).from_pretrained(folder / name, local_files_only=True)
 
 
 def refuse_pipeline(pipe: DiffusionPipeline, name: str | None) -> None:
@@ -93,7 +93,7 @@ def refuse_settings(config: TrainConfig, family: Family) -> None:
 
 
 def _refuse(kind: str, family: Family, seer: Mapping, vae: Mapping, name: str) -> None:
-    seen, latents = seer.get("in_channels", 4), vae.get("latent_channels", 4)
+    seen, latents = seer.get("in_channels", 4), vae.get("latent_channels", 4) * family.packing**2
     if seen > latents:
         raise ValueError(
             f"The base '{name}' takes a picture or a mask beside the words: its {family.noun} sees {seen} channels, of "
@@ -103,6 +103,6 @@ def _refuse(kind: str, family: Family, seer: Mapping, vae: Mapping, name: str) -
         raise ValueError(
             f"The base '{name}' does not fit together: its {family.noun} sees {seen} channels, its VAE has {latents}."
         )
-    pipeline = getattr(diffusers, kind, None)
+    pipeline = getattr(diffusers, kind, None) if kind not in family.pipelines else None
     if pipeline is not None and "image" in inspect.signature(pipeline.__call__).parameters:
         raise ValueError(f"The base '{name}' is a {kind}, which starts from a picture: {WAY_OUT}.")
