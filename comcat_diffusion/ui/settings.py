@@ -17,7 +17,8 @@ from comcat_diffusion.ui import texts
 OWN = (
     "instance_data_dir", "instance_prompt", "trigger", "class_word", "subjects", "pretrained_model_name_or_path",
     "output_dir", "name", "overwrite", "resume_from_checkpoint", "skip_broken", "adapter", "scale", "prompt", "compare",
-    "num_images", "region", "merge", "lora", "reference_images", "as_", "report_to", "with_prior_preservation", "base_config",
+    "num_images", "region", "merge", "lora", "reference_images", "as_", "report_to", "with_prior_preservation",
+    "base_config",
 )  # fmt: skip
 # Those that name files of the machine: asked for only where the page may name any.
 PATHS = ("class_data_dir", "validation_data_dir", "cache_dir", "init_adapter")
