@@ -10,7 +10,7 @@ from comcat_diffusion import bases
 from comcat_diffusion.adapters.focus import placeable
 from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.training.customize import customize
+from comcat_diffusion.training.customize import Silent, customize
 from recipe.subject import TRAIN, TRIGGER, picture
 
 
@@ -56,14 +56,11 @@ def words(pipe: DiffusionPipeline, subject: str, name: str) -> dict:
     return placeable(pipe, {name: [f"{TRIGGER} {subject}", TRIGGER]})
 
 
-class _Clock:
+class _Clock(Silent):
     """A watcher that adds up what steps take."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-
-    def note(self, text: str) -> None:
-        """Nothing is shown."""
 
     def step(self, done: object, total: int, peak_bytes: int) -> None:
         """Another step."""

@@ -22,7 +22,7 @@ from comcat_diffusion.training import learned, output
 from comcat_diffusion.training import learner as learner_module
 from comcat_diffusion.training.batching import Batch
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
-from comcat_diffusion.training.customize import customize
+from comcat_diffusion.training.customize import Silent, customize
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.output import prove, witness
 from comcat_diffusion.training.precision import launched_precision
@@ -31,7 +31,7 @@ from comcat_diffusion.training.validate import validate
 SUBJECT = bases.assets() / "subject"
 
 
-class Listener:
+class Listener(Silent):
     def __init__(self, stop_after=None):
         self.notes, self.steps, self.stop_after = [], [], stop_after
 

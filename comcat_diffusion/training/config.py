@@ -344,7 +344,9 @@ class ValidationSettings(Group):
         [], "Prompts that samples are drawn from. Default: the instance prompt.", usual=True
     )
     num_validation_images: int = option(4, "Samples per prompt, from fixed seeds.")
-    validation_steps: int | None = option(None, "Steps between samples and held-out losses. Default: only at the end.")
+    validation_steps: int | None = option(
+        None, "Steps between samples and held-out losses, and samples before the first. Default: only at the end."
+    )
     skip_final_inference: bool = option(False, "Draw no samples at the end.")
     validation_data_dir: str | None = option(None, "Pictures that are not learned from but judged by.")
     validation_fraction: float = option(0.0, "Share of the pictures to keep out of the training and judge by.")
