@@ -8,7 +8,8 @@ DEMO := out/demo
 # Of the packages' modules a small part is ever imported: each is compiled and kept when it is, and not at the install.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-kernels test-comfyui test-forge lint base subject benchmarks dinov2 photographs clean
+.PHONY: demo test test-kernels test-browser test-comfyui test-forge lint base flow-base subject benchmarks dinov2 photographs
+.PHONY: clean
 
 demo: .venv/installed
 	$(BIN)/python train_customize.py --config assets/subject/train.toml --output_dir $(DEMO) --overwrite
@@ -26,6 +27,13 @@ OLDER = ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 test-kernels: .venv/installed
 	ATEN_CPU_CAPABILITY=default $(OLDER) $(SUITE) -n 2 -m ''
 	ATEN_CPU_CAPABILITY=avx2 $(OLDER) TEST_THREADS=2 $(SUITE) -n 1
+
+# The studio in a real browser, Debian's Chromium; axe-core looks at every page, and a picture of each stage is kept in
+# runs/studio. Installing Chromium wants root; another one is named by CHROMIUM=.../chrome.
+test-browser: .venv/installed
+	test -n "$(CHROMIUM)" || command -v chromium > /dev/null || { apt-get update && apt-get install -y chromium; }
+	test -f runs/axe/node_modules/axe-core/axe.min.js || npm install --silent --no-fund --prefix runs/axe axe-core
+	STUDIO_SHOTS=runs/studio $(SUITE) -n 0 -m '' tests/test_studio.py
 
 # The nodes in a real ComfyUI, whose checkout is named: make test-comfyui COMFYUI=../ComfyUI. It runs headless, on the CPU and
 # in its own Python (COMFYUI_PYTHON=.../python, which has this package's requirements too); nothing is written there.
@@ -51,6 +59,10 @@ lint: .venv/installed
 # Rebuilds the embedded base from nothing (minutes on a GPU, hours on two cores; goes on from runs/base after a cut).
 base: .venv/installed
 	$(BIN)/python -m recipe.build
+
+# The same of the flow-matching base, in FLUX.2 klein's classes, on the first one's VAE; it goes on from runs/flow-base.
+flow-base: .venv/installed
+	$(BIN)/python -m recipe.build_flow
 
 subject: .venv/installed
 	$(BIN)/python -m recipe.subject assets/subject

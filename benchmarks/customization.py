@@ -1,5 +1,6 @@
 """Teaching the embedded base a subject: COMCAT against what a person would pick instead, in one table.
 
+    make dinov2                                   # an outside judge
     python -m benchmarks.customization            # four hours on two CPU cores; goes on where it was cut
     python -m benchmarks.customization --quick    # one subject, one seed, few steps: to see that it runs
     python -m benchmarks.customization --show     # the table and the plots of what is there
@@ -15,6 +16,7 @@ The measures are those of `comcat evaluate`:
 
 - fidelity: likeness of the details to the two pictures held out, the thing alone on grey on both sides, without its
   mean colours (a violet blob has the colours of a violet teddy, and the small CLIP takes it for one);
+- shape, colour off, background moved: of the cut-out subject by DINOv2-small, and of 255 by the pixels;
 - clip: the same by the small CLIP's features;
 - obedience: share of backgrounds, places and sizes that are as asked, read from the pixels;
 - drift: 1 - cosine to the base's picture of the same seed, on prompts without the trigger: the plain class and others;
@@ -38,6 +40,7 @@ import torch
 from benchmarks import circumstances as shared
 from benchmarks.customization_report import table, write_report
 from benchmarks.customization_runs import Bench, Run, keep_pictures, learn, measured, peak_mib, prepare_base
+from benchmarks.dinov2 import FOLDER as DINOV2
 from benchmarks.methods import METHODS
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.shrink import shrink
@@ -104,14 +107,16 @@ def score(result: dict) -> float:
     return mean(result["fidelity"]) * mean(result["obedience"]) - mean(result["drift"]) / 4
 
 
-def best_rates(features: Features, folder: Path, steps: int, tuning: tuple[str, ...]) -> dict[str, float]:
+def best_rates(
+    features: Features, judge: Features, folder: Path, steps: int, tuning: tuple[str, ...]
+) -> dict[str, float]:
     """By method, the rate with the highest score on the tuning subjects."""
 
     def of(name: str, rate: float) -> float:
         if len(METHODS[name].rates) == 1:
             return 0.0
         runs = [Run(name, subject, rate, 0, steps) for subject in tuning]
-        return sum(score(measured(features, run, folder)) for run in runs)
+        return sum(score(measured(features, judge, run, folder)) for run in runs)
 
     return {name: max(method.rates, key=lambda rate: of(name, rate)) for name, method in METHODS.items()}
 
@@ -157,8 +162,8 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     if not asked.show:
         run_all(grid, asked.folder, asked.drawing_steps, asked.processes)
-    features = load_features(bases.EMBEDDED)
-    rates = best_rates(features, asked.folder, asked.steps, tuning)
+    features, judge = load_features(bases.EMBEDDED), load_features(str(DINOV2))
+    rates = best_rates(features, judge, asked.folder, asked.steps, tuning)
     subjects = REPORTED[:1] if asked.quick else REPORTED
     runs = [
         Run(name, subject, rates[name], seed, asked.steps)
@@ -175,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
         target, plots = asked.folder / "report.json", asked.folder
     subjects_kept = {run.name: (asked.folder / f"{run.name}.json").exists() for run in runs}
     results = [
-        measured(features, run, asked.folder) | {"peak_mib": peak_mib(run, asked.folder)}
+        measured(features, judge, run, asked.folder) | {"peak_mib": peak_mib(run, asked.folder)}
         for run in runs
         if all(subjects_kept[replace(run, subject=subject).name] for subject in subjects)  # a seed counts when whole
     ]

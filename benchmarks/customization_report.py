@@ -9,7 +9,7 @@ from benchmarks import circumstances as shared
 from comcat_diffusion.evaluation.labels import label_points
 from comcat_diffusion.evaluation.metrics import interval
 
-MEASURES = ("fidelity", "clip", "obedience", "drift", "diversity", "copying")
+MEASURES = ("fidelity", "shape", "colour_off", "background_moved", "clip", "obedience", "drift", "diversity", "copying")
 RIVAL, AGAINST = "LoRA, rank 4", "to LoRA's, r=4"  # fidelity less the rival's: the same run, prompt and seed
 
 
@@ -45,7 +45,8 @@ def _row(name: str, results: list[dict]) -> dict:
     """One method over subjects and seeds. Intervals: prompts of all subjects are drawn again, and runs within them."""
     first = results[0]
     measures = {}
-    for measure in (*MEASURES, *[AGAINST] * all(AGAINST in result for result in results)):
+    known = [measure for measure in MEASURES if all(measure in result for result in results)]
+    for measure in (*known, *[AGAINST] * all(AGAINST in result for result in results)):
         by_run = torch.tensor([result[measure] for result in results])  # runs, prompts, seeds
         subjects = sorted({result["subject"] for result in results})
         prompts = [by_run[[r["subject"] == subject for r in results]].movedim(0, 1).flatten(1) for subject in subjects]
@@ -68,13 +69,15 @@ def _row(name: str, results: list[dict]) -> dict:
 def _told(found: dict | None) -> str:
     if found is None:
         return "-"
-    return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+    digits = 1 if abs(found["mean"]) >= 2 else 3
+    return f"{found['mean']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
 
 
 def table(report: dict) -> str:
     """A line a method, with the 95 % interval of every measure."""
     measures = [MEASURES[0], AGAINST, *MEASURES[1:]]
-    columns = ["method", "rate", "parameters", "bytes", "seconds", "peak MiB", *measures]
+    measures = [measure for measure in measures if any(measure in row for row in report["rows"])]
+    columns = ["method", "rate", "parameters", "bytes", "seconds", "peak MiB", *(m.replace("_", " ") for m in measures)]
     cells = [
         (row["method"], f"{row['rate']:g}", f"{row['parameters']:,}", f"{row['file_bytes']:,}", f"{row['seconds']:.0f}",
          f"{row['peak_mib']:,.0f}", *(_told(row.get(measure)) for measure in measures))
@@ -84,7 +87,7 @@ def table(report: dict) -> str:
 
 
 def _ours(row: dict) -> bool:
-    return row["method"].startswith("COMCAT")
+    return row["method"].lower().startswith("comcat")
 
 
 def _beaten(row: dict, rows: list[dict], across: str) -> bool:

@@ -16,9 +16,11 @@ from PIL import Image
 from torch import nn
 
 from benchmarks import circumstances as shared
-from benchmarks.methods import METHODS, TOKEN, Method
+from benchmarks.by_command import taught, words
+from benchmarks.methods import METHODS, NAME, TOKEN, Method
 from comcat_diffusion import bases
 from comcat_diffusion.evaluation import metrics, world
+from comcat_diffusion.evaluation.cutout import background_moved, centred, colour_off
 from comcat_diffusion.evaluation.features import Features
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, slug
 from comcat_diffusion.memory import hold
@@ -31,6 +33,7 @@ from comcat_diffusion.training.prior import Teacher
 from recipe.subject import HELD_OUT, TRAIN, TRIGGER, caption, picture
 
 BATCH = 4
+SIDE, SPAN = 224, 168  # pixels, of a cut-out as DINOv2 sees it
 MEMORY_STEPS = 3  # after which no step of a run holds more
 PROMPTS = (
     "a photo of a big {subject} on the left, red background",
@@ -82,11 +85,11 @@ class Bench:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def drawn(self, pipe: DiffusionPipeline, prompts: Iterable[str]) -> list[Image.Image]:
-        """Every prompt from every seed."""
+    def drawn(self, pipe: DiffusionPipeline, prompts: Iterable[str], placed: dict | None = None) -> list[Image.Image]:
+        """Every prompt from every seed; `placed` are the words that adapters are placed by."""
         drawings = [Drawing(prompt, seed) for prompt in prompts for seed in SEEDS]
         sampling = Sampling(self.drawing_steps, bases.EMBEDDED_GUIDANCE, batch_size=len(drawings))
-        return list(draw(pipe, drawings, sampling))
+        return list(draw(pipe, drawings, sampling, placed))
 
 
 def prompts_of(subject: str, method: Method | None = None) -> tuple[list[str], list[str]]:
@@ -98,6 +101,8 @@ def prompts_of(subject: str, method: Method | None = None) -> tuple[list[str], l
 def learn(bench: Bench, run: Run) -> tuple[DiffusionPipeline, dict]:
     """Train one method; returns the pipeline with what it learned, and what that cost."""
     method, pipe = METHODS[run.method], bench.base()
+    if method.command:
+        return _by_command(bench, run)
     named = f"{TRIGGER} {run.subject}"
     captions = [caption(run.subject, pose).replace(named, TOKEN if method.token else named) for pose in TRAIN]
     crops = [crop_of(pipe, picture(run.subject, p), text) for p, text in zip(TRAIN, captions, strict=True)]
@@ -111,6 +116,14 @@ def learn(bench: Bench, run: Run) -> tuple[DiffusionPipeline, dict]:
         seconds = [step.seconds for step in loop.steps(run.steps)]
     learner.eval()
     return pipe, {"parameters": sum(p.numel() for p in trained), "seconds": sum(seconds)}
+
+
+def _by_command(bench: Bench, run: Run) -> tuple[DiffusionPipeline, dict]:
+    captions = [caption(run.subject, pose) for pose in TRAIN]
+    made = taught(run.subject, run.seed, bench.folder / run.name, NAME, captions, max_train_steps=run.steps)
+    made.pipe.comcat_file = made.file
+    made.pipe.set_progress_bar_config(disable=True)
+    return made.pipe, {"parameters": made.parameters, "seconds": made.seconds}
 
 
 @contextmanager
@@ -158,27 +171,31 @@ def _peak_mib(run: Run) -> float:
 
 def keep_pictures(bench: Bench, run: Run, pipe: DiffusionPipeline, facts: dict) -> None:
     """Draw what is judged, the prompts of the subject above those without it, and keep it with the run's facts."""
-    about, without = prompts_of(run.subject, METHODS[run.method])
-    strip_of([bench.drawn(pipe, about), bench.drawn(pipe, without)]).save(bench.folder / f"{run.name}.png")
+    method, (about, without) = METHODS[run.method], prompts_of(run.subject, METHODS[run.method])
+    placed = words(pipe, run.subject, NAME) if method.command else None
+    strip_of([bench.drawn(pipe, about, placed), bench.drawn(pipe, without, placed)]).save(
+        bench.folder / f"{run.name}.png"
+    )
     shared.write_json(bench.folder / f"{run.name}.json", facts | asdict(run))
 
 
-def measured(features: Features, run: Run, folder: Path) -> dict:
+def measured(features: Features, judge: Features, run: Run, folder: Path) -> dict:
     """Facts and measures of a run, read from the pictures that it kept; the measures are (prompts, seeds) each."""
     kept = folder / f"{run.name}.measures.json"
     if not kept.exists():
-        shared.write_json(kept, _measures(features, run, folder))
+        shared.write_json(kept, _measures(features, judge, run, folder))
     return json.loads((folder / f"{run.name}.json").read_text()) | json.loads(kept.read_text())
 
 
-def _measures(features: Features, run: Run, folder: Path) -> dict:
-    (made, others), (_, before) = (_rows(folder / f"{name}.png") for name in (run.name, f"base-{run.subject}"))
+def _measures(features: Features, judge: Features, run: Run, folder: Path) -> dict:
+    (made, others), (base, before) = (_rows(folder / f"{name}.png") for name in (run.name, f"base-{run.subject}"))
     train, held_out = ([picture(run.subject, pose) for pose in poses] for poses in (TRAIN, HELD_OUT))
     details, shape = world.details(made), (len(PROMPTS), len(SEEDS))
     alone, held_alone = (features.images([world.alone(one) for one in some]) for some in (made, held_out))
     obeyed = [obeyed_share(prompt, one) for prompt, one in zip(_each(prompts_of(run.subject)[0]), made, strict=True)]
     found = {
         "fidelity": metrics.subject_fidelity(details, world.details(held_out)),
+        **apart(made, held_out, base, judge),
         "clip": metrics.subject_fidelity(alone, held_alone),
         "copying": metrics.copying(details, world.details(train)),
         "obedience": torch.tensor(obeyed),
@@ -186,6 +203,18 @@ def _measures(features: Features, run: Run, folder: Path) -> dict:
     }
     diversity = metrics.diversity(features.images(made).view(*shape, -1)).unsqueeze(1)
     return {name: values.view(shape).tolist() for name, values in found.items()} | {"diversity": diversity.tolist()}
+
+
+def apart(
+    made: list[Image.Image], held_out: list[Image.Image], base: list[Image.Image], judge: Features
+) -> dict[str, torch.Tensor]:
+    """The shape of the cut-outs to `judge`, how far their colour is off, and how far what is around has moved."""
+    cut, wanted = ([centred(one, world.outline(one), SIDE, SPAN) for one in some] for some in (made, held_out))
+    return {
+        "shape": metrics.subject_fidelity(judge.images(cut), judge.images(wanted)),
+        "colour_off": colour_off(made, held_out, world.outline),
+        "background_moved": background_moved(made, base, world.outline),
+    }
 
 
 def _each(prompts: list[str]) -> Iterator[str]:

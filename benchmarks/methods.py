@@ -1,5 +1,6 @@
 """Ways to teach the embedded base a subject: what each trains, at which rates it is tried, and what its file holds."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ class Method:
     token: bool = False  # whether it learns a word (Textual Inversion)
     teacher: bool = False  # whether the frozen base teaches it to keep the class (`comcat train --prior teacher`)
     mixed_precision: str = "no"  # of the training, as Accelerate calls it; drawn is in float32
+    command: bool = False  # whether it is `comcat train` itself, with its outlines and its budget of bytes
 
     def learner(self, pipe: DiffusionPipeline, prompts: list[str], class_word: str) -> Learner:
         """The frozen base with what is trained in it; only that requires gradients."""
@@ -80,6 +82,10 @@ def _write_peft(pipe: DiffusionPipeline, path: Path) -> None:
     save_file({name: tensor.half().contiguous() for name, tensor in tensors.items()}, path)
 
 
+def _copy(pipe: DiffusionPipeline, path: Path) -> None:
+    shutil.copyfile(pipe.comcat_file, path)
+
+
 def _weights(where: str) -> Callable[[DiffusionPipeline], None]:
     """Train the U-Net's own weights whose names end in one of `where`; without any, all."""
 
@@ -116,6 +122,7 @@ BOTH = {**TIED, "target_modules": SELF_AND_CROSS}
 OWN = {kind: (rate,) for kind, rate in KINDS.items()}  # what `comcat train` takes, so that no choice favours ours
 MIDDLE, HIGH, LOW = (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2), (5e-5, 2e-4, 8e-4)
 METHODS = {
+    "comcat train": Method(OWN["free"], lambda pipe: None, _copy, command=True),
     "COMCAT tied, rank 2, from the trigger on": _ours(OWN["tied"], r=2, **TIED, **WAITING),
     "COMCAT tied, rank 4, from the trigger on": _ours(OWN["tied"], r=4, **TIED, **WAITING),
     "COMCAT tied, rank 8, from the trigger on": _ours(OWN["tied"], r=8, **TIED, **WAITING),

@@ -29,21 +29,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from benchmarks import circumstances as shared
-from benchmarks.customization_runs import crop_of, obeyed_share, strip_of
+from benchmarks.by_command import taught, words
+from benchmarks.customization_runs import apart, crop_of, obeyed_share, strip_of
 from benchmarks.dinov2 import FOLDER as DINOV2
 from comcat_diffusion import bases
-from comcat_diffusion.adapters.focus import placeable
-from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.attentions import DIFFUSERS
 from comcat_diffusion.evaluation import metrics, world
-from comcat_diffusion.evaluation.cutout import background_moved, centred, colour_off
-from comcat_diffusion.evaluation.features import load_features
+from comcat_diffusion.evaluation.features import Features, load_features
 from comcat_diffusion.evaluation.metrics import interval
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, slug
 from comcat_diffusion.markdown import table
 from comcat_diffusion.training.batching import Batching
-from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.training.customize import customize
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import Loop
 from comcat_diffusion.training.objective import objective_of
@@ -57,7 +53,6 @@ PROMPTS = (
     "a photo of a small {subject} at the bottom, blue background",
 )
 SEEDS = (0, 1)  # of the pictures that are drawn
-SIDE, SPAN = 224, 168  # pixels, of a cut-out as DINOv2 sees it
 DRAWING_STEPS = 25
 FREE, KEPT = "free", "kept"  # strips of pictures: drawn as a pipeline does, and with the background kept
 MEASURES = ("shape", "colour_off", "background_moved", "likeness", "obeyed")
@@ -69,48 +64,39 @@ class Method:
 
     learn: Callable[[str, int, Path], tuple[DiffusionPipeline, int, float]]
     kept: bool = False  # whether it is drawn with its background kept too, as `comcat generate` does
+    once: bool = False  # whether one training is enough
 
 
 def _comcat(**settings: object) -> Callable:
     def learn(subject: str, seed: int, folder: Path) -> tuple[DiffusionPipeline, int, float]:
-        for number, pose in enumerate(TRAIN, start=1):
-            (folder / "pictures").mkdir(parents=True, exist_ok=True)
-            picture(subject, pose).save(folder / "pictures" / f"{number}.png")
-        asked = {"instance_data_dir": str(folder / "pictures"), "instance_prompt": f"a photo of {TRIGGER} {subject}"}
-        clock = _Clock()
-        config = TrainConfig(**asked, seed=seed, output_dir=str(folder), overwrite=True, skip_final_inference=True,
-                             pretrained_model_name_or_path=bases.EMBEDDED, **settings)  # fmt: skip
-        file = customize(config, clock).adapter
-        pipe = bases.load_base(bases.EMBEDDED)
-        load_adapter(pipe, file, NAME)
-        return pipe, file.stat().st_size, clock.seconds
+        made = taught(subject, seed, folder, NAME, **settings)
+        return made.pipe, made.file.stat().st_size, made.seconds
 
     return learn
 
 
-class _Clock:
-    """A watcher that adds up what steps take."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def note(self, text: str) -> None:
-        """Nothing is shown."""
-
-    def step(self, done: object, total: int, peak_bytes: int) -> None:
-        """Another step."""
-        self.seconds += done.seconds
-
-
 def _lora(rank: int, rate: float) -> Callable:
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=DIFFUSERS.names)
+
+    def start(pipe: DiffusionPipeline) -> None:
+        pipe.unet.requires_grad_(False)
+        pipe.unet.add_adapter(config, NAME)
+
+    return _by_script(start, rate, lambda pipe: get_peft_model_state_dict(pipe.unet, adapter_name=NAME))
+
+
+def _dreambooth(rate: float) -> Callable:
+    return _by_script(lambda pipe: pipe.unet.requires_grad_(True), rate, lambda pipe: pipe.unet.state_dict())
+
+
+def _by_script(start: Callable, rate: float, kept: Callable) -> Callable:
+    """Diffusers' scripts: a constant rate, the plain loss of all of a picture, one prompt for every picture."""
+
     def learn(subject: str, seed: int, folder: Path) -> tuple[DiffusionPipeline, int, float]:
         pipe, prompt = bases.load_base(bases.EMBEDDED), f"a photo of {TRIGGER} {subject}"
         crops = [crop_of(pipe, picture(subject, pose), prompt) for pose in TRAIN]
         torch.manual_seed(seed)
-        pipe.unet.requires_grad_(False)
-        pipe.unet.add_adapter(
-            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=DIFFUSERS.names), NAME
-        )
+        start(pipe)
         learner = Learner(pipe, [prompt], train_text=False).train()
         optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=rate)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
@@ -122,9 +108,9 @@ def _lora(rank: int, rate: float) -> Callable:
         )  # fmt: skip
         seconds = sum(step.seconds for step in loop.steps(STEPS))
         learner.eval()
-        tensors = get_peft_model_state_dict(pipe.unet, adapter_name=NAME)
-        save_file({n: t.half().contiguous() for n, t in tensors.items()}, folder / "lora.safetensors")
-        return pipe, (folder / "lora.safetensors").stat().st_size, seconds
+        file = folder / "learned.safetensors"
+        save_file({name: tensor.half().contiguous() for name, tensor in kept(pipe).items()}, file)
+        return pipe, file.stat().st_size, seconds
 
     return learn
 
@@ -133,6 +119,7 @@ METHODS = {
     "comcat train": Method(_comcat(), kept=True),
     "diffusers' script, LoRA r=4, 5e-4": Method(_lora(4, 5e-4)),
     "diffusers' script, LoRA r=16, 1e-3": Method(_lora(16, 1e-3)),
+    "DreamBooth, the whole U-Net, 2e-4": Method(_dreambooth(2e-4), once=True),  # the base's own limit
 }
 
 
@@ -146,15 +133,14 @@ def do(name: str, subject: str, seed: int, root: Path) -> None:
     pipe, size, seconds = METHODS[name].learn(subject, seed, folder)
     strip_of([_drawn(pipe, subject)]).save(folder / f"{FREE}.png")
     if METHODS[name].kept:
-        words = placeable(pipe, {NAME: [f"{TRIGGER} {subject}"]})
-        strip_of([_drawn(pipe, subject, words)]).save(folder / f"{KEPT}.png")
+        strip_of([_drawn(pipe, subject, words(pipe, subject, NAME))]).save(folder / f"{KEPT}.png")
     shared.write_json(folder / "cost.json", {"bytes": size, "seconds": seconds})
 
 
-def _drawn(pipe: DiffusionPipeline, subject: str, words: dict | None = None) -> list[Image.Image]:
+def _drawn(pipe: DiffusionPipeline, subject: str, placed: dict | None = None) -> list[Image.Image]:
     pipe.set_progress_bar_config(disable=True)
     drawings = [Drawing(prompt, seed) for prompt in _prompts(subject) for seed in SEEDS]
-    return list(draw(pipe, drawings, Sampling(DRAWING_STEPS, bases.EMBEDDED_GUIDANCE, batch_size=6), words))
+    return list(draw(pipe, drawings, Sampling(DRAWING_STEPS, bases.EMBEDDED_GUIDANCE, batch_size=6), placed))
 
 
 def _prompts(subject: str) -> list[str]:
@@ -201,15 +187,12 @@ def _base(root: Path, subject: str) -> list[Image.Image]:
 
 
 def _measures(
-    made: list[Image.Image], held_out: list[Image.Image], base: list[Image.Image], prompts: list[str], judge: object
+    made: list[Image.Image], held_out: list[Image.Image], base: list[Image.Image], prompts: list[str], judge: Features
 ) -> dict[str, torch.Tensor]:
-    cut, wanted = ([centred(one, world.outline(one), SIDE, SPAN) for one in some] for some in (made, held_out))
     each = [prompt for prompt in prompts for _ in SEEDS]
     obeyed = [obeyed_share(prompt, one) for prompt, one in zip(each, made, strict=True)]
     return {
-        "shape": metrics.subject_fidelity(judge.images(cut), judge.images(wanted)),
-        "colour_off": colour_off(made, held_out, world.outline),
-        "background_moved": background_moved(made, base, world.outline),
+        **apart(made, held_out, base, judge),
         "likeness": metrics.subject_fidelity(world.details(made), world.details(held_out)),
         "obeyed": torch.tensor(obeyed),
     }
@@ -239,7 +222,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--show", action="store_true", help="only the table of what is there")
     asked = parser.parse_args(arguments)
     asked.folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(name, subject, seed) for seed in range(asked.seeds) for subject in UNSEEN for name in METHODS]
+    jobs = [
+        (name, subject, seed)
+        for seed in range(asked.seeds)
+        for subject in UNSEEN
+        for name, method in METHODS.items()
+        if not (method.once and seed)
+    ]
     with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(do, *job, asked.folder) for job in jobs if not asked.show]
         for job, done in zip(jobs, waiting, strict=False):

@@ -97,7 +97,7 @@ def quiet() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-class _Turns:
+class _Turns(story.Silent):
     """A watcher that takes the steps down and lets the others go on."""
 
     def __init__(self, clock: Clock):

@@ -1,11 +1,10 @@
 """What every command does and prints. A command imports what it needs itself, so that `--help` waits for nothing.
 
-What can be refused by flags, headers and folders alone is, before `_quiet` imports the libraries: they take seconds.
+What can be refused by flags, headers and folders alone is, before `quiet` imports the libraries: they take seconds.
 """
 
 import argparse
 import math
-import os
 import shlex
 import sys
 import tempfile
@@ -65,6 +64,9 @@ class _Terminal:
         if done.step == total:
             self.close()
 
+    def phase(self, name: str) -> None:
+        """What takes long shows in the bar or in the notes."""
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
@@ -75,7 +77,7 @@ def _pause() -> float:
     return 0.1 if sys.stderr.isatty() else 10.0
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Leave the terminal to our own words: the libraries' progress bars and advice are for their developers."""
     import warnings
 
@@ -95,7 +97,7 @@ def train(parsed: argparse.Namespace) -> int:
     from comcat_diffusion.training.order import order_of
 
     order = order_of(config)
-    _quiet()
+    quiet()
     from comcat_diffusion.training.customize import learn
 
     terminal = _Terminal()
@@ -123,7 +125,7 @@ def validate(parsed: argparse.Namespace) -> int:
         read_dataset(with_sample(config))
     except (ValueError, OSError) as error:
         return _looked_over(errors=[str(error)])
-    _quiet()
+    quiet()
     from comcat_diffusion.training.validate import validate
 
     return _looked_over(**vars(validate(config)))
@@ -143,7 +145,7 @@ def generate(parsed: argparse.Namespace) -> int:
     from comcat_diffusion.generation.order import order_of
 
     order = order_of(config)
-    _quiet()
+    quiet()
     from comcat_diffusion.generation.generate import drawn
 
     with _bar() as shown:
@@ -178,15 +180,16 @@ def ui(parsed: argparse.Namespace) -> int:
     from comcat_diffusion.ui.port import refuse_taken
 
     refuse_taken(config)
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when it is imported; it would ask the network
     try:
-        import gradio  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ImportError("comcat ui needs gradio: pip install 'comcat-diffusion[ui]'.") from error
-    _quiet()
-    from comcat_diffusion.ui.page import serve
+        raise ImportError(f"comcat ui needs {error.name}: pip install 'comcat-diffusion[ui]'.") from error
+    from comcat_diffusion.ui.app import serve
 
-    told = f"(Ctrl-C ends it; adapters and pictures are kept in {config.output_dir})"
+    told = f"(Ctrl-C ends it; images, runs and pictures are kept in {config.output_dir})"
+    if not config.is_local:
+        told += f"\nWhoever reaches this machine{' and may come in' if config.auth or config.token else ''} can use it."
     serve(config, on_answer=lambda address: print(f"{address} {told}", flush=True))
     return 0
 
@@ -268,7 +271,7 @@ def export(parsed: argparse.Namespace) -> int:
     beside = files_beside(config.output, header, config.for_, config.preview)
     for file in beside:
         atomic.refuse_bad_target(file, config.overwrite, "Beside --output,")
-    _quiet()
+    quiet()
     from comcat_diffusion import bases
     from comcat_diffusion.export.approximate import approximate
     from comcat_diffusion.export.everywhere import act_everywhere
@@ -313,7 +316,7 @@ def merge(parsed: argparse.Namespace) -> int:
     refuse_unmergeable(files, config.output_dir)
     base = asked_name(config, read_adapter(files[0][0]).base_model)
     place_of(base)
-    _quiet()
+    quiet()
     from comcat_diffusion import bases
     from comcat_diffusion.export.checkpoint import merge_to_folder
 
@@ -331,7 +334,7 @@ def combine(parsed: argparse.Namespace) -> int:
     from comcat_diffusion.adapters.alike import refuse_unlike
 
     refuse_unlike(files, config.rank)
-    _quiet()
+    quiet()
     from comcat_diffusion import bases
     from comcat_diffusion.adapters.combine import combine
 
@@ -350,7 +353,7 @@ def shrink(parsed: argparse.Namespace) -> int:
 
     read_adapter(config.adapter)
     place_of(asked_name(config))
-    _quiet()
+    quiet()
     from comcat_diffusion.adapters.shrink import shrink
 
     pipe = None
@@ -385,7 +388,7 @@ def compress(parsed: argparse.Namespace) -> int:
             folder_of(getattr(config, flag), flag)
     if config.part == UNET:
         place_of(config.model)
-    _quiet()
+    quiet()
     from comcat_diffusion.compression.run import run
 
     made = run(config, print)
@@ -406,7 +409,7 @@ def evaluate(parsed: argparse.Namespace) -> int:
     from comcat_diffusion.evaluation.order import order_of
 
     order = order_of(config)
-    _quiet()
+    quiet()
     from tqdm import tqdm
 
     from comcat_diffusion.evaluation.evaluate import judged
@@ -426,7 +429,7 @@ def bench(parsed: argparse.Namespace) -> int:
     if config.output:
         atomic.refuse_bad_target(config.output, overwrite=True)
     place_of(asked_name(config))
-    _quiet()
+    quiet()
     from comcat_diffusion.bench.run import bench
 
     made = bench(config)
@@ -449,7 +452,7 @@ def push(parsed: argparse.Namespace) -> int:
         made = build_space(config.space, config.repo_id, config.adapter, config.sheet)
         print(f"Wrote {made}; hf upload OWNER/NAME {made} --repo-type space makes it a page of the hub.")
         return 0
-    _quiet()
+    quiet()
     from comcat_diffusion.export.hub import push
     from comcat_diffusion.export.share import build_folder
 
@@ -488,7 +491,7 @@ def import_(parsed: argparse.Namespace) -> int:
     if config.instance_prompt:
         subject = subject_of(config.instance_prompt)
         notes = Notes(subject.trigger, config.instance_prompt, subject.class_word)
-    _quiet()
+    quiet()
     from comcat_diffusion import bases
     from comcat_diffusion.export.authors import import_authors_file
 

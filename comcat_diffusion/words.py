@@ -20,6 +20,7 @@ _FILLING = frozenset(
         "ons onze met op"
     ).split()
 )
+_STYLES = frozenset("style painting drawing artwork aesthetic pattern texture".split())  # classes that are no things
 _OF = frozenset("of von vom de du des d del di do da dos das van".split())  # before it stands a kind of picture
 _MARKS = ".,;:!?\"'()[]{}<>*_«»„“”‘’"
 _ENDING = tuple(".,;:!?")  # after which words are no longer about the subject
@@ -128,6 +129,11 @@ def _words(prompt: str) -> list[_Word]:
 def is_everyday(word: str) -> bool:
     """Whether a word says what many things are, so that a base knows it well."""
     return word.lower() in _everyday() | _FILLING or word.isdigit() or (len(word) == 1 and word.isascii())
+
+
+def is_style(class_word: str) -> bool:
+    """Whether a class is none of things, which have a place in a picture, but a way of all of it."""
+    return bool(_STYLES.intersection(class_word.lower().split()[-1:]))
 
 
 @functools.cache

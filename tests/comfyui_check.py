@@ -22,7 +22,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from comcat_diffusion import ComcatConfig, load_adapter, remember_prompts, save_adapter, set_regions
+from comcat_diffusion import ComcatConfig, keep_background, load_adapter, remember_prompts, save_adapter, set_regions
 from comcat_diffusion.adapters.header import Notes
 from comcat_diffusion.adapters.merge import unload_adapters
 from comcat_diffusion.adapters.model import factors
@@ -30,6 +30,7 @@ from comcat_diffusion.adapters.model import factors
 ROOT = Path(__file__).parents[1]
 CLOSE = 1e-5  # of the largest latent, after four steps in float32: the same sums in another order
 STEPS, GUIDANCE, SEED, SIDE = 4, 2.0, 5, 96  # 999 is a multiple of 3, so the timesteps are whole numbers
+WORDS = {"tied": ["sks dog", "sks"], "free": ["ohwx dog", "ohwx"]}  # as the notes of the files say
 PROBE = """
 import folder_paths, os, safetensors.torch
 
@@ -76,6 +77,9 @@ def random_base(tokenizer: Path) -> StableDiffusionPipeline:
     )
     text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                                         num_attention_heads=12, projection_dim=768))  # fmt: skip
+    for name, parameter in unet.named_parameters():
+        if name.startswith("up_blocks") and "attn2.to_k" in name:
+            parameter.data *= 30  # so that not all places look at all words alike
     for model in (unet, text):
         for parameter in model.parameters():
             parameter.data = parameter.data.half().float()  # as the checkpoint holds it
@@ -350,6 +354,7 @@ def compare(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Pa
     check("three of them, at strengths of their own", running.latent(graph(said, *three)), drawn(pipe, said), own)
     unload_adapters(pipe)
     in_places(running, pipe, files, said, own)
+    backgrounds(running, pipe, files, said)
     with_weights(running, pipe, files)
     as_lora(running, pipe, files)
     mistakes(running, pipe, files)
@@ -375,6 +380,26 @@ def in_places(
     asked = graph(said, ("tied", 1.0), ("free", 1.0), **more, there=there)
     check("one on the left, one on the right", running.latent(asked), drawn(pipe, said), own)
     unload_adapters(pipe)
+
+
+def backgrounds(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path], said: str) -> None:
+    """Adapters that act where their subjects are looked at, by a look of the base before the first step."""
+    kept = {"class_type": "ComcatKeepBackground", "inputs": {"keep": True}, "gives_model": True}
+    for names in (["tied"], ["free"], ["tied", "free"]):
+        for name in names:
+            load_adapter(pipe, files[name], name)
+        pipe.unet.set_adapters(names)
+        everywhere = drawn(pipe, said)
+        with keep_background(pipe, {name: WORDS[name] for name in names}):
+            expected = drawn(pipe, said)
+        asked = graph(said, *((name, 1.0) for name in names), kept=kept)
+        check(f"background kept, {' and '.join(names)}", running.latent(asked), expected, everywhere)
+        asked["draw"]["inputs"]["seed"] = SEED + 1
+        running.latent(asked)
+        asked["draw"]["inputs"]["seed"] = SEED
+        asked["draw"]["inputs"]["cfg"] = GUIDANCE + 1e-12  # so that nothing comes from a cache
+        check("the same, after another drawing", running.latent(asked), expected, everywhere)
+        unload_adapters(pipe)
 
 
 def with_weights(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path]) -> None:

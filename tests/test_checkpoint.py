@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from comcat_diffusion import bases, read_adapter
 from comcat_diffusion.training import checkpoint
 from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.training.customize import customize
+from comcat_diffusion.training.customize import Silent, customize
 
 STEPS = 6
 # Three pictures and batches of two: a pass ends in the middle of a batch. Everything with a state is switched on.
@@ -35,7 +35,7 @@ SETTINGS = {
 }
 
 
-class Stop:
+class Stop(Silent):
     """Presses Ctrl-C after a step."""
 
     def __init__(self, after=None):

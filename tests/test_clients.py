@@ -216,12 +216,13 @@ def test_a_space_holds_all_that_it_needs(adapters, tmp_path, monkeypatch):
     load_adapter(pipe, adapters["waiting"], "dog")
     save_adapter(pipe, tmp_path / "dog.safetensors", "dog", "somebody/base", Notes("<dog>", "a <dog>", ""))
     made = build_space(tmp_path / "space", "me/my-dog", tmp_path / "dog.safetensors")
-    names = ["README.md", "adapters", "app.py", "comcat_diffusion", "requirements.txt"]
+    names = ["Dockerfile", "README.md", "app.py", "comcat_diffusion", "requirements.txt", "studio"]
     assert sorted(path.name for path in made.iterdir()) == names
     compile((made / "app.py").read_text(), "app.py", "exec")
     assert r"# \<dog\>" in (made / "README.md").read_text() and 'title: "<dog>"' in (made / "README.md").read_text()
     needed = (made / "requirements.txt").read_text()
-    assert "diffusers" in needed and "pytest" not in needed
+    assert "diffusers" in needed and "uvicorn" in needed and "pytest" not in needed
+    assert (made / "studio" / "adapters" / "dog.safetensors").is_file()
     monkeypatch.setattr(places, "_PACKAGE", made / "comcat_diffusion")  # which comes without the embedded base
     assert not places.is_embedded("somebody/base") and not places.is_of_embedded("somebody/base")
     with pytest.raises(FileNotFoundError, match="embedded base is missing"):

@@ -15,13 +15,15 @@ from torch import nn
 from torch.testing import assert_close
 
 from comcat_diffusion import ComcatConfig, read_adapter, save_adapter
+from comcat_diffusion.adapters import looking
 from comcat_diffusion.adapters.combine import combine
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
+from comcat_diffusion.adapters.looking import looks_of, weights_of
 from comcat_diffusion.adapters.same_base import difference
 from comcat_diffusion.bases import load_base
 from comcat_diffusion.comfy import forge
 from comcat_diffusion.comfy.guests import Guests, guests_of, seated
-from comcat_diffusion.comfy.load import encode, load, regions, save_lora
+from comcat_diffusion.comfy.load import encode, keep_background, load, regions, save_lora
 from comcat_diffusion.comfy.names import fingerprint_of, unet_as_diffusers, unet_names
 from comcat_diffusion.comfy.text import SAID, Said, Tokenizer, joined
 from comcat_diffusion.config import BaseSettings
@@ -313,6 +315,45 @@ def test_several_subjects_in_one_file_are_several_files(files, model, clip, tmp_
 
 
 @torch.no_grad()
+def test_a_background_is_kept_by_what_the_base_sees_of_the_words(files, model, clip, monkeypatch):
+    texts, passes, forward = ["a photo of sks teddy, ohwx cat", "a ball"], [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda *given, **named: passes.append(1) or forward(*given, **named))
+    for name, value in (("LOW", 0.7), ("HIGH", 0.95)):  # places that are no picture's look much alike
+        monkeypatch.setattr(looking, name, value)
+    loaded, heard, _ = load(model, clip, files["tied"])
+    kept, course = keep_background(loaded), torch.tensor([9.0, 5.0, 0.0])
+    options = {"sample_sigmas": course, "cond_or_uncond": [0, 1]}
+    found = outputs(kept, texts, heard, sigmas=course[:1], **options)
+    assert len(passes) == 2  # the first is the base's, and only looks
+    assert_close(outputs(kept, texts, heard, sigmas=course[1:2], **options), found)  # attentions here see no latents
+    assert len(passes) == 3
+    outputs(kept, texts, heard, sigmas=course[:1], **options)
+    assert len(passes) == 5  # another drawing
+    outputs(kept, texts[1:], heard, sigmas=course[:1], **options)
+    assert len(passes) == 6  # nothing to look for
+    base, everywhere = outputs(model, texts, heard), outputs(loaded, texts, heard)
+    assert torch.equal(found[1], base[1])
+    unet = model.model.diffusion_model
+    names = {own: name for own, name in unet_names(unet).items() if name.endswith("attn2")}
+    states = torch.cat([encode(heard, text)[0][0] for text in texts])
+    of_words = torch.zeros(2, 16)
+    of_words[0, 4:6] = 1  # begin, a, photo, of, sks, teddy
+    seen = []
+    for name in (name for name in names.values() if name.startswith("output_blocks")):
+        attention = unet.get_submodule(name)
+        hidden = torch.ones(2, 16, attention.to_q.in_features) * torch.linspace(-1, 1, 16)[:, None]
+        seen.append(looks_of(attention.to_q(hidden), attention.to_k(states), attention.heads, of_words, (4, 4)))
+    weights = weights_of(torch.stack(seen).mean(0), (4, 4))
+    assert weights[0].min() < 0.5 < weights[0].max() and not weights[1].any()
+    width = unet.get_submodule(list(names.values())[-1]).to_q.in_features
+    grid = lambda t: t[:, -16 * width :].view(2, 16, width)  # of the last attention, an attn2
+    assert_close(grid(found), weights * grid(everywhere) + (1 - weights) * grid(base), rtol=1e-5, atol=1e-5)
+    assert_close(outputs(keep_background(kept, keep=False), texts, heard), everywhere)
+    with pytest.raises(ValueError, match="no COMCAT adapter whose background"):
+        keep_background(model)
+
+
+@torch.no_grad()
 def test_each_acts_where_its_mask_is_white(files, model, clip):
     texts = ["a photo of sks teddy, ohwx cat"]
     made, heard, _ = load(*load(model, clip, files["tied"])[:2], files["free"])
@@ -549,7 +590,7 @@ def test_the_nodes_in_both_forms_and_the_example(monkeypatch, tmp_path):
     import comfyui
 
     nodes = comfyui.NODE_CLASS_MAPPINGS
-    assert comfyui.NODE_DISPLAY_NAME_MAPPINGS["ComcatLoadAdapter"] == "Load COMCAT adapter" and len(nodes) == 4
+    assert comfyui.NODE_DISPLAY_NAME_MAPPINGS["ComcatLoadAdapter"] == "Load COMCAT adapter" and len(nodes) == 5
     for node in nodes.values():
         inputs = node.INPUT_TYPES()
         names = {name for fields in inputs.values() for name in fields}

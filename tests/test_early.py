@@ -23,7 +23,7 @@ for arguments in json.load(sys.stdin):
             status = main(arguments)
         except SystemExit as stopped:
             status = stopped.code
-    heavy = {"torch", "diffusers", "transformers", "peft", "accelerate", "gradio"} & set(sys.modules)
+    heavy = {"torch", "diffusers", "transformers", "peft", "accelerate", "starlette"} & set(sys.modules)
     told.append([status, said.getvalue(), sorted(heavy)])
 print(json.dumps(told))
 """

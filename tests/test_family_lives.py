@@ -219,7 +219,7 @@ def test_a_file_of_one_family_is_refused_by_another(folders, tmp_path):
     [
         ({"train_text_encoder": True, "everywhere": True}, "--train_text_encoder: the text encoders of .* stay as"),
         ({"learn_name": True}, "--learn_name: the text encoders of .* stay as they are"),
-        ({"way_up": True}, "--way_up is a way that U-Nets have; the transformer of"),
+        ({"up_blocks_only": True}, "--up_blocks_only is for U-Nets; the transformer of"),
         ({"resolution": 18}, "--resolution 18 must be a multiple of (4|32) for this base"),
         ({"target_modules": ["nope"]}, "--target_modules nope:"),
     ],

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 from comcat_diffusion import ComcatConfig, bases, keep_background, listen, save_adapter, set_regions
 from comcat_diffusion.adapters.call import here
-from comcat_diffusion.adapters.focus import HIGH, LOW, Focus, placeable
-from comcat_diffusion.adapters.looking import looks
+from comcat_diffusion.adapters.focus import Focus, placeable
+from comcat_diffusion.adapters.looking import HIGH, LOW, looks
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.texts import texts_of
 from comcat_diffusion.generation.config import GenerateConfig

@@ -139,6 +139,7 @@ def test_two_adapters_of_different_bases_are_refused(config, adapter, tmp_path):
         ({"pretrained_model_name_or_path": "no-such-folder/x.safetensors"}, "no base at"),
         ({"pretrained_model_name_or_path": "nobody/nothing"}, "looked for its model_index.json"),
         ({"output_dir": "/proc/nope"}, "--output_dir"),
+        ({"reference_images": ["nope.png"]}, "--reference_images: .*nope.png"),
     ],
 )
 def test_bad_input_is_one_sentence(config, settings, message):
@@ -172,6 +173,17 @@ def test_the_sheet_holds_every_picture_under_its_prompt():
     for colour in ((255, 0, 0), (0, 128, 0), (0, 0, 255), (0, 0, 0)):
         found = (sheet == colour).all(-1).sum()
         assert found >= 2 * 144 * 144
+
+
+def test_a_sheet_shows_the_subject_itself_at_its_left():
+    rows = [Row(name, [Image.new("RGB", (64, 64), "red")] * 2) for name in ("before", "after")]
+    bare, beside = (
+        np.asarray(contact_sheet(rows, ["one", "two"], seeds=1, references=own))
+        for own in ((), [Image.new("RGB", (300, 150), "lime")])
+    )
+    lime, red = ((beside == colour).all(-1) for colour in ((0, 255, 0), (255, 0, 0)))
+    assert lime.sum() == 144 * 72 and red.sum() == (bare == (255, 0, 0)).all(-1).sum()
+    assert np.flatnonzero(lime.any(0))[-1] < np.flatnonzero(red.any(0))[0] and beside.shape[0] == bare.shape[0]
 
 
 def test_a_sheet_says_below_its_pictures_how_they_were_made(config, adapter):

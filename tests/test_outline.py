@@ -7,10 +7,9 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from comcat_diffusion import bases
-from comcat_diffusion.training.dataset import Example
 from comcat_diffusion.training.encode import posterior, weighed
 from comcat_diffusion.training.objective import objective_of
-from comcat_diffusion.training.outline import Outliner, can_outline, otsu, to_outline
+from comcat_diffusion.training.outline import Outliner, can_outline, is_thing, otsu
 from comcat_diffusion.words import Subject
 
 TRAIN = bases.assets() / "subject" / "train"
@@ -77,4 +76,4 @@ def test_around_the_subject_places_weigh_as_little_as_a_mask_leaves_them():
 
 @pytest.mark.parametrize("class_word, found", [("dog", True), ("toy car", True), ("", False), ("oil Painting", False)])
 def test_a_style_and_what_has_no_name_have_all_of_the_picture(class_word, found):
-    assert to_outline(Example(TRAIN / "1.png", "a photo", Subject("sks", class_word))) is found
+    assert is_thing(Subject("sks", class_word)) is found

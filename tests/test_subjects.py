@@ -23,7 +23,7 @@ from comcat_diffusion.config import read_toml
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.training.config import SubjectConfig, TrainConfig
-from comcat_diffusion.training.customize import customize
+from comcat_diffusion.training.customize import Silent, customize
 from comcat_diffusion.training.dataset import read_dataset
 from tests import tiny_bases
 
@@ -31,7 +31,7 @@ TRAIN = bases.assets() / "subject" / "train"
 BASE = bases.assets() / "tiny-sd"
 
 
-class Listener:
+class Listener(Silent):
     def __init__(self):
         self.notes, self.steps = [], []
 
@@ -338,9 +338,8 @@ def test_the_held_out_loss_chooses_the_best(tmp_path):
     assert list(judged) == [2, 4, 6]
     best = outcome.adapter.with_name("sks-teddy-best.safetensors")
     assert read_adapter(best).notes.training["steps"] == min(judged, key=judged.get)
-    assert (tmp_path / "samples" / "step-000002-00-0.png").is_file() and not (
-        tmp_path / "samples/step-000006.png"
-    ).exists()
+    before, later = (tmp_path / "samples" / f"step-00000{step}-00-0.png" for step in (0, 2))
+    assert before.read_bytes() != later.read_bytes() and not (tmp_path / "samples/step-000006.png").exists()
     with pytest.raises(ValueError, match="leaves 0 to judge"):
         run(tmp_path / "b", validation_fraction=0.01)
 

@@ -1,223 +1,754 @@
-"""comcat ui: the page does what the commands do, through the same settings; asked as a browser asks it."""
+"""comcat ui: what the page's server answers, asked as a browser asks it, with a worker in a thread."""
 
+import base64
+import io
+import json
 import socket
 import sys
 import threading
+import time
 from contextlib import closing
-from dataclasses import MISSING, fields
+from dataclasses import fields
 
-import gradio as gr
-import httpx
+import numpy as np
 import pytest
-from gradio_client import Client, handle_file
-from gradio_client.exceptions import AppError
-from PIL import Image
+from PIL import Image, ImageDraw
+from starlette.testclient import TestClient
 
 from comcat_diffusion import bases, commands, read_adapter
 from comcat_diffusion.cli import main
 from comcat_diffusion.config import read_toml
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.ui import page
+from comcat_diffusion.ui import app, jobs, presets, settings, texts, uploads
 from comcat_diffusion.ui.config import UiConfig
-from comcat_diffusion.ui.forms import form
+from comcat_diffusion.ui.jobs import Job, Queue
 from comcat_diffusion.ui.port import address_of
+from comcat_diffusion.ui.progress import Paused, Progress
+from comcat_diffusion.ui.settings import Refused
 
 TRAIN = bases.assets() / "subject" / "train"
+HOST = "http://127.0.0.1:7860"
 
 
-@pytest.fixture(scope="module")
-def free_port():
-    def find():
-        with closing(socket.socket()) as free:
-            free.bind(("127.0.0.1", 0))
-            return free.getsockname()[1]
-
-    return find
+def browser(served):
+    return TestClient(served, base_url=HOST, headers={"origin": HOST, "accept-language": "en"})
 
 
-@pytest.fixture(scope="module")
-def port(free_port):
-    return free_port()
+@pytest.fixture
+def page(tmp_path):
+    """A page whose jobs are never done, so that they can be looked at."""
+    held = threading.Event()
+    served = app.build(UiConfig(output_dir=str(tmp_path / "studio")), work=lambda folder: held.wait())
+    with browser(served) as client:
+        client.folder, client.served = tmp_path / "studio", served
+        yield client
+        held.set()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("studio")
+@pytest.fixture
+def at_work(tmp_path):
+    """A page that does what it is asked, in a thread."""
+    from comcat_diffusion.ui.worker import run
+
+    with browser(app.build(UiConfig(output_dir=str(tmp_path / "studio")), work=run)) as client:
+        client.folder = tmp_path / "studio"
+        yield client
 
 
-@pytest.fixture(scope="module")
-def ask(folder, port):
-    """Asks an endpoint of the running page; what is not named is left as the page shows it."""
-    served = page.serve(UiConfig(output_dir=str(folder), port=port), background=True)
-    client = Client(f"http://127.0.0.1:{port}", verbose=False)
-    endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-
-    def asked(endpoint, **values):
-        shown = endpoints[endpoint]["parameters"]
-        given = [values.pop(p["label"], p.get("parameter_default")) for p in shown]
-        assert not values
-        return client.predict(*given, api_name=endpoint)
-
-    yield asked
-    served.close(verbose=False)
+def png(size=(96, 80), colour="purple", mode="RGB"):
+    content = io.BytesIO()
+    Image.new(mode, size, colour).save(content, "PNG")
+    return content.getvalue()
 
 
-def test_a_subject_is_taught_and_drawn(ask, folder):
-    pictures = [handle_file(path) for path in sorted(TRAIN.iterdir())]
-    files = "Pictures of the subject, with .txt captions if wanted. None: the sample subject."
-    teach = {files: pictures, "instance_prompt": "a photo of sks teddy", "max_train_steps": 2}
-    said, _, _ = ask("/teach", **teach, rank=3, max_bytes=0, num_validation_images=1)
-    adapter = folder / "a-photo-of-sks-teddy" / "sks-teddy.safetensors"
-    assert f"Saved {adapter}" in said and "Learning 'sks teddy' from 4 pictures." in said
-    header = read_adapter(adapter)
-    assert header.config["unet"]["r"] == 3 and header.notes.instance_prompt == "a photo of sks teddy"
-    captions = sorted(path.name for path in adapter.with_name("pictures").glob("*.txt"))
-    assert captions == ["1.txt", "2.txt", "3.txt", "4.txt"]
+def picture(n, size=(96, 80)):
+    """Pictures that are not alike."""
+    made = Image.new("RGB", size, (40 * n, 90, 200 - 30 * n))
+    ImageDraw.Draw(made).ellipse((10 * n, 8, 40 + 8 * n, 30 + 9 * n), fill=(250, 30 * n, 40))
+    content = io.BytesIO()
+    made.save(content, "PNG")
+    return content.getvalue()
 
-    offered = ask("/adapters")["choices"]
-    assert [value for _, value in offered] == [str(adapter)]
-    draw = {"adapter": [f"{adapter}:0.5"], "prompt": "{subject}", "num_images": 2, "num_inference_steps": 2}
-    for left in (["subject"], ["subject", "subject-2"]):  # the same prompt again replaces nothing
-        drawn, _ = ask("/draw", **draw, compare=True)
-        assert len(drawn) == 2 and sorted(path.name for path in (folder / "pictures").iterdir()) == left
-    sheet = Image.open(folder / "pictures" / "subject-2" / "sheet.png")
-    assert '"scale": 0.5' in sheet.text["comcat"]
+
+def brought(client, *files):
+    found = client.post("/api/images", json={}).json()["id"]
+    for name, content in files:
+        answer = client.put(f"/api/images/{found}", params={"name": name}, content=content)
+        assert answer.status_code == 200, answer.text
+    return found
+
+
+def pixels(content):
+    return np.asarray(Image.open(io.BytesIO(content)), dtype=int)
+
+
+def shown(client, images):
+    return client.get(f"/api/images/{images}").json()["pictures"]
+
+
+def sample(client):
+    found = client.post("/api/images", json={}).json()["id"]
+    assert client.post(f"/api/images/{found}/sample", json={}).status_code == 200
+    return found
+
+
+def asked(images, **more):
+    return {"images": images, "word": "sks", "what": "teddy", "base": "embedded", "aims": {}, "settings": {}} | more
+
+
+def ended(client, id, seconds=120):
+    for _ in range(seconds * 20):
+        job = client.get(f"/api/jobs/{id}").json()
+        if job["state"] not in jobs.LIVE:
+            return job
+        time.sleep(0.05)
+    raise AssertionError(job)
+
+
+# Images
+
+
+def test_odd_files_are_taken_in_or_refused_by_a_sentence_each(page):
+    """Names with markup, brackets and folders; a broken picture; one that lies on its side; a caption and a mask."""
+    turned = io.BytesIO()
+    lying = Image.new("RGB", (60, 90), "red")
+    lying.save(turned, "JPEG", exif=_on_its_side())
+    images = brought(
+        page,
+        ("dog (1).png", picture(1)),
+        ("<b>my dog</b>.png", picture(2)),
+        ("../../etc/passwd.png", picture(3)),
+        ("side.jpg", turned.getvalue()),
+        ("broken.png", b"no picture"),
+        ("photo.heic", b"\0\0\0\x18ftypheic" + b"\0" * 64),
+        ("dog (1).txt", "a photo of sks dog, on a sofa".encode("utf-8-sig")),
+        ("dog (1)-mask.png", png((48, 40), 255, "L")),
+    )
+    found = {one["called"]: one for one in shown(page, images)}
+    assert set(found) == {
+        "dog (1).png", "<b>my dog</b>.png", "../../etc/passwd.png", "side.jpg", "broken.png", "photo.heic"
+    }  # fmt: skip
+    assert (
+        found["dog (1).png"]["caption"] == "a photo of sks dog, on a sofa" and found["dog (1).png"]["mask"] == "given"
+    )
+    assert found["side.jpg"]["size"] == [90, 60] and "turned upright" in found["side.jpg"]["notes"][0]
+    assert found["broken.png"]["problem"].startswith("broken.png cannot be read as a picture")
+    assert "HEIC" in found["photo.heic"]["problem"] or "cannot be read" in found["photo.heic"]["problem"]
+    assert {one["name"] for one in found.values()} >= {"dog (1)", "passwd"}
+    inside = [path.name for path in (page.folder / "images" / images / "originals").iterdir()]
+    assert sorted(inside) == ["1.png", "2.png", "3.png", "4.jpg", "5.png", "6.heic"]
+    for name, content, told in (
+        ("notes.txt", b"alone", "has no image of the same name"),
+        ("virus.exe", b"MZ", "no picture that can be read"),
+        ("empty.png", b"", "empty"),
+        ("odd-mask.png", b"", "empty"),
+    ):
+        answer = page.put(f"/api/images/{images}", params={"name": name}, content=content)
+        assert answer.status_code == 422 and told in answer.json()["message"], answer.text
+
+
+def _on_its_side():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def test_more_bytes_than_a_picture_may_have_are_refused_while_they_come(page, monkeypatch):
+    monkeypatch.setitem(uploads.MOST_BYTES, "picture", 1000)
+    images = page.post("/api/images", json={}).json()["id"]
+    answer = page.put(f"/api/images/{images}", params={"name": "big.png"}, content=b"x" * 1001)
+    assert answer.status_code == 413 and shown(page, images) == []
+
+
+def test_names_are_safe_to_write_whatever_they_were():
+    for name, kept in (
+        ("dog (1).png", ("dog (1)", ".png")),
+        ("..\\..\\boot.ini", ("boot", ".ini")),
+        ("/etc/passwd", ("passwd", "")),
+        ("a<b>&\0.JPG", ("a-b", ".jpg")),
+        (".png", ("png", "")),
+        ("…", ("picture", "")),
+        ("x" * 500 + ".png", ("x" * 80, ".png")),
+        ("Größe\u0308.png", ("Größë", ".png")),
+    ):
+        assert uploads.clean_name(name) == kept, name
+    assert uploads.unique("dog", {"DOG", "dog 2"}) == "dog 3"
+
+
+def test_the_training_folder_has_what_was_decided_on_the_page(page):
+    """The crop, the mask in the crop, a caption for all where one has one; nothing of what is left out or broken."""
+    images = brought(page, *[(f"{n}.png", picture(n, (200, 120))) for n in (1, 2, 3)], ("bad.png", b"x"))
+    one, two, three, _ = shown(page, images)
+    change = f"/api/images/{images}/{{}}".format
+    assert page.patch(change(one["number"]), json={"crop": [60, 20, 80]}).status_code == 200
+    mask = Image.new("L", (400, 240))
+    mask.paste(255, (110, 30, 290, 210))
+    content = io.BytesIO()
+    mask.save(content, "PNG")
+    assert page.put(f"{change(one['number'])}/mask", content=content.getvalue()).status_code == 200
+    assert page.patch(change(two["number"]), json={"caption": " sks  teddy,\nblue "}).status_code == 200
+    assert page.patch(change(three["number"]), json={"left_out": True}).status_code == 200
+    report = page.post("/api/check", json=asked(images)).json()
+    assert report["errors"] == [] and report["sentence"] == "a photo of sks teddy"
+    folder = page.folder / "images" / images / "training"
+    assert sorted(path.name for path in folder.iterdir()) == ["1-mask.png", "1.png", "1.txt", "2.png", "2.txt"]
+    assert Image.open(folder / "1.png").size == (80, 80)
+    assert Image.open(folder / "1-mask.png").getextrema() == (255, 255)  # what the crop shows is all painted
+    assert (folder / "1.txt").read_text() == "a photo of sks teddy" and (
+        folder / "2.txt"
+    ).read_text() == "sks teddy, blue"
+    assert (folder / "2.png").read_bytes() == picture(2, (200, 120))
+    for wrong in (
+        {"crop": [150, 0, 80]},
+        {"crop": [0, 0, 8]},
+        {"crop": "all"},
+        {"name": "x"},
+        {"caption": 3},
+        {"left_out": 1},
+    ):
+        assert page.patch(change(one["number"]), json=wrong).status_code == 422, wrong
+    other = page.put(f"{change(one['number'])}/mask", content=png((50, 50)))
+    assert other.status_code == 422 and "another shape" in other.json()["message"]
+    assert page.delete(change(one["number"])).status_code == 200 and len(shown(page, images)) == 3
+
+
+def test_a_remark_is_told_at_the_image_that_it_is_about(page):
+    images = brought(page, ("1.png", picture(1)), ("11.png", picture(1)), ("2.png", picture(2, (300, 300))))
+    doubts = page.post("/api/check", json=asked(images)).json()["doubts"]
+    (twins,) = [one for one in doubts if "shows the same as" in one["message"]]
+    assert twins["images"] == [1, 2]
+    assert any("photographs" in one["message"] and one["images"] == [] for one in doubts)
+    doubts = page.post("/api/check", json=asked(sample(page))).json()["doubts"]
+    assert not any("photographs" in one["message"] for one in doubts)  # these are drawn for the embedded base
+
+
+def test_what_is_wrong_while_somebody_types_is_said_and_no_failure(page):
+    images = sample(page)
+    for more, field, told in (
+        ({"word": ""}, "word", "a word of its own"),
+        ({"settings": {"rank": 0}}, "rank", "“Rank” must be at least 1, not 0."),
+        ({"settings": {"learning_rate": "high"}}, "learning_rate", "must be a number"),
+        ({"base": "../../etc"}, "base", "not here"),
+        ({"aims": {"effort": "never"}}, "effort", "one of fast, good, best"),
+    ):
+        answer = page.post("/api/check", json=asked(images, **more))
+        (error,) = answer.json()["errors"]
+        assert answer.status_code == 200 and (error["field"], told in error["message"]) == (field, True), error
+    assert page.post("/api/check", json=asked(images, word="dog", what="")).json()["everyday"]
+
+
+# Settings
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig])
+@pytest.mark.parametrize("language", texts.LANGUAGES)
+def test_every_setting_has_a_place_on_the_page_and_a_label(kind, language):
+    groups = settings.asked_of(kind, language, paths=True)
+    names = [one["name"] for group in groups for one in group["fields"]]
+    own = {item.name for item in fields(kind)} & set(settings.OWN)
+    assert set(names) == {item.name for item in fields(kind)} - own and len(names) == len(set(names))
+    for name in names:
+        assert name in texts._all()[language]["labels"], name
+        assert language == "en" or name in texts._all()[language]["help"], name
+
+
+def test_what_is_left_empty_is_not_sent_and_what_is_typed_keeps_its_type():
+    """An empty number became 0 on the page before."""
+    empty = {"rank": None, "learning_rate": "", "validation_prompt": [], "alpha": None, "train_batch_size": None}
+    assert settings.given(TrainConfig, empty) == {}
+    typed = {"rank": 4, "learning_rate": 1, "random_flip": True, "validation_prompt": [" a dog ", ""], "kind": "free"}
+    found = settings.given(TrainConfig, typed)
+    assert found == typed | {"validation_prompt": ["a dog"]} and type(found["learning_rate"]) is float
+    assert settings.given(GenerateConfig, {"guidance_scale": None}) == {}
+    for wrong in ({"rank": "8"}, {"rank": 2.5}, {"random_flip": 1}, {"validation_prompt": "a"}, {"seed": True}):
+        with pytest.raises(Refused):
+            settings.given(TrainConfig, wrong)
+    for hidden in ("output_dir", "instance_data_dir", "resume_from_checkpoint", "cache_dir", "config", "nonsense"):
+        with pytest.raises(Refused, match="no setting"):
+            settings.given(TrainConfig, {hidden: "/etc"})
+
+
+def test_messages_name_the_labels_of_the_page_and_no_flags():
+    error = ValueError("--train_batch_size must be at least 1, not 0: see --skip_broken, --unknown.")
+    told = settings.refused(error, "en")
+    assert told.message == "“Batch size” must be at least 1, not 0: see “Skip broken”, --unknown."
+    assert told.field == "train_batch_size"
+    assert settings.refused(error, "de").message.startswith("„Batch-Größe“ must")
+
+
+def test_all_that_the_page_says_is_there_in_both_languages():
+    english, german = (texts._all()[language] for language in texts.LANGUAGES)
+    for part in ("page", "labels", "groups"):
+        assert english[part].keys() == german[part].keys() and all(map(str.strip, german[part].values()))
+    for key, said in english["page"].items():
+        assert _names(said) == _names(german["page"][key]), key
+    script = "".join(path.read_text("utf-8") for path in (app.STATIC / "js").iterdir())
+    for key in _said_in(script):
+        assert key in english["page"], key
+
+
+def _names(text):
+    import re
+
+    return sorted(re.findall(r"\{\w+\}", text))
+
+
+def _said_in(script):
+    import re
+
+    return re.findall(r'\bt\("(\w+)"', script)
+
+
+@pytest.mark.parametrize("kind", list(presets.AIMS))
+def test_presets_are_files_that_train_takes(kind, tmp_path):
+    for name in presets.AIMS[kind]:
+        found = read_toml(TrainConfig, presets.FOLDER / f"{name}.toml")
+        assert presets.chosen({kind: name}).items() >= found.items()
+        TrainConfig(**presets.chosen({kind: name}))
+    assert presets.sentence("sks", "style", "style") == "a picture in sks style"
+
+
+def test_the_page_asks_nobody_else():
+    """Not in what it loads, and the browser is told not to."""
+    for path in app.STATIC.rglob("*"):
+        if path.suffix in (".js", ".css", ".html"):
+            text = path.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
+            assert "http://" not in text and "https://" not in text and "@import url" not in text, path
+    from comcat_diffusion.ui.visitors import POLICY
+
+    assert "default-src 'self'" in POLICY and "unsafe" not in POLICY
+
+
+# Who may do what
+
+
+def test_a_job_belongs_to_who_started_it(page):
+    images = brought(page, ("1.png", picture(1)))
+    id = page.post("/api/train", json=asked(images)).json()["id"]
+    waiting = page.post("/api/train", json=asked(images, word="zwx")).json()["id"]
+    other = TestClient(page.served, base_url=HOST, headers={"origin": HOST})
+    assert other.get(f"/api/jobs/{id}").json()["own"] is False
+    assert [one["position"] for one in other.get("/api/queue").json()] == [0, 1]
+    for verb in ("stop", "cancel", "resume"):
+        answer = other.post(f"/api/jobs/{id}/{verb}", json={})
+        assert answer.status_code == 403 and "Somebody else" in answer.json()["message"]
+    assert other.patch(f"/api/jobs/{id}", json={"title": "mine"}).status_code == 403
+    assert other.delete(f"/api/jobs/{id}").status_code == 403
+    assert other.get(f"/api/images/{images}").status_code == 404
+    assert other.post("/api/train", json=asked(images)).status_code == 404
+    assert page.delete(f"/api/jobs/{id}").status_code == 422  # it is not finished
+    assert page.post(f"/api/jobs/{waiting}/cancel", json={}).status_code == 200
+    assert page.get(f"/api/jobs/{waiting}").json()["state"] == "cancelled"
+    assert page.patch(f"/api/jobs/{waiting}", json={"title": "<b>Bär</b>"}).status_code == 200
+    assert page.get(f"/api/jobs/{waiting}").json()["title"] == "<b>Bär</b>"
+    assert page.delete(f"/api/jobs/{waiting}").status_code == 200
+    assert page.get(f"/api/jobs/{waiting}").status_code == 404 and not (page.folder / waiting).exists()
+
+
+def test_other_sites_and_other_names_are_refused(page):
+    assert page.post("/api/images", json={}, headers={"origin": "http://evil.test"}).status_code == 403
+    bare = TestClient(page.served, base_url=HOST)
+    assert bare.post("/api/images", json={}).status_code == 403
+    assert page.get("/", headers={"host": "evil.test"}).status_code == 403
+    assert page.get("/", headers={"host": "localhost:7860"}).status_code == 200
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "values", "message"),
+    "path",
     [
-        ("/teach", {"rank": 0}, "--rank must be at least 1"),
-        ("/teach", {"lr_warmup_steps": 500}, "--lr_warmup_steps 500 must be shorter than --max_train_steps 400"),
-        ("/teach", {"pretrained_model_name_or_path": "nowhere"}, "--instance_data_dir is missing"),
-        ("/draw", {"adapter": ["nope.safetensors"], "prompt": "sks dog"}, "no adapter file nope.safetensors"),
-        ("/draw", {"adapter": [], "prompt": "a dog"}, "--adapter is missing"),
-        ("/draw", {"adapter": ["x"], "prompt": ""}, "--prompt is missing"),
+        "/api/jobs/runs/{run}/files/../../../secret.txt",
+        "/api/jobs/runs/{run}/files/..%2f..%2f..%2fsecret.txt",
+        "/api/jobs/runs/{run}/files/job.json",
+        "/api/jobs/runs/{run}/files/samples/../job.json",
+        "/api/jobs/runs/{run}/files//etc/passwd",
+        "/api/jobs/runs/..%2f..%2fsecret/files/secret.txt",
+        "/api/jobs/..%2f../files",
+        "/api/jobs/images",
+        "/api/images/..",
+        "/api/images/..%2f..",
+        "/api/adapters/..%2f..%2fsecret/file.safetensors/file",
+        "/static/../app.py",
+        "/static/..%2fapp.py",
+        "/static/%2e%2e/app.py",
     ],
 )
-def test_a_mistake_is_one_sentence_and_leaves_nothing(ask, folder, endpoint, values, message):
-    before = sorted(folder.rglob("*"))
-    with pytest.raises(AppError, match=message) as refused:
-        ask(endpoint, **values)
-    assert "\n" not in str(refused.value) and sorted(folder.rglob("*")) == before
+def test_no_path_leads_out_of_the_folder(page, path):
+    (page.folder.parent / "secret.txt").write_text("secret")
+    run = page.post("/api/train", json=asked(sample(page))).json()["id"].split("/")[1]
+    answer = page.get(path.format(run=run))
+    assert answer.status_code in (404, 405) and b"secret" not in answer.content.replace(b"secret.txt", b"")
 
 
-class Bar:
-    def __init__(self):
-        self.seen = []
-
-    def __call__(self, done, desc):
-        self.seen.append(done)
-
-
-def asked_for(settings, first=(), without=(), **typed):
-    """A form, and its values: as shown, but for what is typed."""
-    with gr.Blocks():
-        made = form(settings, first, without)
-    assert not typed.keys() - made.components.keys()
-    return made, tuple(typed.get(name, component.value) for name, component in made.components.items())
+def test_bases_and_paths_of_the_machine_are_not_named_unless_they_may_be(page, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("/etc", str(tmp_path / "mine"), "~/base", "assets/tiny-sd", "owner/name"):
+        answer = page.post("/api/train", json=asked(sample(page), base=name))
+        assert answer.status_code == 422 and answer.json()["field"] == "base", name
+    given = {"settings": {"cache_dir": str(tmp_path)}}
+    assert "no setting" in page.post("/api/train", json=asked(sample(page), **given)).json()["message"]
+    allowing = UiConfig(output_dir=str(tmp_path / "other"), allow_paths=[str(tmp_path / "mine")])
+    with browser(app.build(allowing, work=lambda folder: time.sleep(5))) as client:
+        assert "no folder that" in client.post("/api/train", json=asked(sample(client), **given)).json()["message"]
+        given["settings"]["cache_dir"] = str(tmp_path / "mine" / "cache")
+        assert client.post("/api/train", json=asked(sample(client), **given)).status_code == 200
 
 
-def test_the_form_asks_for_every_flag_and_left_alone_gives_the_defaults():
-    for kind in (TrainConfig, GenerateConfig):
-        made, values = asked_for(kind)
-        assert set(made.components) == {item.name for item in fields(kind) if not item.metadata.get("file_only")}
-        given = made.given(values)
-        for item in fields(kind):
-            default = item.default if item.default is not MISSING else item.default_factory()
-            assert given.get(item.name, default) == default
-            assert type(given.get(item.name, default)) is type(default)
-
-
-def test_what_is_typed_comes_back_as_the_settings_take_it():
-    typed = {"rank": 4.0, "learning_rate": 0.5, "validation_prompt": " a dog \n\na cat", "kind": "free", "alpha": None}
-    made, values = asked_for(TrainConfig, ("rank",), ("seed",), **typed)
-    assert next(iter(made.components)) == "rank" and "seed" not in made.components
-    given = made.given(values)
-    assert given["rank"] == 4 and type(given["rank"]) is int and given["learning_rate"] == 0.5
-    assert given["validation_prompt"] == ["a dog", "a cat"] and given["kind"] == "free" and "alpha" not in given
-
-
-def test_stopping_keeps_what_is_learned(tmp_path):
-    stop, bar = threading.Event(), Bar()
-    stop.set()
-    made, values = asked_for(TrainConfig, without=page._OWN_OF_TRAIN, max_train_steps=50)
-    said, adapter, samples = page.teach(tmp_path, made, None, values, page._Progress(bar, stop))
-    assert "Stopped after step 1." in said and samples is None and bar.seen == [(1, 50)]
-    assert read_adapter(adapter).notes.trigger == "sks"
-    again = read_toml(TrainConfig, tmp_path / "sample-subject" / "run.toml")
-    assert again["max_train_steps"] == 50
-
-
-def test_pictures_that_cannot_be_read_leave_no_copies(tmp_path):
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture")
-    made, values = asked_for(TrainConfig, without=page._OWN_OF_TRAIN, instance_prompt="a photo of sks dog")
-    watcher = page._Progress(Bar(), threading.Event())
-    with pytest.raises(gr.Error, match="broken.png"):
-        page._told(page.teach, tmp_path / "studio", made, [str(broken)], values, watcher)
-    with pytest.raises(gr.Error, match="same name"):
-        page._told(page.teach, tmp_path / "studio", made, [str(broken)] * 2, values, watcher)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path != broken]
-
-
-def test_without_gradio_the_command_says_how_to_get_it(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    assert main(["ui"]) == commands.BAD_INPUT
-    assert capsys.readouterr().err == "comcat: comcat ui needs gradio: pip install 'comcat-diffusion[ui]'.\n"
-
-
-def test_a_port_that_is_taken_is_one_sentence(ask, port, tmp_path, capsys):
-    assert main(["ui", "--port", str(port), "--output_dir", str(tmp_path)]) == commands.BAD_INPUT
-    said = capsys.readouterr()
-    assert said.err == f"comcat: Port {port} is taken: name another one, for instance --port {port + 1}.\n"
-    assert "http" not in said.out and not list(tmp_path.iterdir())
-
-
-def test_the_address_is_told_when_the_page_answers(tmp_path, free_port):
-    """Asked from within: what the command prints, it prints of a page that is there."""
-    answers = []
-
-    def ask(address):
-        answers.append((address, httpx.get(address).status_code))
-
-    served = page.serve(UiConfig(output_dir=str(tmp_path), port=free_port()), background=True, on_answer=ask)
-    served.close(verbose=False)
-    assert answers == [(f"http://127.0.0.1:{served.server_port}", 200)]
+def test_others_come_in_by_a_name_or_a_word_only(tmp_path):
+    served = app.build(
+        UiConfig(output_dir=str(tmp_path), host="0.0.0.0", auth="me:secret", token="letmein"), work=print
+    )
+    with TestClient(served, base_url=HOST, follow_redirects=False) as client:
+        refused = client.get("/api/texts")
+        assert refused.status_code == 401 and "Basic" in refused.headers["www-authenticate"]
+        assert client.get("/", auth=("me", "wrong")).status_code == 401
+        assert client.get("/", auth=("me", "secret")).status_code == 200
+        assert client.get("/?token=wrong").status_code == 401
+        welcome = client.get("/?token=letmein")
+        assert welcome.status_code == 303 and welcome.headers["location"] == "/"
+        assert client.get("/api/texts").status_code == 200  # by the cookie
+        assert "letmein" not in str(client.cookies)
 
 
 @pytest.mark.parametrize(
-    ("host", "message"), [("nowhere.invalid", "is no address"), ("192.0.2.1", "is no address of this machine")]
+    ("flags", "told"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets everybody who reaches this machine train, draw"),
+        (["--auth", "secret"], "--auth must be NAME:PASSWORD"),
+        (["--token", "a b"], "--token must be letters and digits"),
+        (["--allow_paths", "/nowhere/at/all"], "--allow_paths: there is no /nowhere/at/all"),
+        (["--port", "0"], "--port must be 1 to 65535"),
+        (["--host", "nowhere.invalid", "--token", "x"], "--host nowhere.invalid is no address"),
+        (["--host", "192.0.2.1", "--token", "x"], "--host 192.0.2.1 is no address of this machine"),
+    ],
 )
-def test_a_host_that_is_none_is_one_sentence(host, message, tmp_path, capsys):
-    assert main(["ui", "--host", host, "--output_dir", str(tmp_path)]) == commands.BAD_INPUT
+def test_a_page_that_cannot_be_served_so_is_one_sentence(flags, told, tmp_path, capsys):
+    assert main(["ui", "--output_dir", str(tmp_path), *flags]) == commands.BAD_INPUT
     (sentence,) = capsys.readouterr().err.splitlines()
-    assert sentence.startswith(f"comcat: --host {host} ") and message in sentence
+    assert sentence.startswith(f"comcat: {told}")
+
+
+# The queue, whose truth are the folders
+
+
+def test_the_queue_goes_on_where_an_earlier_server_was(tmp_path):
+    """What ran is gone on with first, then what waited, in its order; what was being stopped is stopped."""
+    for n, (name, state) in enumerate(
+        (("first", "running"), ("second", "queued"), ("third", "stopping"), ("old", "done"))
+    ):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        told = {"kind": "train", "title": name, "owner": "me", "number": n, "request": {}}
+        (folder / jobs.ASKED).write_text(json.dumps(told))
+        Job(folder).tell(state=state)
+    done = []
+
+    def work(folder):
+        done.append((folder.name, Job(folder).status.get("resume", False)))
+        Job(folder).tell(state=jobs.DONE)
+
+    queue = Queue(tmp_path, work)
+    wait_for(lambda: len(done) == 2)
+    queue.close(1)
+    assert done == [("first", True), ("second", False)]
+    assert Job(tmp_path / "runs" / "third").status["state"] == "stopped"
+
+
+def test_a_job_that_ends_without_a_word_is_told_of_and_the_next_one_begins(tmp_path):
+    def work(folder):
+        if folder.name == "one":
+            Job(folder).tell(state=jobs.RUNNING)  # and its process is gone
+        elif folder.name == "two":
+            raise RuntimeError("a fault\nof ours")
+        else:
+            Job(folder).tell(state=jobs.DONE)
+
+    queue = Queue(tmp_path, work)
+    made = [queue.add("draw", name, "me", {}, lambda folder: None) for name in ("one", "two", "three")]
+    wait_for(lambda: made[2].status["state"] == jobs.DONE)
+    queue.close(1)
+    assert "out of memory" in made[0].status["message"] and made[1].status["message"] == "a fault of ours"
+    with pytest.raises(ValueError, match="no"):
+        queue.add("draw", "four", "me", {}, lambda folder: (_ for _ in ()).throw(ValueError("no")))
+    assert not (tmp_path / "pictures" / "four").exists()
+
+
+def test_two_servers_do_not_share_a_folder(page):
+    with pytest.raises(OSError, match="Another page is served from"):
+        app.build(UiConfig(output_dir=str(page.folder)))
+
+
+def wait_for(is_so, seconds=20):
+    for _ in range(seconds * 50):
+        if is_so():
+            return
+        time.sleep(0.02)
+    raise AssertionError
+
+
+def test_a_run_tells_how_long_it_will_take_and_the_bar_does_not_stand_at_its_end(tmp_path):
+    """Saving and proving are part of the whole: before them the share is less than one by what they will take."""
+    now = [0.0]
+    job = Job(tmp_path)
+    progress = Progress(job, rounds=2, clock=lambda: now[0])
+
+    def pass_(seconds, then):
+        now[0] += seconds
+        then()
+
+    pass_(4, lambda: progress.phase("encoding"))
+    pass_(1, lambda: progress.phase("sampling"))
+    assert job.status["seconds_left"] is None
+    pass_(3, lambda: progress.phase("training"))
+    for step in range(1, 11):
+        pass_(1, lambda step=step: progress.count(step, 10))
+        if step == 5:
+            assert job.status["seconds_left"] == pytest.approx(5 * 1 + 3 + 4)
+    assert job.status["share"] == pytest.approx(18 / (18 + 3 + 4))
+    progress.phase("sampling")
+    pass_(3, lambda: progress.phase("proving"))
+    assert job.status["seconds_left"] == pytest.approx(4)
+
+
+@pytest.mark.parametrize(("asked_by", "error"), [(jobs.STOP, KeyboardInterrupt), (jobs.PAUSE, Paused)])
+def test_a_run_is_interrupted_once_and_not_while_it_is_saved(asked_by, error, tmp_path):
+    progress = Progress(Job(tmp_path), rounds=1)
+    progress.phase("training")
+    progress.count(1, 10)
+    (tmp_path / asked_by).touch()
+    with pytest.raises(error) as raised:
+        progress.count(2, 10)
+    assert isinstance(raised.value, Paused) == (asked_by == jobs.PAUSE) == progress.paused
+    progress.phase("saving")  # what it has learned
+    late = Progress(Job(tmp_path), rounds=1)
+    late.done = late.total = 10
+    late.phase("saving")
+    late.phase("proving")
+
+
+# The way through, with the embedded base
+
+
+def test_a_run_of_one_step_is_taught_and_its_adapter_is_there(at_work):
+    given = {"max_train_steps": 1, "max_bytes": 0, "num_validation_images": 1, "skip_final_inference": True}
+    run = ended(at_work, at_work.post("/api/train", json=asked(sample(at_work), settings=given)).json()["id"])
+    assert (run["state"], run["result"]["steps"], [one["step"] for one in run["samples"]]) == ("done", 1, [0])
+    (card,) = at_work.get("/api/adapters").json()
+    assert card["phrase"] == "sks teddy" and card["bytes"] == run["result"]["bytes"]
+
+
+@pytest.mark.slow
+def test_a_subject_is_taught_and_drawn_and_taken_away(at_work):
+    images = sample(at_work)
+    given = {"max_train_steps": 2, "rank": 3, "num_validation_images": 1, "max_bytes": 0, "num_vectors": None}
+    answer = at_work.post("/api/train", json=asked(images, settings=given))
+    run = ended(at_work, answer.json()["id"])
+    assert run["state"] == "done" and run["own"], run
+    assert [(one["step"], one["seed"]) for one in run["samples"]] == [(0, 0), (1, 0), (2, 0)]
+    assert [one["step"] for one in run["losses"]] == [1, 2] and run["phase"] == "proving"
+    assert at_work.get(f"/api/jobs/{run['id']}", params={"after": 1}).json()["losses"][0]["step"] == 2
+    assert run["adapters"] == ["sks-teddy.safetensors"] and any("Learning 'sks teddy'" in line for line in run["log"])
+    header = read_adapter(at_work.folder / "runs" / "sks-teddy" / "sks-teddy.safetensors")
+    assert header.config["unet"]["r"] == 3 and header.notes.instance_prompt == "a photo of sks teddy"
+
+    (card,) = at_work.get("/api/adapters").json()
+    assert card["phrase"] == "sks teddy" and card["picture"] and "sks teddy" in card["prompt"]
+    assert at_work.get(f"/api/adapters/{card['id']}/picture").headers["content-type"] == "image/png"
+    draw = {
+        "prompt": "{subject}",
+        "adapters": [{"id": card["id"], "scale": 0.5}],
+        "settings": {"num_inference_steps": 2},
+    }
+    made = ended(at_work, at_work.post("/api/draw", json={**draw, "num_images": 2, "strengths": [1, 2]}).json()["id"])
+    drawn = made["result"]["pictures"]
+    assert [(one["strength"], one["seed"]) for one in drawn] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    first, file = drawn[0], f"/api/jobs/{made['id']}/files/"
+    content = at_work.get(file + first["file"]).content
+    assert content != at_work.get(file + first["base"]).content
+    assert json.loads(Image.open(io.BytesIO(content)).text["comcat"])["adapters"][0]["scale"] == 0.5
+
+    back = at_work.post("/api/pictures/read", content=content).json()
+    assert back["prompt"] == "sks teddy" and back["adapters"] == [{"id": card["id"], "scale": 0.5}]
+    assert back["typed"]["num_inference_steps"] == 2 and back["missing"] == []
+    again = {"prompt": back["prompt"], "adapters": back["adapters"], "settings": back["typed"], "num_images": 1}
+    same = ended(at_work, at_work.post("/api/draw", json={**again, "compare": False}).json()["id"])
+    other = at_work.get(f"/api/jobs/{same['id']}/files/{same['result']['pictures'][0]['file']}").content
+    off = np.abs(pixels(other) - pixels(content)).max()
+    assert off <= 2  # of 255: drawn alone and in a batch
+    assert len([p for job in at_work.get("/api/pictures").json() for p in job["pictures"]]) == 5
+
+    told = at_work.get(f"/api/adapters/{card['id']}/programs").json()
+    assert told["able"] and not told["exact"] and len(told["loras"]) == 7
+    downloaded = at_work.get(f"/api/adapters/{card['id']}/file")
+    assert 'filename="sks-teddy.safetensors"' in downloaded.headers["content-disposition"]
+    answer = at_work.put("/api/adapters", params={"name": "../a dog.safetensors"}, content=downloaded.content)
+    assert answer.json() == {"id": "adapters/a dog.safetensors"}
+    for name, wrong in (("x.safetensors", b"not one"), ("x.pt", downloaded.content)):
+        assert at_work.put("/api/adapters", params={"name": name}, content=wrong).status_code == 422
+    assert len(list((at_work.folder / "adapters").iterdir())) == 1
+    wrong = [
+        ({"prompt": ""}, "prompt", "“Prompt” is empty"),
+        ({"prompt": "a dog"}, "any_prompt", "does not name the subject"),
+        ({"num_images": 0}, "num_images", "1 to 64"),
+        ({"num_images": None}, None, ""),
+        ({"settings": {"guidance_scale": 1e39}}, "guidance_scale", "“Guidance (CFG)” must be a finite number"),
+        ({"strengths": ["x"]}, "scale", "must be a number"),
+        ({"strengths": [1000]}, "scale", "from -100 to 100"),
+        ({"adapters": [{"id": card["id"], "region": "x"}]}, "region", "A region is a PNG"),
+    ]
+    before = sorted(at_work.folder.glob("pictures/*"))
+    for more, field, message in wrong[:3] + wrong[4:]:
+        answer = at_work.post("/api/draw", json={**draw, **more})
+        assert answer.status_code == 422 and message in answer.json()["message"], answer.text
+        assert answer.json()["field"] == field, answer.text
+    assert at_work.post("/api/draw", json={**draw, "adapters": [{"id": "nope"}]}).status_code == 404
+    assert sorted(at_work.folder.glob("pictures/*")) == before
+
+
+def test_a_picture_that_says_nonsense_is_refused(page):
+    from PIL.PngImagePlugin import PngInfo
+
+    def saying(text):
+        info, content = PngInfo(), io.BytesIO()
+        info.add_text("comcat", text)
+        Image.new("RGB", (4, 4)).save(content, "PNG", pnginfo=info)
+        return content.getvalue()
+
+    for content in (
+        b"no PNG",
+        png(),
+        saying("[1"),
+        saying("[1]"),
+        saying('{"adapters": [1]}'),
+        saying('{"seed": "x"}'),
+    ):
+        answer = page.post("/api/pictures/read", content=content)
+        assert answer.status_code == 422 and "\n" not in answer.json()["message"], answer.text
+    told = page.post("/api/pictures/read", content=saying('{"prompt": "a", "adapters": [{"file": "gone"}]}')).json()
+    assert told["missing"] == ["gone"] and told["adapters"] == []
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_goes_on_to_the_same_file(at_work, tmp_path):
+    """Stopped from the page after a step, taken up again, and as an unbroken run would have it."""
+    from comcat_diffusion.training.customize import customize
+
+    images = sample(at_work)
+    given = {"max_train_steps": 12, "max_bytes": 0, "skip_final_inference": True, "validation_steps": 100}
+    id = at_work.post("/api/train", json=asked(images, settings=given)).json()["id"]
+    wait_for(lambda: at_work.get(f"/api/jobs/{id}").json().get("done", 0) >= 1)
+    at_work.post(f"/api/jobs/{id}/stop", json={})
+    stopped = ended(at_work, id)
+    assert stopped["state"] == "stopped" and stopped["can_go_on"] and stopped["result"]["steps"] < 12
+    assert not any("resume_from_checkpoint" in line for line in stopped["log"])
+    assert at_work.post(f"/api/jobs/{id}/resume", json={}).status_code == 200
+    done = ended(at_work, id)
+    assert done["state"] == "done" and done["result"]["steps"] == 12, done
+    whole = customize(
+        TrainConfig(
+            instance_data_dir=str(at_work.folder / id / "images"), instance_prompt="a photo of sks teddy",
+            trigger="sks", class_word="teddy", output_dir=str(tmp_path / "whole"), **given,
+        )
+    )  # fmt: skip
+    assert whole.adapter.read_bytes() == (at_work.folder / id / "sks-teddy.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_base_finds_masks(at_work):
+    images = sample(at_work)
+    answer = at_work.post(f"/api/images/{images}/outline", json={"word": "sks", "what": "teddy", "base": "embedded"})
+    assert ended(at_work, answer.json()["id"])["state"] == "done"
+    for one in shown(at_work, images):
+        assert one["mask"] == "base"
+        mask = Image.open(io.BytesIO(at_work.get(f"/api/images/{images}/{one['number']}/mask").content))
+        black, white = mask.point(lambda v: 255 * (v > 127)).histogram()[0::255]
+        assert 0.02 < white / (white + black) < 0.7
+    answer = at_work.post(f"/api/images/{images}/outline", json={"word": "sks", "what": ""})
+    assert answer.status_code == 422 and answer.json()["field"] == "what"
+
+
+@pytest.mark.slow
+def test_two_subjects_are_drawn_where_they_are_painted(at_work):
+    ids = []
+    for word in ("sks", "zwx"):
+        given = {"max_train_steps": 1, "max_bytes": 0, "skip_final_inference": True, "validation_steps": 9}
+        images = brought(at_work, ("1.png", picture(1)), ("2.png", picture(2)))
+        answer = at_work.post("/api/train", json=asked(images, word=word, settings=given))
+        run = ended(at_work, answer.json()["id"])
+        ids.append(f"{run['id'].split('/')[1]}/{run['adapters'][0]}")
+    region = "data:image/png;base64," + base64.b64encode(png((64, 64), 255, "L")).decode()
+    draw = {"prompt": "sks teddy and zwx teddy", "num_images": 1, "settings": {"num_inference_steps": 1}}
+    chosen = [{"id": ids[0], "region": region}, {"id": ids[1], "region": region}]
+    made = ended(at_work, at_work.post("/api/draw", json={**draw, "adapters": chosen}).json()["id"])
+    assert made["state"] == "done", made
+    content = at_work.get(f"/api/jobs/{made['id']}/files/{made['result']['pictures'][0]['file']}").content
+    assert len(json.loads(Image.open(io.BytesIO(content)).text["comcat"])["regions"]) == 2
+
+
+# Serving it
+
+
+@pytest.fixture
+def free_port():
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_the_address_is_told_when_the_page_answers_and_its_port_is_taken_then(tmp_path, free_port, capsys):
+    import httpx
+
+    with app.running(UiConfig(output_dir=str(tmp_path / "one"), port=free_port), work=print):
+        assert httpx.get(f"http://127.0.0.1:{free_port}").status_code == 200
+        assert main(["ui", "--port", str(free_port), "--output_dir", str(tmp_path / "two")]) == commands.BAD_INPUT
+    said = capsys.readouterr()
+    assert said.err == f"comcat: Port {free_port} is taken: name another one, for instance --port {free_port + 1}.\n"
+    assert "http" not in said.out and not (tmp_path / "two").exists()
+
+
+def test_what_the_command_prints_is_the_address_with_its_word(tmp_path, free_port, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr(app.webbrowser, "open", opened.append)
+    monkeypatch.setattr(app.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
+    flags = ["--port", str(free_port), "--output_dir", str(tmp_path / "s"), "--token", "letmein", "--open_browser"]
+    monkeypatch.setattr(app, "running", lambda config: _Server())
+    assert main(["ui", *flags]) == 0
+    address = f"http://127.0.0.1:{free_port}/?token=letmein"
+    assert capsys.readouterr().out.startswith(address) and opened == [address]
+
+
+class _Server:
+    should_exit = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
 
 
 def test_the_address_is_one_that_a_browser_takes():
-    for host, shown in (("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("studio.local", "studio.local")):
-        assert address_of(UiConfig(host=host, port=7000)) == f"http://{shown}:7000"
+    for host, there in (("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("studio.local", "studio.local")):
+        assert address_of(UiConfig(host=host, port=7000, token="x")) == f"http://{there}:7000"
 
 
-def test_who_may_come_in_and_whether_a_browser_opens_is_asked_for(tmp_path, monkeypatch, free_port):
-    launched = []
-    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **settings: launched.append(settings))
-    for flags in ([], ["--host", "0.0.0.0", "--open_browser"]):
-        assert main(["ui", "--port", str(free_port()), "--output_dir", str(tmp_path), *flags]) == 0
-    assert [(one["server_name"], one["inbrowser"], one["share"]) for one in launched] == [
-        ("127.0.0.1", False, False),
-        ("0.0.0.0", True, False),
-    ]
-    assert main(["ui", "--port", "0", "--output_dir", str(tmp_path)]) == commands.BAD_INPUT
+def test_without_its_server_the_command_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["ui"]) == commands.BAD_INPUT
+    assert capsys.readouterr().err == "comcat: comcat ui needs uvicorn: pip install 'comcat-diffusion[ui]'.\n"
 
 
 def test_in_drawing_mode_the_page_offers_no_more_than_drawing(tmp_path):
-    (tmp_path / "dog.safetensors").touch()
-    made = page.build(tmp_path, teaches=False)
-    (draw,) = [function for function in made.fns.values() if function.api_name == "draw"]
-    labels = [component.label for component in draw.inputs]
-    assert labels == ["adapter", "prompt", "num_images", "seed", "scale", "compare"]
-    assert draw.inputs[0].value == [str(tmp_path / "dog.safetensors")]
-    assert not any(function.api_name == "teach" for function in made.fns.values())
+    config = UiConfig(output_dir=str(tmp_path), host="0.0.0.0", draw_only=True)
+    with browser(app.build(config, work=lambda folder: None)) as client:
+        assert client.get("/api/texts").json()["teaches"] is False
+        assert client.get("/api/draw").json()["groups"] == []
+        for method, path in (
+            ("POST", "/api/train"),
+            ("POST", "/api/images"),
+            ("PUT", "/api/adapters"),
+            ("POST", "/api/bases"),
+        ):
+            assert client.request(method, path, json={}).status_code in (404, 405), path
+        answer = client.post("/api/draw", json={"prompt": "a dog", "settings": {"num_inference_steps": 900}})
+        assert "not offered here" in answer.json()["message"]

@@ -16,16 +16,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.functional import adaptive_avg_pool2d
 
 from comcat_diffusion.adapters.call import Follower, here
 from comcat_diffusion.adapters.layer import ComcatLayer
-from comcat_diffusion.adapters.looking import looks, on_the_way_up
+from comcat_diffusion.adapters.looking import looks, on_the_way_up, weights_of
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.regions import grid_of
-
-LOW, HIGH = 0.15, 0.4  # of the place that looks most: below the one nothing of an adapter is seen, above the other all
 
 
 class Focus(Follower):
@@ -101,9 +98,7 @@ class Focus(Follower):
         seen = self._maps.get(name)
         if seen is None or len(seen) != len(hidden):
             return hidden.new_zeros(len(hidden), hidden.shape[1], 1)
-        most = seen.amax(dim=(1, 2, 3), keepdim=True)
-        weights = ((seen / most.clamp(min=1e-8) - LOW) / (HIGH - LOW)).clamp(0, 1)
-        return adaptive_avg_pool2d(weights, grid).flatten(1).unsqueeze(-1).to(hidden)  # B, N, 1
+        return weights_of(seen, grid).to(hidden)  # B, N, 1
 
 
 @contextmanager

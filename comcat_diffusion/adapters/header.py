@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from comcat_diffusion.families.known import family_of_denoiser
+from comcat_diffusion.words import Subject, words_of
 
 FORMAT_VERSION = 1
 PACKED_VERSION = 2  # keeps only the rows that each head has, see adapters/packing.py
@@ -175,6 +176,17 @@ def kind_of(config: dict) -> str:
 def awaited(header: Header) -> set[str]:
     """The words that the adapter of a file waits for, in small letters; none if it acts everywhere."""
     return {word.lower() for config in header.config.values() for word in config.get("trigger") or ()}
+
+
+def subjects_of(header: Header) -> list[Subject]:
+    """What calls what a file has learned."""
+    notes = header.notes
+    return [Subject(notes.trigger, notes.class_word), *(Subject(**other) for other in notes.others)]
+
+
+def called_by(header: Header) -> list[str]:
+    """What the subjects of a file are called by in prompts: as its notes say, else the words that it waits for."""
+    return words_of(subjects_of(header)) or sorted(awaited(header))
 
 
 def same_words(headers: Sequence[tuple[str, Header]]) -> Iterator[str]:

@@ -6,7 +6,9 @@ at words that it hardly knows. So
     looks = mean over those attentions and their heads of sum_j softmax(q k^T / sqrt(D))_j        j: tokens of the words
 
 is high on the subject and low around it. Masks are made of it (training/outline.py, evaluation), and in drawing the
-place where an adapter acts (focus.py).
+place where an adapter acts (focus.py, comfy/places.py):
+
+    w = clamp((r - LOW) / (HIGH - LOW), 0, 1)        r = looks / max over places of it
 
 Letters: B batch, N = h*w tokens of one attention, M context tokens, H heads, D head width, C channels.
 """
@@ -16,7 +18,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.regions import grid_of
@@ -24,6 +26,7 @@ from comcat_diffusion.attentions import style_of
 from comcat_diffusion.heads import split_heads
 
 WAY_UP = "up_blocks."
+LOW, HIGH = 0.15, 0.4  # of the place that looks most: below the one nothing of an adapter is seen, above the other all
 
 
 def on_the_way_up(attentions: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -49,14 +52,26 @@ def looks(
     """
     style = style_of(attention)
     q, k, _, _ = style.projections(attention)
-    heads = style.head_count(attention)
-    # B, H, N, D and B, H, M, D
-    query, key = (split_heads(made, heads).transpose(1, 2) for made in (q(hidden), k(text)))
+    return looks_of(q(hidden), k(text), style.head_count(attention), of_words, latent)
+
+
+def looks_of(
+    query: torch.Tensor, key: torch.Tensor, heads: int, of_words: torch.Tensor, latent: tuple[int, int]
+) -> torch.Tensor:
+    """The same of the base's queries (B, N, H*D) and keys (B, M, H*D), whoever's attention they are of."""
+    query, key = (split_heads(made, heads).transpose(1, 2) for made in (query, key))  # B, H, N, D and B, H, M, D
     attended = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1).mean(1)  # B, N, M
     looked = attended @ of_words.to(attended).unsqueeze(-1)  # B, N, 1
-    grid = grid_of(latent, hidden.shape[1])
+    grid = grid_of(latent, query.shape[2])
     looked = looked.unflatten(1, grid).movedim(-1, 1)
     return interpolate(looked.float(), size=latent, mode="bilinear", align_corners=False)
+
+
+def weights_of(seen: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """How much an adapter acts at each place of an attention, (B, N, 1), where this much was looked, (B, 1, h, w)."""
+    most = seen.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-8)
+    weights = ((seen / most - LOW) / (HIGH - LOW)).clamp(0, 1)
+    return adaptive_avg_pool2d(weights, grid).flatten(1).unsqueeze(-1)
 
 
 @contextmanager

@@ -39,7 +39,10 @@ class Memory:
             self._said.popitem(last=False)
 
     def acts(self, states: torch.Tensor, guests: Guests) -> torch.Tensor:
-        """(B, M, T): where adapters act in these states. Raises ValueError for states that nobody has made here."""
+        """(B, M, T + P): what these states say to adapters, see `Guests.told`.
+
+        Raises ValueError for states that nobody has made here.
+        """
         found = []
         for row in states:
             said = self._said.get(_key(row))
@@ -48,7 +51,7 @@ class Memory:
                     "COMCAT does not know the prompt of these text states, and an adapter waits for "
                     f"'{guests.triggers[0][0]}': another extension has changed them."
                 )
-            found.append(torch.stack([said.acts(words) for words in guests.triggers], dim=-1))
+            found.append(guests.told(said))
         return torch.stack(found).to(states)
 
 

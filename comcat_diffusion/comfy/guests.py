@@ -1,6 +1,6 @@
 """Adapters on a model of ComfyUI: each attention that they are on gets a forward that runs its own on wider heads.
 
-Letters: B batch, N tokens of the picture, M context tokens, T triggers, C channels.
+Letters: B batch, N tokens of the picture, M context tokens, T triggers, P adapters that are placed, C channels.
 """
 
 import functools
@@ -19,6 +19,7 @@ from comcat_diffusion.adapters.proportions import refuse_other_shape
 from comcat_diffusion.adapters.regions import grid_of
 from comcat_diffusion.adapters.seam import View
 from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, shared_out
+from comcat_diffusion.comfy.places import PLACES, WAY_UP, Course, Places
 from comcat_diffusion.comfy.text import SAID, Said
 
 _UNET = "diffusion_model"
@@ -35,6 +36,7 @@ class Guest:
     waits: tuple[tuple[Trigger, int], ...]  # of several subjects: for which words how many of its ranks do
     factors: Mapping[str, Mapping[str, nn.Linear]]  # attentions are called as from the model that is patched
     scales: Mapping[str, float]  # by attention: strength times alpha / r
+    subjects: Trigger = ()  # what its subjects are called in prompts, by which their places are found
 
     @property
     def words(self) -> list[Trigger]:
@@ -48,11 +50,28 @@ class Guests:
 
     all: tuple[Guest, ...] = ()
     masks: Mapping[str, torch.Tensor] = field(default_factory=lambda: MappingProxyType({}))  # (height, width), 0 to 1
+    keep_background: bool = False  # whether those that wait for a word act only where it is looked at
+
+    @property
+    def placed(self) -> list[Guest]:
+        """Those that act only where their subjects are looked at."""
+        able = (guest for guest in self.all if guest.trigger and any(map(_looks, guest.factors)))
+        return list(able) if self.keep_background else []
 
     @property
     def triggers(self) -> list[Trigger]:
         """The different triggers, in the order of the masks of tokens."""
         return list(dict.fromkeys(words for guest in self.all for words in guest.words))
+
+    def told(self, said: Said) -> torch.Tensor:
+        """What a text says to them, (M, T + P) of ones and zeros: where triggers act, and the words of P subjects."""
+        of_words = [said.within(guest.subjects) for guest in self.placed]
+        return torch.stack([*map(said.acts, self.triggers), *of_words], dim=-1).float()
+
+
+def _looks(attention: str) -> bool:
+    """Whether an attention looks at words from where the things are, see adapters/looking.py."""
+    return attention.startswith(WAY_UP) and attention.endswith("attn2")
 
 
 def guests_of(patcher: object) -> Guests:
@@ -114,14 +133,14 @@ class _Conditions(_OfGuests):
                 f"'{self.guests.triggers[0][0]}': give the text encoder the CLIP that Load COMCAT adapter gives, or "
                 "use COMCAT text encode."
             )
-        acts = torch.stack([said.acts(words) for words in self.guests.triggers], dim=-1).float()  # M, T
+        acts = self.guests.told(said)
         if len(acts) != length:
             raise ValueError(
                 f"This conditioning has {length} tokens and its text {len(acts)}, so another node has changed it: join "
                 "texts with BREAK in COMCAT text encode instead."
             )
         if kwargs.get("prompt_type") == "positive":
-            for words, own in zip(self.guests.triggers, acts.unbind(-1), strict=True):
+            for words, own in zip(self.guests.triggers, acts.unbind(-1), strict=False):
                 if not own.any():
                     logging.warning("COMCAT: the prompt lacks '%s', so that adapter does nothing here.", words[-1])
         cross = made["c_crossattn"]
@@ -133,6 +152,10 @@ class _Passed(_OfGuests):
 
     own = "forward"
 
+    def __init__(self, guests: Guests, owner: nn.Module, foreign: Callable | None = None) -> None:
+        super().__init__(guests, owner, foreign)
+        self.course = Course()
+
     def __call__(self, *args: object, transformer_options: dict | None = None, **kwargs: object) -> torch.Tensor:
         options = dict(transformer_options or {})
         acts = kwargs.pop(SAID, None)
@@ -143,9 +166,25 @@ class _Passed(_OfGuests):
                 f"Another node replaces the attentions ({kind}) that a COMCAT adapter is on, which would be silent: "
                 "leave that node out, or the adapter."
             )
-        columns = {} if acts is None else dict(zip(self.guests.triggers, acts.split(1, dim=-1), strict=True))  # B, M, 1
-        options[SAID] = {words: own for words, own in columns.items() if own.any()}
-        return self.before(*args, transformer_options=options, **kwargs)
+        triggers, placed = self.guests.triggers, self.guests.placed
+        columns = () if acts is None else acts.split(1, dim=-1)  # B, M, 1 each
+        options[SAID] = {words: own for words, own in zip(triggers, columns, strict=False) if own.any()}
+        names = [guest.name for guest in placed]
+        of_words = dict(zip(names, (own.squeeze(-1) for own in columns[len(triggers) :]), strict=False))
+        if not any(own.any() for own in of_words.values()):
+            return self.before(*args, transformer_options=options, **kwargs)
+
+        def run(options: dict, only_to_look: bool) -> torch.Tensor:
+            once = _for_a_look(kwargs) if only_to_look else kwargs
+            return self.before(*args, transformer_options=options, **once)
+
+        return self.course.step(args[0] if args else kwargs["x"], options, of_words, run)
+
+
+def _for_a_look(kwargs: dict) -> dict:
+    """What a pass takes, for one before it: ComfyUI takes what a ControlNet says out of its lists."""
+    control = kwargs.get("control")
+    return {**kwargs, "control": {name: list(own) for name, own in control.items()}} if control else kwargs
 
 
 class Attended(_OfGuests):
@@ -170,6 +209,9 @@ class Attended(_OfGuests):
             return type(self.attention).forward(host, hidden, *args, **kwargs)
 
         shares = self._shares(live, hidden, options)
+        if PLACES in options:
+            text = kwargs.get("context", args[0] if args else None)
+            shares = self._placed(shares, live, hidden, text, options[PLACES], tuple(options["original_shape"][-2:]))
         return blended(shares, live, hidden, attend) if shares else attend(live)
 
     def _acts(self, guest: Guest, said: Mapping[Trigger, torch.Tensor]) -> bool:
@@ -187,6 +229,23 @@ class Attended(_OfGuests):
         areas = {n: adaptive_avg_pool2d(m[None], grid).view(-1, 1) for n, m in self.guests.masks.items()}
         crowd = sum(areas.values()).clamp(min=1)
         return {name: areas[name] / crowd for name in masked}
+
+    def _placed(
+        self,
+        masked: dict[str, torch.Tensor],
+        live: list[str],
+        hidden: torch.Tensor,
+        text: torch.Tensor | None,
+        places: Places,
+        latent: tuple[int, int],
+    ) -> dict[str, torch.Tensor]:
+        """Shares, (B, N, 1), of those too that act where they are looked at, within their masks; see focus.py."""
+        named = [name for name in live if name in places.of_words]
+        for name in named if _looks(self.name) else ():
+            places.look(name, self.attention, hidden, text, latent)
+        found = {name: places.weights(name, latent, hidden) * masked.get(name, 1) for name in named}
+        crowd = sum(found.values(), hidden.new_zeros(1, 1, 1)).clamp(min=1)
+        return {**masked, **{name: weights / crowd for name, weights in found.items()}}
 
     def _view(self, names: list[str], said: Mapping[Trigger, torch.Tensor], device: torch.device) -> View:
         host, of_text = self.attention, self.name.endswith("attn2")

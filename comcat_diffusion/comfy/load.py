@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from comcat_diffusion.adapters.fingerprint import layout_of
-from comcat_diffusion.adapters.header import AdapterFileError, Header, read_adapter
+from comcat_diffusion.adapters.header import AdapterFileError, Header, called_by, read_adapter
 from comcat_diffusion.adapters.model import of_pattern
 from comcat_diffusion.adapters.regions import checked_mask
 from comcat_diffusion.adapters.store import Fitting, expected_shapes, read_fitting
@@ -116,7 +116,8 @@ def _guest(
         scales[names[attention]] = strength * of_pattern(config.alpha_pattern, attention, config.alpha) / rank
     waits = tuple((tuple(words), count) for words, count in config.trigger_ranks or ())
     factors = {names[attention]: own for attention, own in factors.items()}
-    return Guest(path.stem, path.resolve(), tuple(config.trigger or ()), waits, factors, scales)
+    subjects = tuple(called_by(fitting.header))
+    return Guest(path.stem, path.resolve(), tuple(config.trigger or ()), waits, factors, scales, subjects)
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:
@@ -176,3 +177,14 @@ def regions(model: object, masks: Sequence[tuple[str, torch.Tensor]]) -> object:
             raise ValueError(f"There is no adapter '{name}' to give a region; loaded: {', '.join(loaded) or 'none'}.")
     found = {**guests.masks, **{name: checked_mask(name, mask) for name, mask in masks}}
     return seated(model, replace(guests, masks=found))
+
+
+def keep_background(model: object, keep: bool = True) -> object:
+    """A clone of a model whose adapters act only where their subjects' words are looked at; see comfy/places.py.
+
+    Adapters that wait for no word act as ever. Raises ValueError where none is loaded.
+    """
+    guests = guests_of(model)
+    if not guests.all:
+        raise ValueError("There is no COMCAT adapter whose background could be kept: load one before this node.")
+    return seated(model, replace(guests, keep_background=keep))

@@ -41,6 +41,12 @@ class Said:
             before = max((before, *ends))
         return torch.tensor(found, dtype=torch.bool)
 
+    def within(self, words: Sequence[str]) -> torch.Tensor:
+        """(M,) of bool: the tokens of these words themselves."""
+        spans = [span for word in words for span in places(word, self.text)]
+        ends = [end for chunk in self.chunks for end in chunk]
+        return torch.tensor([any(start < end <= stop for start, stop in spans) for end in ends], dtype=torch.bool)
+
 
 class Tokens(dict):
     """ComfyUI's tokens, which know what they say."""

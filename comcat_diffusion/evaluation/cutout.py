@@ -17,7 +17,7 @@ from comcat_diffusion import bases
 from comcat_diffusion.training.encode import posterior
 from comcat_diffusion.training.images import content_of
 from comcat_diffusion.training.objective import objective_of
-from comcat_diffusion.training.outline import Outliner, can_outline
+from comcat_diffusion.training.outline import Outliner, can_outline, is_thing
 from comcat_diffusion.words import Subject
 
 NEUTRAL = (128, 128, 128)
@@ -28,8 +28,8 @@ Outline = Callable[[Image.Image], Image.Image]  # of a picture, a grey one of it
 
 
 def by_attention(pipe: DiffusionPipeline, subject: Subject) -> Outline | None:
-    """As the bare base of a pipeline finds a subject; None if it shows no such thing or the subject has no class."""
-    if not subject.class_word or not can_outline(pipe):
+    """As the bare base of a pipeline finds a subject; None if it shows no such thing, or the subject is none."""
+    if not is_thing(subject) or not can_outline(pipe):
         return None
     outliner, grain = Outliner(pipe, objective_of(pipe)), bases.grain(pipe)
     known: dict[str, Image.Image] = {}  # every measure asks, and each answer takes the base

@@ -162,7 +162,7 @@ def _outline_notes(outline: Outline | None) -> list[str]:
         return []
     return [
         "Shape, colour and background were not measured apart: this base does not show where in a picture the subject "
-        "is, or the subject has no class word."
+        "is, or the subject has no class word, or is a style."
     ]
 
 

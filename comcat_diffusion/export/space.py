@@ -18,16 +18,27 @@ _APP = '''\
 
 from pathlib import Path
 
-from comcat_diffusion.ui.page import build
+from comcat_diffusion.ui.app import serve
+from comcat_diffusion.ui.config import UiConfig
 
-build(Path(__file__).parent / "adapters", teaches=False).queue(max_size=16).launch()
+if __name__ == "__main__":
+    serve(UiConfig(output_dir=str(Path(__file__).parent / "studio"), host="0.0.0.0", port=7860, draw_only=True))
 '''
+_DOCKERFILE = """\
+FROM python:3.12-slim
+RUN useradd --create-home --uid 1000 user
+USER user
+WORKDIR /home/user/app
+COPY --chown=user requirements.txt .
+RUN pip install --user --no-cache-dir -r requirements.txt
+COPY --chown=user . .
+CMD ["python", "app.py"]
+"""
 _README = """\
 ---
 title: {title}
-sdk: gradio
-sdk_version: {gradio}
-app_file: app.py
+sdk: docker
+app_port: 7860
 models:
 - {repo_id}
 - {base}
@@ -53,7 +64,6 @@ def build_space(target: str | Path, repo_id: str, adapter: str | Path, sheet: st
     words = notes.phrase or adapter.stem
     card = _README.format(
         title=markdown.quoted(words),
-        gradio=metadata.version("gradio"),
         repo_id=repo_id,
         base=markdown.quoted(base),
         heading=markdown.text(words),
@@ -61,18 +71,20 @@ def build_space(target: str | Path, repo_id: str, adapter: str | Path, sheet: st
         base_told=markdown.text(base),
     )
     with atomic.whole_folder(target) as folder:
-        (folder / "adapters").mkdir()
+        (folder / "studio" / "adapters").mkdir(parents=True)
         package = Path(comcat_diffusion.__file__).parent
         shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "assets"))
-        files = {"README.md": card, "app.py": _APP, "requirements.txt": "\n".join(_requirements()) + "\n"}
+        files = {"README.md": card, "app.py": _APP, "Dockerfile": _DOCKERFILE}
+        files["requirements.txt"] = "\n".join(_requirements()) + "\n"
         for name, text in files.items():
             (folder / name).write_text(text, "utf-8")
-        shutil.copyfile(adapter, folder / "adapters" / adapter.name)
+        shutil.copyfile(adapter, folder / "studio" / "adapters" / adapter.name)
         if sheet is not None:
             (folder / "sheet.png").write_bytes(as_png(Path(sheet)))
     return Path(target)
 
 
 def _requirements() -> list[str]:
-    """The libraries that the package needs, with their least versions; a Space of the hub has gradio itself."""
-    return [line for line in metadata.requires("comcat-diffusion") or [] if "extra ==" not in line]
+    """The libraries that the package and its page need, with their least versions."""
+    needed = [line.partition(";") for line in metadata.requires("comcat-diffusion") or []]
+    return [what.strip() for what, _, where in needed if "extra ==" not in where or "'ui'" in where.replace('"', "'")]

@@ -8,10 +8,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from comcat_diffusion.adapters.header import Header, awaited, read_adapter
+from comcat_diffusion.adapters.header import Header, called_by, read_adapter, subjects_of
 from comcat_diffusion.config import BaseSettings, weighted
 from comcat_diffusion.places import asked_name
-from comcat_diffusion.words import Subject, words_of
+from comcat_diffusion.words import Subject
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,12 @@ class Chosen:
     @property
     def subjects(self) -> list[Subject]:
         """The words that call what it learned."""
-        notes = self.header.notes
-        return [Subject(notes.trigger, notes.class_word), *(Subject(**other) for other in notes.others)]
+        return subjects_of(self.header)
 
     @property
     def words(self) -> list[str]:
         """What its subjects are called by in prompts: as its notes say, else the words that it waits for."""
-        return words_of(self.subjects) or sorted(awaited(self.header))
+        return called_by(self.header)
 
     @functools.cached_property
     def sha256(self) -> str:

@@ -100,6 +100,9 @@ class DrawingSettings(SamplingSettings):
     any_prompt: bool = option(False, "Allow prompts without the adapter's trigger.")
     num_images: int = option(4, "Pictures per prompt, from consecutive seeds.", usual=True)
     compare: bool = option(False, "Also draw every picture without adapters, as the row above.", usual=True)
+    reference_images: list[str] = option(
+        [], "Pictures of the subject to show at the left of the sheet, for instance those that it was learned from."
+    )
 
     def check(self) -> None:
         """Prompts say something."""

@@ -96,7 +96,7 @@ def drawn(order: Order, on_picture: OnPicture, note: Callable[[str], None]) -> P
             on_picture(len(after) + len(before), total)
     rows = [Row("before", before), Row("after", after)] if before else [Row("", after)]
     seeds = range(config.seed, config.seed + config.num_images)
-    sheet = contact_sheet(rows, prompts, len(seeds), footer=footer_of(settings, seeds))
+    sheet = contact_sheet(rows, prompts, len(seeds), footer=footer_of(settings, seeds), references=order.references)
     about = {"prompt": " | ".join(prompts), "seeds": list(seeds), **settings}
     sheet = save_png(sheet, order.folder / "sheet.png", about, keep=True)
     return Pictures(files, sheet)

@@ -13,6 +13,7 @@ from comcat_diffusion.generation.chosen import Chosen, base_of, choose
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.masks import asked_regions
 from comcat_diffusion.places import place_of
+from comcat_diffusion.training.images import PictureError, read
 from comcat_diffusion.words import calls, filled
 
 
@@ -26,6 +27,7 @@ class Order:
     prompts: Sequence[str]  # with the subject's words filled in
     loras: Sequence[tuple[Path, float]]  # file and weight
     masks: dict[int, Image.Image]  # by the number of their adapter
+    references: Sequence[Image.Image]  # of the subject itself, for the sheet
     folder: Path
     notes: Sequence[str]  # what is worth knowing, sentences
 
@@ -47,8 +49,9 @@ def order_of(config: GenerateConfig) -> Order:
     everywhere = [(one.path.name, one.header) for number, one in enumerate(chosen) if number not in masks]
     apart = "train one with another word, or give each a part of the picture with --region."
     notes = [f"{sentence}: {apart}" for sentence in same_words(everywhere)]
+    references = [_reference(Path(text).expanduser()) for text in config.reference_images]
     folder = atomic.make_folder(config.output_dir, "--output_dir")
-    return Order(config, chosen, base, prompts, loras, masks, folder, notes)
+    return Order(config, chosen, base, prompts, loras, masks, references, folder, notes)
 
 
 def _checked(prompt: str, chosen: Sequence[Chosen], any_prompt: bool) -> str:
@@ -60,6 +63,13 @@ def _checked(prompt: str, chosen: Sequence[Chosen], any_prompt: bool) -> str:
         return prompt
     wanted = " or ".join(f"'{subject.phrase}'" for subject in subjects)
     raise ValueError(f"The prompt '{prompt}' does not name the subject: write {wanted}, or allow it with --any_prompt.")
+
+
+def _reference(path: Path) -> Image.Image:
+    try:
+        return read(path)[0]
+    except PictureError as error:
+        raise ValueError(f"--reference_images: {error}") from error
 
 
 def _lora(text: str) -> tuple[Path, float]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CELL = 144  # least side of a picture on the sheet, pixels
 LEAST_WIDTH = 460  # of a sheet that says how it was made
@@ -19,13 +19,16 @@ class Row:
     pictures: list[Image.Image]
 
 
-def contact_sheet(rows: list[Row], prompts: list[str], seeds: int, footer: str = "") -> Image.Image:
-    """Rows of pictures; the columns are prompts, each `seeds` pictures wide."""
+def contact_sheet(
+    rows: list[Row], prompts: list[str], seeds: int, footer: str = "", references: Sequence[Image.Image] = ()
+) -> Image.Image:
+    """Rows of pictures; the columns are prompts, each `seeds` pictures wide, behind one of the subject itself."""
     side = max(CELL, rows[0].pictures[0].width)
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
     group = seeds * (side + GAP)
     heads = [_wrapped(prompt, small, group - 2 * GAP) for prompt in prompts]
-    left = max((int(font.getlength(row.name)) for row in rows), default=0) + 4 * GAP
+    first = 2 * GAP + (side + 2 * GAP) * bool(references)
+    left = first + max((int(font.getlength(row.name)) for row in rows), default=0) + 2 * GAP
     top = GAP + LINE * max(len(lines) for lines in heads) + 2 * GAP
     width = max(left + len(prompts) * (group + GAP), LEAST_WIDTH if footer else 0)
     told = _wrapped(footer, small, width - 4 * GAP) if footer else []
@@ -35,9 +38,13 @@ def contact_sheet(rows: list[Row], prompts: list[str], seeds: int, footer: str =
     for index, lines in enumerate(heads):
         across = left + index * (group + GAP)
         _write(pen, (across, top - 2 * GAP - LINE * len(lines)), lines, INK, small)
+    if references:
+        _write(pen, (2 * GAP, top - 2 * GAP - LINE), ["the subject"], QUIET, small)
     for number, row in enumerate(rows):
         down = top + number * (side + GAP)
-        pen.text((2 * GAP, down + side // 2 - 9), row.name, QUIET, font)
+        pen.text((first, down + side // 2 - 9), row.name, QUIET, font)
+        for own in references[number : number + 1]:
+            sheet.paste(_square(own, side), (2 * GAP, down))
         for column, picture in enumerate(row.pictures):
             across = left + column * (side + GAP) + (column // seeds) * GAP
             sheet.paste(_enlarged(picture, side), (across, down))
@@ -67,6 +74,12 @@ def _write(
 
 def _enlarged(picture: Image.Image, side: int) -> Image.Image:
     return picture if picture.width == side else picture.resize((side, side), Image.BICUBIC)
+
+
+def _square(picture: Image.Image, side: int) -> Image.Image:
+    """The whole of it, on paper."""
+    small = ImageOps.contain(picture.convert("RGB"), (side, side), Image.BICUBIC)
+    return ImageOps.pad(small, (side, side), color=PAPER)
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from comcat_diffusion.config import (
     EMBEDDED,
+    EMBEDDED_FLOW,
     BaseSettings,
     Group,
     option,
@@ -165,8 +166,10 @@ class AdapterShape(Group):
     target_modules: list[str] | None = option(
         None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention."
     )
-    way_up: bool = option(
-        False, "Adapt the U-Net's way up alone: a quicker step and half the file, for a little less likeness."
+    up_blocks_only: bool = option(
+        False,
+        "Adapt a U-Net's up blocks alone: a quicker step and half the file, for a little less likeness.",
+        formerly="way_up",
     )
 
     def check(self) -> None:
@@ -343,7 +346,9 @@ class ValidationSettings(Group):
         [], "Prompts that samples are drawn from. Default: the instance prompt.", usual=True
     )
     num_validation_images: int = option(4, "Samples per prompt, from fixed seeds.")
-    validation_steps: int | None = option(None, "Steps between samples and held-out losses. Default: only at the end.")
+    validation_steps: int | None = option(
+        None, "Steps between samples and held-out losses, and samples before the first. Default: only at the end."
+    )
     skip_final_inference: bool = option(False, "Draw no samples at the end.")
     validation_data_dir: str | None = option(None, "Pictures that are not learned from but judged by.")
     validation_fraction: float = option(0.0, "Share of the pictures to keep out of the training and judge by.")
@@ -387,7 +392,7 @@ class TrainConfig(
             )
         bare = self.skip_final_inference or bool(self.max_bytes)
         require(not (self.thumbnail and bare), "--thumbnail needs a final sample, and room: no --max_bytes.")
-        own_base = self.pretrained_model_name_or_path not in (None, EMBEDDED)
+        own_base = self.pretrained_model_name_or_path not in (None, EMBEDDED, EMBEDDED_FLOW)
         own_pictures = bool(self.subjects) or self.instance_data_dir is not None
         require(
             own_pictures or not own_base,

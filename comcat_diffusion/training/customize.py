@@ -56,6 +56,9 @@ class Watcher(Protocol):
     def step(self, done: Step, total: int, peak_bytes: int) -> None:
         """A step is done."""
 
+    def phase(self, name: str) -> None:
+        """What begins now: loading, encoding, training, sampling, saving or proving."""
+
 
 class Silent:
     """A watcher that looks away."""
@@ -64,6 +67,9 @@ class Silent:
         """Nothing is shown."""
 
     def step(self, done: Step, total: int, peak_bytes: int) -> None:
+        """Nothing is shown."""
+
+    def phase(self, name: str) -> None:
         """Nothing is shown."""
 
 
@@ -121,6 +127,7 @@ def learn(order: Order, watcher: Watcher | None = None) -> Outcome:
             accelerator.free_memory()
             free_memory()  # the trained base is gone by now, so a fresh one needs no more room than it did
             if witness is not None:
+                watcher.phase("proving")
                 output.prove(config, witness, target)
             accelerator.wait_for_everyone()  # so that no process tells of a file that is not proved yet
             accelerator.end_training()
@@ -138,6 +145,7 @@ def _run(
     watcher: Watcher,
 ) -> tuple[Outcome, output.Witness | None]:
     """All but the proof, which the main process gets a witness for."""
+    watcher.phase("loading")
     pipe = bases.asked_base(config, "fp32", to_train=True)
     suitable.refuse_pipeline(pipe, config.pretrained_model_name_or_path)
     suitable.refuse_settings(config, family_of(pipe))
@@ -154,6 +162,7 @@ def _run(
     # the base itself.
     objective = objective_of(pipe, config.snr_gamma, config.noise_offset)
     pipe.vae.to(accelerator.device)
+    watcher.phase("encoding")
     material = encode_all(config, pipe, dataset, objective, watcher.note)
     pipe.to("cpu")
     put_away(pipe.vae.parameters())
@@ -195,6 +204,10 @@ def _run(
     metrics = target.parent / "metrics.jsonl"
     judge.remember(_lines(metrics, done))
     write = _metrics(metrics, done, accelerator)
+    if config.validation_steps and not done:  # of an adapter that is nothing yet: what the base draws from these seeds
+        watcher.phase("sampling")
+        judge.draw(0)
+    watcher.phase("training")
     with _patience() as asked_to_stop:
         interrupted = whole = False
         try:
@@ -213,7 +226,9 @@ def _run(
                 if config.checkpointing_steps and done % config.checkpointing_steps == 0:
                     checkpoints.save(done, judge.save_into)
                 if config.validation_steps and done % config.validation_steps == 0 and not last:
+                    watcher.phase("sampling")
                     write(judge.look(done))
+                    watcher.phase("training")
                 watcher.step(step, config.max_train_steps, peak_bytes(accelerator.device))
                 if asked_to_stop():
                     raise KeyboardInterrupt
@@ -228,6 +243,7 @@ def _run(
 
         # What is saved is what was trained: everything learned is first rounded to the file's precision, and at the
         # end the file is proved to do on a fresh base what the model does now.
+        watcher.phase("saving")
         write(judge.measure(done))
         witness = None
         learned.finish(learner, ema, bases.PRECISIONS[config.save_precision if not config.max_bytes else "fp32"])
@@ -237,6 +253,7 @@ def _run(
                 learned.take(learner, ema, read_contents(target))
             witness = output.witness(learner, loop.batching.batch(material.crops, objective, 0))
         if not (interrupted or config.skip_final_inference):
+            watcher.phase("sampling")
             judge.draw(done)
             if config.thumbnail and accelerator.is_main_process:
                 judge.save(target, done)

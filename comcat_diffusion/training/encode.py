@@ -24,7 +24,7 @@ from comcat_diffusion.training.dataset import Dataset, Example
 from comcat_diffusion.training.flow import FlowObjective
 from comcat_diffusion.training.names import shown
 from comcat_diffusion.training.objective import Objective
-from comcat_diffusion.training.outline import Outliner, can_outline, to_outline
+from comcat_diffusion.training.outline import Outliner, can_outline, is_thing
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def encode(
             weight = None
             if cut.mask:
                 weight = _weight(cut, mean.shape[-2:], config, example)
-            elif outliner and to_outline(example):
+            elif outliner and is_thing(example.subject):
                 weight = weighed(outliner.share(mean, example.subject, frame), config.unmasked_weight)
             crops.append(Crop(mean, std, example.prompt, example.name, frame, weight, example.repeats))
     return crops
@@ -136,7 +136,7 @@ def _outliner(
     if not can_outline(pipe):
         note("This base does not show where a subject is, so all of a picture without a mask counts alike.")
         return None
-    wanted = [example for example in without if to_outline(example)]
+    wanted = [example for example in without if is_thing(example.subject)]
     if wanted:
         note(
             f"The base looks for the subject in pictures without a mask; what is around it weighs "

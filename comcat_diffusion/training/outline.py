@@ -15,14 +15,12 @@ from torch.nn.functional import max_pool2d
 from comcat_diffusion.adapters.looking import that_look, watched
 from comcat_diffusion.adapters.texts import texts_of
 from comcat_diffusion.families.known import family_of
-from comcat_diffusion.training.dataset import Example
 from comcat_diffusion.training.objective import Objective
-from comcat_diffusion.words import Subject
+from comcat_diffusion.words import Subject, is_style
 
 NOISE = (0.1, 0.3, 0.5)  # of the way to noise: less shows the picture better, more asks the words more
 GROWN = 1  # latent places around what is found that count as the subject's: its edge is half its own
 BINS = 64
-STYLES = ("style", "painting", "drawing", "artwork", "aesthetic", "pattern", "texture")  # classes that are no things
 
 
 def can_outline(pipe: DiffusionPipeline) -> bool:
@@ -31,9 +29,9 @@ def can_outline(pipe: DiffusionPipeline) -> bool:
     return bool(that_look(getattr(pipe, family.part))) and family.flow is None
 
 
-def to_outline(example: Example) -> bool:
-    """Whether a picture shows a thing, which has a name and a place: a style has all of the picture."""
-    return bool(example.subject.class_word) and example.subject.class_word.split()[-1].lower() not in STYLES
+def is_thing(subject: Subject) -> bool:
+    """Whether a subject has a name and a place in a picture: a style has all of the picture."""
+    return bool(subject.class_word) and not is_style(subject.class_word)
 
 
 class Outliner:

@@ -43,7 +43,7 @@ def look_over(config: TrainConfig, dataset: Dataset) -> tuple[Dataset, Remarks]:
         told = found.doubts if reason in folder.DOUBTFUL else found.facts
         told.append(f"Left aside: {_listed(names)} ({reason}).")
     broken = _opened(config, dataset, found)
-    found.doubts += [*dataset.doubts, *_word_doubts(dataset), *_base_doubts(config)]
+    found.doubts += [*dataset.doubts, *_word_doubts(dataset), *_base_doubts(config, dataset)]
     return _without_broken(config, dataset, broken, found), found
 
 
@@ -136,11 +136,12 @@ def _word_doubts(dataset: Dataset) -> Iterator[str]:
             yield (f"The caption of {example.name} does not contain '{trigger}': it teaches nothing of the subject.")
 
 
-def _base_doubts(config: TrainConfig) -> Iterator[str]:
+def _base_doubts(config: TrainConfig, dataset: Dataset) -> Iterator[str]:
     """Whether pictures that are none of the embedded base's world are to be taught to it."""
-    sample = (bases.assets() / "subject").resolve()
-    places = [Path(one.instance_data_dir).expanduser().resolve() for one in config.all_subjects()]
-    if not bases.is_of_embedded(config.pretrained_model_name_or_path) or all(sample in p.parents for p in places):
+    if not bases.is_of_embedded(config.pretrained_model_name_or_path):
+        return
+    sample = {path.read_bytes() for path in (bases.assets() / "subject").glob("*/*.png")}
+    if all(example.path.read_bytes() in sample for example in dataset.examples):
         return
     world = json.loads((bases.assets() / "tiny-sd" / "world.json").read_text("utf-8"))
     yield (

@@ -1,13 +1,13 @@
 """The nodes: each a few lines over `comcat_diffusion.comfy`, in ComfyUI's older form and, below, its current one.
 
-ComfyUI takes the older mappings where it finds both, so every version that people run shows the same four nodes.
+ComfyUI takes the older mappings where it finds both, so every version that people run shows the same five nodes.
 """
 
 from pathlib import Path
 
 import folder_paths
 
-from comcat_diffusion.comfy.load import encode, load, regions, save_lora
+from comcat_diffusion.comfy.load import encode, keep_background, load, regions, save_lora
 
 _CATEGORY = "COMCAT"
 _FOLDER = "comcat"  # ComfyUI/models/comcat; adapters among the LoRAs are offered too
@@ -89,6 +89,24 @@ class Regions:
         return (regions(model, [(name.strip(), mask.reshape(-1, *mask.shape[-2:])[0]) for name, mask in masks]),)
 
 
+class KeepBackground:
+    """COMCAT keep background"""
+
+    DESCRIPTION = (
+        "Lets adapters act only where the model looks at their subject's words: all around it stays the base's. "
+        "Put it after the adapters; it costs one more pass in a drawing."
+    )
+    CATEGORY, FUNCTION, RETURN_TYPES = _CATEGORY, "run", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"model": ("MODEL",), "keep": ("BOOLEAN", {"default": True})}}
+
+    def run(self, model: object, keep: bool) -> tuple:
+        """The node's work."""
+        return (keep_background(model, keep),)
+
+
 class SaveLora:
     """COMCAT save as LoRA"""
 
@@ -113,7 +131,7 @@ class SaveLora:
 
 
 _NODES = {"ComcatLoadAdapter": LoadAdapter, "ComcatTextEncode": TextEncode, "ComcatRegions": Regions}
-_NODES |= {"ComcatSaveLora": SaveLora}
+_NODES |= {"ComcatKeepBackground": KeepBackground, "ComcatSaveLora": SaveLora}
 NODE_CLASS_MAPPINGS = _NODES
 NODE_DISPLAY_NAME_MAPPINGS = {name: node.__doc__ for name, node in _NODES.items()}
 

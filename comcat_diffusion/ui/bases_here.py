@@ -1,0 +1,96 @@
+"""The bases that the page offers: the embedded one, those in the hub's cache, and those in folders that it may name."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from comcat_diffusion.config import EMBEDDED, is_hub_id
+from comcat_diffusion.families.known import family_in
+from comcat_diffusion.places import assets
+from comcat_diffusion.ui.settings import Refused
+
+FOLDER = "bases"  # inside the page's folder
+_LICENSE = re.compile(r"^license(?:_name)?:\s*[\"']?([\w.\- ]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base as it is offered; `name` is what the settings of a run call it, `id` what the page does."""
+
+    id: str
+    name: str
+    family: str
+    bytes: int
+    license: str
+    usable: bool = True
+
+
+def bases_here(folder: Path, allowed: list[Path]) -> list[Base]:
+    """All that can be trained on, the embedded one first."""
+    found = [_of_folder(assets() / "tiny-sd", EMBEDDED, EMBEDDED)]
+    found += _cached()
+    for place in (folder / FOLDER, *allowed):
+        for path in sorted(place.iterdir()) if place.is_dir() else [place] * place.is_file():
+            if (path / "model_index.json").is_file():
+                found.append(_of_folder(path, f"folder:{path.name}", str(path)))
+            elif path.suffix == ".safetensors" and path.stat().st_size > 500_000_000:  # smaller ones are adapters
+                found.append(Base(f"file:{path.name}", str(path), "", path.stat().st_size, ""))
+        if (place / "model_index.json").is_file():
+            found.append(_of_folder(place, f"folder:{place.name}", str(place)))
+    return list({base.id: base for base in found}.values())
+
+
+def asked(id: object, folder: Path, allowed: list[Path]) -> str:
+    """The name of a base for the settings of a run. Raises Refused for one that the page does not offer."""
+    for base in bases_here(folder, allowed):
+        if base.id == id:
+            if not base.usable:
+                raise Refused(f"{base.name} is of no family that is known here.", "base")
+            return base.name
+    raise Refused("This base is not here: choose one of the list, or download it first.", "base")
+
+
+def wanted(id: object) -> str:
+    """A hub id that somebody wants downloaded. Raises Refused for what is none."""
+    proper = isinstance(id, str) and re.fullmatch(r"[\w.\-]{1,96}/[\w.\-]{1,96}", id) and is_hub_id(id)
+    if not proper:
+        raise Refused("A name on the hub reads owner/name, as in stable-diffusion-v1-5/stable-diffusion-v1-5.", "hub")
+    return id
+
+
+def _cached() -> Iterator[Base]:
+    """The bases in the hub's cache."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        cache = scan_cache_dir()
+    except (CacheNotFound, OSError):
+        return
+    for repo in sorted(cache.repos, key=lambda repo: repo.repo_id):
+        newest = max(repo.revisions, key=lambda revision: revision.last_modified, default=None)
+        if repo.repo_type == "model" and newest and (newest.snapshot_path / "model_index.json").is_file():
+            weights = any(newest.snapshot_path.glob("*/*.safetensors"))
+            base = _of_folder(newest.snapshot_path, repo.repo_id, repo.repo_id)
+            yield base if weights else Base(base.id, base.name, base.family, base.bytes, base.license, False)
+
+
+def _of_folder(path: Path, id: str, name: str) -> Base:
+    try:
+        kind = json.loads((path / "model_index.json").read_text("utf-8")).get("_class_name", "")
+    except (OSError, ValueError):
+        kind = ""
+    family = family_in(kind, {})
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    license = "Apache-2.0" if id == EMBEDDED else _license(path)
+    return Base(id, name, family.name if family else "", size, license, family is not None)
+
+
+def _license(path: Path) -> str:
+    try:
+        found = _LICENSE.search((path / "README.md").read_text("utf-8", "replace")[:5000])
+    except OSError:
+        return ""
+    return found[1].strip() if found else ""

@@ -1,0 +1,95 @@
+"""Images on the page: brought, looked over, cut, captioned, masked."""
+
+from dataclasses import asdict
+
+from starlette.routing import Route
+
+from comcat_diffusion.ui import asked, bases_here, images
+from comcat_diffusion.ui.asked import Asked
+from comcat_diffusion.ui.settings import Refused
+from comcat_diffusion.ui.training import subject_in
+
+
+def create(asked: Asked) -> dict:
+    """A new set."""
+    return _told(images.ImageSet.create(asked.studio.folder / "images", asked.owner))
+
+
+def show(asked: Asked) -> dict:
+    """A set as it is."""
+    return _told(asked.images())
+
+
+def add(asked: Asked) -> dict:
+    """A file more."""
+    found = asked.images()
+    found.add(asked.query.get("name", "picture"), asked.content)
+    return _told(found)
+
+
+def add_sample(asked: Asked) -> dict:
+    """The sample subject's images."""
+    found = asked.images()
+    found.add_sample()
+    return _told(found)
+
+
+def change(asked: Asked) -> dict:
+    """Another caption, crop, or place in the training."""
+    found = asked.images()
+    new = asked.content if isinstance(asked.content, dict) else {}
+    found.change(asked.params["number"], **new)
+    return _told(found)
+
+
+def set_mask(asked: Asked) -> dict:
+    """A mask that was drawn."""
+    found = asked.images()
+    found.set_mask(asked.params["number"], asked.content, "drawn")
+    return _told(found)
+
+
+def remove(asked: Asked) -> dict:
+    """One image less."""
+    found = asked.images()
+    found.remove(asked.params["number"])
+    return _told(found)
+
+
+def view(request: Asked) -> object:
+    """A picture for the page."""
+    kind = request.params["kind"]
+    if kind not in ("large", "small", "mask"):
+        raise Refused("An image has no such view.")
+    return asked.file(request.images().shown(request.params["number"], kind))
+
+
+def outline(asked: Asked) -> dict:
+    """Have the base find the subject, as a job."""
+    found, (word, what) = asked.images(), subject_in(asked)
+    if not what:
+        raise Refused("Say first what it is, for instance dog: that is what the base looks for.", "what")
+    base = bases_here.asked(asked.value("base", str, "embedded"), asked.studio.folder, asked.studio.allowed)
+    numbers = [one.number for one in found.pictures if not (one.problem or one.mask in ("drawn", "given"))]
+    wanted = asked.value("numbers", list, numbers)
+    request = {"set": found.folder.name, "numbers": wanted, "word": word, "what": what, "base": base}
+    job = asked.studio.queue.add("outline", "masks", asked.owner, request, lambda folder: None)
+    return {"id": job.id}
+
+
+def _told(found: images.ImageSet) -> dict:
+    return {"id": found.folder.name, "pictures": [asdict(picture) for picture in found.pictures]}
+
+
+ONE = "/api/images/{set}/{number:int}"
+ROUTES: list[Route] = [
+    asked.route("/api/images", "POST", create),
+    asked.route("/api/images/{set}", "GET", show),
+    asked.route("/api/images/{set}", "PUT", add, upload="picture"),
+    asked.route("/api/images/{set}/sample", "POST", add_sample),
+    asked.route("/api/images/{set}/outline", "POST", outline),
+    asked.route(ONE, "PATCH", change),
+    asked.route(ONE, "DELETE", remove),
+    asked.route(f"{ONE}/mask", "PUT", set_mask, upload="mask"),
+    asked.route(f"{ONE}/{{kind}}", "GET", view),
+]

@@ -1,0 +1,465 @@
+"""The studio in a real browser: Debian's Chromium, driven by Playwright. Where it is not installed, these are skipped.
+
+`make test-browser` installs it, runs all of these and keeps a screenshot of each stage in runs/studio/; axe-core, which
+it fetches for itself, looks at every page there. `make test` runs the first alone.
+"""
+
+import io
+import os
+import re
+import shutil
+import socket
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from comcat_diffusion import bases
+from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.ui import app, settings
+from comcat_diffusion.ui.config import UiConfig
+
+BROWSER = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+AXE = Path(__file__).parents[1] / "runs" / "axe" / "node_modules" / "axe-core" / "axe.min.js"
+SHOTS = os.environ.get("STUDIO_SHOTS")
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: make test-browser")
+pytestmark = pytest.mark.skipif(not BROWSER, reason="Chromium is not installed: make test-browser")
+TRAIN = bases.assets() / "subject" / "train"
+STEP = re.compile(r"Training · step \d+ of \d+")
+AT = "(one) => one.style.getPropertyValue('--at')"  # where a divider is
+SECONDS = 90_000  # milliseconds that a training of a few steps may take on a busy machine
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def port():
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def studio(tmp_path):
+    """A page that does what it is asked, in a thread; its address."""
+    from comcat_diffusion.ui.worker import run
+
+    config = UiConfig(output_dir=str(tmp_path / "studio"), port=port())
+    with app.running(config, work=run):
+        yield f"http://127.0.0.1:{config.port}"
+
+
+class Window:
+    """A browser's window with cookies of its own; whatever its console says and whoever it asks is kept."""
+
+    def __init__(self, chromium, address, **how):
+        self.address = address
+        self.context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, "locale": "en-GB"} | how)
+        self.page = self.context.new_page()
+        self.said, self.asked = [], []
+        self.page.on("console", lambda message: self.said.append(message.text) if message.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+
+    def go(self, place, wait):
+        self.page.goto(f"{self.address}/#/{place}")
+        self.page.locator(wait).first.wait_for()
+        return self.page
+
+    def sample(self):
+        """The sample subject's images, looked over."""
+        page = self.go("train", ".step")
+        page.get_by_role("button", name="Try the sample subject").click()
+        page.locator("li.image").nth(3).wait_for()
+        page.locator(".remarks summary").wait_for(timeout=SECONDS)
+        return page
+
+    def number(self, name, value):
+        """Type a number into one of the folded settings."""
+        field = self.page.locator(f'.advanced [data-field="{name}"]')
+        self.page.evaluate(
+            "document.querySelectorAll('.advanced, .advanced details').forEach((one) => (one.open = true))"
+        )
+        field.locator("input[type=number]").fill(str(value))
+
+    def start(self, **numbers):
+        """Start a training of the sample subject; waits for its page."""
+        page = self.sample()
+        for name, value in {"num_validation_images": 1, "max_bytes": 0, **numbers}.items():
+            self.number(name, value)
+        page.get_by_role("button", name="Start training").click()
+        page.wait_for_url("**/#/runs/**")
+        return page
+
+    def clean(self):
+        """Nothing was said, and nobody else was asked."""
+        assert self.said == []
+        assert [url for url in self.asked if not url.startswith((self.address, "blob:", "data:"))] == []
+
+    def look(self, name):
+        """Keep a picture of the page, and have axe-core look at it."""
+        self.page.wait_for_timeout(300)
+        if SHOTS:
+            Path(SHOTS).mkdir(parents=True, exist_ok=True)
+            self.page.screenshot(path=f"{SHOTS}/{name}.png", full_page=not self.page.locator("dialog[open]").count())
+        if AXE.is_file():
+            self.page.evaluate(AXE.read_text("utf-8"))
+            found = self.page.evaluate("axe.run()")["violations"]
+            grave = [
+                (one["id"], one["nodes"][0]["target"]) for one in found if one["impact"] in ("serious", "critical")
+            ]
+            assert grave == [], name
+
+    def width(self):
+        return self.page.evaluate("document.documentElement.scrollWidth")
+
+
+@pytest.fixture
+def window(chromium, studio):
+    opened = []
+
+    def open_(**how):
+        opened.append(Window(chromium, studio, **how))
+        return opened[-1]
+
+    yield open_
+    for one in opened:
+        one.context.close()
+
+
+def test_the_page_opens_and_says_what_it_finds(window):
+    """The one that `make test` runs: images looked over, every page shown, nothing in the console, no one asked."""
+    here = window()
+    page = here.sample()
+    assert page.locator(".sentence q").inner_text() == "a photo of sks teddy"
+    assert page.locator("li.image textarea").first.input_value().startswith("a photo of a big sks teddy in the middle")
+    for place in ("runs", "generate", "gallery", "adapters"):
+        here.go(place, "h1")
+        assert page.locator("nav a[aria-current]").get_attribute("href") == f"#/{place}"
+    here.clean()
+
+
+@pytest.mark.slow
+def test_the_way_through(window):
+    """Every folded group opened and left empty (a number was 0 then), a run, its picture, and taking it away."""
+    here = window()
+    here.go("train", ".step")
+    here.look("01-empty")
+    page = here.sample()
+    here.look("02-images")
+    here.number("max_train_steps", 16)
+    groups = page.locator(".advanced details.group")
+    assert groups.count() == 9 and page.locator(".advanced details.group:not([open])").count() == 0
+    here.look("03-advanced")
+    for name, value in (("num_validation_images", 2), ("max_bytes", 0), ("rank", 4)):
+        here.number(name, value)
+    here.number("rank", "")  # typed and emptied again
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_url("**/#/runs/sks-teddy")
+    page.locator(".phases .here").wait_for(timeout=SECONDS)
+    page.locator(".samples img").first.wait_for(timeout=SECONDS)
+    assert page.locator(".samples th").first.inner_text() == "Base"
+    page.get_by_text("left").first.wait_for(timeout=SECONDS)
+    here.look("04-training")
+    page.reload()  # in the middle: it knows as much as before
+    page.locator(".samples img").first.wait_for(timeout=SECONDS)
+    page.locator(".chart .smooth").first.wait_for(timeout=SECONDS)
+    page.get_by_text("The model knows sks teddy").wait_for(timeout=SECONDS)
+    steps = page.locator(".samples th").all_inner_texts()
+    assert steps == ["Base", *(f"Step {n}" for n in range(2, 17, 2))]
+    assert page.locator(".samples img").count() == 2 * len(steps) and page.locator("progress").count() == 0
+    here.look("05-done")
+
+    page.get_by_role("link", name="Generate with it").click()
+    card = page.locator(".cards input[type=checkbox]")
+    card.wait_for()
+    assert card.is_checked()  # the new adapter is chosen, and its prompt is there
+    prompt = page.get_by_label("Prompt", exact=True)
+    assert "sks teddy" in prompt.input_value()
+    page.get_by_label("Sampling steps", exact=True).fill("4")
+    page.get_by_label("Number of images").fill("2")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    handle = page.locator(".result .divider input")
+    handle.wait_for(timeout=SECONDS)
+    handle.focus()
+    before = page.locator(".result .divider").evaluate(AT)
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    assert (before, page.locator(".result .divider").evaluate(AT)) == (
+        "50%",
+        "55%",
+    )
+    here.look("06-generated")
+    page.get_by_label("Strengths side by side").fill("0.5 1")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.locator(".result table img").nth(3).wait_for(timeout=SECONDS)
+    here.look("07-grid")
+    page.reload()
+    page.locator(".result table img").nth(3).wait_for(timeout=SECONDS)  # what was drawn is there again
+
+    here.go("gallery", ".gallery li")
+    assert page.locator(".gallery li").count() == 6
+    here.look("08-gallery")
+    page.locator(".gallery button").last.click()
+    here.look("09-one-picture")
+    page.get_by_role("button", name="Again with this seed").click()
+    page.wait_for_url("**/#/generate")
+    page.locator(".result .divider").wait_for(timeout=SECONDS)
+    assert (
+        page.get_by_label("Seed", exact=True).input_value() == "1"
+        and page.get_by_label("Number of images").input_value() == "1"
+    )
+
+    here.go("adapters", ".cards a")
+    here.look("10-adapters")
+    page.locator(".cards a").first.click()
+    page.locator("summary", has_text="ComfyUI, with the node").click()
+    assert page.locator(".program[open] li").count() == 3
+    here.look("11-take-away")
+    with page.expect_download() as kept:
+        page.get_by_role("link", name="Download").click()
+    assert kept.value.suggested_filename == "sks-teddy.safetensors"
+    here.go("runs", ".runs li")
+    here.look("12-runs")
+    here.clean()
+
+
+@pytest.mark.slow
+def test_two_windows_a_run_belongs_to_one_of_them_and_is_stopped_and_resumed_there(window):
+    mine, other = window(), window()
+    page = mine.start(max_train_steps=40, validation_steps=40)
+    page.get_by_text(STEP).wait_for(timeout=SECONDS)
+    seen = other.go("runs", ".runs li")
+    seen.locator(".runs a").click()
+    seen.get_by_text("Somebody else started this run").wait_for()
+    assert seen.get_by_role("button", name="Stop and keep").count() == 0
+    waiting = other.start(max_train_steps=1)
+    waiting.get_by_text("Waiting, 1 before it").wait_for()
+    page.get_by_role("button", name="Stop and keep").click()
+    page.get_by_text("What was learned is in the adapter").wait_for(timeout=SECONDS)
+    assert "--" not in page.locator("main").inner_text().replace(
+        "comcat train --config", ""
+    )  # no flags that it has not
+    mine.look("13-stopped")
+    page.get_by_role("button", name="Go on").click()
+    page.get_by_text("after 40 steps").wait_for(timeout=SECONDS)
+    mine.clean()
+
+
+@pytest.mark.slow
+def test_odd_files_are_shown_each_with_what_is_wrong(window, tmp_path):
+    made = Image.effect_noise((3000, 2600), 90).convert("RGB")
+    made.save(tmp_path / "large.png")  # more than 12 MB
+    assert (tmp_path / "large.png").stat().st_size > 12_000_000
+    shutil.copy(TRAIN / "1.png", tmp_path / "dog (1).png")
+    shutil.copy(TRAIN / "2.png", tmp_path / "<b>my-cat.png")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 100)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "tiny.png")
+    (tmp_path / "notes.docx").write_bytes(b"PK")
+    here = window()
+    page = here.go("train", ".step")
+    page.locator("input[type=file]").first.set_input_files(
+        sorted(str(path) for path in tmp_path.iterdir() if path.is_file())
+    )
+    page.get_by_text("notes.docx is no picture").wait_for(timeout=SECONDS)
+    page.locator("li.image:not(.waiting)").nth(5).wait_for(timeout=SECONDS)
+    cards = {text.split("\n")[0]: text for text in page.locator("li.image").all_inner_texts()}
+    assert set(cards) == {"dog (1).png", "<b>my-cat.png", "broken.jpg", "phone.heic", "tiny.png", "large.png"}
+    assert (
+        "cannot be read as a picture" in cards["broken.jpg"] and page.locator("main b", has_text="my-cat").count() == 0
+    )
+    page.get_by_label("What it is").fill("teddy")
+    page.get_by_text("smaller than the resolution").first.wait_for(timeout=SECONDS)
+    assert "smaller than the resolution" in page.locator("li.image", has_text="tiny.png").inner_text()
+    here.look("14-odd-files")
+    here.page.get_by_role("button", name="Remove broken.jpg").click()
+    page.locator("li.image", has_text="broken.jpg").wait_for(state="detached")
+
+
+def _refused_below_zero():
+    """The settings with a number of which `comcat train` refuses minus five, at their own flag."""
+    for group in settings.asked_of(TrainConfig, "en"):
+        for one in group["fields"]:
+            try:
+                TrainConfig(**{one["name"]: -5 if one["kind"] == "whole" else -5.0}) if one["kind"] in (
+                    "whole",
+                    "number",
+                ) else None
+            except ValueError as error:
+                if str(error).startswith(f"--{one['name']} "):
+                    yield one["name"]
+
+
+@pytest.mark.slow
+def test_a_wrong_number_in_any_field_is_one_sentence_at_that_field(window):
+    here, wrong = window(), list(_refused_below_zero())
+    page = here.sample()
+    assert len(wrong) > 20
+    for name in wrong:
+        here.number(name, -5)
+        page.get_by_role("button", name="Start training").click()
+        fault = page.locator(f'.advanced [data-field="{name}"] .fault').first
+        fault.wait_for()
+        assert fault.inner_text().count(".") >= 1 and "--" not in fault.inner_text(), name
+        field = page.locator(f'.advanced [data-field="{name}"] input[type=number]')
+        assert field.get_attribute("aria-invalid") == "true" and fault.get_attribute("id") in field.get_attribute(
+            "aria-describedby"
+        )
+        if name == "rank":
+            here.look("15-wrong-number")
+        here.number(name, "")
+    page.get_by_label("Word", exact=True).fill("dog")
+    page.get_by_text("The base knows this word well").wait_for()
+    page.get_by_label("New token", exact=True).fill("<my-cat>")
+    page.get_by_label("It starts from").fill("cat")
+    page.get_by_role("button", name="Start training").click()
+    fault = page.locator('[data-field="word"] .fault').first
+    assert "does not contain '<my-cat>'." in fault.inner_text()  # all of it: no name becomes markup
+
+
+@pytest.mark.slow
+def test_an_image_is_cut_and_masked_by_mouse_and_by_keys(window, tmp_path):
+    made = Image.new("RGB", (300, 200), "white")
+    ImageDraw.Draw(made).ellipse((200, 50, 290, 140), fill="purple")
+    made.save(tmp_path / "wide.png")
+    here = window()
+    page = here.go("train", ".step")
+    page.locator("input[type=file]").first.set_input_files(str(tmp_path / "wide.png"))
+    page.get_by_role("button", name="Crop and mask").click()
+    canvas = page.locator("dialog canvas")
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] * 0.5)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.85, box["y"] + box["height"] * 0.5)
+    page.mouse.up()
+    canvas.focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Space")
+    page.get_by_label("Across").fill("100")
+    here.look("16-mask")
+    page.get_by_role("button", name="Keep").click()
+    page.locator(".image .mask").wait_for()
+    page.locator(".image .crop").wait_for()
+    set_ = page.evaluate("localStorage.images")
+    one = here.context.request.get(f"{here.address}/api/images/{set_}").json()["pictures"][0]
+    assert one["crop"] == [100, 0, 200] and one["mask"] == "drawn"
+    content = here.context.request.get(f"{here.address}/api/images/{set_}/1/mask").body()
+    mask = Image.open(io.BytesIO(content)).convert("L").resize((300, 200))
+    assert mask.getpixel((245, 100)) > 200 and mask.getpixel((50, 100)) < 20
+    page.get_by_label("Caption of wide.png").fill("sks ball at the right")
+    page.get_by_label("What it is").fill("ball")
+    page.locator("summary", has_text="Write captions").click()
+    page.get_by_role("button", name="Replace all").click()
+    caption = page.get_by_label("Caption of wide.png")
+    playwright.expect(caption).to_have_value("a photo of sks ball, white background")
+    here.clean()
+
+
+@pytest.mark.slow
+def test_the_keyboard_alone_starts_a_run(window):
+    here = window()
+    page = here.go("train", ".step")
+
+    def reach(name):
+        for _ in range(140):
+            page.keyboard.press("Tab")
+            if name in page.evaluate(
+                "document.activeElement.matches('button') ? document.activeElement.innerText : ''"
+            ):
+                return
+        raise AssertionError(name)
+
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "skip"
+    page.keyboard.press("Enter")
+    reach("Try the sample subject")
+    page.keyboard.press("Enter")
+    page.locator("li.image").nth(3).wait_for()
+    reach("Start training")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/#/runs/**")
+    reach("Cancel")
+    page.keyboard.press("Enter")
+    page.locator("dialog[open]").wait_for()
+    reach("No, go back")
+    page.keyboard.press("Enter")
+    page.locator("dialog").wait_for(state="detached")
+    reach("Cancel")
+    page.keyboard.press("Enter")
+    page.locator("dialog .danger").focus()
+    page.keyboard.press("Enter")
+    page.locator(".state.cancelled").wait_for(timeout=SECONDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_a_phone_shows_all_of_it_in_german(window, colours):
+    here = window(viewport={"width": 390, "height": 844}, locale="de-DE", color_scheme=colours, device_scale_factor=2)
+    page = here.go("train", ".step")
+    page.get_by_role("button", name="Beispielmotiv ausprobieren").click()
+    page.locator("li.image").nth(3).wait_for()
+    for place in ("train", "runs", "generate", "gallery", "adapters"):
+        here.go(place, "h1")
+        assert here.width() == 390, place
+        here.look(f"20-phone-{colours}-{place}")
+    assert page.locator("html").get_attribute("lang") == "de"
+    here.clean()
+
+
+@pytest.mark.slow
+def test_a_restarted_server_goes_on_with_what_ran(chromium, tmp_path):
+    """A run outlives its server: the page that is reloaded shows it going on to its end."""
+    from comcat_diffusion.ui.worker import run
+
+    config = UiConfig(output_dir=str(tmp_path / "studio"), port=port())
+    here = Window(chromium, f"http://127.0.0.1:{config.port}")
+    with app.running(config, work=run):
+        page = here.start(max_train_steps=60, validation_steps=60)
+        page.get_by_text(STEP).wait_for(timeout=SECONDS)
+    status = (tmp_path / "studio" / "runs" / "sks-teddy" / "status.json").read_text()
+    assert '"queued"' in status and list((tmp_path / "studio" / "runs").glob("*/checkpoints/*"))
+    with app.running(config, work=run):
+        page.reload()
+        page.get_by_text("The model knows").wait_for(timeout=SECONDS)
+        assert "after 60 steps" in page.locator(".hero").inner_text()
+        steps = page.evaluate(
+            "async () => (await (await fetch('/api/jobs/runs/sks-teddy')).json()).losses.map((one) => one.step)"
+        )
+        assert [step for step in steps if step] == sorted(set(steps)) and len(set(steps)) == 60
+    here.context.close()
+
+
+@pytest.mark.slow
+def test_a_worker_in_a_process_of_its_own_is_ended_by_a_cancel_and_the_next_job_gets_another(tmp_path):
+    """The only one here that needs no browser, but a process that imports torch."""
+    from comcat_diffusion.ui.jobs import Queue
+    from comcat_diffusion.ui.worker import Process
+
+    process = Process()
+    queue = Queue(tmp_path, process, process.end)
+    request = {"settings": {"instance_prompt": "a photo of sks teddy", "max_train_steps": 5000}, "own_images": False}
+    long = queue.add("train", "long", "me", request, lambda folder: None)
+    short = {"settings": request["settings"] | {"max_train_steps": 1, "skip_final_inference": True, "max_bytes": 0}}
+    after = queue.add("train", "short", "me", request | short, lambda folder: None)
+    until(lambda: long.status.get("done", 0) > 1)
+    assert queue.position(after) == 1
+    queue.cancel(long)
+    until(lambda: after.status["state"] in ("done", "failed"))
+    queue.close()
+    assert (long.status["state"], after.status["state"]) == ("cancelled", "done")
+
+
+def until(is_so, seconds=90):
+    for _ in range(seconds * 10):
+        if is_so():
+            return
+        time.sleep(0.1)
+    raise AssertionError
