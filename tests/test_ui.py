@@ -24,7 +24,7 @@ from comcat_diffusion.ui import app, jobs, presets, settings, texts, uploads
 from comcat_diffusion.ui.config import UiConfig
 from comcat_diffusion.ui.jobs import Job, Queue
 from comcat_diffusion.ui.port import address_of
-from comcat_diffusion.ui.progress import Paused, Progress
+from comcat_diffusion.ui.progress import Cancelled, Paused, Progress
 from comcat_diffusion.ui.settings import Refused
 
 TRAIN = bases.assets() / "subject" / "train"
@@ -520,6 +520,10 @@ def test_a_run_is_interrupted_once_and_not_while_it_is_saved(asked_by, error, tm
         progress.count(2, 10)
     assert isinstance(raised.value, Paused) == (asked_by == jobs.PAUSE) == progress.paused
     progress.phase("saving")  # what it has learned
+    (tmp_path / jobs.CANCEL).touch()
+    with pytest.raises(Cancelled):
+        progress.phase("proving")
+    (tmp_path / jobs.CANCEL).unlink()
     late = Progress(Job(tmp_path), rounds=1)
     late.done = late.total = 10
     late.phase("saving")
@@ -603,6 +607,59 @@ def test_a_subject_is_taught_and_drawn_and_taken_away(at_work):
         assert answer.json()["field"] == field, answer.text
     assert at_work.post("/api/draw", json={**draw, "adapters": [{"id": "nope"}]}).status_code == 404
     assert sorted(at_work.folder.glob("pictures/*")) == before
+
+
+def test_a_base_is_downloaded_that_is_asked_for_by_name_and_how_much_of_it_is_there_is_told(tmp_path, monkeypatch):
+    import functools
+
+    from huggingface_hub import constants, snapshot_download
+
+    from comcat_diffusion.ui import download
+    from tests.hub_server import running
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    seen = []
+    with running("secret") as hub:
+        files = {"model_index.json": b"{}", "unet/a.safetensors": b"x" * 100_000, "unet/a.fp16.safetensors": b"y"}
+        hub.files["me/base"], hub.private["me/base"] = files | {"all-in-one.safetensors": b"z"}, False
+        fetch = functools.partial(snapshot_download, endpoint=hub.address, cache_dir=tmp_path)
+        monkeypatch.setattr(download, "snapshot_download", fetch)
+        download.download("me/base", lambda *counted: seen.append(counted))
+        with pytest.raises(OSError, match="The hub did not give 'me/nothing'"):
+            download.download("me/nothing", lambda *counted: None)
+    assert seen[-1] == (100_002, 100_002)
+    fetched = [path.name for path in tmp_path.glob("models--me--base/snapshots/*/**/*.*")]
+    assert sorted(fetched) == ["a.safetensors", "model_index.json"]
+
+
+@pytest.mark.parametrize("name", ["", "bert", "../../etc", "a/b/c", "/etc/passwd", "http://x/y", "assets/tiny-sd"])
+def test_what_is_no_name_on_the_hub_is_not_asked_for(page, name):
+    answer = page.post("/api/bases", json={"hub": name})
+    assert answer.status_code == 422 and answer.json()["field"] == "hub"
+
+
+def exported(client, name, body):
+    answer = client.post(f"/api/adapters/{name}/export", json=body)
+    return ended(client, answer.json()["id"]) if answer.status_code == 200 else answer
+
+
+@pytest.mark.slow
+def test_an_adapter_becomes_a_lora_for_other_programs_exactly_or_nearly(at_work):
+    for file, exact in (("lora", True), ("small", False)):
+        given = {"max_train_steps": 3, "max_bytes": 0, "skip_final_inference": True, "num_validation_images": 1}
+        body = asked(sample(at_work), settings=given, aims={"file": file})
+        run = ended(at_work, at_work.post("/api/train", json=body).json()["id"])
+        name = f"{run['id'].split('/')[1]}/{run['adapters'][0]}"
+        assert at_work.get(f"/api/adapters/{name}/programs").json()["exact"] is exact
+        made = exported(at_work, name, {"client": "forge"})
+        if not exact and made["state"] == "failed":  # so little is learned in three steps that too little would be kept
+            assert "would keep" in made["message"] and "--" not in made["message"].replace("--as lora", ""), made
+            continue
+        assert made["state"] == "done" and "sks-teddy-lora.safetensors" in made["result"]["files"], made
+        assert "sks-teddy-lora.json" in made["result"]["files"] and str(at_work.folder) not in str(made["result"])
+        file = at_work.get(f"/api/jobs/{made['id']}/files/sks-teddy-lora.safetensors?keep=1")
+        assert file.status_code == 200 and b"lora_unet_" in file.content[:20000]
+    assert exported(at_work, name, {"client": "paint"}).status_code == 422
 
 
 def test_a_picture_that_says_nonsense_is_refused(page):

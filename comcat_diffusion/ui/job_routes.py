@@ -29,9 +29,7 @@ def listed(asked: Asked) -> list[dict]:
 
 def waiting(asked: Asked) -> list[dict]:
     """What runs or waits, whosever it is, in its order."""
-    found = [job for shelf in set(jobs.SHELVES.values()) for job in asked.studio.queue.all(shelf)]
-    alive = [told(asked, job) for job in found if job.status["state"] in jobs.LIVE]
-    return sorted(alive, key=lambda one: (one["position"], one["number"]))
+    return [told(asked, job) for job in asked.studio.queue.live()]
 
 
 def told(asked: Asked, job: Job) -> dict:
