@@ -8,7 +8,8 @@ DEMO := out/demo
 # Of the packages' modules a small part is ever imported: each is compiled and kept when it is, and not at the install.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-kernels test-browser test-comfyui test-forge lint base subject benchmarks dinov2 photographs clean
+.PHONY: demo test test-kernels test-browser test-comfyui test-forge lint base flow-base subject benchmarks dinov2 photographs
+.PHONY: clean
 
 demo: .venv/installed
 	$(BIN)/python train_customize.py --config assets/subject/train.toml --output_dir $(DEMO) --overwrite
@@ -58,6 +59,10 @@ lint: .venv/installed
 # Rebuilds the embedded base from nothing (minutes on a GPU, hours on two cores; goes on from runs/base after a cut).
 base: .venv/installed
 	$(BIN)/python -m recipe.build
+
+# The same of the flow-matching base, in FLUX.2 klein's classes, on the first one's VAE; it goes on from runs/flow-base.
+flow-base: .venv/installed
+	$(BIN)/python -m recipe.build_flow
 
 subject: .venv/installed
 	$(BIN)/python -m recipe.subject assets/subject

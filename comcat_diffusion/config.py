@@ -18,7 +18,8 @@ import tomli_w
 LARGEST = 3e38  # what float32 holds
 STRONGEST = 100.0  # of an adapter's scale: one is what it was trained with
 FEW = 16  # settings that fit a screen: the help of a command with no more than these shows all
-EMBEDDED = "embedded"  # the small base that comes with the package
+EMBEDDED = "embedded"  # the small base that comes with the package,
+EMBEDDED_FLOW = "embedded-flow"  # and its flow-matching sibling
 _METAVARS = {str: "TEXT", int: "N", float: "NUMBER"}
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # endings of files; "dreamlike-photoreal-2.0" has none
 

@@ -1,4 +1,4 @@
-"""Where a base is, by the name that it goes by: the embedded one, a folder or file, or, being nowhere here, a hub id.
+"""Where a base is, by the name that it goes by: an embedded one, a folder or file, or, being nowhere here, a hub id.
 
 Nothing here imports torch, so that a name that is none is refused before anything is waited for.
 """
@@ -6,9 +6,10 @@ Nothing here imports torch, so that a name that is none is refused before anythi
 import json
 from pathlib import Path
 
-from comcat_diffusion.config import EMBEDDED, BaseSettings, is_hub_id
+from comcat_diffusion.config import EMBEDDED, EMBEDDED_FLOW, BaseSettings, is_hub_id
 
 _PACKAGE = Path(__file__).parent
+_FOLDERS = {EMBEDDED: "tiny-sd", EMBEDDED_FLOW: "tiny-flow"}
 
 
 def assets() -> Path:
@@ -22,12 +23,13 @@ def assets() -> Path:
 
 
 def is_embedded(name: str) -> bool:
-    """Whether this names the base that comes with the package, by its word or its folder."""
-    if name == EMBEDDED:
+    """Whether this names a base that comes with the package, by its word or its folder."""
+    if name in _FOLDERS:
         return True
     try:
-        return Path(name).expanduser().resolve() == (assets() / "tiny-sd").resolve()
-    except FileNotFoundError:  # a copy of the package without it, as a Space has
+        asked = Path(name).expanduser().resolve()
+        return any(asked == (assets() / folder).resolve() for folder in _FOLDERS.values())
+    except FileNotFoundError:  # a copy of the package without them, as a Space has
         return False
 
 
@@ -38,7 +40,7 @@ def dense_name(name: str) -> str:
 
 
 def is_of_embedded(name: str | None) -> bool:
-    """Whether this names the embedded base, as None does, or one that was compressed from it."""
+    """Whether this names an embedded base, as None does, or one that was compressed from it."""
     return is_embedded(dense_name(name or EMBEDDED))
 
 
@@ -50,7 +52,11 @@ def public_name(name: str) -> str:
 
 def place_of(name: str) -> Path:
     """The folder or file of a base; nothing is there only of a hub id."""
-    path = assets() / "tiny-sd" if is_embedded(name) else Path(name).expanduser()
+    path = assets() / _FOLDERS[name] if name in _FOLDERS else Path(name).expanduser()
+    if name == EMBEDDED_FLOW and not path.is_dir():
+        raise FileNotFoundError(
+            f"'{name}' is not part of this copy of the package: make flow-base trains it, and 'embedded' is there."
+        )
     if path.is_dir() and not (path / "model_index.json").is_file():
         raise FileNotFoundError(f"{path} is no diffusers folder: it has no model_index.json.")
     if not (path.is_dir() or path.is_file() or is_hub_id(name)):

@@ -82,12 +82,12 @@ def export(state: Path, output: Path) -> dict:
     for model in (pipe.vae, pipe.text_encoder, pipe.unet, whole):
         model.half().float()
     pipe.set_progress_bar_config(disable=True)
-    measured, made = scores(pipe, whole)
+    measured, made = scores(pipe, whole, tokenizer)
     shutil.rmtree(output, ignore_errors=True)
     for model in (pipe.vae, pipe.text_encoder, pipe.unet):
         model.half()
     pipe.save_pretrained(output)
-    _compute_in_float32(output / "text_encoder" / "config.json")
+    compute_in_float32(output / "text_encoder" / "config.json")
     whole.half().save_pretrained(output / "clip")
     clip.new_processor().save_pretrained(output / "clip")
     world = {"objects": list(OBJECTS), "backgrounds": BACKGROUNDS, "places": PLACES, "sizes": SIZES, "tints": TINTS}
@@ -99,7 +99,7 @@ def export(state: Path, output: Path) -> dict:
     return report
 
 
-def _compute_in_float32(config: Path) -> None:
+def compute_in_float32(config: Path) -> None:
     """Let transformers raise the text encoder's weights to float32, as diffusers does with the other parts'."""
     told = json.loads(config.read_text())
     config.write_text(json.dumps({**told, "dtype": "float32"}, indent=2) + "\n")
@@ -146,7 +146,7 @@ def _saved(checkpoint: Path) -> dict:
     return torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu")
 
 
-def circumstances() -> dict:
+def circumstances(sampler: str = "DDIM", guidance: float = GUIDANCE) -> dict:
     """Where and with what this was measured."""
     import diffusers
 
@@ -156,7 +156,7 @@ def circumstances() -> dict:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "dtype": "weights rounded to float16, computed in float32",
-        "sampling": f"{STEPS_DRAWN} DDIM steps, guidance {GUIDANCE}, one fixed seed per prompt",
+        "sampling": f"{STEPS_DRAWN} {sampler} steps, guidance {guidance}, one fixed seed per prompt",
     }
 
 

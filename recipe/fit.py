@@ -1,8 +1,9 @@
 """The loop that every stage of the recipe shares: a cosine rate, EMA, a checkpoint a minute, one graph on a GPU."""
 
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ class Schedule:
     weight_decay: float = 0.01
     ema_decay: float = 0.999
     checkpoint_seconds: float = 60.0
+    hidden_rate: float = 2.5  # of `hidden` matrices, as a multiple
+    limit_seconds: float = math.inf  # after which the stage ends where it is
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: linear warm-up, then a cosine to a fiftieth."""
@@ -41,34 +44,43 @@ def fit(
     loss_of: Callable[..., torch.Tensor],
     schedule: Schedule,
     state: Path,
+    hidden: Sequence[torch.nn.Parameter] = (),
 ) -> None:
     """Train `model`, which is on `DEVICE`, on `loss_of(*batch_of(step))`; leave the EMA weights in it.
+
+    AdamW trains it but for its `hidden` matrices, which are Muon's. That reads its rate on the host, so that a GPU runs
+    such a stage without a graph.
 
     A run that was cut goes on from `state`. `batch_of` draws from the step number, so a resumed run sees what an
     unbroken one would have seen; its tensors have the same shapes at every step, and all that is random is in it.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=schedule.weight_decay, fused=True)
+    optimizers = _optimizers(trained, hidden, schedule.weight_decay)
     ema = EMAModel(trained, decay=schedule.ema_decay, foreach=True)
-    first = _resume(model, optimizer, ema, state)
+    first = _resume(model, optimizers, ema, state)
     ema.decay = schedule.ema_decay  # a resumed run may change it
     rate = torch.zeros((), device=DEVICE)  # a tensor, so that a captured update reads what the schedule says
-    for group in optimizer.param_groups:
+    for group in optimizers["optimizer"].param_groups:
         group.update(lr=rate, capturable=DEVICE.type == "cuda")
 
     def update(*batch: torch.Tensor) -> torch.Tensor:
         loss = loss_of(*batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     torch.backends.cudnn.benchmark = True  # shapes never change, so the fastest kernels are worth looking for
-    run = _OneGraph(update) if DEVICE.type == "cuda" else update
-    saved_at, printed_at, mean = time.monotonic(), time.monotonic(), None
+    run = _OneGraph(update) if DEVICE.type == "cuda" and not hidden else update
+    began = saved_at = printed_at = time.monotonic()
+    mean = None
     for step in range(first, schedule.steps):
-        rate.fill_(schedule.rate(step))
+        now_rate = schedule.rate(step)
+        rate.fill_(now_rate)
+        for group in optimizers["muon"].param_groups if hidden else ():
+            group["lr"] = schedule.hidden_rate * now_rate
         loss = run(*batch_of(step))
         ema.step(trained)
         mean = loss.clone() if mean is None else mean.lerp(loss, 0.02)  # read seldom: a GPU would wait
@@ -77,10 +89,25 @@ def fit(
             each = (now - printed_at) / 100
             print(f"{state.stem} step {step + 1}/{schedule.steps} loss {mean:.4f} {each:.4f} s/step", flush=True)
             printed_at = now
-        if now - saved_at > schedule.checkpoint_seconds or step + 1 == schedule.steps:
-            _save(model, optimizer, ema, step + 1, state)
+        ends = step + 1 == schedule.steps or now - began > schedule.limit_seconds
+        if ends or now - saved_at > schedule.checkpoint_seconds:
+            _save(model, optimizers, ema, step + 1, state)
             saved_at = now
+        if ends:
+            break
     ema.copy_to(trained)
+
+
+def _optimizers(
+    trained: Sequence[torch.nn.Parameter], hidden: Sequence[torch.nn.Parameter], weight_decay: float
+) -> dict[str, torch.optim.Optimizer]:
+    """By the names that they go by in a checkpoint."""
+    apart = {id(matrix) for matrix in hidden}
+    others = [parameter for parameter in trained if id(parameter) not in apart]
+    optimizers = {"optimizer": torch.optim.AdamW(others, weight_decay=weight_decay, fused=True)}
+    if hidden:
+        optimizers["muon"] = torch.optim.Muon(hidden, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return optimizers
 
 
 class _OneGraph:
@@ -119,7 +146,7 @@ class _OneGraph:
 def adopt(model: torch.nn.Module, step: int, state: Path) -> None:
     """Write `model`, as it is, as the checkpoint of `step`, so that `fit` trains it further with a fresh optimizer."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    _save(model, torch.optim.AdamW(trained, fused=True), EMAModel(trained), step, state)
+    _save(model, _optimizers(trained, (), Schedule.weight_decay), EMAModel(trained), step, state)
 
 
 def fast_precision() -> torch.autocast:
@@ -138,20 +165,25 @@ def ema_weights(model: torch.nn.Module, state: Path) -> None:
         parameter.data.copy_(shadow)
 
 
-def _save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel, step: int, state: Path) -> None:
+Optimizers = Mapping[str, torch.optim.Optimizer]
+
+
+def _save(model: torch.nn.Module, optimizers: Optimizers, ema: EMAModel, step: int, state: Path) -> None:
     state.parent.mkdir(parents=True, exist_ok=True)
     partial = state.with_suffix(".partial")
-    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict(), "step": step}
+    saved = {"model": model.state_dict(), "ema": ema.state_dict(), "step": step}
+    saved |= {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
     torch.save(saved, partial)
     os.replace(partial, state)
 
 
-def _resume(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel, state: Path) -> int:
+def _resume(model: torch.nn.Module, optimizers: Optimizers, ema: EMAModel, state: Path) -> int:
     if not state.exists():
         return 0
     saved = torch.load(state, weights_only=True, map_location=DEVICE)
     model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(saved[name])
     ema.load_state_dict(saved["ema"])
     ema.to(DEVICE)
     return saved["step"]

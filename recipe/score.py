@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from transformers import CLIPModel, CLIPTokenizer
 
 from comcat_diffusion.evaluation.world import World, see
@@ -39,31 +39,38 @@ def judged(world: list[Scene], drawn: np.ndarray, clip: CLIPModel, tokenizer: CL
     }
 
 
-def generated(pipe: StableDiffusionPipeline, world: list[Scene]) -> np.ndarray:
-    """One picture per scene from its fixed seed: uint8 (count, H, W, 3)."""
+def generated(pipe: DiffusionPipeline, world: list[Scene], guidance: float = GUIDANCE, **drawing: object) -> np.ndarray:
+    """One picture per scene from its fixed seed: uint8 (count, H, W, 3). `drawing` is what else it needs."""
     made = []
     pipe.to(DEVICE)
     for start in range(0, len(world), 25):
         batch = range(start, min(start + 25, len(world)))
         made += pipe(
-            [prompt(world[index]) for index in batch],
+            prompt=[prompt(world[index]) for index in batch],
             num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
+            guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(index) for index in batch],
             output_type="np",
+            **drawing,
         ).images.__iter__()
     pipe.to("cpu")
     return (np.stack(made) * 255).round().astype(np.uint8)
 
 
-def scores(pipe: StableDiffusionPipeline, clip: CLIPModel) -> tuple[dict[str, float], np.ndarray]:
+def scores(
+    pipe: DiffusionPipeline,
+    clip: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    guidance: float = GUIDANCE,
+    **drawing: object,
+) -> tuple[dict[str, float], np.ndarray]:
     """All scores of a base, and the pictures they were read from. `drawn_*` are the same measures on drawn scenes."""
     world = held_out(DRAWN)
     drawn = pictures(world, seed=32)
-    truth = judged(world, drawn, clip, pipe.tokenizer)
-    made = generated(pipe, world[:PROMPTS])
+    truth = judged(world, drawn, clip, tokenizer)
+    made = generated(pipe, world[:PROMPTS], guidance, **drawing)
     result = {
-        **judged(world[:PROMPTS], made, clip, pipe.tokenizer),
+        **judged(world[:PROMPTS], made, clip, tokenizer),
         "vae_psnr_db": round(psnr(pipe.vae, as_tensor(drawn[:PROMPTS])), 2),
         **{f"drawn_{name}": value for name, value in truth.items()},
     }

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from comcat_diffusion import bases, load_adapter
+from comcat_diffusion import bases, load_adapter, places
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.training.config import TrainConfig
@@ -136,3 +136,16 @@ def test_bfloat16_suits_where_the_device_has_instructions_for_it(monkeypatch, de
 def test_a_gpu_draws_in_half_precision_unless_another_is_asked_for():
     asked = (None, "cuda"), (None, "cuda:1"), (None, "mps"), ("bf16", "cuda"), ("fp32", "cuda"), ("fp32", "cpu")
     assert [bases.asked_precision(*one, "a/b") for one in asked] == ["fp16", "fp16", "fp32", "bf16", "fp32", "fp32"]
+
+
+def test_a_copy_without_the_flow_base_says_how_it_is_made(tmp_path, monkeypatch):
+    (tmp_path / "assets" / "tiny-sd").mkdir(parents=True)
+    monkeypatch.setattr(places, "_PACKAGE", tmp_path)
+    with pytest.raises(FileNotFoundError, match="make flow-base trains it"):
+        bases.load_base(places.EMBEDDED_FLOW)
+    (tmp_path / "assets" / "tiny-flow").mkdir()
+    (tmp_path / "assets" / "tiny-flow" / "model_index.json").write_text("{}")
+    assert bases.place_of(places.EMBEDDED_FLOW) == tmp_path / "assets" / "tiny-flow"
+    for name in (places.EMBEDDED_FLOW, str(tmp_path / "assets" / "tiny-flow")):
+        assert bases.is_embedded(name) and bases.default_guidance(name) == bases.EMBEDDED_GUIDANCE
+    assert not bases.is_embedded(str(tmp_path / "assets"))

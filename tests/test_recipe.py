@@ -27,8 +27,8 @@ def test_the_encoder_computes_principal_components():
     assert_close(posterior.std, torch.full_like(posterior.std, autoencoder.POSTERIOR_STD))
 
 
-def learn(state, **changes) -> torch.nn.Linear:
-    """A linear map fitted to another on batches drawn from the step number."""
+def learn(state, muon=False, **changes) -> torch.nn.Linear:
+    """A linear map fitted to another on batches drawn from the step number; its matrix by Muon, if asked."""
     torch.manual_seed(1)
     model, wanted = torch.nn.Linear(4, 3).to(DEVICE), torch.randn(3, 4, device=DEVICE)
 
@@ -37,12 +37,14 @@ def learn(state, **changes) -> torch.nn.Linear:
         return seen, seen @ wanted.T
 
     schedule = dataclasses.replace(SCHEDULE, **changes)
-    fit(model, batch_of, lambda seen, answer: (model(seen) - answer).square().mean(), schedule, state)
+    hidden = [model.weight] if muon else ()
+    fit(model, batch_of, lambda seen, answer: (model(seen) - answer).square().mean(), schedule, state, hidden)
     return model
 
 
-def test_a_stage_that_was_cut_ends_as_one_that_was_not(tmp_path, monkeypatch):
-    whole = learn(tmp_path / "whole.pt")
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_stage_that_was_cut_ends_as_one_that_was_not(tmp_path, monkeypatch, muon):
+    whole = learn(tmp_path / "whole.pt", muon)
     state, steps = tmp_path / "cut.pt", []
 
     class Cut(Exception):
@@ -57,13 +59,27 @@ def test_a_stage_that_was_cut_ends_as_one_that_was_not(tmp_path, monkeypatch):
     rate = Schedule.rate
     with monkeypatch.context() as patch, pytest.raises(Cut):
         patch.setattr(Schedule, "rate", cut)
-        learn(state, checkpoint_seconds=0.0)
+        learn(state, muon, checkpoint_seconds=0.0)
     assert steps == list(range(8))
-    again = learn(state)
+    again = learn(state, muon)
     assert_close(again.weight, whole.weight, rtol=0, atol=0)
     fresh = torch.nn.Linear(4, 3)
     ema_weights(fresh, state)
     assert_close(fresh.weight, whole.weight.cpu(), rtol=0, atol=0)
+
+
+def test_muon_trains_the_matrices_that_it_is_given(tmp_path):
+    learned, adam = (learn(tmp_path / f"{muon}.pt", muon) for muon in (True, False))
+    assert not torch.equal(learned.weight, adam.weight)
+    saved = torch.load(tmp_path / "True.pt", weights_only=True)
+    assert len(saved["muon"]["state"]) == len(saved["optimizer"]["state"]) == 1
+
+
+def test_a_stage_ends_when_its_time_is_over(tmp_path):
+    learn(tmp_path / "stage.pt", limit_seconds=0.0)
+    assert torch.load(tmp_path / "stage.pt", weights_only=True)["step"] == 1
+    learn(tmp_path / "stage.pt")
+    assert torch.load(tmp_path / "stage.pt", weights_only=True)["step"] == SCHEDULE.steps
 
 
 def test_a_shipped_stage_is_trained_further_from_its_step(tmp_path, capsys):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from comcat_diffusion.config import (
     EMBEDDED,
+    EMBEDDED_FLOW,
     BaseSettings,
     Group,
     option,
@@ -389,7 +390,7 @@ class TrainConfig(
             )
         bare = self.skip_final_inference or bool(self.max_bytes)
         require(not (self.thumbnail and bare), "--thumbnail needs a final sample, and room: no --max_bytes.")
-        own_base = self.pretrained_model_name_or_path not in (None, EMBEDDED)
+        own_base = self.pretrained_model_name_or_path not in (None, EMBEDDED, EMBEDDED_FLOW)
         own_pictures = bool(self.subjects) or self.instance_data_dir is not None
         require(
             own_pictures or not own_base,
