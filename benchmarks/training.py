@@ -49,7 +49,7 @@ PARTS = ("recipe", "pictures")
 WHOLE_RUN = 400  # steps of the run that is extrapolated: our default
 TARGETS = {  # of our adapter; `cross` is its default
     "cross": {},
-    "up": {"way_up": True},
+    "up": {"up_blocks_only": True},
     "self+cross": {"target_modules": ["attn1", "attn2"]},
 }
 # Slow to import, so imported once for all processes; what a run loads of the libraries only when it needs it is left.

@@ -19,7 +19,7 @@ from comcat_diffusion.attentions import DIFFUSERS
 
 CONTEXT_TOKENS = 77
 NAME = "bench"  # of every adapter here
-# What is adapted, as patterns of names; `cross` is what `comcat train` adapts without flags, `up` with --way_up.
+# What is adapted, as patterns of names; `cross` is what `comcat train` adapts without flags, `up` its up blocks alone.
 ATTENTIONS = {"self+cross": r".*\.attn[12]", "cross": r".*\.attn2", "up": r"up_blocks\..*\.attn2"}
 FACTORS = ("q_down", "k_down", "v_down", "out_up")
 RECIPE_RATE, RECIPE_SCHEDULE = 5e-4, "constant"  # of diffusers' DreamBooth-LoRA script by default

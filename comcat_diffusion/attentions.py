@@ -53,8 +53,9 @@ class Style:
     # A joint attention, over the picture's tokens and then the text's, has projections of its own for each. An adapter
     # stands between the picture's queries and the text's keys and values; the others are these.
     joint: bool = False
-    # An attention over a stream of the text's tokens and then the picture's, side by side with a feed-forward of two
-    # halves: `q` holds the rows of queries, keys and values and then its own, `out` the columns of both.
+    # An attention over a stream of the text's tokens and then the picture's, side by side with a feed-forward. Either
+    # `q` holds the rows of queries, keys and values and then the feed-forward's, of two halves, and `out` the columns
+    # of both, or there is no `out`, since what heads give is projected outside.
     stream: bool = False
 
     @property
@@ -63,22 +64,27 @@ class Style:
         return [self.q, self.k, self.v, self.out]
 
     @property
+    def packed(self) -> bool:
+        """Whether two modules hold the four projections, and a feed-forward's."""
+        return self.stream and bool(self.out)
+
+    @property
     def paths(self) -> list[str]:
         """The names of the modules that hold the four projections."""
-        return [self.q, self.out] if self.stream else self.names
+        return [self.q, self.out] if self.packed else [name for name in self.names if name]
 
-    def projections(self, attention: nn.Module) -> tuple[nn.Module | Part, ...]:
-        """The four projections: into queries, keys, values and out of the heads."""
+    def projections(self, attention: nn.Module) -> tuple[nn.Module | Part | None, ...]:
+        """The four projections: into queries, keys, values and out of the heads, if that is here."""
         return self.cut(self.held(attention))
 
     def held(self, attention: nn.Module) -> tuple[nn.Module, ...]:
         """The modules that hold them."""
         return attrgetter(*self.paths)(attention)  # several times faster than get_submodule
 
-    def cut(self, held: tuple[nn.Module, ...]) -> tuple[nn.Module | Part, ...]:
+    def cut(self, held: tuple[nn.Module, ...]) -> tuple[nn.Module | Part | None, ...]:
         """The four projections in the modules that hold them."""
-        if not self.stream:
-            return held
+        if not self.packed:
+            return held if self.out else (*held, None)
         into, out = (plain(module) for module in held)
         inner = into.out_features - 2 * out.in_features
         q, k, v = (Part(into, rows=(n * inner, (n + 1) * inner)) for n in range(3))
@@ -88,8 +94,8 @@ class Style:
         self, held: tuple[nn.Linear, ...], projections: tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]
     ) -> tuple[nn.Linear, ...]:
         """Modules like those that hold the four, with other queries, keys and values in them; the inverse of `cut`."""
-        if not self.stream:
-            return projections
+        if not self.packed:
+            return projections[: len(held)]
         into, out = held
         made = nn.Linear(into.in_features, into.out_features, bias=into.bias is not None, device="meta")
         for name in ("weight", "bias") if into.bias is not None else ("weight",):
@@ -106,6 +112,7 @@ class Style:
 DIFFUSERS = Style("to_q", "to_k", "to_v", "to_out.0", heads="heads", diffusers=True)
 JOINT = Style("to_q", "add_k_proj", "add_v_proj", "to_out.0", heads="heads", diffusers=True, joint=True)
 STREAM = Style(*["to_qkv_mlp_proj"] * 3, "to_out", heads="heads", diffusers=True, stream=True)
+HALF = Style("to_q", "to_k", "to_v", "", heads="heads", diffusers=True, stream=True)
 _STYLES = (
     JOINT,
     STREAM,
@@ -127,9 +134,9 @@ def plain(projection: nn.Module) -> nn.Module:
 def style_of(module: nn.Module) -> Style | None:
     """The style whose parts the module has, or None if it is no attention of a known style."""
     for style in _STYLES:
-        if style.heads in vars(module) and all(_has_part(module, p) for p in (style.q, style.k, style.v, style.out)):
+        if style.heads in vars(module) and all(_has_part(module, path) for path in style.names):
             return style
-    return None
+    return HALF if getattr(module, "pre_only", False) and hasattr(module, HALF.q) else None
 
 
 def _has_part(module: nn.Module, path: str) -> bool:

@@ -27,8 +27,8 @@ WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # endings of files; 
 def option(default: object, help: str, **more: object) -> typing.Any:
     """A dataclass field with its help text.
 
-    `choices` may be given, `usual=True` for a setting that people change, and `required`, which says what to do where
-    it is missing.
+    `choices` may be given, `usual=True` for a setting that people change, `required`, which says what to do where it is
+    missing, and `formerly`, a name that it had.
     """
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default.copy(), metadata={"help": help, **more})
@@ -38,6 +38,11 @@ def option(default: object, help: str, **more: object) -> typing.Any:
 def flag_of(item: object) -> str:
     """The flag, without its dashes, of a field; one that Python keeps for itself has an underscore behind it."""
     return item.name.rstrip("_")
+
+
+def _older(item: object) -> tuple[str, ...]:
+    """Flags that a field had before."""
+    return (item.metadata["formerly"],) if "formerly" in item.metadata else ()
 
 
 def require(holds: bool, message: str) -> None:
@@ -121,6 +126,9 @@ def add_arguments(parser: argparse.ArgumentParser, kind: type, everything: bool 
                 settings["help"] = argparse.SUPPRESS
                 left_out += 1
             shown.add_argument(f"--{flag_of(item)}", dest=item.name, default=argparse.SUPPRESS, **settings)
+            for old in _older(item):
+                hidden = settings | {"help": argparse.SUPPRESS}
+                shown.add_argument(f"--{old}", dest=item.name, default=argparse.SUPPRESS, **hidden)
     return left_out
 
 
@@ -193,7 +201,8 @@ def read_toml(kind: type, path: str | Path) -> dict:
 
 
 def _table(kind: type, content: dict, path: Path, within: str = "") -> dict:
-    hints, names = typing.get_type_hints(kind), {flag_of(item): item.name for item in fields(kind)}
+    hints = typing.get_type_hints(kind)
+    names = {flag: item.name for item in fields(kind) for flag in (flag_of(item), *_older(item))}
     unknown = sorted(set(content) - set(names))
     if unknown:
         raise ValueError(f"--config: {path} has unknown settings: {', '.join(within + name for name in unknown)}.")

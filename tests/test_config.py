@@ -23,6 +23,13 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert config.report_to == ["tensorboard"] and config.max_train_steps == TrainConfig().max_train_steps
 
 
+def test_a_setting_is_known_by_the_name_that_it_had(tmp_path):
+    (tmp_path / "run.toml").write_text("way_up = true\n")
+    for flags in (["--way_up"], ["--up_blocks_only"], ["--config", str(tmp_path / "run.toml")]):
+        config = parsed(TrainConfig, *flags)
+        assert config.up_blocks_only and "way_up" not in to_toml(config)
+
+
 @pytest.mark.parametrize("kind", [TrainConfig, GenerateConfig])
 def test_what_is_written_is_read_back(tmp_path, kind):
     config = (

@@ -219,7 +219,7 @@ def test_a_file_of_one_family_is_refused_by_another(folders, tmp_path):
     [
         ({"train_text_encoder": True, "everywhere": True}, "--train_text_encoder: the text encoders of .* stay as"),
         ({"learn_name": True}, "--learn_name: the text encoders of .* stay as they are"),
-        ({"way_up": True}, "--way_up is a way that U-Nets have; the transformer of"),
+        ({"up_blocks_only": True}, "--up_blocks_only is for U-Nets; the transformer of"),
         ({"resolution": 18}, "--resolution 18 must be a multiple of (4|32) for this base"),
         ({"target_modules": ["nope"]}, "--target_modules nope:"),
     ],
@@ -348,6 +348,16 @@ def test_what_the_chat_cuts_off_is_told(folders, tmp_path):
     save_adapter(pipe, tmp_path / "a.safetensors", "dog", base, Notes(trigger="sks", class_word="teddy"))
     with pytest.raises(ValueError, match=f"of which the text encoder reads {most}, and 'sks teddy' comes later"):
         generate(GenerateConfig(adapter=[str(tmp_path / "a.safetensors")], **config))
+
+
+@pytest.mark.parametrize("name", ["pixart", "klein"])
+def test_the_class_is_drawn_where_text_is_read_in_bfloat16(folders, name, tmp_path, monkeypatch):
+    monkeypatch.setattr("comcat_diffusion.training.class_pictures.STEPS", 1)
+    prior = {"prior": "images", "num_class_images": 2, "class_data_dir": str(tmp_path / "class"), "everywhere": True}
+    asked = settings(str(folders[name]), tmp_path / "run", skip_final_inference=True, max_train_steps=1, **prior)
+    assert customize(asked).adapter.is_file()
+    first, second = (Image.open(path) for path in sorted((tmp_path / "class").glob("*.png")))
+    assert differs(first, second)
 
 
 def test_a_tokenizer_without_a_chat_is_told(folders, tmp_path):
@@ -514,8 +524,9 @@ def lora_layers_of_one(layer, adapter) -> torch.Tensor:
     return change
 
 
-def test_training_in_every_block_leaves_other_prompts_alone(folders, tmp_path):
-    base = str(folders["klein"])
+@pytest.mark.parametrize("name", ["klein", "flux1", "chroma"])
+def test_training_in_every_block_leaves_other_prompts_alone(folders, name, tmp_path):
+    base = str(folders[name])
     file = customize(settings(base, tmp_path, kind="tied", target_modules=["attn"], learning_rate=0.02)).adapter
     pipe = bases.load_base(base)
     before = drawn(pipe, OTHER, PROMPT)

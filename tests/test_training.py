@@ -117,8 +117,8 @@ def test_an_adapter_that_is_learned_on_keeps_its_shape_and_its_subject(config, t
         ({"kind": "foldable"}, "with kind free: leave --kind out"),
         ({"everywhere": True}, "with everywhere False"),
         ({"alpha": 3.0}, "with alpha 1.0"),
-        ({"target_modules": ["attn2"]}, "leave --target_modules and --way_up out"),
-        ({"way_up": True}, "leave --target_modules and --way_up out"),
+        ({"target_modules": ["attn2"]}, "leave --target_modules and --up_blocks_only out"),
+        ({"up_blocks_only": True}, "leave --target_modules and --up_blocks_only out"),
         (
             {"instance_data_dir": str(tmp_path / "bare"), "instance_prompt": "a photo of ohwx teddy"},
             "acts from 'sks' on, which is not in the prompts of 'ohwx'",
@@ -224,7 +224,7 @@ def test_in_the_way_up_no_step_goes_back_through_the_way_down(config, monkeypatc
             watch(pipe.unet, name)
 
     monkeypatch.setattr(story.learned, "prepare", watched)
-    header = read_adapter(customize(config(max_train_steps=1, way_up=True, max_bytes=0)).adapter)
+    header = read_adapter(customize(config(max_train_steps=1, up_blocks_only=True, max_bytes=0)).adapter)
     assert given.keys() == {"down_blocks.0", "mid_block", "up_blocks.1"}
     hidden, skipped = given["down_blocks.0"]
     assert not any(out.requires_grad for out in (hidden, *skipped, given["mid_block"]))

@@ -38,7 +38,7 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, to
         ):
             down, core = down[adapter_name].weight.detach(), core[adapter_name].weight.detach()
             made.append((projection, down.clone(), up_of(core, len(down), layer.heads, scale)))
-        if layer.style.stream:
+        if layer.style.packed:
             (projection, k_down, k_up), (_, v_down, v_up) = made
             ups = [placed(up, number, STREAM_ROWS) for number, up in ((1, k_up), (2, v_up))]
             made = [(projection, torch.cat([k_down, v_down]), torch.cat(ups, dim=1))]

@@ -38,6 +38,11 @@ def _shapes(
     context = {"k_down": (k.in_features, text), "v_down": (v.in_features, text)}
     if foldable:
         return context | {"q_core": (width, across), "out_core": (width, across)}
+    if out is None:
+        raise ValueError(
+            "A free adapter widens heads, and in its blocks of one stream this base projects what they give outside of "
+            "the attention: choose another kind, or other targets."
+        )
     return context | {"q_down": (q.in_features, across), "out_up": (across, out.out_features)}
 
 
@@ -107,7 +112,7 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
     @property
     def out_features(self) -> int:
         """Channels of what the attention gives."""
-        return self._plain()[3].out_features
+        return (self._plain()[3] or self._plain()[2]).out_features
 
     @property
     def lora_A(self) -> dict[str, nn.ModuleList]:

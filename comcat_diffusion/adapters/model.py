@@ -65,6 +65,7 @@ class ComcatModel(BaseTuner):
             if name and seam.SIDECAR not in name.split(".") and self._check_target_module_exists(peft_config, name):
                 name, module = plain_name(name), bare(module)
                 self._refuse(module, name)
+                factor_shapes(module, 1, peft_config.foldable, peft_config.tied)  # which some have not of every kind
                 if peft_config.tied and side_of(name, module) == TEXT:
                     rank, alpha = _strength(peft_config, name)
                     if (rank, alpha) != (peft_config.r, peft_config.alpha):

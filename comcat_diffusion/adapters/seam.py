@@ -32,8 +32,6 @@ SIDECAR = "comcat"  # name of the one child that an adapted attention has more t
 def why_not(module: nn.Module) -> str | None:
     """Why this module cannot carry a head-level adapter, or None if it can."""
     style = style_of(module)
-    if style is None and getattr(module, "pre_only", False):
-        return "its output projection is one with that of a feed-forward outside of it"
     if style is None:
         return "it is not an attention with query, key, value and output projections"
     processor = type(getattr(module, "processor", None)).__name__
@@ -51,12 +49,14 @@ def why_not(module: nn.Module) -> str | None:
         return f"its queries and keys are rotated by position ({rotation}), in which a wider head does not fit"
     if style.diffusers and not rotates and not getattr(module, "scale_qk", False):
         return "its logits have no scale of their own (scale_qk), about which processors disagree"
-    q, k, v, out = (plain(projection) for projection in style.projections(module))
-    if not all(hasattr(p, "out_features") and hasattr(p, "in_features") for p in (q, k, v, out)):
+    if style.stream and not rotates:
+        return f"its processor ({processor}) is not known"
+    q, k, v, *out = (plain(projection) for projection in style.projections(module) if projection is not None)
+    if not all(hasattr(p, "out_features") and hasattr(p, "in_features") for p in (q, k, v, *out)):
         return "its projections are not linear layers"
-    if style.stream and module.to_qkv_mlp_proj.out_features != STREAM_ROWS * q.out_features:
+    if style.packed and module.to_qkv_mlp_proj.out_features != STREAM_ROWS * q.out_features:
         return "its feed-forward is not three times as wide as its heads"
-    if not q.out_features == k.out_features == v.out_features == out.in_features:
+    if len({q.out_features, k.out_features, v.out_features, *(p.in_features for p in out)}) > 1:
         return "its heads share keys and values (grouped queries)"
     return None
 
@@ -74,7 +74,8 @@ def is_cross_attention(module: nn.Module) -> bool:
 
 def reads_text(module: nn.Module) -> bool:
     """Whether an adapter's keys and values come from the text, alone or before the picture in one stream."""
-    return is_cross_attention(module) or hasattr(module, "to_qkv_mlp_proj")
+    style = style_of(module)
+    return is_cross_attention(module) or (style is not None and style.stream)
 
 
 def is_rotated(module: nn.Module) -> bool:
@@ -127,7 +128,7 @@ def view_of(attention: nn.Module, style: Style, wide: WideHeads) -> View:
         replaced["_widen_table"] = wide.table
     if is_normed(attention):
         replaced |= _norms(attention, wide)
-    if style.stream:
+    if style.packed:
         into, out = style.held(attention)
         replaced |= {style.q: functools.partial(wide.stream, into), "inner_dim": wide.heads * wide.wide}
         return View(attention, **replaced, **{style.out: functools.partial(wide.stream_output, out)})
@@ -138,7 +139,9 @@ def view_of(attention: nn.Module, style: Style, wide: WideHeads) -> View:
         return View(attention, **replaced, **_joint(attention, wide, query, key, value, output))
     if not style.diffusers:
         return View(attention, **replaced, **{style.q: query, style.k: key, style.v: value, style.out: output})
-    replaced |= {"to_q": query, "to_k": key, "to_v": value, "to_out": [output, *attention.to_out[1:]]}
+    replaced |= {"to_q": query, "to_k": key, "to_v": value}
+    if style.out:
+        replaced["to_out"] = [output, *attention.to_out[1:]]
     if getattr(attention, "fused_projections", False):
         replaced["to_qkv"] = functools.partial(wide.fused, query, key, value)
         replaced["to_kv"] = functools.partial(wide.fused, key, value)

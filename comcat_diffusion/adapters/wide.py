@@ -226,8 +226,8 @@ def _apply(factor: nn.Linear, features: torch.Tensor) -> torch.Tensor:
 
 
 def merged_weights(
-    wide: WideHeads, q: nn.Linear, k: nn.Linear, v: nn.Linear, out: nn.Linear
-) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+    wide: WideHeads, q: nn.Linear, k: nn.Linear, v: nn.Linear, out: nn.Linear | None
+) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear | None]:
     """The four projections with the adapters written into them: the same function of wider, or as wide, heads."""
     heads, blank = wide.heads, wide.wide - wide.width - sum(wide.ranks)
     k_weight, v_weight = _full(k.weight), _full(v.weight)
@@ -247,15 +247,17 @@ def merged_weights(
     q_weight = rows(_full(q.weight), [_full(a.q_down.weight) for a in wide.free])
     k_weight = rows(k_weight, [a.scale * _full(a.k_down.weight) for a in wide.free]) * wide.gain
     v_weight = rows(v_weight, [a.scale * _full(a.v_down.weight) for a in wide.free])
-    out_weight = _full(out.weight)
-    ups = [_full(a.out_up.weight) for a in wide.free]
-    out_weight = maths.widen_out(out_weight, *ups, out_weight.new_zeros(len(out_weight), heads * blank), heads=heads)
-    return (
+    made = (
         _linear_like(q, q_weight, bias(q)),
         _linear_like(k, k_weight, bias(k, wide.gain)),
         _linear_like(v, v_weight, bias(v)),
-        _linear_like(out, out_weight, out.bias),
     )
+    if out is None:
+        return (*made, None)
+    out_weight = _full(out.weight)
+    ups = [_full(a.out_up.weight) for a in wide.free]
+    out_weight = maths.widen_out(out_weight, *ups, out_weight.new_zeros(len(out_weight), heads * blank), heads=heads)
+    return (*made, _linear_like(out, out_weight, out.bias))
 
 
 def _full(weight: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 A CLIP's pooled text stands beside. Four neighbouring latents are one token, with four times the channels. [dev] is told
 the strength of its guidance and subtracts nothing; [schnell] has none. Adapters change the text's keys and values in
-the blocks of two streams; those of one stream, whose output is one with that of their feed-forward, are left alone.
+the blocks of two streams, and if asked, keys and values in those of one stream, where words come before the picture;
+what heads give there is projected outside of the attention, so a free adapter has no place in it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TOKENS = 512  # of a prompt, at most
+STREAM = "single_transformer_blocks."
 _TIMES = 1000  # of the scheduler, by which the transformer multiplies what it is given
 
 
@@ -39,6 +41,7 @@ class Flux1(Family):
     packing = 2
     states_at = (0,)  # the negative prompt's are made in a call of their own
     architecture = "flux-1-dev"
+    stream_rows = 7  # of the native Linear that a block of one stream begins with, in heights of its queries
 
     def native(self, denoiser: Mapping, vae: Mapping) -> int:
         """As the autoencoder says; the transformer has places for any size."""
@@ -141,10 +144,12 @@ class Flux1(Family):
         return {"prompt_embeds": condition["states"][:1], "pooled_prompt_embeds": condition["pooled"][:1]}
 
     def lora_projections(self, attention: str) -> tuple[str, str]:
-        """Those of the text."""
-        return "add_k_proj", "add_v_proj"
+        """Those of the text, and in blocks of one stream the only ones."""
+        return ("to_k", "to_v") if attention.startswith(STREAM) else ("add_k_proj", "add_v_proj")
 
     def native_weight(self, projection: str) -> Native:
-        """Queries, keys and values are one Linear, one for the picture, one for the text."""
+        """Queries, keys and values are one Linear, one for the picture, one for the text; in one stream, all is one."""
         _, block, _, name = projection.split(".")
+        if projection.startswith(STREAM):
+            return Native(f"single_blocks.{block}.linear1", "qkv".index(name[-1]), self.stream_rows)
         return Native(f"double_blocks.{block}.txt_attn.qkv", "qkv".index(name.removesuffix("_proj")[-1]), 3)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from comcat_diffusion.families.family import STREAM_ROWS, Condition, Family, Native, Reading, Segment
-from comcat_diffusion.families.flux_1 import Flux1
+from comcat_diffusion.families.flux_1 import STREAM, Flux1
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TOKENS = 512  # of a prompt in its chat, at most
-_STREAM = "single_transformer_blocks."
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
@@ -37,6 +36,7 @@ class Flux2Klein(Flux1):
     heavy = ("text_encoder",)
     guidance = 4.0
     architecture = "flux-2-klein"
+    stream_rows = STREAM_ROWS
     said, conditions = Family.said, Family.conditions
 
     def is_of(self, denoiser: Mapping) -> bool:
@@ -108,23 +108,12 @@ class Flux2Klein(Flux1):
         zero, *others = (torch.arange(count, device=device) for count in (1, rows, columns, words))
         return torch.cartesian_prod(zero, *others)
 
-    def lora_projections(self, attention: str) -> tuple[str, str]:
-        """Those of the text, and in blocks of one stream the only ones."""
-        return ("to_k", "to_v") if attention.startswith(_STREAM) else super().lora_projections(attention)
-
     def held_by(self, projection: str) -> Native | None:
         """In a block of one stream all that is made of its tokens is one Linear."""
-        if not projection.startswith(_STREAM):
+        if not projection.startswith(STREAM):
             return None
         block, _, name = projection.rpartition(".")
         return Native(f"{block}.to_qkv_mlp_proj", "qkv".index(name[-1]), STREAM_ROWS)
-
-    def native_weight(self, projection: str) -> Native:
-        """Queries, keys and values are one Linear, one for the picture, one for the text; in one stream, see above."""
-        held = self.held_by(projection)
-        if held is None:
-            return super().native_weight(projection)
-        return Native(f"single_blocks.{projection.split('.')[1]}.linear1", held.place, STREAM_ROWS)
 
     def told(self, denoiser: nn.Module, noisy: torch.Tensor, condition: Condition) -> dict[str, torch.Tensor]:
         """Nothing."""

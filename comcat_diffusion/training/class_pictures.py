@@ -1,11 +1,15 @@
 """The class that a subject belongs to: its prompt, and pictures of it, drawn by the base where they are missing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from comcat_diffusion import atomic, bases
+from comcat_diffusion.adapters.parts import denoiser
+from comcat_diffusion.families.known import family_of
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, made_by, save_png
 from comcat_diffusion.training import folder
 from comcat_diffusion.training.config import TrainConfig
@@ -45,11 +49,34 @@ def class_pictures(
         guidance = bases.default_guidance(config.pretrained_model_name_or_path, pipe)
         sampling = Sampling(STEPS, guidance, resolution=config.resolution)
         settings = made_by(pipe, config.pretrained_model_name_or_path, sampling)
-        for drawing, picture in zip(missing, draw(pipe, missing, sampling), strict=True):
+        for drawing, picture in zip(missing, _drawn(pipe, missing, sampling), strict=True):
             save_png(picture, place / _name(drawing), {"prompt": prompt, "seed": drawing.seed, **settings})
         shots = folder.find(place).shots[: config.num_class_images]
         examples += [Example(shot.path, prompt, subject) for shot in shots]
     return examples
+
+
+def _drawn(pipe: DiffusionPipeline, drawings: list[Drawing], sampling: Sampling) -> Iterator[Image.Image]:
+    """As `draw`, also where a heavy text encoder reads in another precision than the denoiser is in."""
+    family, model = family_of(pipe), denoiser(pipe)
+    if not family.heavy or not drawings:
+        yield from draw(pipe, drawings, sampling)
+        return
+    with torch.no_grad():
+        read = family.encode(pipe, [drawings[0].prompt, ""])  # they are all of one prompt
+    asked = family.conditions(pipe, {name: part.to(model.device, model.dtype) for name, part in read.items()})
+    asked |= dict(family.drawing(pipe))
+    asked |= {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale}
+    encoders = family.encoders(pipe)
+    for name in encoders:  # whose precision a pipeline would go by
+        setattr(pipe, name, None)
+    try:
+        for drawing in drawings:
+            noise = torch.Generator("cpu").manual_seed(drawing.seed)
+            yield pipe(**asked, height=sampling.resolution, width=sampling.resolution, generator=noise).images[0]
+    finally:
+        for name, encoder in encoders.items():
+            setattr(pipe, name, encoder)
 
 
 def _name(drawing: Drawing) -> str:

@@ -166,8 +166,10 @@ class AdapterShape(Group):
     target_modules: list[str] | None = option(
         None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention."
     )
-    way_up: bool = option(
-        False, "Adapt the U-Net's way up alone: a quicker step and half the file, for a little less likeness."
+    up_blocks_only: bool = option(
+        False,
+        "Adapt a U-Net's up blocks alone: a quicker step and half the file, for a little less likeness.",
+        formerly="way_up",
     )
 
     def check(self) -> None:

@@ -37,5 +37,5 @@ def _refuse_other_targets(config: TrainConfig, model: nn.Module, names: list[str
     if not asked or asked != adapted:
         raise ValueError(
             f"--init_adapter {config.init_adapter} stays on the {len(adapted)} attentions that it is on: leave "
-            "--target_modules and --way_up out."
+            "--target_modules and --up_blocks_only out."
         )

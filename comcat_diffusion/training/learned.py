@@ -121,7 +121,7 @@ def targets(shape: AdapterShape, model: nn.Module) -> list[str] | str | None:
 
     Adapters in the way up alone spare a step the way back through the rest of the U-Net.
     """
-    if not shape.way_up:
+    if not shape.up_blocks_only:
         return shape.target_modules
     names = map(re.escape, shape.target_modules or default_targets(model))
     return rf"up_blocks\..*\.({'|'.join(names)})"
