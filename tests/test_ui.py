@@ -809,3 +809,19 @@ def test_in_drawing_mode_the_page_offers_no_more_than_drawing(tmp_path):
             assert client.request(method, path, json={}).status_code in (404, 405), path
         answer = client.post("/api/draw", json={"prompt": "a dog", "settings": {"num_inference_steps": 900}})
         assert "not offered here" in answer.json()["message"]
+
+
+def test_a_persons_attentions_are_those_of_a_u_net_and_not_named_on_other_bases(page):
+    """The preset names attn1 and attn2, which a transformer does not have."""
+    (page.folder / "bases" / "tiny-sd3").mkdir(parents=True)
+    index = '{"_class_name": "StableDiffusion3Pipeline"}'
+    (page.folder / "bases" / "tiny-sd3" / "model_index.json").write_text(index)
+    offered = {one["id"]: one for one in page.get("/api/bases").json()}
+    assert offered["embedded"]["license"] == "Apache-2.0" and offered["embedded"]["unet"]
+    assert offered["folder:tiny-sd3"]["name"] == "tiny-sd3" and not offered["folder:tiny-sd3"]["unet"]
+    images, person = brought(page, ("1.png", picture(1))), {"subject": "person"}
+    for base, named in (("embedded", True), ("folder:tiny-sd3", False)):
+        answer = page.post("/api/train", json=asked(images, aims=person, base=base))
+        told = page.get(f"/api/jobs/{answer.json()['id']}")
+        assert ("target_modules" in told.json()["settings"]) is named
+        assert str(page.folder.parent) not in told.text  # nor where things are on this machine

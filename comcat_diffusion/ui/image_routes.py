@@ -72,7 +72,7 @@ def outline(asked: Asked) -> dict:
     base = bases_here.asked(asked.value("base", str, "embedded"), asked.studio.folder, asked.studio.allowed)
     numbers = [one.number for one in found.pictures if not (one.problem or one.mask in ("drawn", "given"))]
     wanted = asked.value("numbers", list, numbers)
-    request = {"set": found.folder.name, "numbers": wanted, "word": word, "what": what, "base": base}
+    request = {"set": found.folder.name, "numbers": wanted, "word": word, "what": what, "base": base.name}
     job = asked.studio.queue.add("outline", "masks", asked.owner, request, lambda folder: None)
     return {"id": job.id}
 
