@@ -21,6 +21,7 @@ from comcat_diffusion.config import read_toml
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.ui import app, jobs, presets, settings, texts, uploads
+from comcat_diffusion.ui.captioning import named
 from comcat_diffusion.ui.config import UiConfig
 from comcat_diffusion.ui.jobs import Job, Queue
 from comcat_diffusion.ui.port import address_of
@@ -724,6 +725,72 @@ def test_the_base_finds_masks(at_work):
     assert answer.status_code == 422 and answer.json()["field"] == "what"
 
 
+def test_a_description_calls_the_subject_by_its_words():
+    assert named("a dog on a sofa", "dog", "sks dog", "a photo of sks dog") == "a sks dog on a sofa"
+    assert named("a brown animal", "dog", "sks dog", "a photo of sks dog") == "a photo of sks dog, a brown animal"
+    assert named("hotdogs", "dog", "sks dog", "a photo of sks dog") == "a photo of sks dog, hotdogs"
+    assert named("", "", "sks", "a photo of sks") == "a photo of sks"
+
+
+@pytest.mark.slow
+def test_images_without_a_caption_are_described_by_a_model_that_is_at_hand(at_work):
+    """BLIP with random weights and few words: what it says is nonsense, and becomes captions."""
+    images = brought(at_work, ("1.png", picture(1)), ("2.png", picture(2)))
+    body = {"word": "sks", "what": "dog"}
+    assert at_work.get("/api/train").json()["captioner"] is False
+    assert at_work.post(f"/api/images/{images}/caption", json=body).status_code == 422
+    tiny_blip(at_work.folder / "captioners" / "blip")
+    assert at_work.get("/api/train").json()["captioner"] is True
+    at_work.patch(f"/api/images/{images}/1", json={"caption": "sks dog, asleep"})
+    job = ended(at_work, at_work.post(f"/api/images/{images}/caption", json=body).json()["id"])
+    assert job["state"] == "done", job
+    first, second = (one["caption"] for one in shown(at_work, images))
+    assert first == "sks dog, asleep" and "sks dog" in second and len(second) > len("a photo of sks dog, ")
+
+
+def tiny_blip(folder):
+    from transformers import (
+        BertTokenizerFast,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessor,
+        BlipProcessor,
+    )
+
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "[DEC]",
+        "[ENC]",
+        "a",
+        "dog",
+        "cat",
+        "on",
+        "red",
+        "blue",
+        "sofa",
+    ]
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = small | {
+        "vocab_size": len(words),
+        "encoder_hidden_size": 32,
+        "bos_token_id": 5,
+        "eos_token_id": 3,
+        "sep_token_id": 3,
+    }
+    vision = small | {"image_size": 32, "patch_size": 16}
+    model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision, projection_dim=16))
+    model.save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
+    BlipProcessor(BlipImageProcessor(size=size), tokenizer).save_pretrained(folder)
+
+
 @pytest.mark.slow
 def test_two_subjects_are_drawn_where_they_are_painted(at_work):
     ids = []
@@ -820,8 +887,8 @@ def test_a_persons_attentions_are_those_of_a_u_net_and_not_named_on_other_bases(
     assert offered["embedded"]["license"] == "Apache-2.0" and offered["embedded"]["unet"]
     assert offered["folder:tiny-sd3"]["name"] == "tiny-sd3" and not offered["folder:tiny-sd3"]["unet"]
     images, person = brought(page, ("1.png", picture(1))), {"subject": "person"}
-    for base, named in (("embedded", True), ("folder:tiny-sd3", False)):
+    for base, are_named in (("embedded", True), ("folder:tiny-sd3", False)):
         answer = page.post("/api/train", json=asked(images, aims=person, base=base))
         told = page.get(f"/api/jobs/{answer.json()['id']}")
-        assert ("target_modules" in told.json()["settings"]) is named
+        assert ("target_modules" in told.json()["settings"]) is are_named
         assert str(page.folder.parent) not in told.text  # nor where things are on this machine

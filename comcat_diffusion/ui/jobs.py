@@ -18,7 +18,15 @@ from pathlib import Path
 
 from comcat_diffusion import atomic
 
-SHELVES = {"train": "runs", "draw": "pictures", "outline": "work", "fetch": "work", "export": "work", "push": "work"}
+SHELVES = {
+    "train": "runs",
+    "draw": "pictures",
+    "outline": "work",
+    "fetch": "work",
+    "export": "work",
+    "push": "work",
+    "caption": "work",
+}
 QUEUED, RUNNING, STOPPING = "queued", "running", "stopping"
 DONE, STOPPED, CANCELLED, FAILED = "done", "stopped", "cancelled", "failed"
 LIVE = (QUEUED, RUNNING, STOPPING)
