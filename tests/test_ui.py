@@ -355,30 +355,31 @@ def test_other_sites_and_other_names_are_refused(page):
     assert page.get("/", headers={"host": "localhost:7860"}).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/api/jobs/runs/{run}/files/../../../secret.txt",
-        "/api/jobs/runs/{run}/files/..%2f..%2f..%2fsecret.txt",
-        "/api/jobs/runs/{run}/files/job.json",
-        "/api/jobs/runs/{run}/files/samples/../job.json",
-        "/api/jobs/runs/{run}/files//etc/passwd",
-        "/api/jobs/runs/..%2f..%2fsecret/files/secret.txt",
-        "/api/jobs/..%2f../files",
-        "/api/jobs/images",
-        "/api/images/..",
-        "/api/images/..%2f..",
-        "/api/adapters/..%2f..%2fsecret/file.safetensors/file",
-        "/static/../app.py",
-        "/static/..%2fapp.py",
-        "/static/%2e%2e/app.py",
-    ],
+LEADING_OUT = (
+    "/api/jobs/runs/{run}/files/../../../secret.txt",
+    "/api/jobs/runs/{run}/files/..%2f..%2f..%2fsecret.txt",
+    "/api/jobs/runs/{run}/files/job.json",
+    "/api/jobs/runs/{run}/files/samples/../job.json",
+    "/api/jobs/runs/{run}/files//etc/passwd",
+    "/api/jobs/runs/..%2f..%2fsecret/files/secret.txt",
+    "/api/jobs/..%2f../files",
+    "/api/jobs/images",
+    "/api/images/..",
+    "/api/images/..%2f..",
+    "/api/adapters/..%2f..%2fsecret/file.safetensors/file",
+    "/static/../app.py",
+    "/static/..%2fapp.py",
+    "/static/%2e%2e/app.py",
 )
-def test_no_path_leads_out_of_the_folder(page, path):
+
+
+def test_no_path_leads_out_of_the_folder(page):
     (page.folder.parent / "secret.txt").write_text("secret")
     run = page.post("/api/train", json=asked(sample(page))).json()["id"].split("/")[1]
-    answer = page.get(path.format(run=run))
-    assert answer.status_code in (404, 405) and b"secret" not in answer.content.replace(b"secret.txt", b"")
+    for path in LEADING_OUT:
+        answer = page.get(path.format(run=run))
+        assert answer.status_code in (404, 405), path
+        assert b"secret" not in answer.content.replace(b"secret.txt", b"")
 
 
 def test_bases_and_paths_of_the_machine_are_not_named_unless_they_may_be(page, tmp_path):
@@ -389,7 +390,7 @@ def test_bases_and_paths_of_the_machine_are_not_named_unless_they_may_be(page, t
     given = {"settings": {"cache_dir": str(tmp_path)}}
     assert "no setting" in page.post("/api/train", json=asked(sample(page), **given)).json()["message"]
     allowing = UiConfig(output_dir=str(tmp_path / "other"), allow_paths=[str(tmp_path / "mine")])
-    with browser(app.build(allowing, work=lambda folder: time.sleep(5))) as client:
+    with browser(app.build(allowing, work=lambda folder: None)) as client:
         assert "no folder that" in client.post("/api/train", json=asked(sample(client), **given)).json()["message"]
         given["settings"]["cache_dir"] = str(tmp_path / "mine" / "cache")
         assert client.post("/api/train", json=asked(sample(client), **given)).status_code == 200
@@ -534,14 +535,6 @@ def test_a_run_is_interrupted_once_and_not_while_it_is_saved(asked_by, error, tm
 # The way through, with the embedded base
 
 
-def test_a_run_of_one_step_is_taught_and_its_adapter_is_there(at_work):
-    given = {"max_train_steps": 1, "max_bytes": 0, "num_validation_images": 1, "skip_final_inference": True}
-    run = ended(at_work, at_work.post("/api/train", json=asked(sample(at_work), settings=given)).json()["id"])
-    assert (run["state"], run["result"]["steps"], [one["step"] for one in run["samples"]]) == ("done", 1, [0])
-    (card,) = at_work.get("/api/adapters").json()
-    assert card["phrase"] == "sks teddy" and card["bytes"] == run["result"]["bytes"]
-
-
 @pytest.mark.slow
 def test_a_subject_is_taught_and_drawn_and_taken_away(at_work):
     images = sample(at_work)
@@ -633,10 +626,10 @@ def test_a_base_is_downloaded_that_is_asked_for_by_name_and_how_much_of_it_is_th
     assert sorted(fetched) == ["a.safetensors", "model_index.json"]
 
 
-@pytest.mark.parametrize("name", ["", "bert", "../../etc", "a/b/c", "/etc/passwd", "http://x/y", "assets/tiny-sd"])
-def test_what_is_no_name_on_the_hub_is_not_asked_for(page, name):
-    answer = page.post("/api/bases", json={"hub": name})
-    assert answer.status_code == 422 and answer.json()["field"] == "hub"
+def test_what_is_no_name_on_the_hub_is_not_asked_for(page):
+    for name in ("", "bert", "../../etc", "a/b/c", "/etc/passwd", "http://x/y", "assets/tiny-sd"):
+        answer = page.post("/api/bases", json={"hub": name})
+        assert answer.status_code == 422 and answer.json()["field"] == "hub", name
 
 
 def exported(client, name, body):
