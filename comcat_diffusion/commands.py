@@ -189,7 +189,8 @@ def ui(parsed: argparse.Namespace) -> int:
 
     told = f"(Ctrl-C ends it; images, runs and pictures are kept in {config.output_dir})"
     if not config.is_local:
-        told += f"\nWhoever reaches this machine{' and may come in' if config.auth or config.token else ''} can use it."
+        who = "Whoever reaches this machine" + (" and knows what lets them in" if config.auth or config.token else "")
+        told += f"\n{who} can draw{'' if config.draw_only else ', train'} and see what is in {config.output_dir}."
     serve(config, on_answer=lambda address: print(f"{address} {told}", flush=True))
     return 0
 

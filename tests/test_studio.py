@@ -175,6 +175,8 @@ def test_the_way_through(window):
     steps = page.locator(".samples th").all_inner_texts()
     assert steps == ["Base", *(f"Step {n}" for n in range(2, 17, 2))]
     assert page.locator(".samples img").count() == 2 * len(steps) and page.locator("progress").count() == 0
+    head, first = (page.locator(what).first.bounding_box() for what in (".samples th", ".samples img"))
+    assert head["y"] + head["height"] <= first["y"]  # a label covers no picture
     here.look("05-done")
 
     page.get_by_role("link", name="Generate with it").click()

@@ -20,7 +20,7 @@ FOLDER = "adapters"  # of those that were brought, inside the page's folder
 def files_here(folder: Path, allowed: list[Path]) -> dict[str, Path]:
     """Every adapter file by its id, the newest first."""
     found = {f"{path.parent.name}/{path.name}": path for path in folder.glob("runs/*/*.safetensors")}
-    found |= {f"{FOLDER}/{path.name}": path for path in (folder / FOLDER).glob("*.safetensors")}
+    found |= {f"{path.parent.name}/{path.name}": path for path in folder.glob("*/*.safetensors")}  # brought, or earlier
     for place in (folder, *allowed):  # beside those of the page: what somebody has put there
         for path in place.glob("*.safetensors") if place.is_dir() else [place] * (place.suffix == ".safetensors"):
             found.setdefault(f"{place.name}/{path.name}", path)

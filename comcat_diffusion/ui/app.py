@@ -121,7 +121,8 @@ def _index(request: object) -> Response:
 def _texts(asked: Asked) -> dict:
     """What the page says, and what it is."""
     about = {"language": asked.language, "version": __version__, "teaches": asked.studio.teaches}
-    return about | {"languages": texts.LANGUAGES, "page": texts.page(asked.language)}
+    about |= {"languages": texts.LANGUAGES, "labels": texts.labels(asked.language)}
+    return about | {"page": texts.page(asked.language)}
 
 
 def _warm() -> None:

@@ -47,6 +47,12 @@ class Asked:
     query: dict
     content: object = None  # bytes of an upload, or what stood in the JSON
 
+    def bare(self, text: str, folder: Path | None = None) -> str:
+        """A sentence without the machine's paths to a folder and to the page's own."""
+        for known in filter(None, (folder, self.studio.folder)):
+            text = text.replace(f"{known}/", "")
+        return text
+
     def images(self) -> ImageSet:
         """The set of images that is named. Raises Unknown for one that is not there, or is somebody else's."""
         return self.own_images(self.params["set"])
@@ -102,7 +108,8 @@ def route(path: str, method: str, function: Function, upload: str = "") -> Route
             return said(413, str(error))
         except (ValueError, OSError, ImportError) as error:
             told = refused(error, language)
-            return said(422, told.message, told.field)
+            folder = request.app.state.studio.folder
+            return said(422, told.message.replace(f"{folder}/", ""), told.field)
         return found if isinstance(found, Response) else JSONResponse(found)
 
     return Route(path, answer, methods=[method])

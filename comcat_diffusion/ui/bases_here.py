@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from comcat_diffusion.config import EMBEDDED, is_hub_id
+from comcat_diffusion.families.family import UNET
 from comcat_diffusion.families.known import family_in
 from comcat_diffusion.places import assets
 from comcat_diffusion.ui.settings import Refused
@@ -25,6 +26,7 @@ class Base:
     bytes: int
     license: str
     usable: bool = True
+    unet: bool = True  # or its denoiser is a transformer, whose attentions have other names
 
 
 def bases_here(folder: Path, allowed: list[Path]) -> list[Base]:
@@ -42,13 +44,13 @@ def bases_here(folder: Path, allowed: list[Path]) -> list[Base]:
     return list({base.id: base for base in found}.values())
 
 
-def asked(id: object, folder: Path, allowed: list[Path]) -> str:
-    """The name of a base for the settings of a run. Raises Refused for one that the page does not offer."""
+def asked(id: object, folder: Path, allowed: list[Path]) -> Base:
+    """The base of an id. Raises Refused for one that the page does not offer."""
     for base in bases_here(folder, allowed):
         if base.id == id:
             if not base.usable:
                 raise Refused(f"{base.name} is of no family that is known here.", "base")
-            return base.name
+            return base
     raise Refused("This base is not here: choose one of the list, or download it first.", "base")
 
 
@@ -85,7 +87,8 @@ def _of_folder(path: Path, id: str, name: str) -> Base:
     family = family_in(kind, {})
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     license = "Apache-2.0" if id == EMBEDDED else _license(path)
-    return Base(id, name, family.name if family else "", size, license, family is not None)
+    unet = family is None or family.part == UNET
+    return Base(id, name, family.name if family else "", size, license, family is not None, unet)
 
 
 def _license(path: Path) -> str:

@@ -66,7 +66,8 @@ def draw(asked: Asked) -> dict:
         "base": None,
     }
     if asked.value("base", str, "") or not chosen:
-        request["base"] = bases_here.asked(asked.value("base", str, "") or "embedded", studio.folder, studio.allowed)
+        id = asked.value("base", str, "") or "embedded"
+        request["base"] = bases_here.asked(id, studio.folder, studio.allowed).name
     if not 1 <= request["num_images"] * len(request["strengths"]) <= MOST_PICTURES:
         raise Refused(f"Ask for 1 to {MOST_PICTURES} pictures at once.", "num_images")
 

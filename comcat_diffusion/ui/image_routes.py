@@ -4,8 +4,9 @@ from dataclasses import asdict
 
 from starlette.routing import Route
 
-from comcat_diffusion.ui import asked, bases_here, images
+from comcat_diffusion.ui import asked, bases_here, images, presets
 from comcat_diffusion.ui.asked import Asked
+from comcat_diffusion.ui.captioning import captioner_here
 from comcat_diffusion.ui.settings import Refused
 from comcat_diffusion.ui.training import subject_in
 
@@ -72,9 +73,22 @@ def outline(asked: Asked) -> dict:
     base = bases_here.asked(asked.value("base", str, "embedded"), asked.studio.folder, asked.studio.allowed)
     numbers = [one.number for one in found.pictures if not (one.problem or one.mask in ("drawn", "given"))]
     wanted = asked.value("numbers", list, numbers)
-    request = {"set": found.folder.name, "numbers": wanted, "word": word, "what": what, "base": base}
+    request = {"set": found.folder.name, "numbers": wanted, "word": word, "what": what, "base": base.name}
     job = asked.studio.queue.add("outline", "masks", asked.owner, request, lambda folder: None)
     return {"id": job.id}
+
+
+def caption(asked: Asked) -> dict:
+    """Have a captioning model describe what has no caption, as a job."""
+    found, (word, what) = asked.images(), subject_in(asked)
+    if captioner_here(asked.studio.folder) is None:
+        raise Refused("There is no captioning model here.")
+    all_of_them = asked.value("all", bool, False)
+    numbers = [one.number for one in found.pictures if not one.problem and (all_of_them or not one.caption)]
+    sentence = presets.sentence(word, what, str(asked.value("aim", str, "object")))
+    request = {"set": found.folder.name, "numbers": numbers, "what": what, "phrase": f"{word} {what}".strip()}
+    request["sentence"] = sentence
+    return {"id": asked.studio.queue.add("caption", "captions", asked.owner, request, lambda folder: None).id}
 
 
 def _told(found: images.ImageSet) -> dict:
@@ -88,6 +102,7 @@ ROUTES: list[Route] = [
     asked.route("/api/images/{set}", "PUT", add, upload="picture"),
     asked.route("/api/images/{set}/sample", "POST", add_sample),
     asked.route("/api/images/{set}/outline", "POST", outline),
+    asked.route("/api/images/{set}/caption", "POST", caption),
     asked.route(ONE, "PATCH", change),
     asked.route(ONE, "DELETE", remove),
     asked.route(f"{ONE}/mask", "PUT", set_mask, upload="mask"),

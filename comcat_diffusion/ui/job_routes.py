@@ -7,6 +7,7 @@ from pathlib import Path
 from starlette.routing import Route
 
 from comcat_diffusion.config import to_toml
+from comcat_diffusion.places import public_name
 from comcat_diffusion.ui import asked as asking
 from comcat_diffusion.ui import jobs
 from comcat_diffusion.ui.asked import Asked
@@ -29,9 +30,7 @@ def listed(asked: Asked) -> list[dict]:
 
 def waiting(asked: Asked) -> list[dict]:
     """What runs or waits, whosever it is, in its order."""
-    found = [job for shelf in set(jobs.SHELVES.values()) for job in asked.studio.queue.all(shelf)]
-    alive = [told(asked, job) for job in found if job.status["state"] in jobs.LIVE]
-    return sorted(alive, key=lambda one: (one["position"], one["number"]))
+    return [told(asked, job) for job in asked.studio.queue.live()]
 
 
 def told(asked: Asked, job: Job) -> dict:
@@ -40,7 +39,7 @@ def told(asked: Asked, job: Job) -> dict:
     own = about.get("owner") == asked.owner
     found = {"id": job.id, "kind": about["kind"], "title": about["title"], "number": about["number"], "own": own}
     if "message" in status:
-        status |= vars(refused(ValueError(status["message"].replace(f"{job.folder}/", "")), asked.language))
+        status |= vars(refused(ValueError(asked.bare(status["message"], job.folder)), asked.language))
     found |= {name: value for name, value in status.items() if name != "resume"}
     found["position"] = asked.studio.queue.position(job) if status["state"] == jobs.QUEUED else 0
     if about["kind"] == "train":
@@ -57,14 +56,18 @@ def show(asked: Asked) -> dict:
     found = told(asked, job)
     log = job.folder / jobs.LOG
     lines = log.read_text("utf-8", "replace").splitlines()[-LAST_LINES:] if log.is_file() else []
-    found["log"] = [refused(ValueError(line), asked.language).message for line in lines]
+    found["log"] = [refused(ValueError(asked.bare(line, job.folder)), asked.language).message for line in lines]
     if found["kind"] == "train":
         request = job.asked["request"]
         found["losses"] = losses(job.folder / "metrics.jsonl", _number(asked.query.get("after", "0")))
         found["samples"] = samples(job.folder / "samples")
         found["request"] = {name: request[name] for name in ("aims", "typed", "images", "base", "word", "what")}
         found["prompt"] = (request["settings"].get("validation_prompt") or [request["settings"]["instance_prompt"]])[0]
-        found["settings"] = to_toml(train_config(request, Path("out")))
+        base = request["settings"].get("pretrained_model_name_or_path") or ""
+        told_settings = to_toml(train_config(request, Path("out")))
+        found["settings"] = (
+            told_settings.replace(base, public_name(base)) if Path(base).is_absolute() else told_settings
+        )
     return found
 
 

@@ -18,13 +18,21 @@ from pathlib import Path
 
 from comcat_diffusion import atomic
 
-SHELVES = {"train": "runs", "draw": "pictures", "outline": "work", "fetch": "work", "export": "work", "push": "work"}
+SHELVES = {
+    "train": "runs",
+    "draw": "pictures",
+    "outline": "work",
+    "fetch": "work",
+    "export": "work",
+    "push": "work",
+    "caption": "work",
+}
 QUEUED, RUNNING, STOPPING = "queued", "running", "stopping"
 DONE, STOPPED, CANCELLED, FAILED = "done", "stopped", "cancelled", "failed"
 LIVE = (QUEUED, RUNNING, STOPPING)
 ASKED, STATUS, LOG = "job.json", "status.json", "log.txt"
 # Files by which the server asks the worker, whatever system and whether it is a process or a thread.
-STOP, PAUSE = "stop", "pause"
+STOP, PAUSE, CANCEL = "stop", "pause", "cancel"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,79}")
 
 
@@ -129,7 +137,13 @@ class Queue:
         if shelf not in SHELVES.values():
             raise Unknown("There are no such jobs.")
         found = [Job(path.parent) for path in (self.folder / shelf).glob(f"*/{ASKED}")]
-        return sorted(found, key=lambda job: -job.asked.get("number", 0))
+        found = [(job.asked.get("number"), job) for job in found]  # a file that is none of ours has none
+        return [job for number, job in sorted(found, key=lambda pair: -(pair[0] or 0)) if number is not None]
+
+    def live(self) -> list[Job]:
+        """What runs, then what waits, in its order."""
+        with self._changed:
+            return [*([self._current] if self._current else []), *self._waiting]
 
     def position(self, job: Job) -> int:
         """How many are before it: 0 of one that runs or does not wait."""
@@ -140,11 +154,11 @@ class Queue:
 
     def stop(self, job: Job) -> None:
         """Let a job end with what it has; it can be taken up again."""
-        self._ask(job, STOPPED, lambda: (job.folder / STOP).touch(), STOPPING)
+        self._ask(job, STOP, STOPPED, STOPPING)
 
     def cancel(self, job: Job) -> None:
         """Let a job end at once. What it had saved before stays."""
-        self._ask(job, CANCELLED, self.end, CANCELLED)
+        self._ask(job, CANCEL, CANCELLED, CANCELLED)
 
     def resume(self, job: Job) -> None:
         """Put a job that was stopped, cancelled or has failed at the end of the queue again."""
@@ -173,14 +187,14 @@ class Queue:
 
     def _enqueue(self, job: Job, more: dict) -> None:
         with self._changed:
-            for name in (STOP, PAUSE):
+            for name in (STOP, PAUSE, CANCEL):
                 (job.folder / name).unlink(missing_ok=True)
             job.tell(state=QUEUED, **more)
             self._waiting.append(job)
             self._changed.notify_all()
 
-    def _ask(self, job: Job, at_once: str, ask: Callable[[], None], state: str) -> None:
-        """End a job: one that waits at once, one that runs by asking it."""
+    def _ask(self, job: Job, file: str, at_once: str, state: str) -> None:
+        """End a job: one that waits at once, one that runs by a file, and for a cancel by ending the worker, too."""
         with self._changed:
             if job.folder in [other.folder for other in self._waiting]:
                 self._waiting = [other for other in self._waiting if other.folder != job.folder]
@@ -188,8 +202,10 @@ class Queue:
                 return
             if self._current is None or self._current.folder != job.folder:
                 raise ValueError("It is not running any more.")
+            (job.folder / file).touch()
+            if file == CANCEL:
+                self.end()
             job.change(state=state)
-            ask()
 
     def _run(self) -> None:
         while True:

@@ -24,6 +24,10 @@ class Paused(KeyboardInterrupt):
     """The server ends; the next one goes on."""
 
 
+class Cancelled(Exception):
+    """Its owner wants nothing of it: what was learned since it was last saved goes."""
+
+
 class Progress:
     """Watches a job's work and writes its status; where it was asked to end, it interrupts the work.
 
@@ -87,6 +91,8 @@ class Progress:
         What is only to be saved and proved yet is let alone.
         """
         folder = self.job.folder
+        if (folder / jobs.CANCEL).exists():
+            raise Cancelled
         if self.interrupted or self.name in LAST or (self.total and self.done == self.total):
             return
         self.paused = (folder / jobs.PAUSE).exists() or os.getppid() != self.parent
@@ -95,6 +101,8 @@ class Progress:
             raise Paused if self.paused else KeyboardInterrupt
 
     def _write(self) -> None:
+        if (self.job.folder / jobs.CANCEL).exists():
+            return  # its state is said already
         self._written, left = self.clock(), self.seconds_left
         passed = self._written - self.begun
         self.job.tell(

@@ -151,6 +151,25 @@ def outline(job: Job) -> dict:
     return {"numbers": numbers}
 
 
+def caption(job: Job) -> dict:
+    """Let a captioning model describe images, and call the subject by its words in what it says."""
+    from comcat_diffusion import bases
+    from comcat_diffusion.ui.captioning import Captioner, captioner_here, named
+
+    request, progress = job.asked["request"], Progress(job)
+    folder = job.folder.parent.parent
+    path = captioner_here(folder)
+    if path is None:
+        raise ValueError("The captioning model is not here any more.")
+    captioner, images = Captioner(path, bases.fastest_device()), ImageSet(folder / "images" / request["set"])
+    progress.phase("drawing")
+    for done, number in enumerate(request["numbers"], start=1):
+        said = captioner.says(images.upright(number))
+        images.change(number, caption=named(said, request["what"], request["phrase"], request["sentence"]))
+        progress.count(done, len(request["numbers"]))
+    return {"numbers": request["numbers"]}
+
+
 def fetch(job: Job) -> dict:
     """Download a base from the hub, which its owner asked for by name."""
     from comcat_diffusion.ui.download import download
@@ -200,4 +219,5 @@ def _command(job: Job, arguments: list[str]) -> list[str]:
 
 TASKS: dict[str, Callable[[Job], dict]] = {
     "train": train, "draw": draw, "outline": outline, "fetch": fetch, "export": export, "push": push,
+    "caption": caption,
 }  # fmt: skip

@@ -17,6 +17,11 @@ def page(language: str) -> dict[str, str]:
     return _all()[language]["page"]
 
 
+def labels(language: str) -> dict[str, str]:
+    """What all settings are called."""
+    return _all()[language]["labels"]
+
+
 def label(flag: str, language: str) -> str:
     """What a setting is called."""
     return _all()[language]["labels"].get(flag) or flag.replace("_", " ").capitalize()

@@ -13,6 +13,7 @@ from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 from comcat_diffusion.ui import asked as asking
 from comcat_diffusion.ui import bases_here, presets, settings
 from comcat_diffusion.ui.asked import Asked
+from comcat_diffusion.ui.captioning import captioner_here
 from comcat_diffusion.ui.images import copied
 from comcat_diffusion.ui.settings import Refused
 from comcat_diffusion.ui.tasks import train_config
@@ -34,17 +35,17 @@ def asked_settings(asked: Asked) -> dict[str, object]:
     """The settings of a training by the names of `TrainConfig`: those of the aims, then those that were typed in."""
     (word, what), studio = subject_in(asked), asked.studio
     aims = asked.value("aims", dict, {})
-    found = presets.chosen(aims) | settings.given(TrainConfig, asked.value("settings", dict, {}), bool(studio.allowed))
+    base = bases_here.asked(asked.value("base", str, "embedded"), studio.folder, studio.allowed)
+    found = presets.chosen(aims)
+    if not base.unet:
+        found.pop("target_modules", None)  # by which a preset names a U-Net's attentions
+    found |= settings.given(TrainConfig, asked.value("settings", dict, {}), bool(studio.allowed))
     for name in settings.PATHS:
         if name in found:
             found[name] = _allowed(found[name], studio.allowed, name)
     sentence = presets.sentence(word, what, aims.get("subject", presets.default_of("subject")))
     found |= {"instance_prompt": sentence, "trigger": word, "class_word": what or None}
-    return found | {
-        "pretrained_model_name_or_path": bases_here.asked(
-            asked.value("base", str, "embedded"), studio.folder, studio.allowed
-        )
-    }
+    return found | {"pretrained_model_name_or_path": base.name}
 
 
 def check(asked: Asked) -> dict:
@@ -126,6 +127,7 @@ def form(asked: Asked) -> dict:
     return {
         "groups": settings.asked_of(TrainConfig, asked.language, bool(asked.studio.allowed)),
         "presets": presets.shown(),
+        "captioner": captioner_here(asked.studio.folder) is not None,
         "known": [flag_of(item) for item in fields(TrainConfig)],
     }
 

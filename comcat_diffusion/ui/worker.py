@@ -13,7 +13,7 @@ from pathlib import Path
 
 from comcat_diffusion.ui import jobs
 from comcat_diffusion.ui.jobs import Job
-from comcat_diffusion.ui.progress import Paused
+from comcat_diffusion.ui.progress import Cancelled, Paused
 
 LOCK = ".worker"
 
@@ -31,7 +31,7 @@ def run(folder: Path) -> None:
         job.change(state=ended, result=result, seconds_left=None, share=None)
     except Paused:
         job.tell(state=jobs.QUEUED, resume=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Cancelled):
         job.tell(state=jobs.CANCELLED)
     except (ValueError, OSError, ImportError, NotFinite) as error:  # refused: these have a sentence
         job.tell(state=jobs.FAILED, message=" ".join(str(error).split()))

@@ -20,6 +20,15 @@ async function ask(method, path, body, type) {
   return told;
 }
 
+// Says that the server is away for as long as it is.
+function lost(away) {
+  const bar = document.getElementById("lost");
+  if (bar.hidden === away) {
+    bar.hidden = !away;
+    bar.textContent = away ? ask.gone : "";
+  }
+}
+
 export const gone = (sentence) => { ask.gone = sentence; };
 export const get = (path) => ask("GET", path);
 export const post = (path, value = {}) => ask("POST", path, JSON.stringify(value), "application/json");
@@ -43,7 +52,9 @@ export function watch(path, told, seconds = 1) {
         look.seen = true;
         if (enough) ended = true;
       }
+      lost(false);
     } catch (error) {
+      if (error.status === 0) lost(true);
       if (error.status === 404) { ended = true; told(null); }
     }
     if (!ended) timer = setTimeout(look, seconds * 1000);

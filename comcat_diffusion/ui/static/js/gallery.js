@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { button, h, replace, replaceIfNew } from "./dom.js";
 import { attempt, confirmed, dialog, divider, empty } from "./parts.js";
-import { number, t, when } from "./texts.js";
+import { about, number, t, when } from "./texts.js";
 
 export async function galleryPage(content) {
   const list = h("div", {});
@@ -22,7 +22,7 @@ export function show(one, ask = null) {
   const { job } = one;
   const own = api.fileOf(job.id, one.file);
   const scales = job.request.adapters.map((adapter) => `${adapter.id.split("/").at(-1).replace(".safetensors", "")} × ${number(adapter.scale * one.strength, 2)}`).join(", ");
-  const rows = [[t("prompt"), one.prompt], [t("seed"), one.seed], [t("adapters"), scales], ...Object.entries(job.request.typed).filter(([name]) => name !== "seed"), [t("asked_on"), when(job.number)]].filter(([, value]) => value !== "");
+  const rows = [[t("prompt"), one.prompt], [t("seed"), one.seed], [t("adapters"), scales], ...Object.entries(job.request.typed).filter(([name]) => name !== "seed").map(([name, value]) => [about.labels[name] ?? name, value]), [t("asked_on"), when(job.number)]].filter(([, value]) => value !== "");
   const again = (seed) => {
     const { prompt, typed, adapters } = job.request;
     const wanted = { prompt, typed: { ...typed, ...(seed ? { seed: one.seed } : {}) }, adapters: adapters.map(({ id, scale }) => ({ id, scale: scale * one.strength })), num_images: seed ? 1 : job.request.num_images };

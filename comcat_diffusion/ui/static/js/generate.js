@@ -90,7 +90,7 @@ class GeneratePage {
       return h("div", { class: "scale", data: { field: "scale" } }, h("label", { for: own }, cards.length > 1 ? t("strength_of", { name: card.phrase || card.name }) : t("strength")), range, shown);
     }));
     if (prompt && (!this.prompt.value.trim() || this.prompt.value === this.proposed)) {
-      this.proposed = cards.length ? cards.map((card, n) => (n ? card.phrase : card.prompt || `a photo of ${card.phrase}`)).filter(Boolean).join(" and ") : "";
+      this.proposed = cards.length === 1 ? cards[0].prompt : cards.length ? `a photo of ${cards.map((card) => card.phrase).filter(Boolean).join(" and ")}` : "";
       this.prompt.value = this.proposed;
     }
     const style = cards.length > 0 && cards.every((card) => card.style);

@@ -67,6 +67,7 @@ class TrainPage {
     const sample = button(t("try_sample"), { class: "quiet small", onclick: () => this.sample() }, "image");
     const another = button(t("new_images"), { class: "quiet small", onclick: () => attempt(() => this.images.another()) }, "plus");
     this.outline = button(t("find_masks"), { class: "quiet small", onclick: () => this.findMasks() }, "brush");
+    if (this.told.captioner) this.images.helper.append(h("div", { class: "row" }, button(t("describe"), { class: "small quiet", onclick: () => this.describe() }, "spark")));
     return this.step(1, t("images"), t("images_text"), this.images.element, h("div", { class: "row" }, sample, this.outline, another));
   }
 
@@ -214,10 +215,19 @@ class TrainPage {
     return kind === "fact" ? h("details", {}, h("summary", {}, t("facts", { n: lines.length })), list) : list;
   }
 
-  async findMasks() {
-    const told = await attempt(() => api.post(`/api/images/${this.images.set}/outline`, { word: this.values.word, what: this.values.what, base: this.values.base }), this.element);
+  findMasks() {
+    return this.work("outline", { base: this.values.base }, t("finding_masks"));
+  }
+
+  describe() {
+    return this.work("caption", { aim: this.values.aims.subject }, t("describing"));
+  }
+
+  // Something that takes a while is done to the images: they are shown anew when it is.
+  async work(what, more, said) {
+    const told = await attempt(() => api.post(`/api/images/${this.images.set}/${what}`, { word: this.values.word, what: this.values.what, ...more }), this.element);
     if (!told) return;
-    say(t("finding_masks"));
+    say(said);
     this.watching = api.watch(`/api/jobs/${told.id}`, async (job) => {
       if (!job || ["queued", "running", "stopping"].includes(job.state)) return !job;
       if (job.state === "failed") say(job.message, "bad");
