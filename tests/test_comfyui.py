@@ -478,6 +478,29 @@ def test_a_new_word_is_its_vectors_and_a_word_to_its_adapter(base):
         )
 
 
+@torch.no_grad()
+def test_the_last_layer_of_open_clip_h_is_in_comfyui_alone(base, model, clip, tmp_path, randomize):
+    """Nobody reads its states, so diffusers' copies of Stable Diffusion 2.x come without it, and so do adapters."""
+    pipe = load_base("embedded")
+    pipe.text_encoder.add_adapter(ComcatConfig(r=1, foldable=True), "x")
+    randomize(pipe.text_encoder, "x", 1)
+    save_adapter(pipe, tmp_path / "x.safetensors", "x", "embedded")
+    layers = nn.ModuleList(copy.deepcopy(base.text_encoder).encoder.layers)
+    layers.append(copy.deepcopy(layers[-1]))
+    for layer in layers:
+        layer.self_attn.heads = layer.self_attn.num_heads
+    del clip.cond_stage_model.clip_l
+    root = clip.cond_stage_model.clip_h = nn.Module()
+    root.transformer = nn.Module()
+    root.transformer.text_model = nn.Module()
+    root.transformer.text_model.encoder = nn.Module()
+    root.transformer.text_model.encoder.layers = layers
+    _, heard, _ = load(model, clip, tmp_path / "x.safetensors")
+    (guest,) = guests_of(heard.patcher).all
+    where = "clip_h.transformer.text_model.encoder.layers"
+    assert list(guest.factors) == [f"{where}.{number}.self_attn" for number in range(len(layers) - 1)]
+
+
 # Names
 
 
