@@ -121,7 +121,7 @@ def checkpoint(pipe: StableDiffusionPipeline, path: Path) -> None:
         tensors |= _whole("conditioner.embedders.0.transformer.", first)
         tensors |= _open_clip("conditioner.embedders.1.model.", second)
     elif first.config.hidden_size == 1024:
-        tensors |= _open_clip("cond_stage_model.model.", _one_layer_more(first))
+        tensors |= _open_clip("cond_stage_model.model.", _as_published(first))
     else:
         tensors |= _whole("cond_stage_model.transformer.", first)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,10 +178,8 @@ def _whole(prefix: str, text: nn.Module) -> dict[str, torch.Tensor]:
 def _open_clip(prefix: str, text: nn.Module) -> dict[str, torch.Tensor]:
     """A text encoder under OpenCLIP's names, which keeps queries, keys and values in one matrix."""
     names = {"embeddings.token_embedding.weight": "token_embedding.weight", "final_layer_norm.": "ln_final."}
-    names |= {
-        "embeddings.position_embedding.weight": "positional_embedding",
-        "encoder.layers.": "transformer.resblocks.",
-    }
+    names |= {"embeddings.position_embedding.weight": "positional_embedding"}
+    names |= {"encoder.layers.": "transformer.resblocks.", "self_attn.out_proj": "attn.out_proj"}
     names |= {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
     weights = {name.removeprefix("text_model."): tensor for name, tensor in text.state_dict().items()}
     found = {}
@@ -199,9 +197,10 @@ def _open_clip(prefix: str, text: nn.Module) -> dict[str, torch.Tensor]:
     return {f"{prefix}{name}": tensor for name, tensor in found.items()}
 
 
-def _one_layer_more(text: CLIPTextModel) -> CLIPTextModel:
-    """A text encoder with the layer that diffusers leaves out, since nobody reads its states."""
-    whole = CLIPTextModel(_clip(text.config.hidden_size, text.config.num_hidden_layers + 1, hidden_act="gelu"))
-    missing, unknown = whole.load_state_dict(text.state_dict(), strict=False)
-    assert missing and not unknown
+def _as_published(text: CLIPTextModel) -> CLIPTextModelWithProjection:
+    """A text encoder with the layer and the projection that diffusers leaves out, since nobody reads what they make."""
+    config = _clip(text.config.hidden_size, text.config.num_hidden_layers + 1, hidden_act="gelu")
+    whole = CLIPTextModelWithProjection(config)
+    missing, unknown = whole.text_model.load_state_dict(text.state_dict(), strict=False)
+    assert not unknown and all(f"layers.{text.config.num_hidden_layers}." in name for name in missing)
     return whole

@@ -622,10 +622,28 @@ def test_the_nodes_in_both_forms_and_the_example(monkeypatch, tmp_path):
         content = json.loads((PACK / "example_workflows" / f"{name}.json").read_text())
         kinds = {node["class_type"] for node in content.values()} if name == "comcat-api" else {
             node["type"] for node in content["nodes"]}  # fmt: skip
-        assert {"ComcatLoadAdapter", "ComcatTextEncode"} <= kinds
+        assert {"ComcatLoadAdapter", "ComcatTextEncode", "ComcatKeepBackground"} <= kinds
         assert all(kind in nodes for kind in kinds if kind.startswith("Comcat"))
     with pytest.raises(ValueError, match="is no name of a file"):
         nodes["ComcatSaveLora"]().run(None, "dog.safetensors", "../dog")
+
+
+def test_the_example_of_the_editor_is_that_of_the_api():
+    api, editor = (
+        json.loads((PACK / "example_workflows" / f"{name}.json").read_text()) for name in ("comcat-api", "comcat")
+    )
+    kinds = {str(node["id"]): node["type"] for node in editor["nodes"]}
+    assert kinds == {name: node["class_type"] for name, node in api.items()}
+    found, links = {}, {number: (*places, kind) for number, *places, kind in editor["links"]}
+    for node in editor["nodes"]:
+        for place, entry in enumerate(node["inputs"]):
+            source, output, target, there, kind = links[entry["link"]]
+            assert (target, there, kind) == (node["id"], place, entry["type"])
+            found[str(node["id"]), entry["name"]] = [str(source), output]
+        for place, entry in enumerate(node["outputs"]):
+            assert sorted(entry["links"]) == sorted(n for n, link in links.items() if link[:2] == (node["id"], place))
+    wires = {(n, name): value for n, node in api.items() for name, value in node["inputs"].items()}
+    assert found == {where: value for where, value in wires.items() if isinstance(value, list)}
 
 
 def test_the_picture_has_the_workflow_inside():
