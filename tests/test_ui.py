@@ -871,6 +871,23 @@ def test_in_drawing_mode_the_page_offers_no_more_than_drawing(tmp_path):
         assert "not offered here" in answer.json()["message"]
 
 
+def test_a_frame_shows_the_page_where_it_may(tmp_path, page):
+    """The hub shows Spaces in a frame of another site, whose browsers send no cookies of the usual kind."""
+    assert "frame-ancestors 'none'" in page.get("/").headers["content-security-policy"]
+    config = UiConfig(output_dir=str(tmp_path), host="0.0.0.0", draw_only=True, framed_by="https://example.org")
+    with browser(app.build(config, work=lambda folder: None)) as client:
+        client.cookies.clear()
+        answer = client.get("/")
+        policy = answer.headers["content-security-policy"]
+        assert "frame-ancestors https://example.org" in policy and "'none'; form" in policy and "unsafe" not in policy
+        assert "SameSite=None; Secure; Partitioned" in answer.headers["set-cookie"]
+    for wrong in ("example.org", "https://example.org; script-src *", "http://example.org", "https://a b"):
+        with pytest.raises(ValueError, match="--framed_by must be an address"):
+            UiConfig(draw_only=True, framed_by=wrong)
+    with pytest.raises(ValueError, match="--framed_by goes with --draw_only"):
+        UiConfig(framed_by="https://example.org")
+
+
 def test_a_persons_attentions_are_those_of_a_u_net_and_not_named_on_other_bases(page):
     """The preset names attn1 and attn2, which a transformer does not have."""
     (page.folder / "bases" / "tiny-sd3").mkdir(parents=True)

@@ -22,7 +22,9 @@ from comcat_diffusion.ui.app import serve
 from comcat_diffusion.ui.config import UiConfig
 
 if __name__ == "__main__":
-    serve(UiConfig(output_dir=str(Path(__file__).parent / "studio"), host="0.0.0.0", port=7860, draw_only=True))
+    folder = str(Path(__file__).parent / "studio")
+    shown = {"host": "0.0.0.0", "port": 7860, "draw_only": True, "framed_by": "https://huggingface.co"}
+    serve(UiConfig(output_dir=folder, **shown))
 '''
 _DOCKERFILE = """\
 FROM python:3.12-slim

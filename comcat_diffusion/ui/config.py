@@ -1,10 +1,13 @@
 """The settings of the page."""
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from comcat_diffusion.config import Group, option, require
+
+_ADDRESS = re.compile(r"https://[A-Za-z0-9.-]+(:\d+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,9 @@ class UiConfig(Group):
     token: str | None = option(None, "A word that the page's address has to hold, as in http://...?token=WORD.")
     draw_only: bool = option(
         False, "Offer drawing with the adapters in --output_dir alone, to everybody: no training, no files brought."
+    )
+    framed_by: str | None = option(
+        None, "An https address whose pages may show this one in a frame, with --draw_only. Default: none may."
     )
     allow_paths: list[str] = option(
         [], "Folders of this machine whose bases, adapters and pictures the page may name. Default: --output_dir alone."
@@ -36,6 +42,11 @@ class UiConfig(Group):
             f"--host {self.host} lets everybody who reaches this machine train, draw, use its memory and its disk, and "
             f"see what is in {self.output_dir}: say who may come by --auth NAME:PASSWORD or --token WORD.",
         )
+        if self.framed_by is not None:
+            told = f"--framed_by must be an address such as https://example.org, not {self.framed_by}."
+            require(bool(_ADDRESS.fullmatch(self.framed_by)), told)
+            told = "--framed_by goes with --draw_only: in a frame, clicks can be of another page's making."
+            require(self.draw_only, told)
         for path in self.allow_paths:
             require(Path(path).expanduser().exists(), f"--allow_paths: there is no {path}.")
 

@@ -25,11 +25,7 @@ POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
-_HEADERS = (
-    (b"content-security-policy", POLICY.encode()),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-)
+_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 
 
 def owner_of(secret: str) -> str:
@@ -42,6 +38,9 @@ class Visitors:
 
     def __init__(self, app: ASGIApp, config: UiConfig) -> None:
         self.app, self.config = app, config
+        framed_by = config.framed_by or "'none'"
+        policy = POLICY.replace("frame-ancestors 'none'", f"frame-ancestors {framed_by}")
+        self.headers = (*_HEADERS, (b"content-security-policy", policy.encode()))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or refuse."""
@@ -55,12 +54,12 @@ class Visitors:
         secret, new = cookies.get(COOKIE, ""), []
         if not _SECRET.fullmatch(secret):
             secret = secrets.token_urlsafe(32)
-            new.append(_set_cookie(COOKIE, secret))
+            new.append(_set_cookie(COOKIE, secret, bool(self.config.framed_by)))
         scope["owner"] = owner_of(secret)
 
         async def told(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *_HEADERS, *new]
+                message["headers"] = [*message["headers"], *self.headers, *new]
             await send(message)
 
         return await self.app(scope, receive, told)
@@ -107,8 +106,10 @@ def _cookies(header: str) -> SimpleCookie:
         return SimpleCookie()
 
 
-def _set_cookie(name: str, value: str) -> tuple[bytes, bytes]:
-    return (b"set-cookie", f"{name}={value}; Path=/; HttpOnly; SameSite=Lax; Max-Age=31536000".encode())
+def _set_cookie(name: str, value: str, framed: bool = False) -> tuple[bytes, bytes]:
+    """In a frame of another site, browsers keep only cookies that ask to be that site's alone."""
+    where = "SameSite=None; Secure; Partitioned" if framed else "SameSite=Lax"
+    return (b"set-cookie", f"{name}={value}; Path=/; HttpOnly; {where}; Max-Age=31536000".encode())
 
 
 def _basic(header: str) -> str:
