@@ -323,7 +323,8 @@ def eight_bits(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str,
         found = running.latent(graph(said, (name, 1.0)))
         check(f"8 bits: {name}, from its trigger on", found, drawn(pipe, said), rough)
         off, effect = (float((found - other).square().mean().sqrt()) for other in (adapted[name], rough))
-        print(f"8 bits: {name}, from that in 32 bits {off:.2f}, from the base's in 8 bits {effect:.2f}", flush=True)
+        told = f"8 bits: {name}, {off:.1f} from its picture in 32 bits, {effect:.1f} from the base's in 8 bits"
+        expect(told, off < effect / 2, True)
         unload_adapters(pipe)
     pipe.unet.load_state_dict(exact)
 

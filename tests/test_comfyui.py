@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -499,6 +499,32 @@ def test_the_last_layer_of_open_clip_h_is_in_comfyui_alone(base, model, clip, tm
     (guest,) = guests_of(heard.patcher).all
     where = "clip_h.transformer.text_model.encoder.layers"
     assert list(guest.factors) == [f"{where}.{number}.self_attn" for number in range(len(layers) - 1)]
+
+
+@torch.no_grad()
+def test_names_of_text_encoders_are_those_of_the_file(base, model, clip, tmp_path, randomize):
+    """transformers' classes with a projection, as XL's second, have all within `text_model`; others, by version."""
+    pipe = load_base("embedded")
+    pipe.text_encoder.add_adapter(ComcatConfig(r=1, foldable=True), "x")
+    randomize(pipe.text_encoder, "x", 1)
+    header = save_adapter(pipe, tmp_path / "x.safetensors", "x", "embedded")
+    tensors = {f"text_encoder.text_model.{name.removeprefix('text_encoder.')}": tensor
+               for name, tensor in load_file(tmp_path / "x.safetensors").items()}  # fmt: skip
+    save_file(tensors, tmp_path / "within.safetensors", header.metadata())
+    layers = copy.deepcopy(base.text_encoder).encoder.layers
+    for layer in layers:
+        layer.self_attn.heads = layer.self_attn.num_heads
+    root = clip.cond_stage_model.clip_l.transformer.text_model = nn.Module()
+    root.encoder = nn.Module()
+    root.encoder.layers = layers
+    guests = [
+        guests_of(load(model, clip, tmp_path / f"{name}.safetensors")[1].patcher).all[0] for name in ("x", "within")
+    ]
+    where = "clip_l.transformer.text_model.encoder.layers"
+    assert [*guests[0].factors] == [*guests[1].factors] == [f"{where}.{n}.self_attn" for n in range(len(layers))]
+    for factors in zip(*(guest.factors.values() for guest in guests), strict=True):
+        one, other = ({name: factor.weight for name, factor in own.items()} for own in factors)
+        assert_close(one, other, rtol=0, atol=0)
 
 
 # Names

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from comcat_diffusion.adapters.fingerprint import layout_of
@@ -40,11 +41,9 @@ def load(
     require_scale(strength, "The strength")
     path = Path(path)
     unet, roots = model.model.diffusion_model, _roots(clip)
-    encoders = {
-        part: (clip.cond_stage_model.get_submodule(root), root.partition(".")[0]) for part, root in roots.items()
-    }
-    parts = {"unet": unet_as_diffusers(model)} | {part: text_as_transformers(*own) for part, own in encoders.items()}
     trained = read_adapter(path).fingerprint
+    encoders = {part: _encoder(clip, part, root, path) for part, root in roots.items()}
+    parts = {"unet": unet_as_diffusers(model)} | {part: text_as_transformers(*own) for part, own in encoders.items()}
     present = fingerprint_of(parts["unet"], prediction_of(model), trained)
     fitting = read_fitting(parts, present, path, any_weights, "the model of this node")
     names = {"unet": {own: f"diffusion_model.{name}" for own, name in unet_names(unet).items()}}
@@ -90,6 +89,14 @@ def _roots(clip: object) -> dict[str, str]:
     there = clip.cond_stage_model
     found = {part: [name for name in names if hasattr(there, name)] for part, names in ENCODERS.items()}
     return {part: f"{names[0]}.transformer" for part, names in found.items() if names}
+
+
+def _encoder(clip: object, part: str, root: str, path: Path) -> tuple[nn.Module, str, str]:
+    """A text encoder, its kind, and what names of its modules in a file begin with: some classes have it, some not."""
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+    within = "text_model." if any(name.startswith(f"{part}.text_model.") for name in names) else ""
+    return clip.cond_stage_model.get_submodule(root), root.partition(".")[0], within
 
 
 def _guest(

@@ -87,19 +87,22 @@ def unet_as_diffusers(patcher: object) -> nn.Module:
     return _tree({own: Attention(modules[name], own.endswith("attn2"), keys[name]) for own, name in names.items()})
 
 
-def text_names(encoder: nn.Module, kind: str) -> dict[str, str]:
-    """Name in ComfyUI by name in transformers, of every attention of a text encoder; `kind` is as in ENCODERS."""
+def text_names(encoder: nn.Module, kind: str, within: str = "") -> dict[str, str]:
+    """Name in ComfyUI by name in transformers, of every attention of a text encoder.
+
+    `kind` is as in ENCODERS; transformers' names begin with `within`.
+    """
     names = [
         name for name, module in encoder.named_modules() if name.endswith("self_attn") and hasattr(module, "q_proj")
     ]
     read = len(names) - _UNREAD.get(kind, 0)
-    return {name[name.index("encoder.layers.") :]: name for name in names[:read]}
+    return {f"{within}{name[name.index('encoder.layers.') :]}": name for name in names[:read]}
 
 
-def text_as_transformers(encoder: nn.Module, kind: str) -> nn.Module:
+def text_as_transformers(encoder: nn.Module, kind: str, within: str = "") -> nn.Module:
     """The attentions of a text encoder under transformers' names."""
     modules = dict(encoder.named_modules())
-    return _tree({own: TextAttention(modules[name]) for own, name in text_names(encoder, kind).items()})
+    return _tree({own: TextAttention(modules[name]) for own, name in text_names(encoder, kind, within).items()})
 
 
 def _tree(leaves: dict[str, nn.Module]) -> nn.Module:
