@@ -1,38 +1,41 @@
 """`make test-comfyui COMFYUI=folder`: the real ComfyUI, headless on a CPU, draws with the nodes what diffusers draws.
 
-A small random base of Stable Diffusion 1.5's kind is written as a checkpoint; ComfyUI is started on a folder of its own
-and asked through its HTTP API; latents are compared with diffusers and `load_adapter` on the same base, seed and
-sampler. Nothing is written into ComfyUI's folder. It takes its Python from COMFYUI_PYTHON, or this one.
+Small random bases of each kind of Stable Diffusion are written as checkpoints (comfyui_bases.py); ComfyUI is started on
+a folder of its own and asked through its HTTP API; latents are compared with diffusers and `load_adapter` on the same
+base, seed and sampler. Nothing is written into ComfyUI's folder. It takes its Python from COMFYUI_PYTHON, or this one;
+PARTS="one two xl fp8" asks for some of its parts.
 """
 
 import contextlib
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
 from comcat_diffusion import ComcatConfig, keep_background, load_adapter, remember_prompts, save_adapter, set_regions
 from comcat_diffusion.adapters.header import Notes
 from comcat_diffusion.adapters.merge import unload_adapters
 from comcat_diffusion.adapters.model import factors
+from tests.comfyui_bases import LAYERS, SIDE, checkpoint, one, two, xl
 
 ROOT = Path(__file__).parents[1]
 CLOSE = 1e-5  # of the largest latent, after four steps in float32: the same sums in another order
-STEPS, GUIDANCE, SEED, SIDE = 4, 2.0, 5, 96  # 999 is a multiple of 3, so the timesteps are whole numbers
+STEPS, GUIDANCE, SEED = 4, 2.0, 5  # 999 is a multiple of 3, so the timesteps are whole numbers
 WORDS = {"tied": ["sks dog", "sks"], "free": ["ohwx dog", "ohwx"]}  # as the notes of the files say
+BASES = {"one": one, "two": two, "xl": xl}
+PARTS = (*BASES, "fp8")
 PROBE = """
-import folder_paths, os, safetensors.torch
+import comfy.sd, folder_paths, os, safetensors.torch
 
 class SaveConditioning:
     RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "run", True, "probe"
@@ -49,7 +52,19 @@ class SaveConditioning:
         safetensors.torch.save_file(found, os.path.join(folder_paths.get_output_directory(), name))
         return {}
 
-NODE_CLASS_MAPPINGS = {"SaveConditioning": SaveConditioning}
+class LoadFewLayers:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL", "CLIP"), "run", "probe"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"ckpt_name": ("STRING", {}), "layers": ("INT", {})}}
+
+    def run(self, ckpt_name, layers):
+        path = folder_paths.get_full_path_or_raise("checkpoints", ckpt_name)
+        few = {f"clip_{letter}_model_config": {"num_hidden_layers": layers} for letter in "lgh"}
+        return comfy.sd.load_checkpoint_guess_config(path, output_vae=False, te_model_options=few)[:2]
+
+NODE_CLASS_MAPPINGS = {"SaveConditioning": SaveConditioning, "LoadFewLayers": LoadFewLayers}
 """
 # The same nodes in ComfyUI's current form, which it does not look at where it finds the older one.
 CURRENT = """
@@ -61,86 +76,6 @@ spec.loader.exec_module(nodes)
 nodes._NODES = {{name + "Current": node for name, node in nodes._NODES.items()}}
 comfy_entrypoint = nodes.comfy_entrypoint
 """
-
-
-def random_base(tokenizer: Path) -> StableDiffusionPipeline:
-    """A base of random weights, small, of the kind that ComfyUI takes for a Stable Diffusion 1.5."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=SIDE // 8,
-        block_out_channels=(320, 640),
-        layers_per_block=1,
-        cross_attention_dim=768,
-        attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                                        num_attention_heads=12, projection_dim=768))  # fmt: skip
-    for name, parameter in unet.named_parameters():
-        if name.startswith("up_blocks") and "attn2.to_k" in name:
-            parameter.data *= 30  # so that not all places look at all words alike
-    for model in (unet, text):
-        for parameter in model.parameters():
-            parameter.data = parameter.data.half().float()  # as the checkpoint holds it
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-    )
-    tokenizer = CLIPTokenizer.from_pretrained(tokenizer, model_max_length=77)
-    parts = {"vae": None, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = StableDiffusionPipeline(unet=unet, text_encoder=text, tokenizer=tokenizer, scheduler=scheduler, **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def original_names(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
-    """The weights of a U-Net as the original code names them; the inverse of what diffusers does on loading."""
-    per_level = unet.config.layers_per_block + 1
-    outer = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
-    outer |= {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
-    inner = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0"}
-    inner |= {"conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-    found = {}
-    for name, tensor in unet.state_dict().items():
-        for own, theirs in outer.items():
-            name = re.sub(rf"^{own}\.", f"{theirs}.", name)
-        name = re.sub(r"^mid_block\.resnets\.(\d)\.", lambda m: f"middle_block.{2 * int(m[1])}.", name)
-        name = re.sub(r"^mid_block\.attentions\.0\.", "middle_block.1.", name)
-        name = re.sub(
-            r"^down_blocks\.(\d)\.(resnets|attentions)\.(\d)\.",
-            lambda m: f"input_blocks.{1 + per_level * int(m[1]) + int(m[3])}.{int(m[2] == 'attentions')}.",
-            name,
-        )
-        name = re.sub(
-            r"^down_blocks\.(\d)\.downsamplers\.0\.conv\.",
-            lambda m: f"input_blocks.{per_level * (int(m[1]) + 1)}.0.op.",
-            name,
-        )
-        name = re.sub(
-            r"^up_blocks\.(\d)\.(resnets|attentions)\.(\d)\.",
-            lambda m: f"output_blocks.{per_level * int(m[1]) + int(m[3])}.{int(m[2] == 'attentions')}.",
-            name,
-        )
-        name = re.sub(
-            r"^up_blocks\.(\d)\.upsamplers\.0\.conv\.",
-            lambda m: f"output_blocks.{per_level * (int(m[1]) + 1) - 1}.2.conv.",
-            name,
-        )
-        if re.match(r"(input|output|middle)_block", name) and "transformer_blocks" not in name:
-            for own, theirs in inner.items():
-                name = name.replace(f".{own}.", f".{theirs}.")
-        found[f"model.diffusion_model.{name}"] = tensor.half()
-    return found
-
-
-def checkpoint(pipe: StableDiffusionPipeline, path: Path) -> None:
-    """The base as one file, as people have it."""
-    tensors = original_names(pipe.unet)
-    for name, tensor in pipe.text_encoder.state_dict().items():
-        name = f"text_model.{name.removeprefix('text_model.')}"
-        tensors[f"cond_stage_model.transformer.{name}"] = tensor.half()
-    path.parent.mkdir(parents=True)
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def adapters(pipe: StableDiffusionPipeline, folder: Path) -> dict[str, Path]:
@@ -156,10 +91,12 @@ def adapters(pipe: StableDiffusionPipeline, folder: Path) -> dict[str, Path]:
         pipe.unet.add_adapter(ComcatConfig(r=2, alpha=3.0, **options), name)
         models, tokens = [pipe.unet], None
         if name == "everywhere":
-            pipe.text_encoder.add_adapter(ComcatConfig(r=1, foldable=True), name)
-            models.append(pipe.text_encoder)
-            vectors = torch.randn(2, 768, generator=torch.Generator().manual_seed(9)) * 0.02
-            tokens = {"<dog>": {"text_encoder": vectors}}
+            encoders = {part: getattr(pipe, part) for part in ("text_encoder", "text_encoder_2") if hasattr(pipe, part)}
+            made, tokens = torch.Generator().manual_seed(9), {"<dog>": {}}
+            for part, encoder in encoders.items():
+                encoder.add_adapter(ComcatConfig(r=1, foldable=True), name)
+                models.append(encoder)
+                tokens["<dog>"][part] = torch.randn(2, encoder.config.hidden_size, generator=made) * 0.02
         noise = torch.Generator().manual_seed(number)
         for model in models:
             for factor in factors(model, name).values():
@@ -174,12 +111,12 @@ def adapters(pipe: StableDiffusionPipeline, folder: Path) -> dict[str, Path]:
 class ComfyUI:
     """A running one."""
 
-    def __init__(self, folder: Path, base: Path) -> None:
+    def __init__(self, folder: Path, base: Path, weights: str = "--fp32-unet") -> None:
         with contextlib.closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.base = base
-        flags = ["--cpu", "--base-directory", str(base), "--port", str(self.port), "--fp32-unet", "--fp32-text-enc"]
+        flags = ["--cpu", "--base-directory", str(base), "--port", str(self.port), weights, "--fp32-text-enc"]
         flags += [
             "--disable-api-nodes",
             "--front-end-root",
@@ -187,8 +124,8 @@ class ComfyUI:
             "--database-url",
             "sqlite:///:memory:",
         ]
-        (base / "front").mkdir()
-        around = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+        (base / "front").mkdir(exist_ok=True)
+        around = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
         self.log = base / "log.txt"
         python = os.environ.get("COMFYUI_PYTHON", sys.executable)
         with self.log.open("w") as log:
@@ -251,12 +188,17 @@ class ComfyUI:
         return safetensors.torch.load_file(self.base / "output" / file["subfolder"] / file["filename"])["latent_tensor"]
 
 
-def graph(prompt: str, *loaded: tuple[str, float], encode: str = "CLIPTextEncode", **more: dict) -> dict:
+def graph(
+    prompt: str, *loaded: tuple[str, float], encode: str = "CLIPTextEncode", base: str = "one", **more: dict
+) -> dict:
     """A workflow: checkpoint, adapters one after the other, text, sampler."""
-    nodes = {"base": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "base.safetensors"}}}
+    nodes = {"base": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": f"{base}.safetensors"}}}
+    if base != "one":
+        few = {"ckpt_name": f"{base}.safetensors", "layers": LAYERS}
+        nodes["base"] = {"class_type": "LoadFewLayers", "inputs": few}
     model, clip = ["base", 0], ["base", 1]
     for name, strength in loaded:
-        inputs = {"model": model, "clip": clip, "adapter": f"{name}.safetensors", "strength": strength}
+        inputs = {"model": model, "clip": clip, "adapter": f"{base}/{name}.safetensors", "strength": strength}
         nodes[name] = {"class_type": "ComcatLoadAdapter", "inputs": inputs}
         model, clip = [name, 0], [name, 1]
     for name, text in (("positive", prompt), ("negative", "")):
@@ -285,7 +227,10 @@ def drawn(pipe: StableDiffusionPipeline, prompt: str | None, **more: object) -> 
     how = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": SIDE, "width": SIDE}
     noise = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(SEED))
     most = float(pipe.scheduler.sigmas.max())  # ComfyUI begins with noise of sqrt(1 + most^2), diffusers with `most`
-    return pipe(prompt, latents=noise * (1 + most**-2) ** 0.5, output_type="latent", **how, **more).images / 0.18215
+    if isinstance(pipe, StableDiffusionXLPipeline):
+        more["negative_prompt"] = ""  # without one its states would be zeros
+    found = pipe(prompt, latents=noise * (1 + most**-2) ** 0.5, output_type="latent", **how, **more).images
+    return found / (0.13025 if isinstance(pipe, StableDiffusionXLPipeline) else 0.18215)
 
 
 def check(name: str, found: torch.Tensor, expected: torch.Tensor, other: torch.Tensor | None = None) -> None:
@@ -300,13 +245,15 @@ def check(name: str, found: torch.Tensor, expected: torch.Tensor, other: torch.T
         raise SystemExit(f"{name}: ComfyUI draws something else.")
 
 
-def main(comfyui: Path) -> None:
+def main(comfyui: Path, parts: tuple[str, ...] = PARTS) -> None:
     """All checks, one after the other."""
     with tempfile.TemporaryDirectory() as place, torch.no_grad():
-        base = Path(place)
-        pipe = random_base(comfyui / "comfy" / "sd1_tokenizer")
-        checkpoint(pipe, base / "models" / "checkpoints" / "base.safetensors")
-        files = adapters(pipe, base / "models" / "comcat")
+        base, pipes, files = Path(place), {}, {}
+        for name in BASES:
+            if name in parts or (name, *parts) == ("one", "fp8"):
+                pipes[name] = BASES[name](comfyui / "comfy" / "sd1_tokenizer")
+                checkpoint(pipes[name], base / "models" / "checkpoints" / f"{name}.safetensors")
+                files[name] = adapters(pipes[name], base / "models" / "comcat" / name)
         nodes = base / "custom_nodes"
         (nodes / "probe").mkdir(parents=True)
         (nodes / "probe" / "__init__.py").write_text(PROBE)
@@ -315,15 +262,73 @@ def main(comfyui: Path) -> None:
         (nodes / "current" / "__init__.py").write_text(CURRENT.format(path=path))
         (nodes / "comcat").symlink_to(ROOT / "integrations" / "comfyui")
         (base / "input").mkdir(), (base / "output").mkdir()
-        running = ComfyUI(comfyui, base)
-        try:
-            compare(running, pipe, files)
-        finally:
-            running.stop()
+        if parts != ("fp8",):
+            with started(comfyui, base, "--fp32-unet") as running:
+                for name in (name for name in BASES if name in parts):
+                    (compare if name == "one" else other_kind)(running, pipes[name], files[name], name)
+        if "fp8" in parts:
+            with started(comfyui, base, "--fp8_e4m3fn-unet") as running:
+                eight_bits(running, pipes["one"], files["one"])
     print("ComfyUI draws what diffusers draws.")
 
 
-def compare(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path]) -> None:
+@contextlib.contextmanager
+def started(comfyui: Path, base: Path, weights: str) -> Iterator[ComfyUI]:
+    """A ComfyUI that is ended afterwards."""
+    running = ComfyUI(comfyui, base, weights)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+def other_kind(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path], kind: str) -> None:
+    """The same of another kind of Stable Diffusion: the adapters, and what depends on its text encoders and U-Net."""
+    ask = lambda *given, **more: running.latent(graph(*given, base=kind, **more))
+    said, word = "a photo of sks dog, ohwx cat", "<dog> in the snow"
+    own, base = drawn(pipe, said), drawn(pipe, word.replace("<dog>", "dog"))
+    plain = ask(said)
+    check(f"{kind}: the base alone", plain, own)
+    for name in ("tied", "free"):
+        load_adapter(pipe, files[name], name)
+        check(f"{kind}: {name}, from its trigger on", ask(said, (name, 1.0)), drawn(pipe, said), own)
+        without = "a photo of a cat"
+        expect(f"{kind}: without its trigger the base", torch.equal(ask(without, (name, 1.0)), ask(without)), True)
+        unload_adapters(pipe)
+    backgrounds(running, pipe, files, said, kind)
+    load_adapter(pipe, files["everywhere"], "everywhere")
+    check(f"{kind}: text encoders too, and a new word", ask(word, ("everywhere", 1.0)), drawn(pipe, word), base)
+    load_adapter(pipe, files["tied"], "tied")
+    pipe.unet.set_adapters(["everywhere", "tied"], [1.0, 0.7])
+    check(f"{kind}: two of them", ask(said, ("everywhere", 1.0), ("tied", 0.7)), drawn(pipe, said), own)
+    unload_adapters(pipe)
+
+
+def eight_bits(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path]) -> None:
+    """Weights of 8 bits: ComfyUI draws what diffusers draws with the same weights, rounded to 8 bits."""
+    said = "a photo of sks dog, ohwx cat"
+    exact = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    own = drawn(pipe, said)
+    adapted = {}
+    for name in ("tied", "free"):
+        load_adapter(pipe, files[name], name)
+        adapted[name] = drawn(pipe, said)
+        unload_adapters(pipe)
+    pipe.unet.load_state_dict({name: t.to(torch.float8_e4m3fn).to(t) for name, t in exact.items()})
+    rough = drawn(pipe, said)
+    check("8 bits: the base alone", running.latent(graph(said)), rough)
+    print(f"8 bits change the base's picture by {float((rough - own).abs().max()):.1f}", flush=True)
+    for name in ("tied", "free"):
+        load_adapter(pipe, files[name], name, any_weights=True)
+        found = running.latent(graph(said, (name, 1.0)))
+        check(f"8 bits: {name}, from its trigger on", found, drawn(pipe, said), rough)
+        off, effect = (float((found - other).square().mean().sqrt()) for other in (adapted[name], rough))
+        print(f"8 bits: {name}, from that in 32 bits {off:.2f}, from the base's in 8 bits {effect:.2f}", flush=True)
+        unload_adapters(pipe)
+    pipe.unet.load_state_dict(exact)
+
+
+def compare(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path], kind: str = "one") -> None:
     """ComfyUI and diffusers, picture by picture."""
     said = "a photo of sks dog, ohwx cat"
     plain, own = running.latent(graph(said)), drawn(pipe, said)
@@ -354,7 +359,7 @@ def compare(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Pa
     check("three of them, at strengths of their own", running.latent(graph(said, *three)), drawn(pipe, said), own)
     unload_adapters(pipe)
     in_places(running, pipe, files, said, own)
-    backgrounds(running, pipe, files, said)
+    backgrounds(running, pipe, files, said, kind)
     with_weights(running, pipe, files)
     as_lora(running, pipe, files)
     mistakes(running, pipe, files)
@@ -382,7 +387,7 @@ def in_places(
     unload_adapters(pipe)
 
 
-def backgrounds(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path], said: str) -> None:
+def backgrounds(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path], said: str, kind: str) -> None:
     """Adapters that act where their subjects are looked at, by a look of the base before the first step."""
     kept = {"class_type": "ComcatKeepBackground", "inputs": {"keep": True}, "gives_model": True}
     for names in (["tied"], ["free"], ["tied", "free"]):
@@ -392,8 +397,8 @@ def backgrounds(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str
         everywhere = drawn(pipe, said)
         with keep_background(pipe, {name: WORDS[name] for name in names}):
             expected = drawn(pipe, said)
-        asked = graph(said, *((name, 1.0) for name in names), kept=kept)
-        check(f"background kept, {' and '.join(names)}", running.latent(asked), expected, everywhere)
+        asked = graph(said, *((name, 1.0) for name in names), base=kind, kept=kept)
+        check(f"{kind}: background kept, {' and '.join(names)}", running.latent(asked), expected, everywhere)
         asked["draw"]["inputs"]["seed"] = SEED + 1
         running.latent(asked)
         asked["draw"]["inputs"]["seed"] = SEED
@@ -434,7 +439,10 @@ def with_weights(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[st
 def as_lora(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path]) -> None:
     """Save as LoRA, loaded by ComfyUI's own loader."""
     load_adapter(pipe, files["everywhere"], "everywhere")
-    said, inputs = "a photo of a cat", {"model": ["base", 0], "adapter": "everywhere.safetensors", "name": "exported"}
+    said, inputs = (
+        "a photo of a cat",
+        {"model": ["base", 0], "adapter": "one/everywhere.safetensors", "name": "exported"},
+    )
     asked = graph(said)
     asked["lora"] = {"class_type": "ComcatSaveLora", "inputs": inputs}
     running.latent(asked)
@@ -480,8 +488,8 @@ def example(running: ComfyUI, files: dict[str, Path]) -> None:
     folder = ROOT / "integrations" / "comfyui" / "example_workflows"
     asked = json.loads((folder / "comcat-api.json").read_text())
     for node in asked.values():
-        node["inputs"] |= {"ckpt_name": "base.safetensors"} if "ckpt_name" in node["inputs"] else {}
-        node["inputs"] |= {"adapter": "tied.safetensors"} if "adapter" in node["inputs"] else {}
+        node["inputs"] |= {"ckpt_name": "one.safetensors"} if "ckpt_name" in node["inputs"] else {}
+        node["inputs"] |= {"adapter": "one/tied.safetensors"} if "adapter" in node["inputs"] else {}
         node["inputs"] |= (
             {"width": SIDE, "height": SIDE, "steps": 1} if {"width", "steps"} & node["inputs"].keys() else {}
         )
@@ -500,4 +508,4 @@ def expect(name: str, found: object, expected: object) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    main(Path(sys.argv[1]).resolve(), tuple(sys.argv[2:]) or PARTS)

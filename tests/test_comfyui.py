@@ -478,6 +478,29 @@ def test_a_new_word_is_its_vectors_and_a_word_to_its_adapter(base):
         )
 
 
+@torch.no_grad()
+def test_the_last_layer_of_open_clip_h_is_in_comfyui_alone(base, model, clip, tmp_path, randomize):
+    """Nobody reads its states, so diffusers' copies of Stable Diffusion 2.x come without it, and so do adapters."""
+    pipe = load_base("embedded")
+    pipe.text_encoder.add_adapter(ComcatConfig(r=1, foldable=True), "x")
+    randomize(pipe.text_encoder, "x", 1)
+    save_adapter(pipe, tmp_path / "x.safetensors", "x", "embedded")
+    layers = nn.ModuleList(copy.deepcopy(base.text_encoder).encoder.layers)
+    layers.append(copy.deepcopy(layers[-1]))
+    for layer in layers:
+        layer.self_attn.heads = layer.self_attn.num_heads
+    del clip.cond_stage_model.clip_l
+    root = clip.cond_stage_model.clip_h = nn.Module()
+    root.transformer = nn.Module()
+    root.transformer.text_model = nn.Module()
+    root.transformer.text_model.encoder = nn.Module()
+    root.transformer.text_model.encoder.layers = layers
+    _, heard, _ = load(model, clip, tmp_path / "x.safetensors")
+    (guest,) = guests_of(heard.patcher).all
+    where = "clip_h.transformer.text_model.encoder.layers"
+    assert list(guest.factors) == [f"{where}.{number}.self_attn" for number in range(len(layers) - 1)]
+
+
 # Names
 
 
@@ -599,10 +622,28 @@ def test_the_nodes_in_both_forms_and_the_example(monkeypatch, tmp_path):
         content = json.loads((PACK / "example_workflows" / f"{name}.json").read_text())
         kinds = {node["class_type"] for node in content.values()} if name == "comcat-api" else {
             node["type"] for node in content["nodes"]}  # fmt: skip
-        assert {"ComcatLoadAdapter", "ComcatTextEncode"} <= kinds
+        assert {"ComcatLoadAdapter", "ComcatTextEncode", "ComcatKeepBackground"} <= kinds
         assert all(kind in nodes for kind in kinds if kind.startswith("Comcat"))
     with pytest.raises(ValueError, match="is no name of a file"):
         nodes["ComcatSaveLora"]().run(None, "dog.safetensors", "../dog")
+
+
+def test_the_example_of_the_editor_is_that_of_the_api():
+    api, editor = (
+        json.loads((PACK / "example_workflows" / f"{name}.json").read_text()) for name in ("comcat-api", "comcat")
+    )
+    kinds = {str(node["id"]): node["type"] for node in editor["nodes"]}
+    assert kinds == {name: node["class_type"] for name, node in api.items()}
+    found, links = {}, {number: (*places, kind) for number, *places, kind in editor["links"]}
+    for node in editor["nodes"]:
+        for place, entry in enumerate(node["inputs"]):
+            source, output, target, there, kind = links[entry["link"]]
+            assert (target, there, kind) == (node["id"], place, entry["type"])
+            found[str(node["id"]), entry["name"]] = [str(source), output]
+        for place, entry in enumerate(node["outputs"]):
+            assert sorted(entry["links"]) == sorted(n for n, link in links.items() if link[:2] == (node["id"], place))
+    wires = {(n, name): value for n, node in api.items() for name, value in node["inputs"].items()}
+    assert found == {where: value for where, value in wires.items() if isinstance(value, list)}
 
 
 def test_the_picture_has_the_workflow_inside():

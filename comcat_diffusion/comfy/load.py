@@ -39,15 +39,17 @@ def load(
     """
     require_scale(strength, "The strength")
     path = Path(path)
-    unet, encoders = model.model.diffusion_model, _encoders(clip)
-    parts = {"unet": unet_as_diffusers(model)} | {part: text_as_transformers(own) for part, own in encoders.items()}
+    unet, roots = model.model.diffusion_model, _roots(clip)
+    encoders = {
+        part: (clip.cond_stage_model.get_submodule(root), root.partition(".")[0]) for part, root in roots.items()
+    }
+    parts = {"unet": unet_as_diffusers(model)} | {part: text_as_transformers(*own) for part, own in encoders.items()}
     trained = read_adapter(path).fingerprint
     present = fingerprint_of(parts["unet"], prediction_of(model), trained)
     fitting = read_fitting(parts, present, path, any_weights, "the model of this node")
-    names = {"unet": unet_names(unet)} | {part: text_names(own) for part, own in encoders.items()}
-    names["unet"] = {own: f"diffusion_model.{name}" for own, name in names["unet"].items()}
-    for part in encoders:
-        names[part] = {own: f"{_root_of(clip, part)}.{name}" for own, name in names[part].items()}
+    names = {"unet": {own: f"diffusion_model.{name}" for own, name in unet_names(unet).items()}}
+    for part, encoder in encoders.items():
+        names[part] = {own: f"{roots[part]}.{name}" for own, name in text_names(*encoder).items()}
     own = {part: _guest(path, part, fitting, parts[part], names[part], strength) for part in fitting.configs}
     made_model, made_clip = model.clone(), clip.clone()
     if "unet" in own:
@@ -83,17 +85,11 @@ def save_lora(model: object, path: str | Path, output: str | Path, half: bool = 
     return list(made.files)
 
 
-def _encoders(clip: object) -> dict[str, nn.Module]:
-    found = {part: _root_of(clip, part) for part in ENCODERS}
-    return {part: clip.cond_stage_model.get_submodule(root) for part, root in found.items() if root}
-
-
-def _root_of(clip: object, part: str) -> str:
-    """Where a text encoder is in ComfyUI's model of all; nothing if it is not there."""
-    for name in ENCODERS[part]:
-        if hasattr(clip.cond_stage_model, name):
-            return f"{name}.transformer"
-    return ""
+def _roots(clip: object) -> dict[str, str]:
+    """Where text encoders are in ComfyUI's model of all, by what we call those that are there."""
+    there = clip.cond_stage_model
+    found = {part: [name for name in names if hasattr(there, name)] for part, names in ENCODERS.items()}
+    return {part: f"{names[0]}.transformer" for part, names in found.items() if names}
 
 
 def _guest(

@@ -14,6 +14,7 @@ from comcat_diffusion.adapters.same_base import sketch_of
 
 PREDICTIONS = {"EPS": "epsilon", "V_PREDICTION": "v_prediction"}  # as ComfyUI calls them; others by their own names
 ENCODERS = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}  # its names of ours
+_UNREAD = {"clip_h": 1}  # last layers of which nobody reads the states; diffusers' copies of 2.x come without them
 _BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.1\.(transformer_blocks\.\d+\.attn[12])")
 _MIDDLE = re.compile(r"middle_block\.1\.(transformer_blocks\.\d+\.attn[12])")
 _ROUGH = 0.07  # relative; 8-bit floats keep 3 bits of mantissa
@@ -86,18 +87,19 @@ def unet_as_diffusers(patcher: object) -> nn.Module:
     return _tree({own: Attention(modules[name], own.endswith("attn2"), keys[name]) for own, name in names.items()})
 
 
-def text_names(encoder: nn.Module) -> dict[str, str]:
-    """Name in ComfyUI by name in transformers, of every attention of a text encoder."""
+def text_names(encoder: nn.Module, kind: str) -> dict[str, str]:
+    """Name in ComfyUI by name in transformers, of every attention of a text encoder; `kind` is as in ENCODERS."""
     names = [
         name for name, module in encoder.named_modules() if name.endswith("self_attn") and hasattr(module, "q_proj")
     ]
-    return {name[name.index("encoder.layers.") :]: name for name in names}
+    read = len(names) - _UNREAD.get(kind, 0)
+    return {name[name.index("encoder.layers.") :]: name for name in names[:read]}
 
 
-def text_as_transformers(encoder: nn.Module) -> nn.Module:
+def text_as_transformers(encoder: nn.Module, kind: str) -> nn.Module:
     """The attentions of a text encoder under transformers' names."""
     modules = dict(encoder.named_modules())
-    return _tree({own: TextAttention(modules[name]) for own, name in text_names(encoder).items()})
+    return _tree({own: TextAttention(modules[name]) for own, name in text_names(encoder, kind).items()})
 
 
 def _tree(leaves: dict[str, nn.Module]) -> nn.Module:
