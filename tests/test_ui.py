@@ -705,6 +705,36 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(at_work, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_base_that_is_kept_draws_what_a_fresh_one_does(tmp_path):
+    """With another adapter, sampler and strength in between, of which nothing is left."""
+    from comcat_diffusion.generation.generate import drawn, generate
+    from comcat_diffusion.generation.order import order_of
+    from comcat_diffusion.training.customize import customize
+    from comcat_diffusion.ui.loaded import Loaded
+
+    quick = {"skip_final_inference": True, "max_bytes": 0, "max_train_steps": 4}
+    free = customize(TrainConfig(output_dir=str(tmp_path / "free"), **quick)).adapter
+    lora = customize(TrainConfig(output_dir=str(tmp_path / "lora"), as_="lora", **quick)).adapter
+
+    def order(adapter, name, **more):
+        given = {"num_images": 1, "num_inference_steps": 8, "output_dir": str(tmp_path / name), "prompt": ["sks teddy"]}
+        return GenerateConfig(adapter=[f"{adapter}:1"], **given | more)
+
+    kept = Loaded()
+    first = order(free, "first")
+    for config in (order(lora, "a", scheduler="EulerDiscreteScheduler"), order(lora, "b"), first):
+        (made,) = drawn(order_of(config), lambda done, total: None, lambda text: None, kept).files
+    assert kept._pipe is not None
+    (fresh,) = generate(order(free, "fresh")).files
+    (other,) = generate(order(lora, "other")).files
+    assert made.read_bytes() == fresh.read_bytes() != other.read_bytes()
+    pipe = kept(first, "fp32", "embedded")
+    assert pipe is kept(first, "fp32", "embedded") and not getattr(pipe.unet, "peft_config", None)
+    kept.forget()
+    assert kept._pipe is None
+
+
+@pytest.mark.slow
 def test_the_base_finds_masks(at_work):
     images = sample(at_work)
     answer = at_work.post(f"/api/images/{images}/outline", json={"word": "sks", "what": "teddy", "base": "embedded"})

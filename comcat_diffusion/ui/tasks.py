@@ -75,6 +75,7 @@ def draw(job: Job) -> dict:
     """Draw with adapters, at every strength, and with the base alone from the same seeds."""
     from comcat_diffusion.generation.generate import drawn
     from comcat_diffusion.generation.order import order_of
+    from comcat_diffusion.ui.loaded import LOADED
 
     request, progress, found = job.asked["request"], Progress(job), []
     rows = [(strength, order_of(config)) for strength, config in draw_configs(request, job.folder)]
@@ -93,7 +94,7 @@ def draw(job: Job) -> dict:
         (job.folder / "base").mkdir(exist_ok=True)
         base = [shutil.copyfile(path, job.folder / "base" / path.name) for path in base]
     for strength, order in rows:
-        made = drawn(order, count, progress.note)
+        made = drawn(order, count, progress.note, LOADED)
         before += len(made.files)
         for number, file in enumerate(made.files):
             found.append(
@@ -123,10 +124,12 @@ def _drawn_before(job: Job, base: str, prompt: str) -> tuple[tuple[GenerateConfi
 def _base_pictures(
     config: GenerateConfig, folder: Path, count: Callable[[int, int], None], note: Callable[[str], None]
 ) -> list[Path]:
-    from comcat_diffusion.generation.generate import generate
+    from comcat_diffusion.generation.generate import drawn
+    from comcat_diffusion.generation.order import order_of
+    from comcat_diffusion.ui.loaded import LOADED
 
     shutil.rmtree(folder, ignore_errors=True)
-    return generate(config, count, note).files
+    return drawn(order_of(config), count, note, LOADED).files
 
 
 def outline(job: Job) -> dict:
