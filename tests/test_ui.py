@@ -568,12 +568,16 @@ def test_a_subject_is_taught_and_drawn_and_taken_away(at_work):
     back = at_work.post("/api/pictures/read", content=content).json()
     assert back["prompt"] == "sks teddy" and back["adapters"] == [{"id": card["id"], "scale": 0.5}]
     assert back["typed"]["num_inference_steps"] == 2 and back["missing"] == []
+    known = {path: path.stat().st_mtime_ns for path in at_work.folder.glob("base-pictures/*/*.png")}
+    ended(at_work, at_work.post("/api/draw", json={**draw, "num_images": 3, "strengths": [0.8]}).json()["id"])
+    assert all(path.stat().st_mtime_ns == written for path, written in known.items()) and len(known) == 2
+    assert sorted(path.name for path in at_work.folder.glob("base-pictures/*/*")) == ["0.png", "1.png", "2.png"]
     again = {"prompt": back["prompt"], "adapters": back["adapters"], "settings": back["typed"], "num_images": 1}
     same = ended(at_work, at_work.post("/api/draw", json={**again, "compare": False}).json()["id"])
     other = at_work.get(f"/api/jobs/{same['id']}/files/{same['result']['pictures'][0]['file']}").content
     off = np.abs(pixels(other) - pixels(content)).max()
     assert off <= 2  # of 255: drawn alone and in a batch
-    assert len([p for job in at_work.get("/api/pictures").json() for p in job["pictures"]]) == 5
+    assert len([p for job in at_work.get("/api/pictures").json() for p in job["pictures"]]) == 8
 
     told = at_work.get(f"/api/adapters/{card['id']}/programs").json()
     assert told["able"] and not told["exact"] and len(told["loras"]) == 7
