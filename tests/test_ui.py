@@ -401,6 +401,11 @@ def test_others_come_in_by_a_name_or_a_word_only(tmp_path):
         UiConfig(output_dir=str(tmp_path), host="0.0.0.0", auth="me:secret", token="letmein"), work=print
     )
     with TestClient(served, base_url=HOST, follow_redirects=False) as client:
+        (tmp_path / "adapters").mkdir()
+        (tmp_path / "adapters" / "a.safetensors").touch()
+        pushing = {"auth": ("me", "secret"), "headers": {"origin": HOST}, "json": {"repo_id": "me/dog"}}
+        shared = client.post("/api/adapters/adapters/a.safetensors/push", **pushing)
+        assert shared.status_code == 403 and "account of this machine" in shared.json()["message"]
         refused = client.get("/api/texts")
         assert refused.status_code == 401 and "Basic" in refused.headers["www-authenticate"]
         assert client.get("/", auth=("me", "wrong")).status_code == 401
@@ -658,6 +663,9 @@ def test_an_adapter_becomes_a_lora_for_other_programs_exactly_or_nearly(at_work)
         file = at_work.get(f"/api/jobs/{made['id']}/files/sks-teddy-lora.safetensors?keep=1")
         assert file.status_code == 200 and b"lora_unet_" in file.content[:20000]
     assert exported(at_work, name, {"client": "paint"}).status_code == 422
+    for wrong in ("", "me/../x", "me/my dog", "-a/b"):
+        answer = at_work.post(f"/api/adapters/{name}/push", json={"repo_id": wrong})
+        assert answer.status_code == 422 and answer.json()["field"] == "repo_id", wrong
 
 
 def test_a_picture_that_says_nonsense_is_refused(page):
