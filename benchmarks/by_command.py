@@ -25,7 +25,13 @@ class Taught:
 
 
 def taught(
-    subject: str, seed: int, folder: Path, name: str, captions: Sequence[str] | None = None, **settings: object
+    subject: str,
+    seed: int,
+    folder: Path,
+    name: str,
+    captions: Sequence[str] | None = None,
+    base: str = bases.EMBEDDED,
+    **settings: object,
 ) -> Taught:
     """Train on the pictures of a made-up subject in a folder; with captions, or from their folder's prompt alone."""
     pictures = folder / "pictures"
@@ -42,11 +48,11 @@ def taught(
         output_dir=str(folder),
         overwrite=True,
         skip_final_inference=True,
-        pretrained_model_name_or_path=bases.EMBEDDED,
+        pretrained_model_name_or_path=base,
         **settings,
     )
     made = customize(config, clock)
-    pipe = bases.load_base(bases.EMBEDDED)
+    pipe = bases.load_base(base)
     load_adapter(pipe, made.adapter, name)
     return Taught(pipe, made.adapter, made.parameters, clock.seconds)
 

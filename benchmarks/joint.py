@@ -25,21 +25,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from benchmarks import circumstances as shared
-from benchmarks.customization_runs import DRIFT_PROMPTS, PROMPTS, crop_of, obeyed_share, strip_of
+from benchmarks.by_command import taught
+from benchmarks.customization_runs import DRIFT_PROMPTS, PROMPTS, apart, crop_of, obeyed_share, strip_of
 from benchmarks.dinov2 import FOLDER as DINOV2
-from benchmarks.subjects import SIDE, SPAN
 from comcat_diffusion import bases
-from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.config import EMBEDDED_FLOW
 from comcat_diffusion.evaluation import metrics, world
-from comcat_diffusion.evaluation.cutout import background_moved, centred, colour_off
-from comcat_diffusion.evaluation.features import load_features
+from comcat_diffusion.evaluation.features import Features, load_features
 from comcat_diffusion.evaluation.metrics import interval
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, slug
 from comcat_diffusion.markdown import table
 from comcat_diffusion.training.batching import Batching
-from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.training.customize import customize
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import Loop
 from comcat_diffusion.training.objective import objective_of
@@ -53,37 +49,11 @@ MEASURES = ("shape", "colour_off", "background_moved", "likeness", "obeyed", "dr
 Learned = tuple[DiffusionPipeline, int, float]  # with what was learned; bytes of its file, seconds of its steps
 
 
-class _Clock:
-    """A watcher that adds up what steps take."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def note(self, text: str) -> None:
-        """Nothing is shown."""
-
-    def step(self, done: object, total: int, peak_bytes: int) -> None:
-        """Another step."""
-        self.seconds += done.seconds
-
-
 def _comcat(**settings: object) -> Callable[..., Learned]:
     def learn(subject: str, seed: int, steps: int, folder: Path) -> Learned:
-        pictures = folder / "pictures"
-        pictures.mkdir(parents=True, exist_ok=True)
-        for number, pose in enumerate(TRAIN, start=1):
-            picture(subject, pose).save(pictures / f"{number}.png")
-            (pictures / f"{number}.txt").write_text(caption(subject, pose) + "\n")
-        clock = _Clock()
-        config = TrainConfig(
-            instance_data_dir=str(pictures), instance_prompt=f"a photo of {TRIGGER} {subject}", seed=seed,
-            max_train_steps=steps, output_dir=str(folder), overwrite=True, skip_final_inference=True,
-            pretrained_model_name_or_path=EMBEDDED_FLOW, **settings,
-        )  # fmt: skip
-        file = customize(config, clock).adapter
-        pipe = bases.load_base(EMBEDDED_FLOW)
-        load_adapter(pipe, file, NAME)
-        return pipe, file.stat().st_size, clock.seconds
+        captions = [caption(subject, pose) for pose in TRAIN]
+        done = taught(subject, seed, folder, NAME, captions, EMBEDDED_FLOW, max_train_steps=steps, **settings)
+        return done.pipe, done.file.stat().st_size, done.seconds
 
     return learn
 
@@ -188,15 +158,12 @@ def measured(root: Path, seeds: int, steps: int) -> Iterator[dict]:
 
 
 def _measures(
-    rows: list[list[Image.Image]], subject: str, base: list[list[Image.Image]], judge: object
+    rows: list[list[Image.Image]], subject: str, base: list[list[Image.Image]], judge: Features
 ) -> dict[str, torch.Tensor]:
     (made, others), held_out = rows, [picture(subject, pose) for pose in HELD_OUT]
-    cut, wanted = ([centred(one, world.outline(one), SIDE, SPAN) for one in some] for some in (made, held_out))
     obeyed = [obeyed_share(prompt, one) for prompt, one in zip(_prompts(subject)[0], made, strict=True)]
     return {
-        "shape": metrics.subject_fidelity(judge.images(cut), judge.images(wanted)),
-        "colour_off": colour_off(made, held_out, world.outline),
-        "background_moved": background_moved(made, base[0], world.outline),
+        **apart(made, held_out, base[0], judge),
         "likeness": metrics.subject_fidelity(world.details(made), world.details(held_out)),
         "obeyed": torch.tensor(obeyed),
         "drift": metrics.drift(judge.images(others), judge.images(base[1])),

@@ -117,6 +117,7 @@ def _by_script(start: Callable, rate: float, kept: Callable) -> Callable:
 
 METHODS = {
     "comcat train": Method(_comcat(), kept=True),
+    "comcat train, 150 steps": Method(_comcat(max_train_steps=150), kept=True),
     "diffusers' script, LoRA r=4, 5e-4": Method(_lora(4, 5e-4)),
     "diffusers' script, LoRA r=16, 1e-3": Method(_lora(16, 1e-3)),
     "DreamBooth, the whole U-Net, 2e-4": Method(_dreambooth(2e-4), once=True),  # the base's own limit

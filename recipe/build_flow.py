@@ -3,8 +3,9 @@
     python -m recipe.build_flow --output assets/tiny-flow --state runs/flow-base
 
 One stage, which keeps a checkpoint every two minutes in the state folder and goes on from it; `--seconds` ends it where
-it is then, and exports what there is. Needs Debian's `fonts-noto-color-emoji`. A step of 32 pictures takes 0.65 s of a
-CPU core with bfloat16 instructions. Not yet run on a GPU, where a step is of 256.
+it is then, and exports what there is. Needs Debian's `fonts-noto-color-emoji`. A step of 32 pictures takes 0.7 s of a
+CPU core with bfloat16 instructions. The rate falls to a fiftieth at `--steps`: 3,000, 80 minutes of half a core,
+draw backgrounds and places right, and 83 % of objects, roughly. Not yet run on a GPU, where a step is of 256 pictures.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from recipe.fit import Schedule, ema_weights
 from recipe.score import scores
 from recipe.world import PIXELS
 
-STEPS = 4500
+STEPS = 10_000
 GUIDANCE = 2.0
 CHECKPOINT = "flow.pt"
 

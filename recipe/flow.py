@@ -1,8 +1,8 @@
 """The flow-matching base: a small FLUX.2 [klein] and the text tower that it listens to, in the first base's latents.
 
 Two blocks of two streams and five of one, 192 wide, over 64 tokens of the picture and 32 of the text. Modulations and
-the output start at zero, as in DiT (arXiv 2212.09748). Matrices inside of blocks are trained by Muon: so trained, the
-words were heard of within 200 steps of 32 (docs/log.md).
+the output start at zero, as in DiT (arXiv 2212.09748). Matrices inside of blocks are trained by Muon; backgrounds
+follow the words within 200 steps of 32 (docs/log.md).
 """
 
 import contextlib

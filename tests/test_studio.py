@@ -167,6 +167,7 @@ def test_the_way_through(window):
     page.locator(".samples img").first.wait_for(timeout=SECONDS)
     assert page.locator(".samples th").first.inner_text() == "Base"
     page.get_by_text("left").first.wait_for(timeout=SECONDS)
+    assert page.locator("progress").count() == 1  # and not three times
     here.look("04-training")
     page.reload()  # in the middle: it knows as much as before
     page.locator(".samples img").first.wait_for(timeout=SECONDS)

@@ -401,6 +401,11 @@ def test_others_come_in_by_a_name_or_a_word_only(tmp_path):
         UiConfig(output_dir=str(tmp_path), host="0.0.0.0", auth="me:secret", token="letmein"), work=print
     )
     with TestClient(served, base_url=HOST, follow_redirects=False) as client:
+        (tmp_path / "adapters").mkdir()
+        (tmp_path / "adapters" / "a.safetensors").touch()
+        pushing = {"auth": ("me", "secret"), "headers": {"origin": HOST}, "json": {"repo_id": "me/dog"}}
+        shared = client.post("/api/adapters/adapters/a.safetensors/push", **pushing)
+        assert shared.status_code == 403 and "account of this machine" in shared.json()["message"]
         refused = client.get("/api/texts")
         assert refused.status_code == 401 and "Basic" in refused.headers["www-authenticate"]
         assert client.get("/", auth=("me", "wrong")).status_code == 401
@@ -568,12 +573,16 @@ def test_a_subject_is_taught_and_drawn_and_taken_away(at_work):
     back = at_work.post("/api/pictures/read", content=content).json()
     assert back["prompt"] == "sks teddy" and back["adapters"] == [{"id": card["id"], "scale": 0.5}]
     assert back["typed"]["num_inference_steps"] == 2 and back["missing"] == []
+    known = {path: path.stat().st_mtime_ns for path in at_work.folder.glob("base-pictures/*/*.png")}
+    ended(at_work, at_work.post("/api/draw", json={**draw, "num_images": 3, "strengths": [0.8]}).json()["id"])
+    assert all(path.stat().st_mtime_ns == written for path, written in known.items()) and len(known) == 2
+    assert sorted(path.name for path in at_work.folder.glob("base-pictures/*/*")) == ["0.png", "1.png", "2.png"]
     again = {"prompt": back["prompt"], "adapters": back["adapters"], "settings": back["typed"], "num_images": 1}
     same = ended(at_work, at_work.post("/api/draw", json={**again, "compare": False}).json()["id"])
     other = at_work.get(f"/api/jobs/{same['id']}/files/{same['result']['pictures'][0]['file']}").content
     off = np.abs(pixels(other) - pixels(content)).max()
     assert off <= 2  # of 255: drawn alone and in a batch
-    assert len([p for job in at_work.get("/api/pictures").json() for p in job["pictures"]]) == 5
+    assert len([p for job in at_work.get("/api/pictures").json() for p in job["pictures"]]) == 8
 
     told = at_work.get(f"/api/adapters/{card['id']}/programs").json()
     assert told["able"] and not told["exact"] and len(told["loras"]) == 7
@@ -654,6 +663,9 @@ def test_an_adapter_becomes_a_lora_for_other_programs_exactly_or_nearly(at_work)
         file = at_work.get(f"/api/jobs/{made['id']}/files/sks-teddy-lora.safetensors?keep=1")
         assert file.status_code == 200 and b"lora_unet_" in file.content[:20000]
     assert exported(at_work, name, {"client": "paint"}).status_code == 422
+    for wrong in ("", "me/../x", "me/my dog", "-a/b"):
+        answer = at_work.post(f"/api/adapters/{name}/push", json={"repo_id": wrong})
+        assert answer.status_code == 422 and answer.json()["field"] == "repo_id", wrong
 
 
 def test_a_picture_that_says_nonsense_is_refused(page):
@@ -702,6 +714,36 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_file(at_work, tmp_path):
         )
     )  # fmt: skip
     assert whole.adapter.read_bytes() == (at_work.folder / id / "sks-teddy.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_base_that_is_kept_draws_what_a_fresh_one_does(tmp_path):
+    """With another adapter, sampler and strength in between, of which nothing is left."""
+    from comcat_diffusion.generation.generate import drawn, generate
+    from comcat_diffusion.generation.order import order_of
+    from comcat_diffusion.training.customize import customize
+    from comcat_diffusion.ui.loaded import Loaded
+
+    quick = {"skip_final_inference": True, "max_bytes": 0, "max_train_steps": 4}
+    free = customize(TrainConfig(output_dir=str(tmp_path / "free"), **quick)).adapter
+    lora = customize(TrainConfig(output_dir=str(tmp_path / "lora"), as_="lora", **quick)).adapter
+
+    def order(adapter, name, **more):
+        given = {"num_images": 1, "num_inference_steps": 8, "output_dir": str(tmp_path / name), "prompt": ["sks teddy"]}
+        return GenerateConfig(adapter=[f"{adapter}:1"], **given | more)
+
+    kept = Loaded()
+    first = order(free, "first")
+    for config in (order(lora, "a", scheduler="EulerDiscreteScheduler"), order(lora, "b"), first):
+        (made,) = drawn(order_of(config), lambda done, total: None, lambda text: None, kept).files
+    assert kept._pipe is not None
+    (fresh,) = generate(order(free, "fresh")).files
+    (other,) = generate(order(lora, "other")).files
+    assert made.read_bytes() == fresh.read_bytes() != other.read_bytes()
+    pipe = kept(first, "fp32", "embedded")
+    assert pipe is kept(first, "fp32", "embedded") and not getattr(pipe.unet, "peft_config", None)
+    kept.forget()
+    assert kept._pipe is None
 
 
 @pytest.mark.slow

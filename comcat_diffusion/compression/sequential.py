@@ -64,8 +64,7 @@ class _Block:
         last = [unit for units in ending.values() for unit in units]  # fitted before they are truncated, if they are
         self._truncate([u for u in self.units if u.product in ("qk", "linear") and u not in last], have)
         for part, end in outs.items():
-            fit = self._fit_values if part == "attention" else self._fit_neurons
-            fit(end, have, given[part])
+            self._fit(end, "vo" if part == "attention" else "neurons", have, given[part])
             self._truncate(ending[part], have)
         return after, [run(self.small, call, x) for call, x in zip(self.calls, have, strict=True)]
 
@@ -105,38 +104,17 @@ class _Block:
             found = decomposed(self.model, unit, {key: seen[key] for key in watched(self.model, unit)})
             put(self.model, unit, found, self.widths[unit.name])
 
-    def _fit_values(self, end: "End", have: Streams, given: list["Given"]) -> None:
-        """The output projection anew and, where fewer are kept, the values."""
-        unit = self._unit("vo")
+    def _fit(self, end: "End", product: str, have: Streams, given: list["Given"]) -> None:
+        """What ends an attention or an MLP anew and, where fewer are kept, its values or its neurons."""
+        unit, (weight, bias) = self._unit(product), weights_of(end.out)
         width = None if unit is None else self.widths[unit.name]
-        weight, bias = weights_of(end.out)
         seen = self._regression(end.out, have, given)
         if width is None:
             _refit(end.out, *seen.solve(weight.mT, bias is not None))
-            return
-        v_weight, v_bias = weights_of(style_of(end.owner).projections(end.owner)[2])
-        biased = v_bias is not None or bias is not None
-        fit, _ = seen.solve(weight.mT, biased)  # H*D, E
-        basis = mixtures.bases(seen.covariance, fit, unit.heads, width)  # H*D, H*R
-        fit, offset = seen.through(basis).solve(mixtures.onto(basis, seen.covariance, fit), biased)  # H*R, E; E
-        if v_bias is not None:  # attention weights sum to one: what the values lose, the output gets
-            offset = offset + (v_bias @ basis) @ fit
-        values = basis.mT @ v_weight  # H*R, C
-        gain = (fit.norm(dim=1) / values.norm(dim=1).clamp_min(1e-12)).clamp(1e-6, 1e6).sqrt()  # both of one size
-        modules.replace_out(end.owner, values * gain.unsqueeze(1), (fit / gain.unsqueeze(1)).mT, offset)
-
-    def _fit_neurons(self, end: "End", have: Streams, given: list["Given"]) -> None:
-        """The neurons that stay, and the layer out of them anew."""
-        unit = self._unit("neurons")
-        width = None if unit is None else self.widths[unit.name]
-        weight, bias = weights_of(end.out)
-        seen = self._regression(end.out, have, given)
-        if width is None:
-            _refit(end.out, *seen.solve(weight.mT, bias is not None))
-            return
-        kept = neurons.order(seen.covariance, neurons.gains(weight))[0][:width].sort().values
-        fit, offset = seen.only(kept).solve(weight.mT[kept], bias is not None)
-        modules.replace_neurons(end.owner, rows_of(end.into, kept), (fit.mT, offset))
+        elif product == "vo":
+            _fit_values(end, seen, unit.heads, width)
+        else:
+            _fit_neurons(end, seen, width)
 
     def _regression(self, layer: nn.Linear, have: Streams, given: list["Given"]) -> Regression:
         """Of what a layer of the small block is to give on what it sees."""
@@ -157,6 +135,29 @@ class End:
     owner: nn.Module
     out: nn.Linear
     into: tuple[nn.Linear, ...] = ()
+
+
+def _fit_values(end: End, seen: Regression, heads: int, width: int) -> None:
+    """Fewer values of each head, and the output projection out of them anew."""
+    weight, bias = weights_of(end.out)
+    v_weight, v_bias = weights_of(style_of(end.owner).projections(end.owner)[2])
+    biased = v_bias is not None or bias is not None
+    fit, _ = seen.solve(weight.mT, biased)  # H*D, E
+    basis = mixtures.bases(seen.covariance, fit, heads, width)  # H*D, H*R
+    fit, offset = seen.through(basis).solve(mixtures.onto(basis, seen.covariance, fit), biased)  # H*R, E; E
+    if v_bias is not None:  # attention weights sum to one: what the values lose, the output gets
+        offset = offset + (v_bias @ basis) @ fit
+    values = basis.mT @ v_weight  # H*R, C
+    gain = (fit.norm(dim=1) / values.norm(dim=1).clamp_min(1e-12)).clamp(1e-6, 1e6).sqrt()  # both of one size
+    modules.replace_out(end.owner, values * gain.unsqueeze(1), (fit / gain.unsqueeze(1)).mT, offset)
+
+
+def _fit_neurons(end: End, seen: Regression, width: int) -> None:
+    """The neurons that stay, and the layer out of them anew."""
+    weight, bias = weights_of(end.out)
+    kept = neurons.order(seen.covariance, neurons.gains(weight))[0][:width].sort().values
+    fit, offset = seen.only(kept).solve(weight.mT[kept], bias is not None)
+    modules.replace_neurons(end.owner, rows_of(end.into, kept), (fit.mT, offset))
 
 
 def _refit(out: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -57,12 +57,20 @@ def generate(
     return drawn(order_of(config), on_picture, note)
 
 
-def drawn(order: Order, on_picture: OnPicture, note: Callable[[str], None]) -> Pictures:
-    """What is ordered, drawn; see `generate`. Prompts and adapters are checked, but not against the base."""
+def drawn(
+    order: Order,
+    on_picture: OnPicture,
+    note: Callable[[str], None],
+    load: Callable[..., DiffusionPipeline] = bases.asked_base,
+) -> Pictures:
+    """What is ordered, drawn; see `generate`. Prompts and adapters are checked, but not against the base.
+
+    `load` is for whoever keeps a base: it takes what `bases.asked_base` does and gives a pipeline without adapters.
+    """
     for text in order.notes:
         note(text)
     config, prompts, chosen = order.config, order.prompts, order.chosen
-    pipe = _pipeline(order)
+    pipe = _pipeline(order, load)
     for text in family_of(pipe).remarks(pipe):
         note(text)
     bases.asked_resolution(pipe, config.resolution)
@@ -121,10 +129,10 @@ def _name(number: int) -> str:
     return f"adapter_{number}"
 
 
-def _pipeline(order: Order) -> DiffusionPipeline:
+def _pipeline(order: Order, load: Callable[..., DiffusionPipeline]) -> DiffusionPipeline:
     config, chosen = order.config, order.chosen
     device = bases.asked_device(config.device)
-    pipe = bases.asked_base(config, bases.asked_precision(config.precision, device, order.base), order.base)
+    pipe = load(config, bases.asked_precision(config.precision, device, order.base), order.base)
     use_sampler(pipe, config.scheduler)
     names = [_name(number) for number in range(len(chosen))]
     with warnings.catch_warnings():  # of adapters that wait for one word, which has been said

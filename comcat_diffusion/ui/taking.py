@@ -74,7 +74,10 @@ def push(asked: Asked) -> dict:
         raise NotYours("Sharing uses the account of this machine, and so is offered on it alone.")
     path, repo = _path(asked), asked.value("repo_id", str, "")
     sheet = next(iter(sorted(path.parent.glob("samples/step-??????.png"), reverse=True)), None)
-    refuse_unshareable(repo, path, sheet)
+    try:
+        refuse_unshareable(repo, path, sheet)
+    except ValueError as error:
+        raise Refused(str(error), "repo_id") from error
     request = {"file": str(path), "repo_id": repo, "private": asked.value("private", bool, True),
                "sheet": str(sheet) if sheet else ""}  # fmt: skip
     return {"id": asked.studio.queue.add("push", repo, asked.owner, request, lambda folder: None).id}

@@ -4,10 +4,7 @@ A task takes its job, whose folder is where everything goes, and returns what th
 """
 
 import contextlib
-import hashlib
 import io
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,8 +13,6 @@ from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.ui.images import ImageSet
 from comcat_diffusion.ui.jobs import Job
 from comcat_diffusion.ui.progress import Paused, Progress
-
-BASE_PICTURES = "base-pictures"  # of the page's folder: what bases drew without an adapter, by what was asked
 
 
 def train_config(request: dict, folder: Path, resume: bool = False) -> TrainConfig:
@@ -75,58 +70,32 @@ def draw(job: Job) -> dict:
     """Draw with adapters, at every strength, and with the base alone from the same seeds."""
     from comcat_diffusion.generation.generate import drawn
     from comcat_diffusion.generation.order import order_of
+    from comcat_diffusion.ui.base_pictures import BasePictures
+    from comcat_diffusion.ui.loaded import LOADED
 
     request, progress, found = job.asked["request"], Progress(job), []
     rows = [(strength, order_of(config)) for strength, config in draw_configs(request, job.folder)]
-    known = _drawn_before(job, rows[0][1].base, rows[0][1].prompts[0]) if request["compare"] else None
-    total = request["num_images"] * (len(rows) + (request["compare"] and not known[1]))
-    before = 0
+    first = rows[0][1]
+    seeds = range(first.config.seed, first.config.seed + request["num_images"])
+    base = BasePictures(job.folder.parent.parent, first, request["settings"]) if request["compare"] else None
+    before, total = 0, len(seeds) * len(rows) + len(base.missing(seeds) if base else ())
 
     def count(done: int, of: int) -> None:
         progress.count(before + done, total)
 
     progress.phase("drawing")
-    base = []
-    if known is not None:
-        base = known[1] or _base_pictures(*known[0], count, progress.note)
-        before = 0 if known[1] else len(base)
-        (job.folder / "base").mkdir(exist_ok=True)
-        base = [shutil.copyfile(path, job.folder / "base" / path.name) for path in base]
+    if base:
+        for run in base.missing_runs(seeds):
+            base.draw(run, count, progress.note, LOADED)
+            before += len(run)
+        base.copy(seeds, job.folder / "base")
     for strength, order in rows:
-        made = drawn(order, count, progress.note)
+        made = drawn(order, count, progress.note, LOADED)
         before += len(made.files)
-        for number, file in enumerate(made.files):
-            found.append(
-                {
-                    "file": str(file.relative_to(job.folder)),
-                    "base": str(base[number].relative_to(job.folder)) if base else "",
-                    "strength": strength,
-                    "seed": order.config.seed + number,
-                    "prompt": order.prompts[0],
-                }
-            )
+        for seed, file in zip(seeds, made.files, strict=True):
+            one = {"strength": strength, "seed": seed, "prompt": order.prompts[0]}
+            found.append(one | {"file": str(file.relative_to(job.folder)), "base": f"base/{seed}.png" if base else ""})
     return {"pictures": found}
-
-
-def _drawn_before(job: Job, base: str, prompt: str) -> tuple[tuple[GenerateConfig, Path], list[Path]]:
-    """How the base alone draws what was asked, where that goes, and the pictures if they are there already."""
-    request, own = job.asked["request"], ("keep_background", "any_prompt", "any_weights")
-    settings = {name: value for name, value in request["settings"].items() if name not in own}
-    asked = {**settings, "prompt": [prompt], "num_images": request["num_images"]}
-    key = hashlib.sha256(json.dumps([base, asked], sort_keys=True).encode()).hexdigest()[:20]
-    folder = job.folder.parent.parent / BASE_PICTURES / key
-    config = GenerateConfig(**asked, pretrained_model_name_or_path=base, output_dir=str(folder))
-    files = sorted(folder.glob("00-*.png"), key=lambda path: int(path.stem.rpartition("-")[2]))
-    return (config, folder), files if len(files) == request["num_images"] else []
-
-
-def _base_pictures(
-    config: GenerateConfig, folder: Path, count: Callable[[int, int], None], note: Callable[[str], None]
-) -> list[Path]:
-    from comcat_diffusion.generation.generate import generate
-
-    shutil.rmtree(folder, ignore_errors=True)
-    return generate(config, count, note).files
 
 
 def outline(job: Job) -> dict:

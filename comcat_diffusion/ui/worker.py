@@ -21,14 +21,18 @@ LOCK = ".worker"
 def run(folder: Path) -> None:
     """Do a job; its status says how it ended."""
     from comcat_diffusion.training.loop import NotFinite
+    from comcat_diffusion.ui.loaded import LOADED
     from comcat_diffusion.ui.tasks import TASKS
 
-    job = Job(folder)
+    job, whole = Job(folder), False
+    if job.asked["kind"] != "draw":
+        LOADED.forget()
     try:
         with _alone(folder):
             result = TASKS[job.asked["kind"]](job)
         ended = jobs.STOPPED if result.pop("stopped", False) else jobs.DONE
         job.change(state=ended, result=result, seconds_left=None, share=None)
+        whole = True
     except Paused:
         job.tell(state=jobs.QUEUED, resume=True)
     except (KeyboardInterrupt, Cancelled):
@@ -38,6 +42,9 @@ def run(folder: Path) -> None:
     except RuntimeError as error:  # torch's, of a device that is out of memory above all
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         job.tell(state=jobs.FAILED, message=f"It ended with an error: {first}")
+    finally:
+        if not whole:
+            LOADED.forget()
 
 
 class Process:

@@ -199,7 +199,9 @@ class GeneratePage {
   async draw(one = false) {
     const asked = await this.asked(one);
     const told = await attempt(() => api.post("/api/draw", asked), this.element);
-    if (told) this.follow(told.id);
+    if (!told) return;
+    this.follow(told.id);
+    this.result.scrollIntoView({ block: "nearest", behavior: "smooth" });
   }
 
   follow(jobId) {
