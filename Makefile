@@ -36,10 +36,11 @@ test-browser: .venv/installed
 	STUDIO_SHOTS=runs/studio $(SUITE) -n 0 -m '' tests/test_studio.py
 
 # The nodes in a real ComfyUI, whose checkout is named: make test-comfyui COMFYUI=../ComfyUI. It runs headless, on the CPU and
-# in its own Python (COMFYUI_PYTHON=.../python, which has this package's requirements too); nothing is written there.
+# in its own Python (COMFYUI_PYTHON=.../python, which has this package's requirements too); nothing is written there. PARTS="xl fp8"
+# asks for some of its parts: one, two and xl are the kinds of Stable Diffusion, fp8 is weights of 8 bits.
 test-comfyui: .venv/installed
 	test -f "$(COMFYUI)/main.py" || { echo "Name the folder of a ComfyUI: make test-comfyui COMFYUI=..."; exit 2; }
-	$(BIN)/python -m tests.comfyui_check "$(COMFYUI)"
+	$(BIN)/python -m tests.comfyui_check "$(COMFYUI)" $(PARTS)
 
 # The same with Forge's own U-Net, patcher, tokenizer and sampling, imported from the folder of its checkout.
 test-forge: .venv/installed

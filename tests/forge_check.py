@@ -15,7 +15,8 @@ from comcat_diffusion import load_adapter, remember_prompts
 from comcat_diffusion.adapters.header import AdapterFileError
 from comcat_diffusion.adapters.merge import unload_adapters
 from comcat_diffusion.comfy import forge
-from tests.comfyui_check import CLOSE, adapters, expect, original_names, random_base
+from tests.comfyui_bases import one, original_names
+from tests.comfyui_check import CLOSE, adapters, expect
 
 SIGMA_AT, GUIDANCE, SIDE = 500, 2.0, 12
 PROMPT, NEGATIVE = "a photo of (sks dog:1.2), ohwx cat", "blurry"
@@ -55,8 +56,7 @@ def backend(folder: Path, pipe: object) -> tuple:
         use_spatial_transformer=True, transformer_depth=[1, 1], transformer_depth_output=[1, 1, 1, 1],
         transformer_depth_middle=1, context_dim=768, use_linear_in_transformer=False,
     ).eval()  # fmt: skip
-    own = original_names(pipe.unet).items()
-    unet.load_state_dict({name.removeprefix("model.diffusion_model."): tensor.float() for name, tensor in own})
+    unet.load_state_dict(original_names(pipe.unet))
     cpu = torch.device("cpu")
     unet.storage_dtype = unet.computation_dtype = torch.float32
     unet.load_device = unet.offload_device = unet.initial_device = cpu
@@ -84,7 +84,7 @@ def denoised(sampling: object, unet: object, cond: torch.Tensor, uncond: torch.T
 def main(folder: Path) -> None:
     """Each kind, several at once, and what is refused."""
     with tempfile.TemporaryDirectory() as place, torch.no_grad():
-        pipe = random_base(folder / "backend/huggingface/runwayml/stable-diffusion-v1-5/tokenizer")
+        pipe = one(folder / "backend/huggingface/runwayml/stable-diffusion-v1-5/tokenizer")
         files = adapters(pipe, Path(place) / "adapters")
         unet, text, sampling = backend(folder, pipe)
         engine = Engine(pipe, unet, text)
