@@ -44,7 +44,8 @@ function frame() {
   const places = about.teaches ? Object.keys(PAGES) : ["generate", "gallery"];
   const links = places.map((name) => h("a", { href: `#/${name}`, data: { place: name } }, t(`nav_${name}`)));
   const language = h("select", { id: id("language"), "aria-label": t("language"), onchange: () => {
-    document.cookie = `studio_language=${language.value}; path=/; SameSite=Lax; max-age=31536000`;
+    const where = window.top === window ? "SameSite=Lax" : "SameSite=None; Secure; Partitioned"; // else a frame forgets it
+    document.cookie = `studio_language=${language.value}; path=/; ${where}; max-age=31536000`;
     location.reload();
   } }, about.languages.map((one) => h("option", { value: one, selected: one === about.language }, one.toUpperCase())));
   const theme = h("button", { type: "button", class: "icon-button", onclick: () => {
