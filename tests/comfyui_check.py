@@ -247,10 +247,12 @@ def check(name: str, found: torch.Tensor, expected: torch.Tensor, other: torch.T
 
 def main(comfyui: Path, parts: tuple[str, ...] = PARTS) -> None:
     """All checks, one after the other."""
+    if not set(parts) <= set(PARTS):
+        raise SystemExit(f"PARTS are some of {' '.join(PARTS)}, not {' '.join(parts)}.")
     with tempfile.TemporaryDirectory() as place, torch.no_grad():
         base, pipes, files = Path(place), {}, {}
         for name in BASES:
-            if name in parts or (name, *parts) == ("one", "fp8"):
+            if name in parts or (name == "one" and "fp8" in parts):
                 pipes[name] = BASES[name](comfyui / "comfy" / "sd1_tokenizer")
                 checkpoint(pipes[name], base / "models" / "checkpoints" / f"{name}.safetensors")
                 files[name] = adapters(pipes[name], base / "models" / "comcat" / name)
