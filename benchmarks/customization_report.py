@@ -1,6 +1,7 @@
 """The table and the plots of benchmarks/customization.py, made from what its runs have kept."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -71,6 +72,21 @@ def _told(found: dict | None) -> str:
         return "-"
     digits = 1 if abs(found["mean"]) >= 2 else 3
     return f"{found['mean']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
+
+
+def shown(rows: list[dict], measures: Sequence[str]) -> str:
+    """What methods cost and some measures of each, as a markdown table."""
+    cells = [
+        (
+            row["method"],
+            str(row["runs"]),
+            f"{row['bytes']:,}",
+            f"{row['seconds']:.0f}",
+            *(_told(row[m]) for m in measures),
+        )
+        for row in rows
+    ]
+    return shared.markdown_table(["", "runs", "bytes", "seconds", *(m.replace("_", " ") for m in measures)], cells)
 
 
 def table(report: dict) -> str:

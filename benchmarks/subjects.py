@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 
 from benchmarks import circumstances as shared
 from benchmarks.by_command import taught, words
+from benchmarks.customization_report import shown
 from benchmarks.customization_runs import apart, crop_of, obeyed_share, strip_of
 from benchmarks.dinov2 import FOLDER as DINOV2
 from comcat_diffusion import bases
@@ -38,7 +39,6 @@ from comcat_diffusion.evaluation import metrics, world
 from comcat_diffusion.evaluation.features import Features, load_features
 from comcat_diffusion.evaluation.metrics import interval
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, slug
-from comcat_diffusion.markdown import table
 from comcat_diffusion.training.batching import Batching
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import Loop
@@ -199,21 +199,6 @@ def _measures(
     }
 
 
-def shown(rows: list[dict]) -> str:
-    """The table, as markdown."""
-    heads = ("", "runs", "bytes", "seconds", *(measure.replace("_", " ") for measure in MEASURES))
-    lines = []
-    for row in rows:
-        cost = (row["method"], str(row["runs"]), f"{row['bytes']:,}", f"{row['seconds']:.0f}")
-        lines.append((*cost, *(_told(row[measure]) for measure in MEASURES)))
-    return table([heads, *lines])
-
-
-def _told(found: dict) -> str:
-    digits = 1 if abs(found["mean"]) >= 2 else 3
-    return f"{found['mean']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run what is not there yet, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
     report = {"circumstances": shared.circumstances(torch.device("cpu"), torch.float32), "rows": rows}
     if not asked.show:
         shared.write_json(shared.results_path("subjects", torch.device("cpu")), report)
-    print(shown(rows))
+    print(shown(rows, MEASURES))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def test_what_learns_nothing_moves_no_background_and_every_measure_is_told(root)
     for row in rows:
         assert (row["runs"], row["bytes"], row["seconds"]) == (1, 7, 0.5)
         assert row["background_moved"]["mean"] == 0 and 0 < row["shape"]["mean"] < 1
-    told = subjects.shown(rows)
+    told = subjects.shown(rows, subjects.MEASURES)
     assert all(measure.replace("_", " ") in told for measure in subjects.MEASURES) and told.count("\n") == 3
 
 
