@@ -143,6 +143,7 @@ def test_the_command_exports_what_waits_if_asked_to(adapters, tmp_path, capsys):
     assert "dog.json is there already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_measured_against_the_adapter_that_was_meant(adapters, tmp_path):
     pipe, target, closest = bases.load_base("embedded"), tmp_path / "x.safetensors", tmp_path / "closest.safetensors"
     approximate(pipe, adapters["free waiting"], closest, [PROMPT], 10.0)

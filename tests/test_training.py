@@ -78,9 +78,8 @@ def test_the_same_seed_gives_the_same_bytes_and_the_written_settings_repeat_the_
     assert digest(first) != digest(customize(config(seed=1, output_dir=str(tmp_path / "other"))).adapter)
 
 
-@pytest.mark.parametrize(
-    "kind", ["tied", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("foldable", "free"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tied", "foldable", "free"])
 def test_the_pictures_are_fitted(config, tmp_path, kind):
     """All runs see the same pictures and noise step by step; the one that hardly moves tells what the base does."""
 
@@ -163,6 +162,7 @@ def test_a_second_run_in_a_folder_and_a_refused_one_leave_what_is_there(config, 
     assert written == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{"train_text_encoder": True, "everywhere": True}, {"learn_name": True}])
 def test_samples_are_drawn_in_bfloat16_while_text_is_trained(config, more):
     drawn = {"skip_final_inference": False, "num_validation_images": 1}
