@@ -16,16 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import save_file
 
 from benchmarks import circumstances as shared
 from benchmarks.by_command import taught
+from benchmarks.by_script import learned
 from benchmarks.customization_report import shown
 from benchmarks.customization_runs import DRIFT_PROMPTS, PROMPTS, apart, crop_of, obeyed_share, strip_of
 from benchmarks.dinov2 import FOLDER as DINOV2
@@ -35,14 +33,10 @@ from comcat_diffusion.evaluation import metrics, world
 from comcat_diffusion.evaluation.features import Features, load_features
 from comcat_diffusion.evaluation.metrics import interval
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, slug
-from comcat_diffusion.training.batching import Batching
-from comcat_diffusion.training.learner import Learner
-from comcat_diffusion.training.loop import Loop
-from comcat_diffusion.training.objective import objective_of
 from recipe.characters import UNSEEN
 from recipe.subject import HELD_OUT, TRAIN, TRIGGER, caption, picture
 
-NAME, BATCH, DRAWING_STEPS = "subject", 4, 25
+NAME, DRAWING_STEPS = "subject", 25
 TEXT = ("add_k_proj", "add_v_proj")
 BOTH = (*TEXT, "to_k", "to_v")
 MEASURES = ("shape", "colour_off", "background_moved", "likeness", "obeyed", "drift")
@@ -59,28 +53,19 @@ def _comcat(**settings: object) -> Callable[..., Learned]:
 
 
 def _lora(rank: int, rate: float, targets: tuple[str, ...] = TEXT) -> Callable[..., Learned]:
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets))
+
+    def start(pipe: DiffusionPipeline) -> None:
+        pipe.transformer.requires_grad_(False)
+        pipe.transformer.add_adapter(config, NAME)
+
+    def kept(pipe: DiffusionPipeline) -> dict:
+        return get_peft_model_state_dict(pipe.transformer, adapter_name=NAME)
+
     def learn(subject: str, seed: int, steps: int, folder: Path) -> Learned:
         pipe = bases.load_base(EMBEDDED_FLOW)
         crops = [crop_of(pipe, picture(subject, pose), caption(subject, pose)) for pose in TRAIN]
-        torch.manual_seed(seed)
-        pipe.transformer.requires_grad_(False)
-        pipe.transformer.add_adapter(
-            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets)), NAME
-        )
-        learner = Learner(pipe, [crop.prompt for crop in crops], train_text=False).train()
-        optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=rate)
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-        AcceleratorState._reset_state()
-        accelerator = Accelerator(cpu=True, mixed_precision="no")
-        loop = Loop(
-            accelerator.prepare(learner), crops, objective_of(pipe), Batching.of(crops, seed, BATCH), optimizer,
-            schedule, accelerator,
-        )  # fmt: skip
-        seconds = sum(step.seconds for step in loop.steps(steps))
-        learner.eval()
-        tensors = get_peft_model_state_dict(pipe.transformer, adapter_name=NAME)
-        save_file({n: t.half().contiguous() for n, t in tensors.items()}, folder / "lora.safetensors")
-        return pipe, (folder / "lora.safetensors").stat().st_size, seconds
+        return pipe, *learned(pipe, crops, start, rate, seed, steps, kept, folder / "lora.safetensors")
 
     return learn
 

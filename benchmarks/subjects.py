@@ -20,16 +20,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import save_file
 
 from benchmarks import circumstances as shared
 from benchmarks.by_command import taught, words
+from benchmarks.by_script import learned
 from benchmarks.customization_report import shown
 from benchmarks.customization_runs import apart, crop_of, obeyed_share, strip_of
 from benchmarks.dinov2 import FOLDER as DINOV2
@@ -39,14 +37,10 @@ from comcat_diffusion.evaluation import metrics, world
 from comcat_diffusion.evaluation.features import Features, load_features
 from comcat_diffusion.evaluation.metrics import interval
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, slug
-from comcat_diffusion.training.batching import Batching
-from comcat_diffusion.training.learner import Learner
-from comcat_diffusion.training.loop import Loop
-from comcat_diffusion.training.objective import objective_of
 from recipe.characters import UNSEEN
 from recipe.subject import HELD_OUT, TRAIN, TRIGGER, picture
 
-NAME, STEPS, BATCH = "subject", 400, 4
+NAME, STEPS = "subject", 400
 PROMPTS = (
     "a photo of a big {subject} on the left, red background",
     "a photo of a big {subject} on the right, black background",
@@ -90,27 +84,10 @@ def _dreambooth(rate: float) -> Callable:
 
 
 def _by_script(start: Callable, rate: float, kept: Callable) -> Callable:
-    """Diffusers' scripts: a constant rate, the plain loss of all of a picture, one prompt for every picture."""
-
     def learn(subject: str, seed: int, folder: Path) -> tuple[DiffusionPipeline, int, float]:
         pipe, prompt = bases.load_base(bases.EMBEDDED), f"a photo of {TRIGGER} {subject}"
         crops = [crop_of(pipe, picture(subject, pose), prompt) for pose in TRAIN]
-        torch.manual_seed(seed)
-        start(pipe)
-        learner = Learner(pipe, [prompt], train_text=False).train()
-        optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], lr=rate)
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-        AcceleratorState._reset_state()
-        accelerator = Accelerator(cpu=True, mixed_precision="no")
-        loop = Loop(
-            accelerator.prepare(learner), crops, objective_of(pipe), Batching.of(crops, seed, BATCH), optimizer,
-            schedule, accelerator,
-        )  # fmt: skip
-        seconds = sum(step.seconds for step in loop.steps(STEPS))
-        learner.eval()
-        file = folder / "learned.safetensors"
-        save_file({name: tensor.half().contiguous() for name, tensor in kept(pipe).items()}, file)
-        return pipe, file.stat().st_size, seconds
+        return pipe, *learned(pipe, crops, start, rate, seed, STEPS, kept, folder / "learned.safetensors")
 
     return learn
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from comcat_diffusion.adapters.call import Follower, here
 from comcat_diffusion.adapters.layer import ComcatLayer
-from comcat_diffusion.adapters.looking import looks, on_the_way_up, weights_of
+from comcat_diffusion.adapters.looking import looks, on_the_way_up, shared_by, weights_of
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.regions import grid_of
@@ -90,9 +90,7 @@ class Focus(Follower):
             for name in named:
                 of_words = torch.stack([said.within(self.words[name]) for said in here.heard.said]).to(hidden)
                 self._seen.setdefault(name, []).append(looks(layer.owner, hidden, text, of_words, here.latent))
-        found = {name: self._weights(name, grid, hidden) * masked.get(name, 1) for name in named}
-        crowd = sum(found.values(), hidden.new_zeros(1, 1, 1)).clamp(min=1)
-        return {**masked, **{name: weights / crowd for name, weights in found.items()}}
+        return shared_by({name: self._weights(name, grid, hidden) for name in named}, masked, hidden)
 
     def _weights(self, name: str, grid: tuple[int, int], hidden: torch.Tensor) -> torch.Tensor:
         seen = self._maps.get(name)

@@ -74,6 +74,15 @@ def weights_of(seen: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return adaptive_avg_pool2d(weights, grid).flatten(1).unsqueeze(-1)
 
 
+def shared_by(
+    found: Mapping[str, torch.Tensor], masked: Mapping[str, torch.Tensor], hidden: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Shares of adapters that are placed, (B, N, 1), beside those of others: at most one in sum at every place."""
+    within = {name: weights * masked.get(name, 1) for name, weights in found.items()}
+    crowd = sum(within.values(), hidden.new_zeros(1, 1, 1)).clamp(min=1)
+    return {**masked, **{name: weights / crowd for name, weights in within.items()}}
+
+
 @contextmanager
 def watched(denoiser: nn.Module, of_words: torch.Tensor, latent: tuple[int, int]) -> Iterator[list[torch.Tensor]]:
     """In this block, every forward of a bare denoiser leaves in the list how much it looks at words, see `looks`.

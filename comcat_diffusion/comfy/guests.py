@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from comcat_diffusion.adapters.blend import blended
+from comcat_diffusion.adapters.looking import shared_by
 from comcat_diffusion.adapters.proportions import refuse_other_shape
 from comcat_diffusion.adapters.regions import grid_of
 from comcat_diffusion.adapters.seam import View
@@ -243,9 +244,7 @@ class Attended(_OfGuests):
         named = [name for name in live if name in places.of_words]
         for name in named if _looks(self.name) else ():
             places.look(name, self.attention, hidden, text, latent)
-        found = {name: places.weights(name, latent, hidden) * masked.get(name, 1) for name in named}
-        crowd = sum(found.values(), hidden.new_zeros(1, 1, 1)).clamp(min=1)
-        return {**masked, **{name: weights / crowd for name, weights in found.items()}}
+        return shared_by({name: places.weights(name, latent, hidden) for name in named}, masked, hidden)
 
     def _view(self, names: list[str], said: Mapping[Trigger, torch.Tensor], device: torch.device) -> View:
         host, of_text = self.attention, self.name.endswith("attn2")
