@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+import types
 from contextlib import closing
 from dataclasses import fields
 
@@ -20,7 +21,7 @@ from comcat_diffusion.cli import main
 from comcat_diffusion.config import read_toml
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.ui import app, jobs, presets, settings, texts, uploads
+from comcat_diffusion.ui import app, cutouts, jobs, presets, settings, texts, uploads
 from comcat_diffusion.ui.captioning import named
 from comcat_diffusion.ui.config import UiConfig
 from comcat_diffusion.ui.jobs import Job, Queue
@@ -758,6 +759,53 @@ def test_the_base_finds_masks(at_work):
         assert 0.02 < white / (white + black) < 0.7
     answer = at_work.post(f"/api/images/{images}/outline", json={"word": "sks", "what": ""})
     assert answer.status_code == 422 and answer.json()["field"] == "what"
+
+
+class Rembg(types.ModuleType):
+    """A stand-in: cuts out what is red, and keeps what it was asked."""
+
+    def __init__(self, broken=None):
+        super().__init__("rembg")
+        self.sessions, self.broken = [], broken
+
+    def new_session(self, name):
+        if self.broken:
+            raise self.broken
+        self.sessions.append(name)
+        return name
+
+    def remove(self, seen, session, only_mask):
+        assert session == self.sessions[-1] and only_mask
+        return seen.getchannel("R").point(lambda value: 255 * (value > 150))
+
+
+def test_rembg_cuts_out_where_it_is_installed_and_downloads_for_whoever_said_yes(at_work, monkeypatch, tmp_path):
+    monkeypatch.setenv("U2NET_HOME", str(tmp_path))
+    images = brought(at_work, ("1.png", picture(1)), ("2.png", picture(2)))
+
+    def cut(**more):
+        return at_work.post(f"/api/images/{images}/cutout", json=more)
+
+    if not cutouts.rembg_here():  # on a machine where it is installed, this is not seen
+        assert at_work.get("/api/train").json()["rembg"] is None and "not installed" in cut().json()["message"]
+    stand_in = Rembg()
+    monkeypatch.setitem(sys.modules, "rembg", stand_in)
+    assert at_work.get("/api/train").json()["rembg"] == {"model": False, "megabytes": 176}
+    assert cut().status_code == 422 and stand_in.sessions == []  # nobody said yes to a download
+    at_work.patch(f"/api/images/{images}/2", json={"crop": [16, 0, 80]})
+    drawn = io.BytesIO()
+    Image.new("L", (96, 80), 255).save(drawn, "PNG")
+    assert ended(at_work, cut(download=True).json()["id"])["state"] == "done" and stand_in.sessions == ["u2net"]
+    for number, red in ((1, (30, 20)), (2, (40, 30))):
+        assert shown(at_work, images)[number - 1]["mask"] == "rembg"
+        mask = pixels(at_work.get(f"/api/images/{images}/{number}/mask").content)
+        assert mask[red[::-1]] == 255 and mask[70, 2] == 0
+    at_work.put(f"/api/images/{images}/1/mask", content=drawn.getvalue())
+    (tmp_path / "u2net.onnx").write_bytes(b"here")
+    assert ended(at_work, cut().json()["id"])["result"]["numbers"] == [2]  # what somebody drew stays
+    stand_in.broken = OSError("nothing comes")
+    job = ended(at_work, cut().json()["id"])
+    assert job["state"] == "failed" and "check the connection" in job["message"]
 
 
 def test_a_description_calls_the_subject_by_its_words():

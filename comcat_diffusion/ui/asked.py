@@ -1,5 +1,6 @@
 """A request as the page's functions take it, and their answers as a browser gets them: JSON, files, or one sentence."""
 
+import functools
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def route(path: str, method: str, function: Function, upload: str = "") -> Route
     """A route whose function is called in a thread, with the JSON or the upload that a request brings."""
 
     async def answer(request: Request) -> Response:
+        told = functools.partial(said, request)
         language = request.query_params.get("lang") or request.cookies.get("studio_language") or ""
         if language not in texts.LANGUAGES:
             language = texts.asked_language(request.headers.get("accept-language", ""))
@@ -101,23 +103,29 @@ def route(path: str, method: str, function: Function, upload: str = "") -> Route
             )
             found = await run_in_threadpool(function, asked)
         except NotYours as error:
-            return said(403, str(error))
+            return told(403, str(error))
         except Unknown as error:
-            return said(404, str(error.args[0]))
+            return told(404, str(error.args[0]))
         except uploads.TooLarge as error:
-            return said(413, str(error))
+            return told(413, str(error))
         except (ValueError, OSError, ImportError) as error:
-            told = refused(error, language)
+            one = refused(error, language)
             folder = request.app.state.studio.folder
-            return said(422, told.message.replace(f"{folder}/", ""), told.field)
+            return told(422, one.message.replace(f"{folder}/", ""), one.field)
         return found if isinstance(found, Response) else JSONResponse(found)
 
     return Route(path, answer, methods=[method])
 
 
-def said(status: int, message: str, field: str | None = None) -> Response:
-    """A sentence as an answer, and the field that it is about."""
-    return JSONResponse({"message": message, "field": field}, status)
+def said(request: Request, status: int, message: str, field: str | None = None) -> Response:
+    """A sentence as an answer, and the field that it is about.
+
+    To the page's own script the status is told beside an answer that is none of an error: browsers write every such one
+    into their console, whoever shows it.
+    """
+    aside = request.headers.get("x-studio") == "page"
+    headers = {"x-status": str(status)} if aside else {}
+    return JSONResponse({"message": message, "field": field}, 200 if aside else status, headers)
 
 
 def file(path: Path, name: str = "") -> Response:

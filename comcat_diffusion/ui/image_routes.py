@@ -7,6 +7,7 @@ from starlette.routing import Route
 from comcat_diffusion.ui import asked, bases_here, images, presets
 from comcat_diffusion.ui.asked import Asked
 from comcat_diffusion.ui.captioning import captioner_here
+from comcat_diffusion.ui.cutouts import model_here, rembg_here
 from comcat_diffusion.ui.settings import Refused
 from comcat_diffusion.ui.training import subject_in
 
@@ -71,11 +72,29 @@ def outline(asked: Asked) -> dict:
     if not what:
         raise Refused("Say first what it is, for instance dog: that is what the base looks for.", "what")
     base = bases_here.asked(asked.value("base", str, "embedded"), asked.studio.folder, asked.studio.allowed)
-    numbers = [one.number for one in found.pictures if not (one.problem or one.mask in ("drawn", "given"))]
+    numbers = [one.number for one in found.pictures if _is_open(one)]
     wanted = asked.value("numbers", list, numbers)
     request = {"set": found.folder.name, "numbers": wanted, "word": word, "what": what, "base": base.name}
     job = asked.studio.queue.add("outline", "masks", asked.owner, request, lambda folder: None)
     return {"id": job.id}
+
+
+def cutout(asked: Asked) -> dict:
+    """Have rembg cut the subject out, as a job; what it would download is asked for."""
+    found = asked.images()
+    if not rembg_here():
+        raise Refused("rembg is not installed here.")
+    download = asked.value("download", bool, False)
+    if not (model_here() or download):
+        raise Refused("rembg's model is not here, and nobody said that it may be downloaded.")
+    numbers = [one.number for one in found.pictures if _is_open(one)]
+    request = {"set": found.folder.name, "numbers": numbers, "download": download}
+    return {"id": asked.studio.queue.add("cutout", "masks", asked.owner, request, lambda folder: None).id}
+
+
+def _is_open(one: images.Picture) -> bool:
+    """Whether an image can be given a mask: it has none by somebody's hand."""
+    return not (one.problem or one.mask in ("drawn", "given"))
 
 
 def caption(asked: Asked) -> dict:
@@ -102,6 +121,7 @@ ROUTES: list[Route] = [
     asked.route("/api/images/{set}", "PUT", add, upload="picture"),
     asked.route("/api/images/{set}/sample", "POST", add_sample),
     asked.route("/api/images/{set}/outline", "POST", outline),
+    asked.route("/api/images/{set}/cutout", "POST", cutout),
     asked.route("/api/images/{set}/caption", "POST", caption),
     asked.route(ONE, "PATCH", change),
     asked.route(ONE, "DELETE", remove),

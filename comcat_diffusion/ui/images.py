@@ -25,6 +25,7 @@ from comcat_diffusion.ui.uploads import clean_name, unique
 
 MOST = 200  # images of a set
 LARGE, SMALL = 1280, 400  # longest sides in pixels of what the page shows
+MASKS = ("", "drawn", "given", "base", "rembg")  # whose it is
 LEAST_SIDE = 64  # pixels of a crop
 
 
@@ -39,7 +40,7 @@ class Picture:
     size: tuple[int, int] = (0, 0)
     caption: str = ""
     crop: tuple[int, int, int] | None = None  # left, top, side; None: as the training cuts it
-    mask: str = ""  # "": none; drawn, given, base
+    mask: str = ""  # "": none; drawn, given, base, rembg
     left_out: bool = False
     notes: list[str] = field(default_factory=list)
     problem: str = ""  # why it cannot be trained on
@@ -128,14 +129,14 @@ class ImageSet:
             _save(mask.resize(_within(picture.size, LARGE), Image.Resampling.BILINEAR), self.shown(number, "mask"))
             self.change(number, mask=kind)
 
-    def set_part_of_mask(self, number: int, mask: Image.Image) -> None:
-        """Give an image the mask that the base found in it, or in its crop. White is what is learned."""
+    def set_part_of_mask(self, number: int, mask: Image.Image, kind: str) -> None:
+        """Give an image the mask that was found in it, or in its crop. White is what is learned."""
         picture = self.picture(number)
         whole = Image.new("L", picture.size)
         whole.paste(mask, _box(picture)[:2] if picture.crop else (0, 0))
         content = io.BytesIO()
         whole.save(content, "PNG")
-        self.set_mask(number, content.getvalue(), "base")
+        self.set_mask(number, content.getvalue(), kind)
 
     def change(self, number: int, **new: object) -> None:
         """Set the caption, the crop, the mask's kind or whether an image is left out."""
@@ -238,7 +239,7 @@ def _checked(picture: Picture, name: str, value: object) -> object:
         return " ".join(value.split())[:1000]
     if name == "left_out" and isinstance(value, bool):
         return value
-    if name == "mask" and value in ("", "drawn", "given", "base"):
+    if name == "mask" and value in MASKS:
         return value
     if name == "crop" and value is None:
         return None

@@ -14,6 +14,7 @@ from comcat_diffusion.ui import asked as asking
 from comcat_diffusion.ui import bases_here, presets, settings
 from comcat_diffusion.ui.asked import Asked
 from comcat_diffusion.ui.captioning import captioner_here
+from comcat_diffusion.ui.cutouts import MEGABYTES, model_here, rembg_here
 from comcat_diffusion.ui.images import copied
 from comcat_diffusion.ui.settings import Refused
 from comcat_diffusion.ui.tasks import train_config
@@ -128,6 +129,7 @@ def form(asked: Asked) -> dict:
         "groups": settings.asked_of(TrainConfig, asked.language, bool(asked.studio.allowed)),
         "presets": presets.shown(),
         "captioner": captioner_here(asked.studio.folder) is not None,
+        "rembg": {"model": model_here() is not None, "megabytes": MEGABYTES} if rembg_here() else None,
         "known": [flag_of(item) for item in fields(TrainConfig)],
     }
 

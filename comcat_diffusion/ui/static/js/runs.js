@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { chart } from "./chart.js";
 import { button, h, iconButton, id, replace, replaceIfNew } from "./dom.js";
-import { attempt, confirmed, dialog, divider, doing, empty, progress, say, state } from "./parts.js";
+import { attempt, confirmed, dialog, divider, doing, empty, progress, say, state, whole } from "./parts.js";
 import { bytes, duration, number, t, when } from "./texts.js";
 import { draft, keepDraft } from "./train.js";
 
@@ -127,7 +127,7 @@ class RunPage {
 
   enlarge(run, base, one, label) {
     const own = api.fileOf(run.id, one.file);
-    dialog(label, base && one.step ? divider(api.fileOf(run.id, base.file), own, run.prompt, [t("base"), t("step_n", { n: one.step })]) : h("img", { src: own, alt: label, class: "whole" }), [], true);
+    dialog(label, base && one.step ? divider(api.fileOf(run.id, base.file), own, run.prompt, [t("base"), t("step_n", { n: one.step })]) : whole(own, label), [], true);
   }
 
   details(run) {

@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { button, h, icon, id, replace } from "./dom.js";
 import { Images } from "./images.js";
-import { attempt, clearFaults, dialog, fault, field, say } from "./parts.js";
+import { attempt, clearFaults, confirmed, dialog, fault, field, say } from "./parts.js";
 import { settingsForm } from "./settings.js";
 import { bytes, number, t } from "./texts.js";
 
@@ -68,7 +68,8 @@ class TrainPage {
     const another = button(t("new_images"), { class: "quiet small", onclick: () => attempt(() => this.images.another()) }, "plus");
     this.outline = button(t("find_masks"), { class: "quiet small", onclick: () => this.findMasks() }, "brush");
     if (this.told.captioner) this.images.helper.append(h("div", { class: "row" }, button(t("describe"), { class: "small quiet", onclick: () => this.describe() }, "spark")));
-    return this.step(1, t("images"), t("images_text"), this.images.element, h("div", { class: "row" }, sample, this.outline, another));
+    this.cut = this.told.rembg ? button(t("cut_out"), { class: "quiet small", onclick: () => this.cutOut() }, "brush") : null;
+    return this.step(1, t("images"), t("images_text"), this.images.element, h("div", { class: "row" }, sample, this.outline, this.cut, another));
   }
 
   subjectStep() {
@@ -163,7 +164,7 @@ class TrainPage {
   // What `comcat validate` says of all this, a moment after the last change.
   look() {
     clearTimeout(this.timer);
-    this.outline.disabled = !this.images.usable().length;
+    for (const one of [this.outline, this.cut].filter(Boolean)) one.disabled = !this.images.usable().length;
     const some = this.images.usable().length > 0;
     this.start.disabled = !some || !this.values.word.trim();
     const phrase = this.phrase();
@@ -217,6 +218,15 @@ class TrainPage {
 
   findMasks() {
     return this.work("outline", { base: this.values.base }, t("finding_masks"));
+  }
+
+  // rembg downloads its model when it is first used: only whoever is told of that and says yes has it do so.
+  async cutOut() {
+    const { model, megabytes } = this.told.rembg;
+    const download = !model;
+    if (download && !(await confirmed(t("cut_out_question"), t("download"), t("cut_out_download", { n: megabytes }), false))) return;
+    this.told.rembg.model = true;
+    await this.work("cutout", { download }, t("cutting_out"));
   }
 
   describe() {
