@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import socket
 import sys
 import threading
@@ -225,6 +226,27 @@ def test_a_remark_is_told_at_the_image_that_it_is_about(page):
     assert not any("photographs" in one["message"] for one in doubts)  # these are drawn for the embedded base
 
 
+def test_a_german_page_says_all_of_it_in_german(page):
+    """Remarks of every kind, what was noted of images, refusals at fields and of what is not there."""
+    page.headers["accept-language"] = "de"
+    turned = io.BytesIO()
+    Image.new("RGB", (60, 90), "red").save(turned, "JPEG", exif=_on_its_side())
+    images = brought(page, ("1.png", picture(1)), ("2.png", picture(1)), ("lies.jpg", turned.getvalue()),
+                     ("clear.png", png(mode="RGBA", colour=(1, 2, 3, 0))), ("broken.jpg", b"\xff\xd8\xff"))  # fmt: skip
+    notes = [*(one["notes"] for one in shown(page, images)), *([one["problem"]] for one in shown(page, images))]
+    said = " ".join(word for one in notes for word in one)
+    assert "aufgerichtet" in said and "durchsichtige" in said and "lässt sich nicht als Bild lesen" in said
+    told = page.post("/api/check", json=asked(images, word="dog", settings={"rank": 3, "lr_warmup_steps": 300})).json()
+    lines = [one["message"] for kind in ("facts", "doubts", "errors") for one in told[kind]]
+    english = re.compile(r"\b(the|is|are|of|and|with|for|every|be|was|it)\b")
+    assert len(lines) > 8 and not [line for line in lines if english.search(re.sub("„[^“]*“", "", line))], lines
+    assert not any("--" in line for line in lines)
+    for wrong, sentence in (({"rank": -1}, "„Rang“ muss mindestens 1 sein, nicht -1."), ({"rank": "x"}, "ganze Zahl")):
+        answer = page.post("/api/train", json=asked(images, settings=wrong))
+        assert answer.json()["field"] == "rank" and sentence in answer.json()["message"]
+    assert "nicht mehr" in page.get("/api/images/nope").json()["message"]
+
+
 def test_what_is_wrong_while_somebody_types_is_said_and_no_failure(page):
     images = sample(page)
     for more, field, told in (
@@ -276,7 +298,8 @@ def test_messages_name_the_labels_of_the_page_and_no_flags():
     told = settings.refused(error, "en")
     assert told.message == "“Batch size” must be at least 1, not 0: see “Skip broken”, --unknown."
     assert told.field == "train_batch_size"
-    assert settings.refused(error, "de").message.startswith("„Batch-Größe“ must")
+    said = settings.refused(ValueError("--train_batch_size must be at least 1, not 0."), "de").message
+    assert said == "„Batch-Größe“ muss mindestens 1 sein, nicht 0."
 
 
 def test_all_that_the_page_says_is_there_in_both_languages():

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from comcat_diffusion.ui import texts, uploads
+from comcat_diffusion.ui import sentences, texts, uploads
 from comcat_diffusion.ui.config import UiConfig
 from comcat_diffusion.ui.images import ImageSet
 from comcat_diffusion.ui.jobs import Job, NotYours, Queue, Unknown
@@ -103,11 +103,11 @@ def route(path: str, method: str, function: Function, upload: str = "") -> Route
             )
             found = await run_in_threadpool(function, asked)
         except NotYours as error:
-            return told(403, str(error))
+            return told(403, sentences.said(str(error), language))
         except Unknown as error:
-            return told(404, str(error.args[0]))
+            return told(404, sentences.said(str(error.args[0]), language))
         except uploads.TooLarge as error:
-            return told(413, str(error))
+            return told(413, sentences.said(str(error), language))
         except (ValueError, OSError, ImportError) as error:
             one = refused(error, language)
             folder = request.app.state.studio.folder

@@ -41,6 +41,9 @@ def told(asked: Asked, job: Job) -> dict:
     if "message" in status:
         status |= vars(refused(ValueError(asked.bare(status["message"], job.folder)), asked.language))
     found |= {name: value for name, value in status.items() if name != "resume"}
+    if "said" in found.get("result", {}):
+        lines = [refused(ValueError(line), asked.language).message for line in found["result"]["said"]]
+        found["result"] = found["result"] | {"said": [line for line in lines if not line.startswith("Wrote ")]}
     found["position"] = asked.studio.queue.position(job) if status["state"] == jobs.QUEUED else 0
     if about["kind"] == "train":
         drawn = [one for one in samples(job.folder / "samples") if one["prompt"] == 0]

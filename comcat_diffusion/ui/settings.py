@@ -11,7 +11,7 @@ from typing import get_type_hints
 from comcat_diffusion.config import fields_by_group, flag_of, value_type
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.ui import texts
+from comcat_diffusion.ui import sentences, texts
 
 # What the page asks for in its own way, or decides itself: every run has a folder of its own.
 OWN = (
@@ -105,7 +105,7 @@ def _typed(flag: str, value: object, kind: type, several: bool) -> object:
 
 
 def refused(error: Exception, language: str) -> Refused:
-    """An error of a command as the page says it: with its own labels, and the field that it is about."""
+    """An error of a command as the page says it: in its language, with its labels, and the field that it is about."""
     if isinstance(error, OSError) and error.strerror and error.filename is None:
         said = error.strerror
     else:
@@ -113,4 +113,5 @@ def refused(error: Exception, language: str) -> Refused:
     known = {flag_of(item) for kind in (TrainConfig, GenerateConfig) for item in fields(kind)}
     flags = [name for _, name in _FLAG.findall(said) if name in known]
     field = getattr(error, "field", None) or (_FIELDS.get(flags[0], flags[0]) if flags else None)
-    return Refused(_FLAG.sub(lambda found: texts.quoted_label(found[2], language, known), said), field)
+    told = _FLAG.sub(lambda found: texts.quoted_label(found[2], language, known), sentences.said(said, language))
+    return Refused(told, field)
