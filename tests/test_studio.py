@@ -4,6 +4,7 @@
 it fetches for itself, looks at every page there. `make test` runs the first alone.
 """
 
+import functools
 import io
 import os
 import re
@@ -231,6 +232,49 @@ def test_the_way_through(window):
     assert kept.value.suggested_filename == "sks-teddy.safetensors"
     here.go("runs", ".runs li")
     here.look("12-runs")
+    here.clean()
+
+
+@pytest.mark.slow
+def test_a_base_comes_from_the_hub_and_the_page_shows_how_much_of_it_is_there(window, tmp_path, monkeypatch):
+    """A hub on this machine that feeds bytes slowly; a reload in the middle changes nothing."""
+    import huggingface_hub
+    from huggingface_hub import constants, snapshot_download
+
+    from comcat_diffusion.ui import download
+    from tests.hub_server import running
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
+    (tmp_path / "hub").mkdir()
+    scan = functools.partial(huggingface_hub.scan_cache_dir, tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", scan)
+    here = window()
+    with running("secret") as hub:
+        fetch = functools.partial(snapshot_download, endpoint=hub.address, cache_dir=tmp_path / "hub")
+        monkeypatch.setattr(download, "snapshot_download", fetch)
+        hub.private["me/base"], hub.pause = False, 0.1
+        hub.files["me/base"] = {
+            "model_index.json": b'{"_class_name": "StableDiffusionPipeline"}', "README.md": b"---\nlicense: mit\n---\n",
+            "unet/diffusion_pytorch_model.safetensors": b"x" * 6_000_000,
+        }  # fmt: skip
+        page = here.go("train", ".step")
+        page.locator("summary", has_text="Download one from").click()
+        page.get_by_label("Name on the hub").fill("nobody's")
+        page.get_by_role("button", name="Download").click()
+        assert "reads owner/name" in page.locator('[data-field="hub"] .fault').inner_text()
+        page.get_by_label("Name on the hub").fill("me/base")
+        page.get_by_role("button", name="Download").click()
+        bar = page.locator(".fetching progress")
+        page.locator(".fetching", has_text="of 6.0 MB").wait_for(timeout=SECONDS)
+        first = bar.evaluate("(one) => one.value")
+        here.look("04-download")
+        page.reload()
+        page.locator(".fetching", has_text="of 6.0 MB").wait_for(timeout=SECONDS)
+        page.get_by_text("It is here now.").wait_for(timeout=SECONDS)
+        assert 0 < first < 1 and bar.count() == 0
+    card = page.locator(".bases .choice", has_text="me/base")
+    assert "Stable Diffusion" in card.inner_text() and "6.0 MB · mit" in card.inner_text()
     here.clean()
 
 
