@@ -77,7 +77,8 @@ class Asked:
         value = self.content.get(name, default) if isinstance(self.content, dict) else default
         if value is default or type(value) is kind or (kind is float and type(value) is int):
             return value
-        raise Refused(f"{name} is not what it should be.", name)
+        told = f"--{name} must be a whole number." if kind is int else f"{name} is not what it should be."
+        raise Refused(told, name)
 
 
 Function = Callable[[Asked], object]

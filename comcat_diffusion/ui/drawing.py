@@ -63,7 +63,7 @@ def draw(asked: Asked) -> dict:
 
     studio = asked.studio
     chosen = [_chosen(asked, one) for one in asked.value("adapters", list, [])]
-    strengths = [_strength(one) for one in asked.value("strengths", list, [1.0])] or [1.0]
+    strengths = [_strength(one, "strengths") for one in asked.value("strengths", list, [1.0])] or [1.0]
     typed = asked.value("settings", dict, {})
     if not studio.teaches and set(typed) - set(TO_ALL):
         raise Refused("These settings are not offered here.")
@@ -181,10 +181,13 @@ def _chosen(asked: Asked, one: object) -> tuple[str, Path, float, bytes | None]:
     return told["id"], path, _strength(scale), _region(region) if region else None
 
 
-def _strength(value: object) -> float:
+def _strength(value: object, field: str = "scale") -> float:
     if type(value) not in (int, float):
-        raise Refused("The strength must be a number.", "scale")
-    require_scale(value)
+        raise Refused("The strength must be a number.", field)
+    try:
+        require_scale(value)
+    except ValueError as error:
+        raise Refused(str(error), field) from error
     return float(value)
 
 

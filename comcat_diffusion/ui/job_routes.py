@@ -64,6 +64,7 @@ def show(asked: Asked) -> dict:
         request = job.asked["request"]
         found["losses"] = losses(job.folder / "metrics.jsonl", _number(asked.query.get("after", "0")))
         found["samples"] = samples(job.folder / "samples")
+        found["sheet"] = next(iter(sorted(_sheets(job.folder), reverse=True)), "")
         found["request"] = {name: request[name] for name in ("aims", "typed", "images", "base", "word", "what")}
         found["prompt"] = (request["settings"].get("validation_prompt") or [request["settings"]["instance_prompt"]])[0]
         base = request["settings"].get("pretrained_model_name_or_path") or ""
@@ -87,6 +88,11 @@ def samples(folder: Path) -> list[dict]:
     found = [_SAMPLE.fullmatch(path.name) for path in folder.glob("step-*.png")] if folder.is_dir() else []
     told = [{"file": f"samples/{one[0]}"} | _numbers(one) for one in found if one]
     return sorted(told, key=lambda one: (one["step"], one["prompt"], one["seed"]))
+
+
+def _sheets(folder: Path) -> list[str]:
+    """The contact sheets of a run, one for each round of samples."""
+    return [f"samples/{path.name}" for path in folder.glob("samples/step-??????.png")]
 
 
 def stop(asked: Asked) -> dict:

@@ -36,6 +36,7 @@ _FIELDS = {
     "instance_prompt": "word", "trigger": "word", "class_word": "what", "pretrained_model_name_or_path": "base",
     "as": "file", "adapter": "adapters",
 }  # fmt: skip
+_ABOUT = {"The prompt '": "prompt"}  # how sentences begin that are about another field than the first that they name
 PAGE_DEFAULTS = {"num_validation_images": 2, "checkpoints_total_limit": 1}  # where the page's are others
 _FLAG = re.compile(r"--(no-)?([a-z][a-z0-9_]*)")
 
@@ -112,6 +113,9 @@ def refused(error: Exception, language: str) -> Refused:
         said = " ".join(str(error).split())
     known = {flag_of(item) for kind in (TrainConfig, GenerateConfig) for item in fields(kind)}
     flags = [name for _, name in _FLAG.findall(said) if name in known]
-    field = getattr(error, "field", None) or (_FIELDS.get(flags[0], flags[0]) if flags else None)
+    about = [name for start, name in _ABOUT.items() if said.startswith(start)]
+    field = (
+        getattr(error, "field", None) or next(iter(about), None) or (_FIELDS.get(flags[0], flags[0]) if flags else None)
+    )
     told = _FLAG.sub(lambda found: texts.quoted_label(found[2], language, known), sentences.said(said, language))
     return Refused(told, field)

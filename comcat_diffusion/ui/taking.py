@@ -8,7 +8,7 @@ from starlette.routing import Route
 from comcat_diffusion.adapters.header import read_adapter
 from comcat_diffusion.export import fit
 from comcat_diffusion.export.clients import CLIENTS
-from comcat_diffusion.ui import adapters
+from comcat_diffusion.ui import adapters, texts
 from comcat_diffusion.ui import asked as asking
 from comcat_diffusion.ui.asked import Asked
 from comcat_diffusion.ui.jobs import NotYours
@@ -51,7 +51,8 @@ def programs(asked: Asked) -> dict:
         able, why = True, ""
     except ValueError as error:
         able, why = False, refused(ValueError(str(error).replace(str(path), path.name)), asked.language).message
-    loras = [{"client": name, "name": one.name, "place": one.loras} for name, one in CLIENTS.items()]
+    every = texts.page(asked.language)["every_program"]
+    loras = [{"client": key, "name": every if key == "all" else one.name} for key, one in CLIENTS.items()]
     return {"as_it_is": AS_IT_IS, "loras": loras, "exact": exact, "able": able, "why": why,
             "push": asked.studio.config.is_local}  # fmt: skip
 

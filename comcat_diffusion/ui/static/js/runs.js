@@ -2,8 +2,8 @@
 
 import * as api from "./api.js";
 import { chart } from "./chart.js";
-import { button, h, iconButton, id, replace, replaceIfNew } from "./dom.js";
-import { attempt, confirmed, dialog, divider, doing, empty, progress, say, state, whole } from "./parts.js";
+import { button, h, icon, replace, replaceIfNew } from "./dom.js";
+import { attempt, confirmed, dialog, divider, doing, empty, field, progress, say, state, whole } from "./parts.js";
 import { bytes, duration, number, t, when } from "./texts.js";
 import { draft, keepDraft } from "./train.js";
 
@@ -102,9 +102,10 @@ class RunPage {
     return h("section", { class: "card hero-card" },
       before && after ? divider(api.fileOf(run.id, before.file), api.fileOf(run.id, after.file), run.prompt) : null,
       h("div", { class: "told" }, h("h2", {}, t("it_knows", { title: run.title })), h("p", {}, t("it_weighs", { size: bytes(run.result?.bytes || 0), steps: number(run.result?.steps || 0) })),
-        best ? h("p", { class: "help" }, t("best_kept", { name: best })) : null,
+        best ? h("p", { class: "help" }, t("best_kept", { name: best }), " ", h("a", { href: `#/adapters/${encodeURIComponent(`${this.id.split("/")[1]}/${best}`)}` }, t("take_best"))) : null,
         h("div", { class: "row" }, h("a", { class: "button primary", href: "#/generate", onclick: () => sessionStorage.setItem("chosen", JSON.stringify([to])) }, t("generate_with_it")),
-          h("a", { class: "button", href: `#/adapters/${encodeURIComponent(to)}` }, t("take_it_away")))));
+          h("a", { class: "button", href: `#/adapters/${encodeURIComponent(to)}` }, t("take_it_away")),
+          run.sheet ? h("a", { class: "button quiet", href: `${api.fileOf(run.id, run.sheet)}?keep=1`, download: "" }, icon("image"), h("span", {}, t("sheet"))) : null)));
   }
 
   samples(run) {
@@ -150,11 +151,13 @@ class RunPage {
   }
 
   rename(run) {
-    const input = h("input", { type: "text", value: run.title, id: id("title"), "aria-label": t("name"), maxlength: 100 });
-    const box = dialog(t("rename"), input, [button(t("keep"), { class: "primary", onclick: async () => {
-      const told = await attempt(() => api.patch(this.path, { title: input.value }));
+    const input = h("input", { type: "text", value: run.title, maxlength: 100, autocomplete: "off" });
+    const box = dialog(t("rename"), h("form", { onsubmit: (event) => { event.preventDefault(); keep(); } }, field("title", t("name"), input)),
+      [button(t("keep"), { class: "primary", onclick: () => keep() }, "check")]);
+    const keep = async () => {
+      const told = await attempt(() => api.patch(this.path, { title: input.value }), box);
       if (told) { box.close(); this.again(); }
-    } })]);
+    };
     input.select();
   }
 
