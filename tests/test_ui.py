@@ -222,6 +222,9 @@ def test_a_remark_is_told_at_the_image_that_it_is_about(page):
     (twins,) = [one for one in doubts if "shows the same as" in one["message"]]
     assert twins["images"] == [1, 2]
     assert any("photographs" in one["message"] and one["images"] == [] for one in doubts)
+    page.put(f"/api/images/{images}/3/mask", content=png((300, 300), 0, "L"))
+    doubts = page.post("/api/check", json=asked(images)).json()["doubts"]
+    assert [one["images"] for one in doubts if "masks nothing" in one["message"]] == [[3]]
     doubts = page.post("/api/check", json=asked(sample(page))).json()["doubts"]
     assert not any("photographs" in one["message"] for one in doubts)  # these are drawn for the embedded base
 
@@ -539,6 +542,17 @@ def test_a_run_tells_how_long_it_will_take_and_the_bar_does_not_stand_at_its_end
     progress.phase("sampling")
     pass_(3, lambda: progress.phase("proving"))
     assert job.status["seconds_left"] == pytest.approx(4)
+
+
+def test_a_download_tells_how_long_it_will_take_by_its_bytes(tmp_path):
+    now = [0.0]
+    progress = Progress(Job(tmp_path), clock=lambda: now[0])
+    progress.phase("fetching")
+    for second, there in ((1, 500), (2, 500), (4, 1500)):  # 500 bytes were there of an earlier one
+        now[0] = second
+        progress.count(there, 4500)
+        assert (progress.seconds_left is None) == (there == 500)
+    assert progress.seconds_left == pytest.approx(3 * 4)
 
 
 @pytest.mark.parametrize(("asked_by", "error"), [(jobs.STOP, KeyboardInterrupt), (jobs.PAUSE, Paused)])

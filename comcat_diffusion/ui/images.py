@@ -76,8 +76,10 @@ class ImageSet:
 
     @property
     def files(self) -> dict[str, int]:
-        """The number of every image by the name of its file in training/."""
-        return {_file_of(one): one.number for one in self.pictures if not one.problem}
+        """The number of every image by the names of its file and its mask's in training/."""
+        pictures = [one for one in self.pictures if not one.problem]
+        masks = {_mask_file_of(one): one.number for one in pictures if one.mask}
+        return {_file_of(one): one.number for one in pictures} | masks
 
     def picture(self, number: int) -> Picture:
         """The image of this number. Raises Unknown."""
@@ -196,7 +198,7 @@ class ImageSet:
         if picture.mask:
             with Image.open(self.shown(picture.number, "mask")) as mask:
                 whole = mask.convert("L").resize(picture.size, Image.Resampling.BILINEAR)
-            _save(whole.crop(_box(picture)) if picture.crop else whole, target / f"{picture.name}-mask.png")
+            _save(whole.crop(_box(picture)) if picture.crop else whole, target / _mask_file_of(picture))
 
     def _add_caption(self, stem: str, called: str, content: bytes) -> None:
         for picture in self.pictures:
@@ -265,6 +267,10 @@ def _mask_of(name: str, pictures: list[Picture]) -> Picture | None:
 
 def _file_of(picture: Picture) -> str:
     return f"{picture.name}{'.png' if picture.crop else picture.ending}"
+
+
+def _mask_file_of(picture: Picture) -> str:
+    return f"{picture.name}-mask.png"
 
 
 def _box(picture: Picture) -> tuple[int, int, int, int]:
