@@ -280,6 +280,23 @@ def test_a_base_comes_from_the_hub_and_the_page_shows_how_much_of_it_is_there(wi
 
 
 @pytest.mark.slow
+def test_what_held_out_images_say_comes_into_the_curve_while_it_runs(window):
+    """It is written a while after the loss of its step; an open log stays open meanwhile."""
+    here = window()
+    page = here.start(max_train_steps=16, validation_steps=4, validation_fraction=0.25)
+    page.locator("summary", has_text="Log").click()
+    page.get_by_text("The one with the lowest held-out loss").wait_for(timeout=SECONDS)
+    assert page.locator(".chart circle.held").count() == 4
+    assert (
+        page.locator("details[open] .log").is_visible() and "Learning 'sks teddy'" in page.locator(".log").inner_text()
+    )
+    assert page.get_by_role("link", name="Contact sheet").count() == 1
+    page.get_by_role("link", name="Take that one").click()
+    page.locator("h1", has_text="sks teddy").wait_for()
+    here.clean()
+
+
+@pytest.mark.slow
 def test_two_windows_a_run_belongs_to_one_of_them_and_is_stopped_and_resumed_there(window):
     mine, other = window(), window()
     page = mine.start(max_train_steps=40, validation_steps=40)

@@ -587,7 +587,7 @@ def test_a_subject_is_taught_and_drawn_and_taken_away(at_work):
     assert run["state"] == "done" and run["own"], run
     assert [(one["step"], one["seed"]) for one in run["samples"]] == [(0, 0), (1, 0), (2, 0)]
     assert [one["step"] for one in run["losses"]] == [1, 2] and run["phase"] == "proving"
-    assert at_work.get(f"/api/jobs/{run['id']}", params={"after": 1}).json()["losses"][0]["step"] == 2
+    assert at_work.get(f"/api/jobs/{run['id']}", params={"from": 2}).json()["losses"][0]["step"] == 2
     assert run["adapters"] == ["sks-teddy.safetensors"] and any("Learning 'sks teddy'" in line for line in run["log"])
     header = read_adapter(at_work.folder / "runs" / "sks-teddy" / "sks-teddy.safetensors")
     assert header.config["unet"]["r"] == 3 and header.notes.instance_prompt == "a photo of sks teddy"

@@ -54,7 +54,7 @@ def told(asked: Asked, job: Job) -> dict:
 
 
 def show(asked: Asked) -> dict:
-    """A job with all that its own page shows; of its losses those after a step."""
+    """A job with all that its own page shows; of its losses those from a step on."""
     job = asked.job()
     found = told(asked, job)
     log = job.folder / jobs.LOG
@@ -62,7 +62,7 @@ def show(asked: Asked) -> dict:
     found["log"] = [refused(ValueError(asked.bare(line, job.folder)), asked.language).message for line in lines]
     if found["kind"] == "train":
         request = job.asked["request"]
-        found["losses"] = losses(job.folder / "metrics.jsonl", _number(asked.query.get("after", "0")))
+        found["losses"] = losses(job.folder / "metrics.jsonl", _number(asked.query.get("from", "0")))
         found["samples"] = samples(job.folder / "samples")
         found["sheet"] = next(iter(sorted(_sheets(job.folder), reverse=True)), "")
         found["request"] = {name: request[name] for name in ("aims", "typed", "images", "base", "word", "what")}
@@ -75,12 +75,15 @@ def show(asked: Asked) -> dict:
     return found
 
 
-def losses(path: Path, after: int) -> list[dict]:
-    """The lines of a run's metrics after a step; one that is being written is none yet."""
+def losses(path: Path, first: int) -> list[dict]:
+    """The lines of a run's metrics from a step on, whose held-out loss comes in a line of its own, a while later.
+
+    One that is being written is none yet.
+    """
     lines = path.read_text("utf-8").rpartition("\n")[0].splitlines() if path.is_file() else []
     records = [json.loads(line) for line in lines]
     kept = ("step", "loss", "held_out_loss", "learning_rate")
-    return [{name: one[name] for name in kept if name in one} for one in records if one["step"] > after]
+    return [{name: one[name] for name in kept if name in one} for one in records if one["step"] >= first]
 
 
 def samples(folder: Path) -> list[dict]:
