@@ -5,12 +5,15 @@ it fetches for itself, looks at every page there. `make test` runs the first alo
 """
 
 import functools
+import importlib.util
 import io
 import os
 import re
 import shutil
 import socket
+import sys
 import time
+import types
 from contextlib import closing
 from pathlib import Path
 
@@ -294,6 +297,32 @@ def test_what_held_out_images_say_comes_into_the_curve_while_it_runs(window):
     assert page.get_by_role("link", name="Contact sheet").count() == 1
     page.get_by_role("link", name="Take that one").click()
     page.locator("h1", has_text="sks teddy").wait_for()
+    here.clean()
+
+
+@pytest.mark.slow
+def test_rembg_is_offered_where_it_is_and_asks_before_it_downloads(window, monkeypatch, tmp_path):
+    """A stand-in for it, which cuts out what is not bright."""
+    told = types.ModuleType("rembg")
+    told.new_session = str
+    told.remove = lambda picture, session, only_mask: picture.convert("L").point(lambda value: 255 * (value < 150))
+    here = window()
+    page = here.sample()
+    assert page.get_by_role("button", name="Cut out by rembg").count() == (
+        importlib.util.find_spec("rembg") is not None
+    )
+    monkeypatch.setitem(sys.modules, "rembg", told)
+    monkeypatch.setenv("U2NET_HOME", str(tmp_path))
+    page.reload()
+    page.get_by_role("button", name="Cut out by rembg").click()
+    assert "176 MB" in page.locator("dialog").inner_text()
+    page.get_by_role("button", name="No, go back").click()
+    assert page.locator(".image .mask").count() == 0
+    page.get_by_role("button", name="Cut out by rembg").click()
+    page.locator("dialog").get_by_role("button", name="Download").click()
+    page.locator(".image .mask").nth(3).wait_for(timeout=SECONDS)
+    assert "mask by rembg" in page.locator(".image .size").first.inner_text()
+    here.look("19-cut-out")
     here.clean()
 
 

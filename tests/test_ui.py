@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import socket
 import sys
@@ -20,9 +21,10 @@ from starlette.testclient import TestClient
 from comcat_diffusion import bases, commands, read_adapter
 from comcat_diffusion.cli import main
 from comcat_diffusion.config import read_toml
+from comcat_diffusion.families.known import FAMILIES
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.ui import app, cutouts, jobs, presets, settings, texts, uploads
+from comcat_diffusion.ui import app, bases_here, cutouts, jobs, presets, settings, texts, uploads
 from comcat_diffusion.ui.captioning import named
 from comcat_diffusion.ui.config import UiConfig
 from comcat_diffusion.ui.jobs import Job, Queue
@@ -421,6 +423,28 @@ def test_bases_and_paths_of_the_machine_are_not_named_unless_they_may_be(page, t
         assert "no folder that" in client.post("/api/train", json=asked(sample(client), **given)).json()["message"]
         given["settings"]["cache_dir"] = str(tmp_path / "mine" / "cache")
         assert client.post("/api/train", json=asked(sample(client), **given)).status_code == 200
+
+
+def test_of_a_single_file_the_page_tells_family_and_licence_by_its_header(page):
+    def file(name, weights, told=None):
+        header = json.dumps({"__metadata__": told or {}} | {one: {} for one in weights}).encode()
+        path = page.folder / "bases" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(path, 600_000_000)  # without its weights, which nobody reads for this
+
+    unet = "model.diffusion_model.input_blocks.0.0.weight"
+    file("sd.safetensors", [unet, "cond_stage_model.x"], {"modelspec.license": "openrail"})
+    file("xl.safetensors", [unet, "conditioner.embedders.1.model.x"])
+    file("flux.safetensors", ["double_blocks.0.img_attn.proj.weight"])
+    (page.folder / "bases" / "broken.safetensors").write_bytes(b"\xff" * 64)
+    os.truncate(page.folder / "bases" / "broken.safetensors", 600_000_000)
+    told = {one["name"]: one for one in page.get("/api/bases").json()}
+    assert [told[f"{name}.safetensors"]["family"] for name in ("sd", "xl", "flux", "broken")] == [
+        "Stable Diffusion 1.x and 2.x", "Stable Diffusion XL", "FLUX.1", ""]  # fmt: skip
+    assert told["sd.safetensors"]["license"] == "openrail" and not told["broken.safetensors"]["usable"]
+    assert told["xl.safetensors"]["unet"] and not told["flux.safetensors"]["unet"]
+    assert set(dict(bases_here._MARKS)) <= {family.name for family in FAMILIES}
 
 
 def test_others_come_in_by_a_name_or_a_word_only(tmp_path):
