@@ -265,6 +265,9 @@ def test_what_is_wrong_while_somebody_types_is_said_and_no_failure(page):
         (error,) = answer.json()["errors"]
         assert answer.status_code == 200 and (error["field"], told in error["message"]) == (field, True), error
     assert page.post("/api/check", json=asked(images, word="dog", what="")).json()["everyday"]
+    (error,) = page.post("/api/check", json=asked(images, word="zwx")).json()["errors"]  # its captions name another
+    assert error["field"] == "word" and error["message"].startswith("No caption contains 'zwx'")
+    assert str(page.folder) not in page.post("/api/check", json=asked(images, word="zwx"), headers={}).text
 
 
 # Settings
