@@ -515,6 +515,26 @@ def test_the_queue_goes_on_where_an_earlier_server_was(tmp_path):
     assert Job(tmp_path / "runs" / "third").status["state"] == "stopped"
 
 
+def test_what_was_cancelled_goes_on_when_its_worker_has_ended(tmp_path):
+    """Before, it would take away from the worker what tells it to end, and two would be at one run."""
+    may_end = threading.Event()
+    queue = Queue(tmp_path, lambda folder: may_end.wait())
+    job = queue.add("train", "one", "me", {}, lambda folder: None)
+    while not queue.live() or job.status["state"] != jobs.QUEUED or queue.position(job):
+        time.sleep(0.01)
+    queue.cancel(job)
+    for what in (queue.resume, queue.remove):
+        with pytest.raises(ValueError, match="still ending"):
+            what(job)
+    assert (job.folder / jobs.CANCEL).exists() and job.status["state"] == jobs.CANCELLED
+    may_end.set()
+    while queue.live():
+        time.sleep(0.01)
+    queue.resume(job)
+    assert not (job.folder / jobs.CANCEL).exists()
+    queue.close()
+
+
 def test_a_job_that_ends_without_a_word_is_told_of_and_the_next_one_begins(tmp_path):
     def work(folder):
         if folder.name == "one":
