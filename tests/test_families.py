@@ -197,6 +197,31 @@ def test_a_step_on_flux_1_is_that_of_its_script(name, tmp_path):
         torch.testing.assert_close(loss, (answer - wanted).square().mean(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_on_z_image_is_that_of_its_script(tmp_path):
+    """The way from latents to noise, which is the answer negated, at uniform times that the scheduler then shifts.
+
+    Both prompts at once, of different lengths; of their states the last but one, without padding.
+    """
+    pipe = load_base(str(tiny_families.z_image(tmp_path)))
+    losses, drawn = stepped(pipe)
+    chat, films, times, texts, wanted = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", [], [], [], []
+    for clean, noise, generator, prompt in drawn:
+        place = int(1000 * torch.rand(1, generator=generator))
+        sigma = (1000 - place) / 1000
+        sigma = 3 * sigma / (1 + 2 * sigma)
+        films.append(((1 - sigma) * clean + sigma * noise)[:, None])
+        times.append(1 - sigma)
+        wanted.append(noise - clean)
+        read = pipe.tokenizer(chat.format(prompt), return_tensors="pt")
+        with torch.no_grad():
+            texts.append(pipe.text_encoder(**read, output_hidden_states=True).hidden_states[-2][0])
+    assert len({len(text) for text in texts}) == 2
+    with torch.no_grad():
+        answers = pipe.transformer(films, torch.tensor(times), texts).sample
+    for loss, answer, way in zip(losses, answers, wanted, strict=True):
+        torch.testing.assert_close(loss, (-answer[:, 0] - way).square().mean(), rtol=1e-4, atol=1e-6)
+
+
 @torch.no_grad()
 def test_squares_of_latents_are_shifted_and_scaled_there_and_back(tmp_path):
     pipe = load_base(str(tiny_families.flux1(tmp_path)))

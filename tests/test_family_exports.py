@@ -6,6 +6,7 @@ from diffusers.loaders.single_file_utils import (
     convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from PIL import Image, ImageChops
@@ -31,7 +32,7 @@ from tests import tiny_families
 
 PROMPT = "a photo of sks teddy"
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
-BASES = ("pixart", "sd3", "sd35", "sana", "klein", "flux1", "chroma")
+BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "flux1", "chroma")
 
 
 def _mostly(case: str) -> object:
@@ -133,7 +134,10 @@ def test_so_does_the_live_one_and_what_is_merged(exported, tmp_path):
 def native_weights(pipe) -> dict[str, torch.Tensor]:
     """The projections of attentions as the family's own checkpoints hold them."""
     model, found = denoiser(pipe), {}
-    for number, block in enumerate(model.transformer_blocks):
+    for number, block in enumerate(getattr(model, "layers", ())):
+        one = block.attention
+        found[f"layers.{number}.attention.qkv"] = torch.cat([one.to_q.weight, one.to_k.weight, one.to_v.weight])
+    for number, block in enumerate(getattr(model, "transformer_blocks", ())):
         if hasattr(block.attn1 if hasattr(block, "attn1") else None, "to_q"):
             one, two = block.attn1, block.attn2
             if "PixArt" in type(model).__name__:  # Sana's are linear, and nothing is on them
@@ -204,9 +208,9 @@ def test_native_names_of_stable_diffusion_3_are_those_that_diffusers_converts_fr
             assert torch.equal(third, weight)
 
 
-@pytest.mark.parametrize("name", ["klein", "flux1", "chroma"])
+@pytest.mark.parametrize("name", ["klein", "flux1", "chroma", "z_image"])
 @pytest.mark.parametrize("kind", ["tied", "foldable"])
-def test_diffusers_reads_native_names_of_flux(kind, name, tmp_path):
+def test_diffusers_reads_native_names_of_flux_and_z_image(kind, name, tmp_path):
     """Its own reading of files in these names does what the adapter does."""
     # Of blocks of one stream diffusers knows those of the big FLUX.1 alone, by their widths.
     base, file, _, live = made(kind, name, tmp_path, everywhere=name == "klein")
@@ -253,6 +257,17 @@ def test_native_names_of_a_block_of_one_stream_are_those_that_diffusers_converts
         assert torch.equal(rows, denoiser(pipe).get_parameter(f"{held.name}.weight")[16 * place : 16 * (place + 1)])
 
 
+def test_native_names_of_z_image_are_those_that_diffusers_converts_from(tmp_path):
+    pipe = bases.load_base(str(tiny_families.z_image(tmp_path)))
+    native, family = native_weights(pipe), family_of(pipe)
+    converted = convert_z_image_transformer_checkpoint_to_diffusers({f"{n}.weight": w for n, w in native.items()})
+    assert {name.rpartition(".attention.")[2] for name in converted} == {"to_q.weight", "to_k.weight", "to_v.weight"}
+    for name, weight in converted.items():
+        assert torch.equal(weight, denoiser(pipe).get_parameter(name))
+        place = family.native_weight(name.removesuffix(".weight"))
+        assert torch.equal(native[place.name].chunk(place.count)[place.place], weight)
+
+
 def test_the_size_that_is_told_before_training_is_what_is_written(exported, tmp_path):
     base, file, pipe, _ = exported
     from dataclasses import replace
@@ -284,6 +299,7 @@ def test_files_say_of_what_architecture_they_are(exported):
     kinds = {
         "PixArtSigmaPipeline": "pixart", "SanaPipeline": "sana", "StableDiffusion3Pipeline": "stable-diffusion-3",
         "Flux2KleinPipeline": "flux-2-klein", "FluxPipeline": "flux-1-dev", "ChromaPipeline": "chroma",
+        "ZImagePipeline": "z-image",
     }  # fmt: skip
     assert told == kinds[type(pipe).__name__] + "/comcat"
 

@@ -11,7 +11,16 @@ import torch
 from diffusers import Flux2KleinInpaintPipeline
 from PIL import Image, ImageChops
 
-from comcat_diffusion import ComcatConfig, bases, listen, load_adapter, save_adapter, set_regions, unload_adapters
+from comcat_diffusion import (
+    ComcatConfig,
+    bases,
+    listen,
+    load_adapter,
+    remember_prompts,
+    save_adapter,
+    set_regions,
+    unload_adapters,
+)
 from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.adapters.model import factors
@@ -41,7 +50,7 @@ from tests import tiny_families
 
 PICTURES = str(bases.assets() / "subject" / "train")
 PROMPT, OTHER = "a photo of sks teddy", "a photo of a teddy"
-BASES = ("pixart", "sd3", "sd35", "sana", "klein", "flux1", "chroma")
+BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "flux1", "chroma")
 SUBJECTS = [Subject("sks", "teddy")]
 
 
@@ -308,6 +317,107 @@ def test_behind_sanas_instruction_a_trigger_is_heard_where_it_stands(folders):
 
 
 @torch.no_grad()
+def test_of_texts_of_their_own_lengths_each_knows_its_trigger(folders):
+    """In a chat, and of what it has alone; the states of a prompt are known again in another list."""
+    pipe = bases.load_base(str(folders["z_image"]))
+    words = ["sks", "user", "assistant"]
+    add_adapter(denoiser(pipe), ComcatConfig(r=1, foldable=True, tied=True, trigger=words), "dog")
+    listen(pipe)
+    heard = []
+    denoiser(pipe).register_forward_hook(lambda *_: heard.append(here.heard.said), prepend=True)
+    how = {"num_inference_steps": 1, "height": 16, "width": 24, "output_type": "latent"}
+    how |= {"guidance_scale": 3.0, **family_of(pipe).drawing(pipe)}
+    prompts = ["a photo of a teddy", "a photo of (sks) teddy", "sks", "no such user"]
+    pipe(prompt=list(prompts), negative_prompt=["ugly sks", "", "", ""], **how)  # it writes the chat into the list
+    assert [said.text for said in heard[0]] == [*prompts, "ugly sks", "", "", ""]
+    head = len("<|im_start|>user\n")
+    for said in heard[0]:
+        place = max(said.text.find("sks"), said.text.find("user"))
+        whole = f"<|im_start|>user\n{said.text}<|im_end|>\n<|im_start|>assistant\n"
+        own = pipe.tokenizer(whole, return_offsets_mapping=True).offset_mapping
+        first = next((n for n, (_, end) in enumerate(own) if end - head > place), None) if place >= 0 else len(own)
+        assert said.acts(words).tolist() == [n >= first for n in range(len(own))]
+    states, away = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=48)
+    assert away == [] and len({len(one) for one in states}) > 2
+    pipe(prompt_embeds=[one.clone().to(torch.bfloat16).float() for one in states], **how | {"guidance_scale": 0.0})
+    assert [said.text for said in heard[1]] == prompts
+    strange = [torch.randn(5, 24)]
+    with pytest.raises(ValueError, match="waits for 'sks', but these text states are of no prompt"):
+        pipe(prompt_embeds=strange, **how | {"guidance_scale": 0.0})
+    remember_prompts(pipe, strange, PROMPT)
+    pipe(prompt_embeds=strange, **how | {"guidance_scale": 0.0})
+    assert heard[-1][0].text == PROMPT
+    with pytest.raises(ValueError, match="for 2 prompts: give one"):
+        remember_prompts(pipe, strange, [PROMPT, OTHER])
+
+
+@torch.no_grad()
+def test_behind_a_picture_an_adapter_acts_on_words_from_its_trigger_on(folders):
+    """Of two samples of other lengths, in rows filled up to multiples of 32; a region is a part of the picture."""
+    pipe = bases.load_base(str(folders["z_image"]))
+    model, name = denoiser(pipe), "layers.0.attention"
+    attention = model.get_submodule(name)
+    add_adapter(model, ComcatConfig(r=1, foldable=True, tied=True, trigger=["sks"], target_modules=[name]), "dog")
+    listen(pipe)
+    for factor in factors(model, "dog").values():
+        factor.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    long = "a photo of a red ball on a green table and sks teddy so far so good"
+    family, seen, asked, prompts = family_of(pipe), [], [], [OTHER, "sks, " + "so " * 20, long]
+    condition = family.encode(pipe, prompts)
+    attention.register_forward_hook(lambda _, args, output: seen.append((asked[-1], output)))
+    attention.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs | {"x": args[0]}), with_kwargs=True)
+    latents = torch.randn(3, 4, 8, 12, generator=torch.Generator().manual_seed(2))  # 4x6 tokens, and 8 more
+
+    def run() -> torch.Tensor:
+        pipe.comcat_gate.tell(condition["states"], prompts)
+        return family.predict(model, latents, torch.tensor([500.0] * 3), condition, None)
+
+    set_adapters(pipe, ["dog"], [0.0])
+    before = run()
+    set_adapters(pipe, ["dog"], [1.0])
+    after = run()
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1]) and not torch.equal(after[2], before[2])
+    (inputs, bare), (_, whole) = seen
+    layer, rows = attention.comcat, inputs["x"].shape[1]
+    assert rows == 32 + 64 and len({len(one) for one in condition["states"]}) == 3
+    acts = torch.ones(3, rows, 1)
+    for row, text, states in zip(acts, prompts, condition["states"], strict=True):
+        said = texts_of(pipe.tokenizer).read(text, len(states)).acts(["sks"])
+        row[32 : 32 + len(said), 0] = said.float()
+    acts[0] = 0
+    hidden, there = inputs["x"], inputs["attention_mask"]
+    for down, core, projection in (
+        (layer.comcat_k_down, layer.comcat_q_core, attention.to_k),
+        (layer.comcat_v_down, layer.comcat_out_core, attention.to_v),
+    ):
+        change = hidden @ down["dog"].weight.T * core["dog"].weight.reshape(1, 1, -1)  # rank 1
+        made = projection(hidden) + acts * change
+        projection.forward = lambda _, made=made: made
+    set_adapters(pipe, ["dog"], [0.0])
+    more = {name: inputs[name] for name in ("attention_mask", "freqs_cis")}
+    by_hand = attention(hidden, **more)
+    del attention.to_k.forward, attention.to_v.forward
+    torch.testing.assert_close(whole[there], by_hand[there], rtol=1e-4, atol=1e-5)
+    set_adapters(pipe, ["dog"], [1.0])
+    set_regions(pipe, {"dog": torch.cat([torch.ones(8, 4), torch.zeros(8, 8)], dim=1)})
+    run()
+    picture, words = seen[-1][1][1].split((24, rows - 24))
+    picture, own, base = (one.unflatten(0, (4, 6)) for one in (picture, whole[1][:24], bare[1][:24]))
+    assert torch.equal(picture[:, :2], own[:, :2]) and torch.equal(picture[:, 2:], base[:, 2:])
+    torch.testing.assert_close(words, whole[1][24:] / 3 + bare[1][24:] * 2 / 3, rtol=1e-4, atol=1e-5)
+
+
+def test_a_z_image_that_is_distilled_is_told_by_its_name(folders, tmp_path):
+    pipe = bases.load_base(str(folders["z_image"]))
+    assert bases.default_guidance("z", pipe) == 4 and not family_of(pipe).remarks(pipe)
+    turbo = bases.load_base(str(shutil.copytree(folders["z_image"], tmp_path / "Z-Image-Turbo")))
+    assert bases.default_guidance("z", turbo) == 0
+    assert "draw in a few steps and without guidance" in family_of(turbo).remarks(turbo)[0]
+    assert family_of_denoiser("ZImageTransformer2DModel", {"siglip_feat_dim": 8}) is None  # Omni
+
+
+@torch.no_grad()
 def test_in_a_chat_a_trigger_is_heard_in_what_the_user_says(folders):
     """By byte pairs that spaces lead; the words of the chat itself are no trigger."""
     pipe = bases.load_base(str(folders["klein"]))
@@ -409,7 +519,7 @@ def test_a_distilled_base_is_told_and_draws_without_guidance(folders, tmp_path):
     assert "distilled to draw in a few steps" in family_of(pipe).remarks(pipe)[0]
 
 
-@pytest.mark.parametrize("name", ["sd3", "klein", "chroma"])
+@pytest.mark.parametrize("name", ["sd3", "klein", "chroma", "z_image"])
 def test_a_scale_in_the_call_and_a_negative_prompt_count(folders, name):
     pipe = bases.load_base(str(folders[name]))
     (before,) = drawn(pipe, PROMPT)

@@ -25,6 +25,8 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
@@ -199,9 +201,10 @@ def sana(folder: Path) -> Path:
     return folder
 
 
-CHAT = (  # as Qwen3's own, of one voice and without thoughts
+CHAT = (  # as Qwen3's own, of one voice
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if not (enable_thinking | default(true)) %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
 )
 
 
@@ -322,6 +325,32 @@ def chroma(folder: Path) -> Path:
         )  # fmt: skip
         pipe = ChromaPipeline(
             **flux_parts(), text_encoder=t5(), tokenizer=short_t5_tokenizer(), transformer=lively(transformer)
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def z_image_transformer(**more) -> ZImageTransformer2DModel:
+    """Two blocks of one stream, and one each before, two heads of 8, three axes."""
+    settings = {
+        "in_channels": 4, "dim": 16, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+        "cap_feat_dim": WIDTH, "axes_dims": [2, 2, 4], "axes_lens": [128, 16, 16],
+    }  # fmt: skip
+    return lively(ZImageTransformer2DModel(**settings | more))
+
+
+def z_image(folder: Path) -> Path:
+    """Z-Image: pictures of 32x32 as 8x8 tokens of four latents each."""
+    vae = tiny_bases.vae()
+    vae.register_to_config(shift_factor=0.25, scaling_factor=1.3, sample_size=32)
+    with torch.random.fork_rng():
+        torch.manual_seed(10)
+        pipe = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=vae,
+            text_encoder=qwen(),
+            tokenizer=qwen_tokenizer(),
+            transformer=z_image_transformer(),
         )
     pipe.save_pretrained(folder)
     return folder

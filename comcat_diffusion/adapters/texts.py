@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from comcat_diffusion.families.family import Reading, Segment
 from comcat_diffusion.words import places
 
+States = torch.Tensor | list[torch.Tensor]  # (B, M, E), or of each prompt (M, E), of the tokens that it has alone
 _REMEMBERED = 1024  # prompts; the oldest are forgotten
 _SAME = 1 - 3e-6  # cosine of two last states of one prompt: bfloat16 is off by 2^-9 at most, which leaves 1 - 2e-6
 
@@ -57,7 +58,7 @@ class Texts:
         self._said: OrderedDict[bytes, Said] = OrderedDict()  # by the direction of the last state, (E,) of float32
 
     def remember(
-        self, states: torch.Tensor, prompts: Sequence[str], written_out: bool = False, prepared: bool = False
+        self, states: States, prompts: Sequence[str], written_out: bool = False, prepared: bool = False
     ) -> None:
         """Know the text states (B, M, E) of B prompts again, however a pipeline repeats and stacks them.
 
@@ -65,16 +66,16 @@ class Texts:
         `prepared` where they are what the family makes of them before they are read.
         """
         with self.lock:
-            for key, prompt in zip(self._keys(states), prompts, strict=True):
-                self._said[key] = self.read(prompt, states.shape[1], written_out, prepared)
+            for key, own, prompt in zip(self._keys(states), states, prompts, strict=True):
+                self._said[key] = self.read(prompt, len(own), written_out, prepared)
                 self._said.move_to_end(key)
             while len(self._said) > _REMEMBERED:
                 self._said.popitem(last=False)
 
-    def known(self, states: torch.Tensor) -> list[Said] | None:
+    def known(self, states: States) -> list[Said] | None:
         """The prompts of text states (B, M, E), or None if one of them is of no prompt that is known."""
         with self.lock:
-            found = [self._nearest(key, states.shape[1]) for key in self._keys(states)]
+            found = [self._nearest(key, len(own)) for key, own in zip(self._keys(states), states, strict=True)]
         return None if any(said is None for said in found) else found
 
     def read(self, prompt: str, length: int, written_out: bool = False, prepared: bool = False) -> Said:
@@ -106,14 +107,22 @@ class Texts:
             left -= count
         return found
 
-    def _keys(self, states: torch.Tensor) -> list[bytes]:
+    def _keys(self, states: States) -> list[bytes]:
         """The directions of the last states, one of each tokenizer's part, side by side."""
-        counts = [count for _, count in self._parts(states.shape[1])]
-        reads = [segment.tokenizer is not None for segment in self.reading.segments]
-        last = [sum(counts[: number + 1]) - 1 for number, able in enumerate(reads) if able and counts[number]]
-        picked = states[:, last].detach().float().flatten(1)
+        if not len(states):
+            return []
+        picked = torch.stack([own[self._last(len(own))] for own in states]).detach().float().flatten(1)
         picked = picked / picked.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         return [one.tobytes() for one in picked.cpu().numpy()]
+
+    def _last(self, length: int) -> list[int]:
+        """Of `length` states the last of each tokenizer that reads."""
+        found, before = [], 0
+        for tokenizer, count in self._parts(length):
+            before += count
+            if tokenizer is not None and count:
+                found.append(before - 1)
+        return found
 
     def _nearest(self, key: bytes, length: int) -> Said | None:
         if not np.frombuffer(key, np.float32).any():  # SDXL's states of no text at all

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-Condition = dict[str, "torch.Tensor"]  # what a denoiser hears of B prompts: "states" (B, M, E), and what else it takes
+# What a denoiser hears of B prompts: "states" (B, M, E), and what else it takes. A family of `ragged` texts has a list
+# of states instead, one (M, E) for each prompt.
+Condition = dict[str, "torch.Tensor | list[torch.Tensor]"]
 UNET, TRANSFORMER = "unet", "transformer"  # names of the component that denoises
 DENOISERS = (UNET, TRANSFORMER)
 # The first Linear of a block of one stream holds its queries, keys and values, and twice three times as much for its
@@ -76,6 +78,11 @@ class Reading:
     around: tuple[str, str] = ("", "")  # what a chat's template sets before and behind a prompt, whose states all stay
 
 
+def moved(part: torch.Tensor | list[torch.Tensor], *where: object) -> torch.Tensor | list[torch.Tensor]:
+    """A part of a condition on another device, or in another precision."""
+    return [one.to(*where) for one in part] if isinstance(part, list) else part.to(*where)
+
+
 class Family:
     """One kind of base."""
 
@@ -90,6 +97,8 @@ class Family:
     heavy: tuple[str, ...] = ()  # text encoders of billions of weights, with which training reads in bfloat16
     trains_text = False  # whether text encoders can be adapted and new words learned
     guidance = 7.5
+    ragged = False  # whether of each prompt those tokens alone are heard that it has
+    carries = ""  # a pattern of the names of the attentions that carry adapters; none: all that can
     same_text = False  # whether attentions are given the same text states at every step of a drawing
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16")  # in which it draws; another overflows
     flow: Flow | None = None  # None: noise, velocities or clean latents, as the scheduler says
@@ -122,6 +131,14 @@ class Family:
     def size(self, call: Mapping[str, object]) -> tuple[int, int]:
         """Height and width (h, w) of the latents that a denoiser is called with, its arguments by name."""
         return tuple(call["sample" if "sample" in call else "hidden_states"].shape[-2:])
+
+    def heard(self, call: Mapping[str, object]) -> torch.Tensor | list[torch.Tensor]:
+        """The text states that a denoiser is called with, its arguments by name."""
+        return call["encoder_hidden_states"]
+
+    def words_at(self, call: Mapping[str, object]) -> tuple[int, ...]:
+        """Where in its blocks of one stream the words of each sample begin, behind the picture; empty: before it."""
+        return ()
 
     def is_of(self, denoiser: Mapping) -> bool:
         """Whether a denoiser of one of `denoisers`, by its configuration, is of this family."""
