@@ -51,7 +51,7 @@ class Tiny:
 def _as(given: torch.Tensor | list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | list[torch.Tensor]:
     if isinstance(given, list):
         return [_as(one, dtype) for one in given]
-    return given.to(dtype) if given.is_floating_point() else given
+    return given.to(dtype) if isinstance(given, torch.Tensor) and given.is_floating_point() else given
 
 
 def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -197,6 +197,21 @@ def tiny_z_image() -> Tiny:
         return {"x": list(films), "t": times, "cap_feats": [texts[0], texts[1, :5]]}
 
     return Tiny("tiny_z_image", _built(z_image_transformer, seed=7), inputs)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_image() -> Tiny:
+    """Qwen-Image's transformer: two joint blocks, over pictures of 3x4 tokens and texts of seven and five."""
+    from tests.tiny_families import WIDTH, qwen_image_transformer
+
+    def inputs() -> dict[str, object]:
+        return {
+            "hidden_states": _noise(2, 12, 16, seed=1), "encoder_hidden_states": _noise(2, 7, WIDTH, seed=2),
+            "encoder_hidden_states_mask": torch.arange(7) < torch.tensor([[7], [5]]), "img_shapes": [[(1, 3, 4)]] * 2,
+            "timestep": torch.tensor([0.01, 0.5], dtype=torch.float64),
+        }  # fmt: skip
+
+    return Tiny("tiny_qwen_image", _built(qwen_image_transformer, seed=8), inputs)
 
 
 @pytest.fixture(scope="session")

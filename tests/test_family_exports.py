@@ -32,12 +32,12 @@ from tests import tiny_families
 
 PROMPT = "a photo of sks teddy"
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
-BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "flux1", "chroma")
+BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "qwen_image", "flux1", "chroma")
 
 
 def _mostly(case: str) -> object:
-    """FLUX.1 and Chroma are FLUX.2 in nearly all: `make test-kernels` walks them too."""
-    often = "chroma" not in case and case != "tied-flux1"
+    """FLUX.1 and Chroma are FLUX.2 in nearly all, and kinds much alike: `make test-kernels` walks all."""
+    often = "chroma" not in case and case not in ("tied-flux1", "foldable-z_image", "foldable-qwen_image")
     return case if often else pytest.param(case, marks=pytest.mark.slow)
 
 
@@ -100,7 +100,7 @@ def test_it_draws_beside_an_adapter_where_diffusers_loads_it(exported, tmp_path)
     lora = tmp_path / "lora.safetensors"
     export_adapter(file, lora, "diffusers-lora", models={"transformer": denoiser(pipe)})
     folder = str(tmp_path / "pictures")
-    more = {"num_images": 1, "num_inference_steps": 1, "prompt": [PROMPT], "output_dir": folder, "precision": "fp32"}
+    more = {"num_images": 1, "num_inference_steps": 2, "prompt": [PROMPT], "output_dir": folder, "precision": "fp32"}
     more |= {"any_prompt": True}
     config = GenerateConfig(adapter=[f"{file}:0"], lora=[str(lora)], **more)
     if hasattr(pipe, "load_lora_weights"):
@@ -145,6 +145,12 @@ def native_weights(pipe) -> dict[str, torch.Tensor]:
             found[f"blocks.{number}.cross_attn.kv_linear"] = torch.cat([two.to_k.weight, two.to_v.weight])
             continue
         joint = block.attn
+        if "Qwen" in type(model).__name__:
+            found |= {
+                f"transformer_blocks.{number}.attn.add_{one}_proj": getattr(joint, f"add_{one}_proj").weight
+                for one in "kv"
+            }
+            continue
         text = [joint.add_q_proj.weight, joint.add_k_proj.weight, joint.add_v_proj.weight]
         if hasattr(model, "single_transformer_blocks"):
             found[f"double_blocks.{number}.txt_attn.qkv"] = torch.cat(text)
@@ -208,9 +214,9 @@ def test_native_names_of_stable_diffusion_3_are_those_that_diffusers_converts_fr
             assert torch.equal(third, weight)
 
 
-@pytest.mark.parametrize("name", ["klein", "flux1", "chroma", "z_image"])
+@pytest.mark.parametrize("name", ["klein", "flux1", "chroma", "z_image", "qwen_image"])
 @pytest.mark.parametrize("kind", ["tied", "foldable"])
-def test_diffusers_reads_native_names_of_flux_and_z_image(kind, name, tmp_path):
+def test_diffusers_reads_native_names(kind, name, tmp_path):
     """Its own reading of files in these names does what the adapter does."""
     # Of blocks of one stream diffusers knows those of the big FLUX.1 alone, by their widths.
     base, file, _, live = made(kind, name, tmp_path, everywhere=name == "klein")
@@ -299,7 +305,7 @@ def test_files_say_of_what_architecture_they_are(exported):
     kinds = {
         "PixArtSigmaPipeline": "pixart", "SanaPipeline": "sana", "StableDiffusion3Pipeline": "stable-diffusion-3",
         "Flux2KleinPipeline": "flux-2-klein", "FluxPipeline": "flux-1-dev", "ChromaPipeline": "chroma",
-        "ZImagePipeline": "z-image",
+        "ZImagePipeline": "z-image", "QwenImagePipeline": "qwen-image",
     }  # fmt: skip
     assert told == kinds[type(pipe).__name__] + "/comcat"
 

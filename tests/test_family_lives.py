@@ -50,7 +50,7 @@ from tests import tiny_families
 
 PICTURES = str(bases.assets() / "subject" / "train")
 PROMPT, OTHER = "a photo of sks teddy", "a photo of a teddy"
-BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "flux1", "chroma")
+BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "qwen_image", "flux1", "chroma")
 SUBJECTS = [Subject("sks", "teddy")]
 
 
@@ -189,7 +189,7 @@ def test_the_commands_take_it_from_end_to_end(taught, tmp_path, capsys):
     assert "sks" in capsys.readouterr().out
     pictures = generate(
         GenerateConfig(
-            adapter=[str(file)], prompt=["{subject}"], num_images=1, num_inference_steps=1, compare=True,
+            adapter=[str(file)], prompt=["{subject}"], num_images=1, num_inference_steps=2, compare=True,
             output_dir=str(tmp_path / "drawn"),
         )
     )  # fmt: skip
@@ -197,7 +197,7 @@ def test_the_commands_take_it_from_end_to_end(taught, tmp_path, capsys):
     judged = evaluate(
         EvaluateConfig(
             adapter=[str(file)], subject_dir=str(bases.assets() / "subject" / "held_out"), clip_model="embedded",
-            dino_model="none", num_inference_steps=1, seeds=1, output_dir=str(tmp_path / "judged"),
+            dino_model="none", num_inference_steps=2, seeds=1, output_dir=str(tmp_path / "judged"),
         )
     )  # fmt: skip
     assert judged.rows[1].measures["pixel_drift"].mean == 0
@@ -349,6 +349,48 @@ def test_of_texts_of_their_own_lengths_each_knows_its_trigger(folders):
     assert heard[-1][0].text == PROMPT
     with pytest.raises(ValueError, match="for 2 prompts: give one"):
         remember_prompts(pipe, strange, [PROMPT, OTHER])
+
+
+@torch.no_grad()
+def test_in_a_template_a_trigger_is_heard_in_what_the_user_says(folders):
+    """Of texts that are filled up to the longest, known again at any length; words of the template are no trigger."""
+    pipe = bases.load_base(str(folders["qwen_image"]))
+    words = ["sks", "user", "color"]
+    add_adapter(denoiser(pipe), ComcatConfig(r=1, foldable=True, tied=True, trigger=words), "dog")
+    listen(pipe)
+    heard = []
+    denoiser(pipe).register_forward_hook(lambda *_: heard.append(here.heard.said), prepend=True)
+    how = {"num_inference_steps": 2, "height": 16, "width": 24, "output_type": "latent"}
+    prompts = ["a photo of a teddy", "a photo of (sks) teddy {}", "sks", "no such user"]
+    pipe(prompt=prompts, negative_prompt=["ugly sks", "", "", ""], true_cfg_scale=3.0, **how)
+    assert [said.text for said in heard[0]] == prompts
+    assert [said.text for said in heard[1]] == ["ugly sks", "", "", ""]
+    before = f"<|im_start|>system\n{tiny_families.DESCRIBED}<|im_end|>\n<|im_start|>user\n"
+    most = max(len(pipe.tokenizer(text).input_ids) for text in prompts) + 5  # of the template's end
+    for said in (*heard[0], *heard[1]):
+        place = max(said.text.find("sks"), said.text.find("user"))
+        own = pipe.tokenizer(before + said.text, return_offsets_mapping=True).offset_mapping[34:]
+        first = next((n for n, (_, end) in enumerate(own) if end - len(before) > place), None) if place >= 0 else most
+        acts = said.acts(words).tolist()
+        assert acts == [n >= first for n in range(len(acts))]
+    assert len(heard[0][0].ends) == most
+    alone, _ = pipe.encode_prompt("sks")
+    filled = torch.cat([alone, torch.zeros(1, 9, 24)], dim=1)
+    mask = torch.arange(filled.shape[1])[None] < alone.shape[1]
+    pipe(prompt_embeds=filled, prompt_embeds_mask=mask, **how)
+    assert heard[-1][0].text == "sks" and heard[-1][0].acts(words).all()
+
+
+def test_guidance_needs_something_to_subtract(folders, tmp_path):
+    """Which is the empty prompt, where nothing else is asked; and drawings need two steps."""
+    pipe = bases.load_base(str(folders["qwen_image"]))
+    strong, weak = (next(draw(pipe, [Drawing(PROMPT, 3)], Sampling(2, strength))) for strength in (6.0, 1.0))
+    (by_hand,) = pipe(PROMPT, negative_prompt="", true_cfg_scale=6.0, num_inference_steps=2, height=32, width=32,
+                      generator=torch.Generator().manual_seed(3)).images  # fmt: skip
+    assert differs(strong, weak) and not differs(strong, by_hand)
+    one = {"num_inference_steps": 1, "prompt": [PROMPT], "num_images": 1, "output_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match="--num_inference_steps 1: Qwen-Image draws in 2 or more"):
+        generate(GenerateConfig(pretrained_model_name_or_path=str(folders["qwen_image"]), **one))
 
 
 @torch.no_grad()
@@ -519,7 +561,7 @@ def test_a_distilled_base_is_told_and_draws_without_guidance(folders, tmp_path):
     assert "distilled to draw in a few steps" in family_of(pipe).remarks(pipe)[0]
 
 
-@pytest.mark.parametrize("name", ["sd3", "klein", "chroma", "z_image"])
+@pytest.mark.parametrize("name", ["sd3", "klein", "chroma", "z_image", "qwen_image"])
 def test_a_scale_in_the_call_and_a_negative_prompt_count(folders, name):
     pipe = bases.load_base(str(folders[name]))
     (before,) = drawn(pipe, PROMPT)
@@ -530,9 +572,10 @@ def test_a_scale_in_the_call_and_a_negative_prompt_count(folders, name):
         for factor in factors(denoiser(pipe), "dog").values():
             factor.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
     (after,) = drawn(pipe, PROMPT)
-    how = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": after.height, "width": after.width}
-    how |= family_of(pipe).drawing(pipe)
-    scale = "attention_kwargs" if name == "klein" else "joint_attention_kwargs"
+    how = {"num_inference_steps": 2, "height": after.height, "width": after.width}
+    how |= {**family_of(pipe).drawing(pipe), **family_of(pipe).guided(3.0)}
+    how |= {"negative_prompt": ""} if name == "qwen_image" else {}
+    scale = "attention_kwargs" if name in ("klein", "qwen_image") else "joint_attention_kwargs"
 
     def at(strength: float) -> Image.Image:
         generator = torch.Generator().manual_seed(3)

@@ -35,12 +35,13 @@ from tests.tiny_families import klein_transformer
 
 KINDS = ("free", "foldable", "tied")
 OF_TWO = "transformer_blocks.0.attn transformer_blocks.1.attn"  # streams, in FLUX
-JOINT = {"tiny_sd3": "attn", "tiny_klein": OF_TWO, "tiny_flux1": OF_TWO}
+JOINT = {"tiny_sd3": "attn", "tiny_klein": OF_TWO, "tiny_flux1": OF_TWO, "tiny_qwen_image": OF_TWO}
 TARGETS = {
     "sd3": ("tiny_sd3", "attn"),
     "sd3-self": ("tiny_sd3", "attn2"),
     "klein": ("tiny_klein", "attn"),
     "flux1": ("tiny_flux1", "attn"),
+    "qwen_image": ("tiny_qwen_image", "attn"),
     "z_image": ("tiny_z_image", "layers.0.attention layers.1.attention"),
 }
 TOO_WIDE = ("free-flux1", "foldable-flux1")  # no such kind; and as the tied one
@@ -150,6 +151,9 @@ def test_one_joint_attention_matches_the_slow_formula(tiny, kind, normed, fused,
         angles = 3 * torch.rand(11, 4, generator=generator, dtype=torch.float64)
         turned = angles.float().repeat_interleave(2, dim=-1)  # of the base's columns: it knows of no others
         table = {"image_rotary_emb": (turned.cos(), turned.sin())}
+    if tiny == "tiny_qwen_image":  # the picture's, and then the text's, as complex numbers
+        turned = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+        table = {"image_rotary_emb": (turned[5:], turned[:5])}
     got = host(x, encoder_hidden_states=c, **table)
     if fused and not rotated:  # diffusers' processor of fused projections leaves the norms out
         host.norm_q = host.norm_k = host.norm_added_q = host.norm_added_k = None

@@ -5,8 +5,8 @@ is the base's own: the adapter is then not there at all. An attention sees text 
 prompt the states were made of. A self-attention reads no text: there the adapter acts on the pictures whose prompt has
 the trigger.
 
-Letters: B batch, M context tokens, E width of the text states. Families of ragged texts give a list of states instead,
-one (M, E) for each prompt.
+Letters: B batch, M context tokens, E width of the text states. Of some families states are a list, one (M, E) for each
+prompt.
 """
 
 import weakref

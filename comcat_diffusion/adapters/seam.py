@@ -20,7 +20,13 @@ from comcat_diffusion.families.family import STREAM_ROWS
 # that rotate do it behind the norms, by a table of cosines and sines, or of complex numbers, for pairs of
 # neighbouring columns.
 ROTATING_PROCESSORS = frozenset(
-    ("FluxAttnProcessor", "Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor", "ZSingleStreamAttnProcessor")
+    (
+        "FluxAttnProcessor",
+        "Flux2AttnProcessor",
+        "Flux2ParallelSelfAttnProcessor",
+        "QwenDoubleStreamAttnProcessor2_0",
+        "ZSingleStreamAttnProcessor",
+    )
 )
 JOINT_PROCESSORS = ROTATING_PROCESSORS | {
     "JointAttnProcessor2_0",
@@ -184,6 +190,7 @@ def _joint(
         "add_k_proj": key,
         "add_v_proj": value,
         "to_out": [output, *attention.to_out[1:]],
+        "inner_dim": wide.heads * wide.wide,
     }
     if getattr(attention, "to_add_out", None) is not None:
         made["to_add_out"] = functools.partial(wide.foreign_output, attention.to_add_out)

@@ -11,11 +11,13 @@ import unicodedata
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from comcat_diffusion.families.family import Reading, Segment
@@ -40,6 +42,11 @@ class Said:
         if not starts:
             return torch.zeros(len(self.ends), dtype=torch.bool)
         return torch.cat([(ends > min(starts)).cumsum(0) > 0 for ends in self.ends.split(self.parts)])
+
+    def filled(self, length: int) -> Self:
+        """The same with so many tokens, those that are more in no text."""
+        there = self.ends[:length]
+        return replace(self, ends=pad(there, (0, length - len(there))), parts=(length,))
 
     def within(self, words: Sequence[str]) -> torch.Tensor:
         """(M,) of bool: the tokens of these words alone."""
@@ -88,7 +95,8 @@ class Texts:
             text = unicodedata.normalize("NFC", text)  # as tokenizers do before they count
             if self.reading.prefix and text.startswith(self.reading.prefix):
                 return _behind(self.reading.prefix, first, text, length)
-            ends = torch.cat([_ends(tokenizer, text, count) for tokenizer, count in parts])
+            gone = self.reading.dropped
+            ends = torch.cat([_ends(tokenizer, text, count + gone)[gone:] for tokenizer, count in parts])
             before, behind = self.reading.around
             own = text[len(before) : len(text) - len(behind)]
             return Said(own, (ends - len(before)).clamp(min=0), tuple(count for _, count in parts))
@@ -111,9 +119,14 @@ class Texts:
         """The directions of the last states, one of each tokenizer's part, side by side."""
         if not len(states):
             return []
-        picked = torch.stack([own[self._last(len(own))] for own in states]).detach().float().flatten(1)
+        picked = torch.stack([own[self._last(self._heard(own))] for own in states]).detach().float().flatten(1)
         picked = picked / picked.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         return [one.tobytes() for one in picked.cpu().numpy()]
+
+    def _heard(self, states: torch.Tensor) -> int:
+        """How many of the states (M, E) of a prompt are of its own; where they are all zero, all."""
+        there = states.any(dim=-1).nonzero() if self.reading.filled else ()
+        return int(there[-1]) + 1 if len(there) else len(states)
 
     def _last(self, length: int) -> list[int]:
         """Of `length` states the last of each tokenizer that reads."""
@@ -137,6 +150,8 @@ class Texts:
                 return None
             key = others[int(cosines.argmax())]
         said = self._said[key]
+        if self.reading.filled:
+            return said.filled(length)
         return said if len(said.ends) == length else None
 
 
@@ -157,8 +172,9 @@ def _ends(tokenizer: PreTrainedTokenizerBase | None, text: str, length: int) -> 
     """(length,) where in a text each token ends; 0 of those that are not in it."""
     if tokenizer is None or not length:
         return torch.zeros(length, dtype=torch.long)
-    how = {"padding": "max_length", "max_length": length, "truncation": True, "return_offsets_mapping": True}
-    return torch.tensor([end for _, end in tokenizer(text, **how).offset_mapping])
+    how = {"max_length": length, "truncation": True, "return_offsets_mapping": True}
+    ends = torch.tensor([end for _, end in tokenizer(text, **how).offset_mapping], dtype=torch.long)
+    return pad(ends, (0, length - len(ends)))  # whichever side its own padding would be on
 
 
 def _behind(prefix: str, tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Said:

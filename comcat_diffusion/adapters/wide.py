@@ -142,11 +142,13 @@ class WideHeads:
     def table(self, table: Table) -> Table:
         """Cosines and sines (N, D) of rotations as those of wider heads, (N, wide): new columns stay as they are.
 
-        Complex numbers, (..., D/2), turn two columns each.
+        Complex numbers, (..., D/2), turn two columns each: of a picture and of a text, or of both in one stream.
         """
         new = (0, self.wide - self.width)
         if isinstance(table, torch.Tensor):
             return torch.cat([table, table.new_ones(*table.shape[:-1], new[1] // 2)], dim=-1)
+        if table[0].is_complex():
+            return tuple(self.table(own) for own in table)
         return pad(table[0], new, value=1.0), pad(table[1], new)
 
     def foreign_output(self, project: nn.Module, mixed: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-# What a denoiser hears of B prompts: "states" (B, M, E), and what else it takes. A family of `ragged` texts has a list
-# of states instead, one (M, E) for each prompt.
+# What a denoiser hears of B prompts: "states" (B, M, E), or a list of (M, E), and what else it takes.
 Condition = dict[str, "torch.Tensor | list[torch.Tensor]"]
 UNET, TRANSFORMER = "unet", "transformer"  # names of the component that denoises
 DENOISERS = (UNET, TRANSFORMER)
@@ -75,7 +74,9 @@ class Reading:
     prepared: Callable[[str], str] = str  # what is made of a prompt before it is read
     # An instruction that stands before prompts, with one segment. Of its states the first is kept alone.
     prefix: str = ""
-    around: tuple[str, str] = ("", "")  # what a chat's template sets before and behind a prompt, whose states all stay
+    around: tuple[str, str] = ("", "")  # what a chat's template sets before and behind a prompt, whose states stay,
+    dropped: int = 0  # but for so many of the first
+    filled: bool = False  # whether the states of shorter prompts are filled up with zeros
 
 
 def moved(part: torch.Tensor | list[torch.Tensor], *where: object) -> torch.Tensor | list[torch.Tensor]:
@@ -97,8 +98,10 @@ class Family:
     heavy: tuple[str, ...] = ()  # text encoders of billions of weights, with which training reads in bfloat16
     trains_text = False  # whether text encoders can be adapted and new words learned
     guidance = 7.5
-    ragged = False  # whether of each prompt those tokens alone are heard that it has
+    # What a family subtracts that is asked to subtract nothing, where its pipeline would then go without guidance.
+    nothing: str | None = None
     carries = ""  # a pattern of the names of the attentions that carry adapters; none: all that can
+    fewest_steps = 1  # in which its pipeline draws
     same_text = False  # whether attentions are given the same text states at every step of a drawing
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16")  # in which it draws; another overflows
     flow: Flow | None = None  # None: noise, velocities or clean latents, as the scheduler says
@@ -140,6 +143,10 @@ class Family:
         """Where in its blocks of one stream the words of each sample begin, behind the picture; empty: before it."""
         return ()
 
+    def channels(self, vae: Mapping) -> int:
+        """Channels C of the autoencoder's latents."""
+        return vae.get("latent_channels", 4)
+
     def is_of(self, denoiser: Mapping) -> bool:
         """Whether a denoiser of one of `denoisers`, by its configuration, is of this family."""
         return True
@@ -149,6 +156,12 @@ class Family:
     def encode(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         """What the denoiser hears of prompts, made by the pipeline itself. Gradients flow if the caller lets them."""
         raise NotImplementedError
+
+    def together(self, conditions: Sequence[Condition]) -> Condition:
+        """What was read of prompts one by one, each without its first axis, as that of all."""
+        import torch
+
+        return {name: torch.stack([one[name] for one in conditions]) for name in conditions[0]}  # B first
 
     def device_of_text(self, pipe: DiffusionPipeline) -> torch.device:
         """Where the text encoders are."""
@@ -190,6 +203,10 @@ class Family:
     def negative(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Mapping[str, object]:
         """The pipeline's arguments for prompts to draw away from."""
         return {"negative_prompt": list(prompts)}
+
+    def guided(self, strength: float) -> Mapping[str, object]:
+        """The pipeline's arguments for the strength of guidance."""
+        return {"guidance_scale": strength}
 
     def guidance_of(self, pipe: DiffusionPipeline) -> float:
         """The strength of guidance that suits this very base."""

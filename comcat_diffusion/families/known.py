@@ -9,6 +9,7 @@ from comcat_diffusion.families.family import DENOISERS, UNET, Family
 from comcat_diffusion.families.flux_1 import Flux1
 from comcat_diffusion.families.flux_2_klein import Flux2Klein
 from comcat_diffusion.families.pixart import PixArt
+from comcat_diffusion.families.qwen_image import QwenImage
 from comcat_diffusion.families.sana import Sana
 from comcat_diffusion.families.stable_diffusion import StableDiffusion
 from comcat_diffusion.families.stable_diffusion_3 import StableDiffusion3
@@ -23,6 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     Flux1(),
     Chroma(),
     ZImage(),
+    QwenImage(),
     PixArt(),
     Sana(),
 )

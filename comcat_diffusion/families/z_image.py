@@ -33,7 +33,6 @@ class ZImage(Family):
     pipelines = ("ZImagePipeline",)
     denoisers = ("ZImageTransformer2DModel",)
     heavy = ("text_encoder",)
-    ragged = True
     carries = r"layers\.\d+\.attention"
     guidance = 4.0
     precisions = ("fp32", "bf16")  # in half precision its blocks overflow
@@ -76,6 +75,10 @@ class ZImage(Family):
         asked = {"do_classifier_free_guidance": False, **self.drawing(pipe)}
         states, _ = pipe.encode_prompt(list(prompts), device=self.device_of_text(pipe), **asked)
         return {"states": states}
+
+    def together(self, conditions: Sequence[Condition]) -> Condition:
+        """A list, again."""
+        return {"states": [one["states"] for one in conditions]}
 
     def reading(self, pipe: DiffusionPipeline) -> Reading:
         """As what a user says in a chat with somebody who thinks."""

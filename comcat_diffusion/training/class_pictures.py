@@ -66,8 +66,8 @@ def _drawn(pipe: DiffusionPipeline, drawings: list[Drawing], sampling: Sampling)
     with torch.no_grad():
         read = family.encode(pipe, [drawings[0].prompt, ""])  # they are all of one prompt
     asked = family.conditions(pipe, {name: moved(part, model.device, model.dtype) for name, part in read.items()})
-    asked |= dict(family.drawing(pipe))
-    asked |= {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale}
+    asked |= {**family.drawing(pipe), **family.guided(sampling.guidance_scale)}
+    asked |= {"num_inference_steps": sampling.num_inference_steps}
     encoders = family.encoders(pipe)
     for name in encoders:  # whose precision a pipeline would go by
         setattr(pipe, name, None)

@@ -51,8 +51,7 @@ class Learner(nn.Module):
         if self.encoders:
             return self.family.encode(self._pipe, prompts)
         known, dtype = [self._known[prompt] for prompt in prompts], self.denoiser.dtype
-        together = list if self.family.ragged else torch.stack
-        return {name: moved(together([one[name] for one in known]), device, dtype) for name in known[0]}  # B first
+        return {name: moved(part, device, dtype) for name, part in self.family.together(known).items()}
 
 
 @torch.no_grad()
