@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from comcat_diffusion import ComcatConfig, bases, load_adapter, lora_layers, merge_adapters, save_adapter
-from comcat_diffusion.adapters.header import AdapterFileError
+from comcat_diffusion.adapters.header import AdapterFileError, read_adapter
 from comcat_diffusion.adapters.model import default_targets, factors
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.placing import add_adapter
@@ -41,7 +41,10 @@ def _mostly(case: str) -> object:
     return case if often else pytest.param(case, marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module", params=[_mostly(f"{kind}-{name}") for name in BASES for kind in ("tied", "foldable")])
+CASES = [f"{kind}-{name}" for name in BASES for kind in ("tied", "foldable")] + ["cores-klein", "cores-pixart"]
+
+
+@pytest.fixture(scope="module", params=[_mostly(case) for case in CASES])
 def exported(request, tmp_path_factory):
     """A base, an adapter that acts on every token, in self-attentions too where it can, and what it predicts."""
     kind, _, name = request.param.partition("-")
@@ -57,11 +60,12 @@ def made(kind, name, folder, everywhere=True):
     targets |= {name: ["attn"] for name in ("klein", "flux1", "chroma")}
     targets = targets.get(name) if everywhere else None
     targets = targets or default_targets(model)
-    config = ComcatConfig(r=2, alpha=3.0, foldable=True, tied=kind == "tied", target_modules=targets)
+    kinds = {"foldable": True, "tied": kind == "tied", "cores": kind == "cores"}
+    config = ComcatConfig(r=2, alpha=3.0, target_modules=targets, **kinds)
     add_adapter(model, config, "dog")
     with torch.no_grad():
         for number, factor in enumerate(factors(model, "dog").values()):
-            factor.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
+            factor.normal_(std=0.3 if kind != "cores" else 3.0, generator=torch.Generator().manual_seed(number))
     file = folder / "dog.safetensors"
     save_adapter(pipe, file, "dog", base)
     return base, file, pipe, predicted(pipe)
@@ -281,17 +285,20 @@ def test_the_size_that_is_told_before_training_is_what_is_written(exported, tmp_
     from comcat_diffusion.adapters.store import config_of, expected_shapes
     from comcat_diffusion.adapters.terms import read_contents
 
-    contents = read_contents(file)
     model = denoiser(bases.load_base(base))
-    (fields,) = contents.header.config.values()
-    shapes = expected_shapes(model, replace(config_of(fields, file), tied=False))
+    (fields,) = read_adapter(file).config.values()
+    config = config_of(fields, file)
+    if config.cores:
+        count = sum(high * wide for high, wide in expected_shapes(model, config).values())
+        assert count == sum(tensor.numel() for tensor in load_file(file).values())
+    shapes = expected_shapes(model, replace(config, tied=False, cores=False))
     models = {"transformer": model}
-    if not fields.get("tied"):  # a tied one is smaller: its heads share the rows of `down`
+    if not config.tied:  # a tied one is smaller: its heads share the rows of `down`
         written = export_adapter(file, tmp_path / "l.safetensors", "kohya", models=models)
         sizes = [t.nbytes for name, t in load_file(written.files[0]).items() if not name.endswith(".alpha")]
         assert lora_bytes(shapes, 2, family_of(pipe)) == sum(sizes)
     else:
-        assert len(spread(contents, models, file).terms) == len({n.rpartition(".")[0] for n in shapes})
+        assert len(spread(read_contents(file), models, file).terms) == len({n.rpartition(".")[0] for n in shapes})
     said = becomes(
         TrainConfig(pretrained_model_name_or_path=base, instance_prompt=PROMPT, instance_data_dir="."), model
     )
@@ -313,10 +320,9 @@ def test_files_say_of_what_architecture_they_are(exported):
 def test_another_model_has_no_lora_files(exported, tmp_path):
     from dataclasses import replace
 
-    from comcat_diffusion.adapters.terms import read_contents
     from comcat_diffusion.export.fit import refuse_other_models
 
-    header = read_contents(exported[1]).header
+    header = read_adapter(exported[1])
     other = replace(header, fingerprint=header.fingerprint | {"class": "WanTransformer3DModel"})
     with pytest.raises(AdapterFileError, match="is for a WanTransformer3DModel; LoRA files are written for .*PixArt"):
         refuse_other_models(other, "x.safetensors")

@@ -127,7 +127,7 @@ def test_training_teaches_the_pictures_and_leaves_other_prompts_alone_to_the_bit
     assert [differs(*pair) for pair in zip(drawn(pipe, OTHER, PROMPT), before, strict=True)] == [False, False]
 
 
-@pytest.mark.parametrize("kind", ["tied", "foldable", "free"])
+@pytest.mark.parametrize("kind", ["tied", "foldable", "free", "cores"])
 def test_what_has_learned_nothing_is_the_base(base, kind, tmp_path):
     pipe = bases.load_base(base)
     (before,) = drawn(pipe, PROMPT)
@@ -140,7 +140,7 @@ def test_what_has_learned_nothing_is_the_base(base, kind, tmp_path):
     assert differs(drawn(pipe, PROMPT)[0], before)
 
 
-@pytest.mark.parametrize(("name", "kind"), zip(BASES[:-1], cycle(("foldable", "tied", "free")), strict=False))
+@pytest.mark.parametrize(("name", "kind"), zip(BASES[:-1], cycle(("foldable", "tied", "free", "cores")), strict=False))
 def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(folders, name, kind, tmp_path):
     base = str(folders[name])
     whole = customize(settings(base, tmp_path, kind=kind, checkpointing_steps=2, skip_final_inference=True)).adapter

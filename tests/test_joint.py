@@ -33,7 +33,7 @@ from tests.test_adapter_battery import (  # noqa: F401 - run here over these cas
 )
 from tests.tiny_families import klein_transformer
 
-KINDS = ("free", "foldable", "tied")
+KINDS = ("free", "foldable", "tied", "cores")
 OF_TWO = "transformer_blocks.0.attn transformer_blocks.1.attn"  # streams, in FLUX
 JOINT = {"tiny_sd3": "attn", "tiny_klein": OF_TWO, "tiny_flux1": OF_TWO, "tiny_qwen_image": OF_TWO}
 TARGETS = {
@@ -44,7 +44,7 @@ TARGETS = {
     "qwen_image": ("tiny_qwen_image", "attn"),
     "z_image": ("tiny_z_image", "layers.0.attention layers.1.attention"),
 }
-TOO_WIDE = ("free-flux1", "foldable-flux1")  # no such kind; and as the tied one
+TOO_WIDE = ("free-flux1", "foldable-flux1", "cores-flux1", "cores-sd3-self")  # no such kind; and as the others
 
 
 def pytest_generate_tests(metafunc):

@@ -20,7 +20,8 @@ from comcat_diffusion.attentions import style_of
 from comcat_diffusion.families.known import family_of_model
 
 # What two adapters must have in common for PEFT's hotswap_adapter, which copies weights in place and no more.
-_SAME_WHEN_SWAPPED = ("r", "alpha", "rank_pattern", "alpha_pattern", "foldable", "tied", "trigger", "trigger_ranks")
+_KINDS = ("foldable", "tied", "cores")
+_SAME_WHEN_SWAPPED = ("r", "alpha", "rank_pattern", "alpha_pattern", *_KINDS, "trigger", "trigger_ranks")
 
 
 class ComcatModel(BaseTuner):
@@ -68,7 +69,8 @@ class ComcatModel(BaseTuner):
             if name and seam.SIDECAR not in name.split(".") and self._check_target_module_exists(peft_config, name):
                 name, module = plain_name(name), bare(module)
                 self._refuse(module, name)
-                factor_shapes(module, 1, peft_config.foldable, peft_config.tied)  # which some have not of every kind
+                kind = {name: getattr(peft_config, name) for name in _KINDS}
+                factor_shapes(module, _strength(peft_config, name)[0], **kind)  # which some have not of every kind
                 if peft_config.tied and side_of(name, module) == TEXT:
                     rank, alpha = _strength(peft_config, name)
                     if (rank, alpha) != (peft_config.r, peft_config.alpha):
