@@ -74,6 +74,8 @@ METHODS = {
     "tied": _comcat(kind="tied"),
     "foldable": _comcat(kind="foldable"),
     "free": _comcat(kind="free"),
+    "cores": _comcat(kind="cores", rank=4),
+    "cores, and blocks of one stream": _comcat(kind="cores", rank=4, target_modules=["attn"]),
     "LoRA r=4, 1e-3": _lora(4, 1e-3),
     "LoRA r=16, 1e-3": _lora(16, 1e-3),
     "free, and blocks of one stream": _comcat(kind="free", target_modules=["attn"]),

@@ -53,9 +53,9 @@ class Style:
     # A joint attention, over the picture's tokens and then the text's, has projections of its own for each. An adapter
     # stands between the picture's queries and the text's keys and values; the others are these.
     joint: bool = False
-    # An attention over a stream of the text's tokens and then the picture's, side by side with a feed-forward. Either
-    # `q` holds the rows of queries, keys and values and then the feed-forward's, of two halves, and `out` the columns
-    # of both, or there is no `out`, since what heads give is projected outside.
+    # An attention over a stream of the text's tokens and the picture's. Side by side with a feed-forward, either `q`
+    # holds the rows of queries, keys and values and then the feed-forward's, of two halves, and `out` the columns of
+    # both, or there is no `out`, since what heads give is projected outside.
     stream: bool = False
 
     @property
@@ -66,7 +66,7 @@ class Style:
     @property
     def packed(self) -> bool:
         """Whether two modules hold the four projections, and a feed-forward's."""
-        return self.stream and bool(self.out)
+        return self.q == self.k
 
     @property
     def paths(self) -> list[str]:
@@ -112,7 +112,9 @@ class Style:
 DIFFUSERS = Style("to_q", "to_k", "to_v", "to_out.0", heads="heads", diffusers=True)
 JOINT = Style("to_q", "add_k_proj", "add_v_proj", "to_out.0", heads="heads", diffusers=True, joint=True)
 STREAM = Style(*["to_qkv_mlp_proj"] * 3, "to_out", heads="heads", diffusers=True, stream=True)
+ALONE = Style("to_q", "to_k", "to_v", "to_out.0", heads="heads", diffusers=True, stream=True)
 HALF = Style("to_q", "to_k", "to_v", "", heads="heads", diffusers=True, stream=True)
+STREAMS = ("ZSingleStreamAttnProcessor",)  # processors of diffusers' common attention that are over one stream
 _STYLES = (
     JOINT,
     STREAM,
@@ -135,7 +137,8 @@ def style_of(module: nn.Module) -> Style | None:
     """The style whose parts the module has, or None if it is no attention of a known style."""
     for style in _STYLES:
         if style.heads in vars(module) and all(_has_part(module, path) for path in style.names):
-            return style
+            processor = type(getattr(module, "processor", None)).__name__
+            return ALONE if style is DIFFUSERS and processor in STREAMS else style
     return HALF if getattr(module, "pre_only", False) and hasattr(module, HALF.q) else None
 
 

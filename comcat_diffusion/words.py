@@ -24,6 +24,7 @@ _STYLES = frozenset("style painting drawing artwork aesthetic pattern texture".s
 _OF = frozenset("of von vom de du des d del di do da dos das van".split())  # before it stands a kind of picture
 _MARKS = ".,;:!?\"'()[]{}<>*_«»„“”‘’"
 _ENDING = tuple(".,;:!?")  # after which words are no longer about the subject
+_CLAUSES = re.compile(r"(.*[,;.:!?])?", re.DOTALL)  # those that are over where a text ends
 _PIECE = re.compile(r"<[^<>\s]+>[.,;:!?]*|[^\s,;:()\[\]{}/\"]+[.,;:!?)\"]*")  # a word and the marks behind it
 _UNHEARD = re.compile(r"[bcdfghjkmpqstvwz]x|j[b-df-hj-np-tv-z]|q[^u]")  # as in ohwx, and in hardly any word
 _LETTER = r"[^\W_]|[\u0300-\u036f]"  # of a word, digits and accents that stand apart among them
@@ -199,6 +200,19 @@ def without_trigger(prompt: str, subject: Subject) -> str:
         elif len(re.findall(r"[^\W\d_]", rest)) > 1:  # "sks-teddy" leaves teddy, "(sks:1.2)" and "sks's" leave nothing
             kept.append(rest)
     return " ".join(kept)
+
+
+def says_more(prompt: str, names: Iterable[str]) -> bool:
+    """Whether a prompt says more than the subject that one of these names calls: behind it, or in another clause.
+
+    "a photo of sks dog" does not, and leaves open what is around it; "sks dog in the snow" and "snow, sks dog" do.
+    """
+    text = unicodedata.normalize("NFC", prompt)
+    found = [place for name in names for place in places(name, text)]
+    if not found:
+        return False
+    before, behind = text[: min(start for start, _ in found)], text[max(end for _, end in found) :]
+    return any(any(map(str.isalpha, rest)) for rest in (_CLAUSES.match(before)[0], behind))
 
 
 def calls(prompt: str, subject: Subject) -> bool:

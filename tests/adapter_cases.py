@@ -39,7 +39,7 @@ class Case:
         return self.kind != "free"
 
     def config(self, **changes) -> ComcatConfig:
-        kind = {"foldable": self.foldable, "tied": self.kind == "tied"}
+        kind = {"foldable": self.foldable, "tied": self.kind == "tied", "cores": self.kind == "cores"}
         return ComcatConfig(**{"r": RANK, "alpha": ALPHA, "target_modules": self.target.split()} | kind | changes)
 
     def adapted(self, *names: str, dtype: torch.dtype = torch.float64, **changes) -> PeftModel:
@@ -64,6 +64,7 @@ class Case:
 
 
 CASES = [f"{kind}-{target}" for kind in ("free", "foldable", "tied") for target in TARGETS]
+CASES += ["cores-unet-cross", "cores-vit"]
 
 
 def distance(left: torch.Tensor, right: torch.Tensor) -> float:

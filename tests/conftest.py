@@ -44,8 +44,14 @@ class Tiny:
         return copy.deepcopy(self.original).to(dtype)
 
     def run(self, model: nn.Module, **more) -> torch.Tensor:
-        inputs = {n: t.to(model.dtype) if t.is_floating_point() else t for n, t in self.inputs().items()}
-        return model(**inputs, **more)[0]
+        made = model(**{name: _as(given, model.dtype) for name, given in self.inputs().items()}, **more)[0]
+        return torch.stack(made) if isinstance(made, list) else made
+
+
+def _as(given: torch.Tensor | list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | list[torch.Tensor]:
+    if isinstance(given, list):
+        return [_as(one, dtype) for one in given]
+    return given.to(dtype) if isinstance(given, torch.Tensor) and given.is_floating_point() else given
 
 
 def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -178,6 +184,34 @@ def tiny_flux1() -> Tiny:
         return _flux_inputs(WIDTH, axes=3) | told
 
     return Tiny("tiny_flux1", _built(flux1_transformer, seed=6), inputs)
+
+
+@pytest.fixture(scope="session")
+def tiny_z_image() -> Tiny:
+    """Z-Image's transformer: two blocks of one stream, over two pictures of 3x4 tokens and texts of seven and five."""
+    from tests.tiny_families import WIDTH, z_image_transformer
+
+    def inputs() -> dict[str, object]:
+        films, texts = _noise(2, 4, 1, 6, 8, seed=1).unbind(), _noise(2, 7, WIDTH, seed=2)
+        times = torch.tensor([0.01, 0.5], dtype=torch.float64)
+        return {"x": list(films), "t": times, "cap_feats": [texts[0], texts[1, :5]]}
+
+    return Tiny("tiny_z_image", _built(z_image_transformer, seed=7), inputs)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_image() -> Tiny:
+    """Qwen-Image's transformer: two joint blocks, over pictures of 3x4 tokens and texts of seven and five."""
+    from tests.tiny_families import WIDTH, qwen_image_transformer
+
+    def inputs() -> dict[str, object]:
+        return {
+            "hidden_states": _noise(2, 12, 16, seed=1), "encoder_hidden_states": _noise(2, 7, WIDTH, seed=2),
+            "encoder_hidden_states_mask": torch.arange(7) < torch.tensor([[7], [5]]), "img_shapes": [[(1, 3, 4)]] * 2,
+            "timestep": torch.tensor([0.01, 0.5], dtype=torch.float64),
+        }  # fmt: skip
+
+    return Tiny("tiny_qwen_image", _built(qwen_image_transformer, seed=8), inputs)
 
 
 @pytest.fixture(scope="session")

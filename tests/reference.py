@@ -6,6 +6,7 @@
 Letters: B batch, N tokens, M context tokens, H heads, D head width, R rank, C channels.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,34 @@ class FoldableFactors:
     q_core: torch.Tensor
     out_core: torch.Tensor
     tokens: torch.Tensor | float = 1.0  # as above
+
+
+def of_cores(
+    keys: nn.Linear, values: nn.Linear, heads: int, scale: float, k_mix: torch.Tensor, v_mix: torch.Tensor
+) -> FoldableFactors:
+    """The foldable factors that cores (H*R, R) are: head by head Ak = W B and G' = B N, with B as `directions` says."""
+    downs, cores = [], []
+    for linear, mix in ((keys, k_mix), (values, v_mix)):
+        rank = mix.shape[1]
+        bases = [directions(rows_of_head(linear.weight, h, heads), rank) for h in range(heads)]
+        downs.append(torch.cat([b.T @ rows_of_head(linear.weight, h, heads) for h, b in enumerate(bases)]))
+        cores.append(torch.cat([(b @ rows_of_head(mix, h, heads)).T for h, b in enumerate(bases)]))
+    return FoldableFactors(scale, *downs, *cores)
+
+
+def directions(weight: torch.Tensor, rank: int) -> torch.Tensor:
+    """(D, C) -> (D, R): of the span of its leading left singular vectors the orthonormal basis nearest to cosines.
+
+    By the whole singular value decomposition of weights in bfloat16; the nearest matrix with orthonormal columns in a
+    span is (P F)((P F)ᵀ P F)^-1/2, for P the projection on it and F what it is to be near to.
+    """
+    u, _, _ = torch.linalg.svd(weight.to(torch.bfloat16).double(), full_matrices=False)
+    projection = u[:, :rank] @ u[:, :rank].T
+    width = len(weight)
+    cosines = [[math.cos(math.pi * (d + 0.5) * r / width) for r in range(rank)] for d in range(width)]
+    seen = projection @ torch.tensor(cosines, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(seen.T @ seen)
+    return seen @ vectors @ torch.diag(values**-0.5) @ vectors.T
 
 
 def rows_of_head(weight: torch.Tensor, head: int, heads: int) -> torch.Tensor:

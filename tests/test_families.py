@@ -197,6 +197,83 @@ def test_a_step_on_flux_1_is_that_of_its_script(name, tmp_path):
         torch.testing.assert_close(loss, (answer - wanted).square().mean(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_step_on_z_image_is_that_of_its_script(tmp_path):
+    """The way from latents to noise, which is the answer negated, at uniform times that the scheduler then shifts.
+
+    Both prompts at once, of different lengths; of their states the last but one, without padding.
+    """
+    pipe = load_base(str(tiny_families.z_image(tmp_path)))
+    losses, drawn = stepped(pipe)
+    chat, films, times, texts, wanted = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", [], [], [], []
+    for clean, noise, generator, prompt in drawn:
+        place = int(1000 * torch.rand(1, generator=generator))
+        sigma = (1000 - place) / 1000
+        sigma = 3 * sigma / (1 + 2 * sigma)
+        films.append(((1 - sigma) * clean + sigma * noise)[:, None])
+        times.append(1 - sigma)
+        wanted.append(noise - clean)
+        read = pipe.tokenizer(chat.format(prompt), return_tensors="pt")
+        with torch.no_grad():
+            texts.append(pipe.text_encoder(**read, output_hidden_states=True).hidden_states[-2][0])
+    assert len({len(text) for text in texts}) == 2
+    with torch.no_grad():
+        answers = pipe.transformer(films, torch.tensor(times), texts).sample
+    for loss, answer, way in zip(losses, answers, wanted, strict=True):
+        torch.testing.assert_close(loss, (-answer[:, 0] - way).square().mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_on_qwen_image_is_that_of_its_script(tmp_path):
+    """The way from latents to noise, at uniform times; what stands before the user's words is not heard.
+
+    Both prompts at once, the shorter one filled up under a mask.
+    """
+    pipe = load_base(str(tiny_families.qwen_image(tmp_path)))
+    losses, drawn = stepped(pipe, 16)
+    before = f"<|im_start|>system\n{tiny_families.DESCRIBED}<|im_end|>\n<|im_start|>user\n"
+    tokens, times, texts, wanted = [], [], [], []
+    for clean, noise, generator, prompt in drawn:
+        place = int(1000 * torch.rand(1, generator=generator))
+        sigma = (1000 - place) / 1000
+        tokens.append(((1 - sigma) * clean + sigma * noise).permute(1, 2, 0).reshape(64, 16))
+        times.append(sigma)
+        wanted.append((noise - clean).permute(1, 2, 0).reshape(64, 16))
+        read = pipe.tokenizer(f"{before}{prompt}<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt")
+        with torch.no_grad():
+            texts.append(pipe.text_encoder(**read, output_hidden_states=True).hidden_states[-1][0, 34:])
+    most = max(map(len, texts))
+    assert len(texts[0]) != len(texts[1])
+    mask = torch.stack([torch.arange(most) < len(text) for text in texts])
+    filled = torch.stack([torch.cat([text, torch.zeros(most - len(text), text.shape[1])]) for text in texts])
+    with torch.no_grad():
+        answers = pipe.transformer(
+            torch.stack(tokens), filled, mask, torch.tensor(times), img_shapes=[[(1, 8, 8)]] * 2
+        ).sample
+    for loss, answer, way in zip(losses, answers, wanted, strict=True):
+        torch.testing.assert_close(loss, (answer - way).square().mean(), rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_latents_of_a_film_have_a_mean_and_a_std_for_each_channel(tmp_path):
+    """There and back, and in the order in which the pipeline makes tokens of them."""
+    pipe = load_base(str(tiny_families.qwen_image(tmp_path)))
+    pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    family, vae = family_of(pipe), pipe.vae
+    own, made = vae.encode(pixels[:, :, None]).latent_dist, family.posterior(vae, pixels)
+    middle, spread = (
+        torch.tensor(one).view(1, 4, 1, 1, 1) for one in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    for name, values in (("mean", (own.mean - middle) / spread), ("std", own.std / spread)):
+        tokens = pipe._pack_latents(values.transpose(1, 2), 1, 4, 8, 8)
+        torch.testing.assert_close(made[name].flatten(1).T[None], tokens)
+    tokens = made["mean"].flatten(1).T[None]
+    torch.testing.assert_close(family.decoded(vae, tokens), vae.decode(own.mean).sample[:, :, 0])
+    how = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(1), "height": 16, "width": 16}
+    left = pipe("a dog", output_type="latent", **how).images
+    how["generator"] = torch.Generator().manual_seed(1)
+    picture = pipe("a dog", output_type="pt", **how).images
+    torch.testing.assert_close((family.decoded(vae, left) / 2 + 0.5).clamp(0, 1), picture)
+
+
 @torch.no_grad()
 def test_squares_of_latents_are_shifted_and_scaled_there_and_back(tmp_path):
     pipe = load_base(str(tiny_families.flux1(tmp_path)))

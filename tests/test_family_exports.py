@@ -6,6 +6,7 @@ from diffusers.loaders.single_file_utils import (
     convert_flux2_transformer_checkpoint_to_diffusers,
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_sd3_transformer_checkpoint_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from PIL import Image, ImageChops
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from comcat_diffusion import ComcatConfig, bases, load_adapter, lora_layers, merge_adapters, save_adapter
-from comcat_diffusion.adapters.header import AdapterFileError
+from comcat_diffusion.adapters.header import AdapterFileError, read_adapter
 from comcat_diffusion.adapters.model import default_targets, factors
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.placing import add_adapter
@@ -31,16 +32,19 @@ from tests import tiny_families
 
 PROMPT = "a photo of sks teddy"
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
-BASES = ("pixart", "sd3", "sd35", "sana", "klein", "flux1", "chroma")
+BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "qwen_image", "flux1", "chroma")
 
 
 def _mostly(case: str) -> object:
-    """FLUX.1 and Chroma are FLUX.2 in nearly all: `make test-kernels` walks them too."""
-    often = "chroma" not in case and case != "tied-flux1"
+    """FLUX.1 and Chroma are FLUX.2 in nearly all, and kinds much alike: `make test-kernels` walks all."""
+    often = "chroma" not in case and case not in ("tied-flux1", "foldable-z_image", "foldable-qwen_image")
     return case if often else pytest.param(case, marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module", params=[_mostly(f"{kind}-{name}") for name in BASES for kind in ("tied", "foldable")])
+CASES = [f"{kind}-{name}" for name in BASES for kind in ("tied", "foldable")] + ["cores-klein", "cores-pixart"]
+
+
+@pytest.fixture(scope="module", params=[_mostly(case) for case in CASES])
 def exported(request, tmp_path_factory):
     """A base, an adapter that acts on every token, in self-attentions too where it can, and what it predicts."""
     kind, _, name = request.param.partition("-")
@@ -56,11 +60,12 @@ def made(kind, name, folder, everywhere=True):
     targets |= {name: ["attn"] for name in ("klein", "flux1", "chroma")}
     targets = targets.get(name) if everywhere else None
     targets = targets or default_targets(model)
-    config = ComcatConfig(r=2, alpha=3.0, foldable=True, tied=kind == "tied", target_modules=targets)
+    kinds = {"foldable": True, "tied": kind == "tied", "cores": kind == "cores"}
+    config = ComcatConfig(r=2, alpha=3.0, target_modules=targets, **kinds)
     add_adapter(model, config, "dog")
     with torch.no_grad():
         for number, factor in enumerate(factors(model, "dog").values()):
-            factor.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
+            factor.normal_(std=0.3 if kind != "cores" else 3.0, generator=torch.Generator().manual_seed(number))
     file = folder / "dog.safetensors"
     save_adapter(pipe, file, "dog", base)
     return base, file, pipe, predicted(pipe)
@@ -99,7 +104,7 @@ def test_it_draws_beside_an_adapter_where_diffusers_loads_it(exported, tmp_path)
     lora = tmp_path / "lora.safetensors"
     export_adapter(file, lora, "diffusers-lora", models={"transformer": denoiser(pipe)})
     folder = str(tmp_path / "pictures")
-    more = {"num_images": 1, "num_inference_steps": 1, "prompt": [PROMPT], "output_dir": folder, "precision": "fp32"}
+    more = {"num_images": 1, "num_inference_steps": 2, "prompt": [PROMPT], "output_dir": folder, "precision": "fp32"}
     more |= {"any_prompt": True}
     config = GenerateConfig(adapter=[f"{file}:0"], lora=[str(lora)], **more)
     if hasattr(pipe, "load_lora_weights"):
@@ -133,7 +138,10 @@ def test_so_does_the_live_one_and_what_is_merged(exported, tmp_path):
 def native_weights(pipe) -> dict[str, torch.Tensor]:
     """The projections of attentions as the family's own checkpoints hold them."""
     model, found = denoiser(pipe), {}
-    for number, block in enumerate(model.transformer_blocks):
+    for number, block in enumerate(getattr(model, "layers", ())):
+        one = block.attention
+        found[f"layers.{number}.attention.qkv"] = torch.cat([one.to_q.weight, one.to_k.weight, one.to_v.weight])
+    for number, block in enumerate(getattr(model, "transformer_blocks", ())):
         if hasattr(block.attn1 if hasattr(block, "attn1") else None, "to_q"):
             one, two = block.attn1, block.attn2
             if "PixArt" in type(model).__name__:  # Sana's are linear, and nothing is on them
@@ -141,6 +149,12 @@ def native_weights(pipe) -> dict[str, torch.Tensor]:
             found[f"blocks.{number}.cross_attn.kv_linear"] = torch.cat([two.to_k.weight, two.to_v.weight])
             continue
         joint = block.attn
+        if "Qwen" in type(model).__name__:
+            found |= {
+                f"transformer_blocks.{number}.attn.add_{one}_proj": getattr(joint, f"add_{one}_proj").weight
+                for one in "kv"
+            }
+            continue
         text = [joint.add_q_proj.weight, joint.add_k_proj.weight, joint.add_v_proj.weight]
         if hasattr(model, "single_transformer_blocks"):
             found[f"double_blocks.{number}.txt_attn.qkv"] = torch.cat(text)
@@ -204,9 +218,9 @@ def test_native_names_of_stable_diffusion_3_are_those_that_diffusers_converts_fr
             assert torch.equal(third, weight)
 
 
-@pytest.mark.parametrize("name", ["klein", "flux1", "chroma"])
+@pytest.mark.parametrize("name", ["klein", "flux1", "chroma", "z_image", "qwen_image"])
 @pytest.mark.parametrize("kind", ["tied", "foldable"])
-def test_diffusers_reads_native_names_of_flux(kind, name, tmp_path):
+def test_diffusers_reads_native_names(kind, name, tmp_path):
     """Its own reading of files in these names does what the adapter does."""
     # Of blocks of one stream diffusers knows those of the big FLUX.1 alone, by their widths.
     base, file, _, live = made(kind, name, tmp_path, everywhere=name == "klein")
@@ -253,6 +267,17 @@ def test_native_names_of_a_block_of_one_stream_are_those_that_diffusers_converts
         assert torch.equal(rows, denoiser(pipe).get_parameter(f"{held.name}.weight")[16 * place : 16 * (place + 1)])
 
 
+def test_native_names_of_z_image_are_those_that_diffusers_converts_from(tmp_path):
+    pipe = bases.load_base(str(tiny_families.z_image(tmp_path)))
+    native, family = native_weights(pipe), family_of(pipe)
+    converted = convert_z_image_transformer_checkpoint_to_diffusers({f"{n}.weight": w for n, w in native.items()})
+    assert {name.rpartition(".attention.")[2] for name in converted} == {"to_q.weight", "to_k.weight", "to_v.weight"}
+    for name, weight in converted.items():
+        assert torch.equal(weight, denoiser(pipe).get_parameter(name))
+        place = family.native_weight(name.removesuffix(".weight"))
+        assert torch.equal(native[place.name].chunk(place.count)[place.place], weight)
+
+
 def test_the_size_that_is_told_before_training_is_what_is_written(exported, tmp_path):
     base, file, pipe, _ = exported
     from dataclasses import replace
@@ -260,17 +285,20 @@ def test_the_size_that_is_told_before_training_is_what_is_written(exported, tmp_
     from comcat_diffusion.adapters.store import config_of, expected_shapes
     from comcat_diffusion.adapters.terms import read_contents
 
-    contents = read_contents(file)
     model = denoiser(bases.load_base(base))
-    (fields,) = contents.header.config.values()
-    shapes = expected_shapes(model, replace(config_of(fields, file), tied=False))
+    (fields,) = read_adapter(file).config.values()
+    config = config_of(fields, file)
+    if config.cores:
+        count = sum(high * wide for high, wide in expected_shapes(model, config).values())
+        assert count == sum(tensor.numel() for tensor in load_file(file).values())
+    shapes = expected_shapes(model, replace(config, tied=False, cores=False))
     models = {"transformer": model}
-    if not fields.get("tied"):  # a tied one is smaller: its heads share the rows of `down`
+    if not config.tied:  # a tied one is smaller: its heads share the rows of `down`
         written = export_adapter(file, tmp_path / "l.safetensors", "kohya", models=models)
         sizes = [t.nbytes for name, t in load_file(written.files[0]).items() if not name.endswith(".alpha")]
         assert lora_bytes(shapes, 2, family_of(pipe)) == sum(sizes)
     else:
-        assert len(spread(contents, models, file).terms) == len({n.rpartition(".")[0] for n in shapes})
+        assert len(spread(read_contents(file), models, file).terms) == len({n.rpartition(".")[0] for n in shapes})
     said = becomes(
         TrainConfig(pretrained_model_name_or_path=base, instance_prompt=PROMPT, instance_data_dir="."), model
     )
@@ -284,6 +312,7 @@ def test_files_say_of_what_architecture_they_are(exported):
     kinds = {
         "PixArtSigmaPipeline": "pixart", "SanaPipeline": "sana", "StableDiffusion3Pipeline": "stable-diffusion-3",
         "Flux2KleinPipeline": "flux-2-klein", "FluxPipeline": "flux-1-dev", "ChromaPipeline": "chroma",
+        "ZImagePipeline": "z-image", "QwenImagePipeline": "qwen-image",
     }  # fmt: skip
     assert told == kinds[type(pipe).__name__] + "/comcat"
 
@@ -291,10 +320,9 @@ def test_files_say_of_what_architecture_they_are(exported):
 def test_another_model_has_no_lora_files(exported, tmp_path):
     from dataclasses import replace
 
-    from comcat_diffusion.adapters.terms import read_contents
     from comcat_diffusion.export.fit import refuse_other_models
 
-    header = read_contents(exported[1]).header
+    header = read_adapter(exported[1])
     other = replace(header, fingerprint=header.fingerprint | {"class": "WanTransformer3DModel"})
     with pytest.raises(AdapterFileError, match="is for a WanTransformer3DModel; LoRA files are written for .*PixArt"):
         refuse_other_models(other, "x.safetensors")

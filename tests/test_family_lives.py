@@ -11,7 +11,16 @@ import torch
 from diffusers import Flux2KleinInpaintPipeline
 from PIL import Image, ImageChops
 
-from comcat_diffusion import ComcatConfig, bases, listen, load_adapter, save_adapter, set_regions, unload_adapters
+from comcat_diffusion import (
+    ComcatConfig,
+    bases,
+    listen,
+    load_adapter,
+    remember_prompts,
+    save_adapter,
+    set_regions,
+    unload_adapters,
+)
 from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.adapters.model import factors
@@ -41,7 +50,7 @@ from tests import tiny_families
 
 PICTURES = str(bases.assets() / "subject" / "train")
 PROMPT, OTHER = "a photo of sks teddy", "a photo of a teddy"
-BASES = ("pixart", "sd3", "sd35", "sana", "klein", "flux1", "chroma")
+BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "qwen_image", "flux1", "chroma")
 SUBJECTS = [Subject("sks", "teddy")]
 
 
@@ -118,7 +127,7 @@ def test_training_teaches_the_pictures_and_leaves_other_prompts_alone_to_the_bit
     assert [differs(*pair) for pair in zip(drawn(pipe, OTHER, PROMPT), before, strict=True)] == [False, False]
 
 
-@pytest.mark.parametrize("kind", ["tied", "foldable", "free"])
+@pytest.mark.parametrize("kind", ["tied", "foldable", "free", "cores"])
 def test_what_has_learned_nothing_is_the_base(base, kind, tmp_path):
     pipe = bases.load_base(base)
     (before,) = drawn(pipe, PROMPT)
@@ -131,7 +140,7 @@ def test_what_has_learned_nothing_is_the_base(base, kind, tmp_path):
     assert differs(drawn(pipe, PROMPT)[0], before)
 
 
-@pytest.mark.parametrize(("name", "kind"), zip(BASES[:-1], cycle(("foldable", "tied", "free")), strict=False))
+@pytest.mark.parametrize(("name", "kind"), zip(BASES[:-1], cycle(("foldable", "tied", "free", "cores")), strict=False))
 def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(folders, name, kind, tmp_path):
     base = str(folders[name])
     whole = customize(settings(base, tmp_path, kind=kind, checkpointing_steps=2, skip_final_inference=True)).adapter
@@ -200,7 +209,7 @@ def test_the_commands_take_it_from_end_to_end(taught, tmp_path, capsys):
     assert "sks" in capsys.readouterr().out
     pictures = generate(
         GenerateConfig(
-            adapter=[str(file)], prompt=["{subject}"], num_images=1, num_inference_steps=1, compare=True,
+            adapter=[str(file)], prompt=["{subject}"], num_images=1, num_inference_steps=2, compare=True,
             output_dir=str(tmp_path / "drawn"),
         )
     )  # fmt: skip
@@ -208,7 +217,7 @@ def test_the_commands_take_it_from_end_to_end(taught, tmp_path, capsys):
     judged = evaluate(
         EvaluateConfig(
             adapter=[str(file)], subject_dir=str(bases.assets() / "subject" / "held_out"), clip_model="embedded",
-            dino_model="none", num_inference_steps=1, seeds=1, output_dir=str(tmp_path / "judged"),
+            dino_model="none", num_inference_steps=2, seeds=1, output_dir=str(tmp_path / "judged"),
         )
     )  # fmt: skip
     assert judged.rows[1].measures["pixel_drift"].mean == 0
@@ -328,6 +337,149 @@ def test_behind_sanas_instruction_a_trigger_is_heard_where_it_stands(folders):
 
 
 @torch.no_grad()
+def test_of_texts_of_their_own_lengths_each_knows_its_trigger(folders):
+    """In a chat, and of what it has alone; the states of a prompt are known again in another list."""
+    pipe = bases.load_base(str(folders["z_image"]))
+    words = ["sks", "user", "assistant"]
+    add_adapter(denoiser(pipe), ComcatConfig(r=1, foldable=True, tied=True, trigger=words), "dog")
+    listen(pipe)
+    heard = []
+    denoiser(pipe).register_forward_hook(lambda *_: heard.append(here.heard.said), prepend=True)
+    how = {"num_inference_steps": 1, "height": 16, "width": 24, "output_type": "latent"}
+    how |= {"guidance_scale": 3.0, **family_of(pipe).drawing(pipe)}
+    prompts = ["a photo of a teddy", "a photo of (sks) teddy", "sks", "no such user"]
+    pipe(prompt=list(prompts), negative_prompt=["ugly sks", "", "", ""], **how)  # it writes the chat into the list
+    assert [said.text for said in heard[0]] == [*prompts, "ugly sks", "", "", ""]
+    head = len("<|im_start|>user\n")
+    for said in heard[0]:
+        place = max(said.text.find("sks"), said.text.find("user"))
+        whole = f"<|im_start|>user\n{said.text}<|im_end|>\n<|im_start|>assistant\n"
+        own = pipe.tokenizer(whole, return_offsets_mapping=True).offset_mapping
+        first = next((n for n, (_, end) in enumerate(own) if end - head > place), None) if place >= 0 else len(own)
+        assert said.acts(words).tolist() == [n >= first for n in range(len(own))]
+    states, away = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=48)
+    assert away == [] and len({len(one) for one in states}) > 2
+    pipe(prompt_embeds=[one.clone().to(torch.bfloat16).float() for one in states], **how | {"guidance_scale": 0.0})
+    assert [said.text for said in heard[1]] == prompts
+    strange = [torch.randn(5, 24)]
+    with pytest.raises(ValueError, match="waits for 'sks', but these text states are of no prompt"):
+        pipe(prompt_embeds=strange, **how | {"guidance_scale": 0.0})
+    remember_prompts(pipe, strange, PROMPT)
+    pipe(prompt_embeds=strange, **how | {"guidance_scale": 0.0})
+    assert heard[-1][0].text == PROMPT
+    with pytest.raises(ValueError, match="for 2 prompts: give one"):
+        remember_prompts(pipe, strange, [PROMPT, OTHER])
+
+
+@torch.no_grad()
+def test_in_a_template_a_trigger_is_heard_in_what_the_user_says(folders):
+    """Of texts that are filled up to the longest, known again at any length; words of the template are no trigger."""
+    pipe = bases.load_base(str(folders["qwen_image"]))
+    words = ["sks", "user", "color"]
+    add_adapter(denoiser(pipe), ComcatConfig(r=1, foldable=True, tied=True, trigger=words), "dog")
+    listen(pipe)
+    heard = []
+    denoiser(pipe).register_forward_hook(lambda *_: heard.append(here.heard.said), prepend=True)
+    how = {"num_inference_steps": 2, "height": 16, "width": 24, "output_type": "latent"}
+    prompts = ["a photo of a teddy", "a photo of (sks) teddy {}", "sks", "no such user"]
+    pipe(prompt=prompts, negative_prompt=["ugly sks", "", "", ""], true_cfg_scale=3.0, **how)
+    assert [said.text for said in heard[0]] == prompts
+    assert [said.text for said in heard[1]] == ["ugly sks", "", "", ""]
+    before = f"<|im_start|>system\n{tiny_families.DESCRIBED}<|im_end|>\n<|im_start|>user\n"
+    most = max(len(pipe.tokenizer(text).input_ids) for text in prompts) + 5  # of the template's end
+    for said in (*heard[0], *heard[1]):
+        place = max(said.text.find("sks"), said.text.find("user"))
+        own = pipe.tokenizer(before + said.text, return_offsets_mapping=True).offset_mapping[34:]
+        first = next((n for n, (_, end) in enumerate(own) if end - len(before) > place), None) if place >= 0 else most
+        acts = said.acts(words).tolist()
+        assert acts == [n >= first for n in range(len(acts))]
+    assert len(heard[0][0].ends) == most
+    alone, _ = pipe.encode_prompt("sks")
+    filled = torch.cat([alone, torch.zeros(1, 9, 24)], dim=1)
+    mask = torch.arange(filled.shape[1])[None] < alone.shape[1]
+    pipe(prompt_embeds=filled, prompt_embeds_mask=mask, **how)
+    assert heard[-1][0].text == "sks" and heard[-1][0].acts(words).all()
+
+
+def test_guidance_needs_something_to_subtract(folders, tmp_path):
+    """Which is the empty prompt, where nothing else is asked; and drawings need two steps."""
+    pipe = bases.load_base(str(folders["qwen_image"]))
+    strong, weak = (next(draw(pipe, [Drawing(PROMPT, 3)], Sampling(2, strength))) for strength in (6.0, 1.0))
+    (by_hand,) = pipe(PROMPT, negative_prompt="", true_cfg_scale=6.0, num_inference_steps=2, height=32, width=32,
+                      generator=torch.Generator().manual_seed(3)).images  # fmt: skip
+    assert differs(strong, weak) and not differs(strong, by_hand)
+    one = {"num_inference_steps": 1, "prompt": [PROMPT], "num_images": 1, "output_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match="--num_inference_steps 1: Qwen-Image draws in 2 or more"):
+        generate(GenerateConfig(pretrained_model_name_or_path=str(folders["qwen_image"]), **one))
+
+
+@torch.no_grad()
+def test_behind_a_picture_an_adapter_acts_on_words_from_its_trigger_on(folders):
+    """Of two samples of other lengths, in rows filled up to multiples of 32; a region is a part of the picture."""
+    pipe = bases.load_base(str(folders["z_image"]))
+    model, name = denoiser(pipe), "layers.0.attention"
+    attention = model.get_submodule(name)
+    add_adapter(model, ComcatConfig(r=1, foldable=True, tied=True, trigger=["sks"], target_modules=[name]), "dog")
+    listen(pipe)
+    for factor in factors(model, "dog").values():
+        factor.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    long = "a photo of a red ball on a green table and sks teddy so far so good"
+    family, seen, asked, prompts = family_of(pipe), [], [], [OTHER, "sks, " + "so " * 20, long]
+    condition = family.encode(pipe, prompts)
+    attention.register_forward_hook(lambda _, args, output: seen.append((asked[-1], output)))
+    attention.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs | {"x": args[0]}), with_kwargs=True)
+    latents = torch.randn(3, 4, 8, 12, generator=torch.Generator().manual_seed(2))  # 4x6 tokens, and 8 more
+
+    def run() -> torch.Tensor:
+        pipe.comcat_gate.tell(condition["states"], prompts)
+        return family.predict(model, latents, torch.tensor([500.0] * 3), condition, None)
+
+    set_adapters(pipe, ["dog"], [0.0])
+    before = run()
+    set_adapters(pipe, ["dog"], [1.0])
+    after = run()
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1]) and not torch.equal(after[2], before[2])
+    (inputs, bare), (_, whole) = seen
+    layer, rows = attention.comcat, inputs["x"].shape[1]
+    assert rows == 32 + 64 and len({len(one) for one in condition["states"]}) == 3
+    acts = torch.ones(3, rows, 1)
+    for row, text, states in zip(acts, prompts, condition["states"], strict=True):
+        said = texts_of(pipe.tokenizer).read(text, len(states)).acts(["sks"])
+        row[32 : 32 + len(said), 0] = said.float()
+    acts[0] = 0
+    hidden, there = inputs["x"], inputs["attention_mask"]
+    for down, core, projection in (
+        (layer.comcat_k_down, layer.comcat_q_core, attention.to_k),
+        (layer.comcat_v_down, layer.comcat_out_core, attention.to_v),
+    ):
+        change = hidden @ down["dog"].weight.T * core["dog"].weight.reshape(1, 1, -1)  # rank 1
+        made = projection(hidden) + acts * change
+        projection.forward = lambda _, made=made: made
+    set_adapters(pipe, ["dog"], [0.0])
+    more = {name: inputs[name] for name in ("attention_mask", "freqs_cis")}
+    by_hand = attention(hidden, **more)
+    del attention.to_k.forward, attention.to_v.forward
+    torch.testing.assert_close(whole[there], by_hand[there], rtol=1e-4, atol=1e-5)
+    set_adapters(pipe, ["dog"], [1.0])
+    set_regions(pipe, {"dog": torch.cat([torch.ones(8, 4), torch.zeros(8, 8)], dim=1)})
+    run()
+    picture, words = seen[-1][1][1].split((24, rows - 24))
+    picture, own, base = (one.unflatten(0, (4, 6)) for one in (picture, whole[1][:24], bare[1][:24]))
+    assert torch.equal(picture[:, :2], own[:, :2]) and torch.equal(picture[:, 2:], base[:, 2:])
+    torch.testing.assert_close(words, whole[1][24:] / 3 + bare[1][24:] * 2 / 3, rtol=1e-4, atol=1e-5)
+
+
+def test_a_z_image_that_is_distilled_is_told_by_its_name(folders, tmp_path):
+    pipe = bases.load_base(str(folders["z_image"]))
+    assert bases.default_guidance("z", pipe) == 4 and not family_of(pipe).remarks(pipe)
+    turbo = bases.load_base(str(shutil.copytree(folders["z_image"], tmp_path / "Z-Image-Turbo")))
+    assert bases.default_guidance("z", turbo) == 0
+    assert "draw in a few steps and without guidance" in family_of(turbo).remarks(turbo)[0]
+    assert family_of_denoiser("ZImageTransformer2DModel", {"siglip_feat_dim": 8}) is None  # Omni
+
+
+@torch.no_grad()
 def test_in_a_chat_a_trigger_is_heard_in_what_the_user_says(folders):
     """By byte pairs that spaces lead; the words of the chat itself are no trigger."""
     pipe = bases.load_base(str(folders["klein"]))
@@ -429,7 +581,7 @@ def test_a_distilled_base_is_told_and_draws_without_guidance(folders, tmp_path):
     assert "distilled to draw in a few steps" in family_of(pipe).remarks(pipe)[0]
 
 
-@pytest.mark.parametrize("name", ["sd3", "klein", "chroma"])
+@pytest.mark.parametrize("name", ["sd3", "klein", "chroma", "z_image", "qwen_image"])
 def test_a_scale_in_the_call_and_a_negative_prompt_count(folders, name):
     pipe = bases.load_base(str(folders[name]))
     (before,) = drawn(pipe, PROMPT)
@@ -440,9 +592,10 @@ def test_a_scale_in_the_call_and_a_negative_prompt_count(folders, name):
         for factor in factors(denoiser(pipe), "dog").values():
             factor.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
     (after,) = drawn(pipe, PROMPT)
-    how = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": after.height, "width": after.width}
-    how |= family_of(pipe).drawing(pipe)
-    scale = "attention_kwargs" if name == "klein" else "joint_attention_kwargs"
+    how = {"num_inference_steps": 2, "height": after.height, "width": after.width}
+    how |= {**family_of(pipe).drawing(pipe), **family_of(pipe).guided(3.0)}
+    how |= {"negative_prompt": ""} if name == "qwen_image" else {}
+    scale = "attention_kwargs" if name in ("klein", "qwen_image") else "joint_attention_kwargs"
 
     def at(strength: float) -> Image.Image:
         generator = torch.Generator().manual_seed(3)

@@ -20,6 +20,7 @@ from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
 
 WITH, WITHOUT = "a photo of a big sks teddy on the left, red background", "a big teddy on the left, red background"
+BARE = "a photo of a big sks teddy"
 WORDS = {"dog": ["sks teddy", "sks"]}
 KINDS = {"free": {}, "tied": {"foldable": True, "tied": True}}
 
@@ -86,6 +87,17 @@ def test_prompts_without_the_trigger_are_the_bases_and_nothing_is_looked_for(bas
     assert len(passes) == 4
 
 
+def test_a_prompt_that_names_the_subject_alone_has_no_background_to_keep(pipe):
+    """Also beside one that has: each picture of a batch goes by its own prompt."""
+    both, alone = [BARE, WITH], drawn(pipe, BARE)
+    with keep_background(pipe, WORDS):
+        placed = drawn(pipe)
+        assert far(drawn(pipe, BARE), alone) < 1e-4  # of float32, as weights of one are multiplied with
+        seeds = [torch.Generator().manual_seed(0) for _ in both]
+        batch = pipe(both, num_inference_steps=4, guidance_scale=2.0, output_type="np", generator=seeds).images
+    assert far(batch[0], alone) < 1e-4 and far(batch[1], placed) < 1e-4
+
+
 def test_pictures_one_after_the_other_know_nothing_of_each_other(pipe):
     with keep_background(pipe, WORDS):
         alone = drawn(pipe)
@@ -134,7 +146,7 @@ def test_how_much_a_place_looks_is_the_bases_own_attention_to_the_words(pipe, hi
     hidden = torch.randn(2, 16, attn.to_q.in_features, generator=generator).double()
     text = torch.randn(2, 32, attn.to_k.in_features, generator=generator).double()
     said = [texts_of(pipe.tokenizer).read(prompt, 32) for prompt in (WITH, WITHOUT)]
-    of_words = torch.stack([one.within(WORDS["dog"]) for one in said])
+    of_words = torch.stack([one.placing(WORDS["dog"]) for one in said])
     found = looks(attn, hidden, text, of_words, (high, wide))
     assert found.shape == (2, 1, high, wide) and not found[1].any()
     focus = Focus(WORDS, [layer])

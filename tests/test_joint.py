@@ -33,16 +33,18 @@ from tests.test_adapter_battery import (  # noqa: F401 - run here over these cas
 )
 from tests.tiny_families import klein_transformer
 
-KINDS = ("free", "foldable", "tied")
+KINDS = ("free", "foldable", "tied", "cores")
 OF_TWO = "transformer_blocks.0.attn transformer_blocks.1.attn"  # streams, in FLUX
-JOINT = {"tiny_sd3": "attn", "tiny_klein": OF_TWO, "tiny_flux1": OF_TWO}
+JOINT = {"tiny_sd3": "attn", "tiny_klein": OF_TWO, "tiny_flux1": OF_TWO, "tiny_qwen_image": OF_TWO}
 TARGETS = {
     "sd3": ("tiny_sd3", "attn"),
     "sd3-self": ("tiny_sd3", "attn2"),
     "klein": ("tiny_klein", "attn"),
     "flux1": ("tiny_flux1", "attn"),
+    "qwen_image": ("tiny_qwen_image", "attn"),
+    "z_image": ("tiny_z_image", "layers.0.attention layers.1.attention"),
 }
-TOO_WIDE = ("free-flux1", "foldable-flux1")  # no such kind; and as the tied one
+TOO_WIDE = ("free-flux1", "foldable-flux1", "cores-flux1", "cores-sd3-self")  # no such kind; and as the others
 
 
 def pytest_generate_tests(metafunc):
@@ -56,7 +58,7 @@ def pytest_generate_tests(metafunc):
 def case(request, randomize, monkeypatch):
     kind, _, name = request.param.partition("-")
     tiny, target = TARGETS[name]
-    monkeypatch.setitem(WHOLES, tiny, "proj_out")
+    monkeypatch.setitem(WHOLES, tiny, "proj_out" if tiny != "tiny_z_image" else "linear")
     close = 1e-10 if tiny == "tiny_sd3" else 1e-6  # diffusers rotates in float32
     return Case(request.getfixturevalue(tiny), target, kind, randomize, close)
 
@@ -149,6 +151,9 @@ def test_one_joint_attention_matches_the_slow_formula(tiny, kind, normed, fused,
         angles = 3 * torch.rand(11, 4, generator=generator, dtype=torch.float64)
         turned = angles.float().repeat_interleave(2, dim=-1)  # of the base's columns: it knows of no others
         table = {"image_rotary_emb": (turned.cos(), turned.sin())}
+    if tiny == "tiny_qwen_image":  # the picture's, and then the text's, as complex numbers
+        turned = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+        table = {"image_rotary_emb": (turned[5:], turned[:5])}
     got = host(x, encoder_hidden_states=c, **table)
     if fused and not rotated:  # diffusers' processor of fused projections leaves the norms out
         host.norm_q = host.norm_k = host.norm_added_q = host.norm_added_k = None
@@ -286,6 +291,51 @@ def test_heads_that_are_projected_elsewhere_match_the_slow_formula(kind, tiny_fl
             heads.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v)
         off = distance(got, torch.cat(heads, dim=-1))
         assert off < 1e-6 if used == adapters else off > 0.05  # diffusers rotates in float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_attention_over_one_stream_alone_matches_the_slow_formula(kind, tiny_z_image, randomize):
+    """Of two samples, of which one is shorter; its padding is looked at by nobody."""
+    target = "layers.0.attention"
+    model = Case(tiny_z_image, target, kind, randomize).adapted("dog", "cat")
+    generator = torch.Generator().manual_seed(5)
+    layer = adapted_layers(model)[f"base_model.model.{target}"]
+    host, x = layer.owner, torch.randn(2, 11, 16, generator=generator, dtype=torch.float64)
+    for norm in (host.norm_q, host.norm_k):
+        norm.weight.copy_(0.5 + torch.rand(norm.weight.shape, generator=generator, dtype=torch.float64))
+    angles = 3 * torch.rand(2, 11, 4, generator=generator, dtype=torch.float64)
+    there = torch.arange(11) < torch.tensor([[11], [7]])
+    table = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+    got = host(x, attention_mask=there, freqs_cis=table)
+    adapters = tuple(weights_of(layer, adapter) for adapter in ("dog", "cat"))
+    for used in (adapters, adapters[:1], ()):
+        made = 0.0
+        for h in range(host.heads):
+            q, k, v = (_heads(p, h, host.heads, x) for p in (host.to_q, host.to_k, host.to_v))
+            more_logits, more_values = 0.0, 0.0
+            for a in used:
+                ak, av = (x @ rows_of_head(f, h, host.heads).T * a.scale for f in (a.k_down, a.v_down))
+                if isinstance(a, FreeFactors):
+                    more_logits = more_logits + x @ rows_of_head(a.q_down, h, host.heads).T @ ak.mT
+                    more_values = more_values + av @ rows_of_head(a.out_up.T, h, host.heads)
+                else:
+                    k = k + ak @ rows_of_head(a.q_core, h, host.heads)
+                    v = v + av @ rows_of_head(a.out_core, h, host.heads)
+            q, k = _rotated(_normed(host.norm_q, q), angles), _rotated(_normed(host.norm_k, k), angles)
+            logits = (q @ k.mT + more_logits) * q.shape[-1] ** -0.5
+            weights = logits.masked_fill(~there[:, None], -torch.inf).softmax(-1)
+            made = made + weights @ (v @ rows_of_head(host.to_out[0].weight.T, h, host.heads) + more_values)
+        off = distance(got, made)
+        assert off < 1e-6 if used == adapters else off > 0.05  # diffusers rotates in float32
+
+
+def test_attentions_over_words_or_picture_alone_are_refused_by_name(tiny_z_image):
+    model = tiny_z_image()
+    assert default_targets(model) == ["layers.0.attention", "layers.1.attention"]
+    with pytest.raises(ValueError, match="'(noise|context)_refiner.0.attention'.*blocks that see words and picture"):
+        get_peft_model(model, ComcatConfig(r=1, foldable=True, target_modules=["attention"]))
+    assert not any(seam.is_adapted(module) for module in model.modules())
 
 
 def test_what_is_half_of_another_block_is_refused_by_name(tiny_flux1):

@@ -265,6 +265,8 @@ def test_factors_are_raised_to_float32_unless_told(case, base):
 
 @torch.no_grad()
 def test_the_weighted_sum_of_adapters_is_one_more(case):
+    if case.kind == "cores":
+        pytest.skip("refused, see tests/test_cores.py")
     model = case.adapted("dog", "cat")
     for layer in adapted_layers(model).values():
         layer.set_scale("dog", 0.7)
@@ -293,6 +295,8 @@ def test_the_weighted_sum_of_adapters_is_one_more(case):
 
 @torch.no_grad()
 def test_adapters_on_different_attentions_add_up(case):
+    if case.kind == "cores":
+        pytest.skip("refused, see tests/test_cores.py")
     model = case.adapted("dog")
     first, *_ = attentions(model)
     model.add_adapter("cat", case.config(r=2, alpha=1.0, target_modules=[first]))

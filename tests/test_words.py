@@ -3,7 +3,7 @@
 import pytest
 
 from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.words import Subject, calls, filled, places, subject_of, without_trigger
+from comcat_diffusion.words import Subject, calls, filled, places, says_more, subject_of, without_trigger
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,30 @@ def test_words_with_marks_or_spaces_of_their_own_are_found():
     assert places("sks dog", "two sks  dogs; sks\n dog") == [(15, 23)]
     assert places("sks1", "sks10 sks1") == [(6, 10)]
     assert places("café", "cafe\u0301") == [(0, 4)]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "sks dog",
+        "a photo of sks dog",
+        "A PHOTO OF (SKS dog:1.2).",
+        "a watercolour of a big sks",
+        "a dog",
+        "",
+        "sks dog, ",
+    ],
+)
+def test_prompts_that_name_the_subject_say_no_more(prompt):
+    assert not says_more(prompt, ["sks dog", "sks"])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["sks dog in the snow", "snow, sks dog", "a photo of sks dog, 8k", "sks dog's bowl", "sks, not cats", "Snow: sks"],
+)
+def test_prompts_that_say_where_the_subject_is_say_more(prompt):
+    assert says_more(prompt, ["sks dog", "sks"])
 
 
 def test_a_named_trigger_must_be_in_the_prompt():

@@ -4,12 +4,14 @@ Their tokenizers are trained here, on a few captions.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DiffusionPipeline,
@@ -21,10 +23,14 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
@@ -34,6 +40,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -199,20 +207,23 @@ def sana(folder: Path) -> Path:
     return folder
 
 
-CHAT = (  # as Qwen3's own, of one voice and without thoughts
+CHAT = (  # as Qwen3's own, of one voice
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if not (enable_thinking | default(true)) %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
 )
 
 
-def qwen_tokenizer(most: int = 48) -> Qwen2Tokenizer:
-    """Byte pairs of the captions, spaces leading their words, in a chat of at most so many tokens."""
+def qwen_tokenizer(most: int = 48, more: Sequence[str] = (), size: int = 320) -> Qwen2Tokenizer:
+    """Byte pairs of the captions, and of more, spaces leading their words, in a chat of at most so many tokens."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     letters = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=letters, show_progress=False)
-    trained.train_from_iterator(CAPTIONS, trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=letters, show_progress=False
+    )
+    trained.train_from_iterator([*CAPTIONS, *more], trainer)
     model = json.loads(trained.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
     made = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, model_max_length=most, extra_special_tokens=special[1:])
@@ -322,6 +333,90 @@ def chroma(folder: Path) -> Path:
         )  # fmt: skip
         pipe = ChromaPipeline(
             **flux_parts(), text_encoder=t5(), tokenizer=short_t5_tokenizer(), transformer=lively(transformer)
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def z_image_transformer(**more) -> ZImageTransformer2DModel:
+    """Two blocks of one stream, and one each before, two heads of 8, three axes."""
+    settings = {
+        "in_channels": 4, "dim": 16, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+        "cap_feat_dim": WIDTH, "axes_dims": [2, 2, 4], "axes_lens": [128, 16, 16],
+    }  # fmt: skip
+    return lively(ZImageTransformer2DModel(**settings | more))
+
+
+def z_image(folder: Path) -> Path:
+    """Z-Image: pictures of 32x32 as 8x8 tokens of four latents each."""
+    vae = tiny_bases.vae()
+    vae.register_to_config(shift_factor=0.25, scaling_factor=1.3, sample_size=32)
+    with torch.random.fork_rng():
+        torch.manual_seed(10)
+        pipe = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=vae,
+            text_encoder=qwen(),
+            tokenizer=qwen_tokenizer(),
+            transformer=z_image_transformer(),
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+# Qwen-Image's template, of which every word is a token, so that 34 stand before a prompt.
+DESCRIBED = (
+    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
+    "objects and background:"
+)
+
+
+def qwen_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """Two layers of three heads that share one key, and eyes of one layer that see nothing here."""
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 512,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH,
+            "fullatt_block_indexes": [0],
+        },
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def qwen_image_vae() -> AutoencoderKLQwenImage:
+    """Two levels, four channels, of a mean and a std each."""
+    return AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[-0.5, 0.0, 0.25, 1.0], latents_std=[0.5, 1.0, 2.0, 1.5],
+    ).eval()  # fmt: skip
+
+
+def qwen_image_transformer(**more) -> QwenImageTransformer2DModel:
+    """Two joint blocks of two heads of 8, three axes."""
+    settings = {
+        "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
+        "joint_attention_dim": WIDTH, "axes_dims_rope": (2, 2, 4),
+    }  # fmt: skip
+    return lively(QwenImageTransformer2DModel(**settings | more))
+
+
+def qwen_image(folder: Path) -> Path:
+    """Qwen-Image: pictures of 32x32 as 8x8 tokens."""
+    words = qwen_tokenizer(more=[f"system\n{DESCRIBED}\nuser\nassistant\n"], size=700)
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        transformer = qwen_image_transformer()
+        transformer.register_to_config(sample_size=16)
+        pipe = QwenImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+            vae=qwen_image_vae(),
+            text_encoder=qwen_vl(words),
+            tokenizer=words,
+            transformer=transformer,
         )
     pipe.save_pretrained(folder)
     return folder

@@ -32,11 +32,9 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, to
         _refuse_inexpressible(layer, adapter_name)
         path = attention if layer.style.diffusers else text_encoder_name(attention)
         scale, made = layer.alpha[adapter_name] / layer.r[adapter_name], []
-        for projection, down, core in (
-            (layer.style.k, layer.comcat_k_down, layer.comcat_q_core),
-            (layer.style.v, layer.comcat_v_down, layer.comcat_out_core),
-        ):
-            down, core = down[adapter_name].weight.detach(), core[adapter_name].weight.detach()
+        k_down, v_down, q_core, out_core = layer.folded(adapter_name)
+        for projection, down, core in ((layer.style.k, k_down, q_core), (layer.style.v, v_down, out_core)):
+            down, core = down.weight.detach(), core.weight.detach()
             made.append((projection, down.clone(), up_of(core, len(down), layer.heads, scale)))
         if layer.style.packed:
             (projection, k_down, k_up), (_, v_down, v_up) = made
@@ -73,7 +71,7 @@ def _refuse_inexpressible(layer: ComcatLayer, name: str) -> None:
             f"'{name}' acts from '{layer.trigger[name][0]}' on, which no LoRA can: save it with save_adapter, or train "
             "it again with --everywhere."
         )
-    if name not in layer.comcat_q_core:
+    if name in layer.comcat_out_up:
         raise ValueError(
             f"'{name}' is a free adapter, which no LoRA can express: save it with save_adapter, or train it again with "
             "foldable=True."

@@ -21,6 +21,7 @@ class Here(threading.local):  # and no context variable, which torch.compile can
     heard = None  # what its text says, see adapters/gate.py
     next = None  # the same of text states that were told of or seen before, and may come (again)
     latent: tuple[int, int] | None = None  # height and width of what is denoised, see adapters/regions.py
+    words_at: tuple[int, ...] = ()  # in blocks of one stream, where words begin behind a picture; empty: before it
     focus = None  # where in the picture its adapters' words are looked at, see adapters/focus.py
     texts = None  # what attentions made of a text that stays the same from step to step, see adapters/once.py
 
@@ -120,14 +121,14 @@ class _Carried:
         self.run = run
 
     def __call__(self, block: Callable, *args: object) -> object:
-        known = here.heard, here.latent
+        known = here.heard, here.latent, here.words_at
 
         def within(*inner: object) -> object:
-            before = here.heard, here.latent
-            here.heard, here.latent = known
+            before = here.heard, here.latent, here.words_at
+            here.heard, here.latent, here.words_at = known
             try:
                 return block(*inner)
             finally:
-                here.heard, here.latent = before
+                here.heard, here.latent, here.words_at = before
 
         return self.run(within, *args)

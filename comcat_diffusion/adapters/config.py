@@ -27,6 +27,10 @@ class ComcatConfig(PeftConfig):
         default=False,
         metadata={"help": "One text side for all cross-attentions, one side for each self-attention: fewer bytes."},
     )
+    cores: bool = field(
+        default=False,
+        metadata={"help": "Only R x R numbers per head, between singular directions of the base's keys and values."},
+    )
     trigger: list[str] | None = field(
         default=None,
         metadata={"help": "Words that call the adapter: it acts on a prompt's tokens from the first of them on."},
@@ -70,6 +74,11 @@ class ComcatConfig(PeftConfig):
                 raise ValueError(f"The rank must be a whole number of at least 1, not {rank!r}.")
         if self.tied and not self.foldable:
             raise ValueError("A tied adapter is foldable: set foldable=True as well.")
+        if self.cores and (not self.foldable or self.tied or self.rank_pattern or self.alpha_pattern):
+            raise ValueError(
+                "An adapter of cores is foldable and not tied, of one rank and one alpha: set foldable=True, and leave "
+                "tied, rank_pattern and alpha_pattern out."
+            )
         if self.trigger is not None and not (self.trigger and all(word.strip() for word in self.trigger)):
             raise ValueError(f"trigger must be a list of words, not {self.trigger!r}.")
         if self.trigger_ranks is not None:

@@ -37,7 +37,7 @@ def predictions(
     side = family.native(model.config, pipe.vae.config)
     hooks = [
         model.register_forward_pre_hook(show, with_kwargs=True),
-        model.register_forward_hook(lambda _, args, output: predicted.append(output[0].double().flatten())),
+        model.register_forward_hook(lambda _, args, output: predicted.append(_together(output[0]))),
     ]
     try:
         generator = torch.Generator().manual_seed(seed)
@@ -47,6 +47,12 @@ def predictions(
         for hook in hooks:
             hook.remove()
     return seen, torch.cat(predicted)
+
+
+def _together(predicted: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """What a denoiser predicts, of whose pictures some make a list, as one vector."""
+    whole = torch.stack(predicted) if isinstance(predicted, list) else predicted
+    return whole.double().flatten()
 
 
 def change(pipe: object, adapter: str | Path, others: Sequence[str | Path], prompts: Sequence[str]) -> list[float]:

@@ -53,7 +53,7 @@ class Focus(Follower):
     def _asked(self) -> bool:
         """Whether any of the texts has any of the words."""
         texts = here.heard.said if here.heard is not None and here.heard.said is not None else ()
-        return any(bool(said.within(words).any()) for said in texts for words in self.words.values())
+        return any(bool(said.placing(words).any()) for said in texts for words in self.words.values())
 
     def _look(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Let the base look: no adapter that is placed acts anywhere yet."""
@@ -88,7 +88,7 @@ class Focus(Follower):
         grid = grid_of(here.latent, hidden.shape[1])
         if layer in self.looking and text is not None:
             for name in named:
-                of_words = torch.stack([said.within(self.words[name]) for said in here.heard.said]).to(hidden)
+                of_words = torch.stack([said.placing(self.words[name]) for said in here.heard.said]).to(hidden)
                 self._seen.setdefault(name, []).append(looks(layer.owner, hidden, text, of_words, here.latent))
         return shared_by({name: self._weights(name, grid, hidden) for name in named}, masked, hidden)
 

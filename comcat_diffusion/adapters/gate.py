@@ -5,7 +5,8 @@ is the base's own: the adapter is then not there at all. An attention sees text 
 prompt the states were made of. A self-attention reads no text: there the adapter acts on the pictures whose prompt has
 the trigger.
 
-Letters: B batch, M context tokens, E width of the text states.
+Letters: B batch, M context tokens, E width of the text states. Of some families states are a list, one (M, E) for each
+prompt.
 """
 
 import weakref
@@ -16,28 +17,41 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from comcat_diffusion.adapters.call import Follower, carry, given, here
-from comcat_diffusion.adapters.texts import Said, texts_of
+from comcat_diffusion.adapters.texts import Said, States, texts_of
+from comcat_diffusion.families.known import family_of_model
 
 
 class Heard:
     """What the text states of one forward pass say; None where nobody told."""
 
-    def __init__(self, gate: "Gate", states: torch.Tensor, said: Sequence[Said] | None) -> None:
+    def __init__(self, gate: "Gate", states: States, said: Sequence[Said] | None) -> None:
         self.gate, self.said = gate, said
         self.called: dict[tuple[str, ...], bool] = {}  # whether any of the prompts has the trigger
         self.acts: dict[tuple[str, ...], torch.Tensor] = {}  # (B, M, 1): one from the trigger on
-        self._states, self._version, self._like = weakref.ref(states), _version(states), states.new_empty(0)
+        held = _held(states)
+        self._states, self._versions = [weakref.ref(one) for one in held], [_version(one) for one in held]
+        self._like = held[0].new_empty(0)
         for trigger in gate.triggers if said is not None else ():
             self.find(trigger)  # before the attentions ask, so that a compiled denoiser need not stop for it
 
-    def is_of(self, gate: "Gate", states: torch.Tensor) -> bool:
-        """Whether these are the very states that were heard: a pipeline gives the same object at every step."""
-        return self.gate is gate and self._states() is states and self._version == _version(states) is not None
+    def is_of(self, gate: "Gate", states: States) -> bool:
+        """Whether these are the very states that were heard: a pipeline gives the same objects at every step.
+
+        Not where nobody had told what they say: somebody may have done so since.
+        """
+        held = _held(states)
+        if self.gate is not gate or self.said is None or len(held) != len(self._states):
+            return False
+        known = zip(self._states, self._versions, held, strict=True)
+        return all(ref() is one and version == _version(one) is not None for ref, version, one in known)
 
     @torch.compiler.disable
     def find(self, trigger: tuple[str, ...]) -> None:
         """Look where a trigger stands."""
-        acts = torch.stack([one.acts(trigger) for one in self.said]).unsqueeze(-1)  # B, M, 1
+        found = [one.acts(trigger) for one in self.said]
+        most = max(len(one) for one in found)  # behind a shorter text is what comes after its trigger
+        found = [torch.cat([one, one[-1:].expand(most - len(one))]) for one in found]
+        acts = torch.stack(found).unsqueeze(-1)  # B, M, 1
         self.called[trigger] = bool(acts.any())
         self.acts[trigger] = acts.to(self._like)
 
@@ -55,16 +69,17 @@ class Gate(Follower):
         """See `Follower`."""
         return (self.tokenizer,)
 
-    def tell(self, states: torch.Tensor, prompts: Sequence[str]) -> None:
+    def tell(self, states: States, prompts: Sequence[str]) -> None:
         """These very text states, (B, M, E), of B prompts come next in this thread. For who holds the states."""
-        read = [texts_of(self.tokenizer).read(prompt, states.shape[1]) for prompt in prompts]
+        read = [texts_of(self.tokenizer).read(said, len(one)) for said, one in zip(prompts, states, strict=True)]
         here.heard = here.next = Heard(self, states, read)
 
     @torch.compiler.disable
     def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """The hook before the denoiser: which prompts its text states are of."""
         carry(model)
-        states = given(model, args, kwargs)["encoder_hidden_states"]
+        family, call = family_of_model(model), given(model, args, kwargs)
+        states, here.words_at = family.heard(call), family.words_at(call)
         if here.next is None or not here.next.is_of(self, states):
             here.next = Heard(self, states, texts_of(self.tokenizer).known(states))
         here.heard = here.next
@@ -72,7 +87,7 @@ class Gate(Follower):
     @torch.compiler.disable
     def end(self, model: nn.Module, args: tuple, output: object) -> None:
         """The hook after the denoiser."""
-        here.heard = None
+        here.heard, here.words_at = None, ()
 
     def hear(self, encoder: nn.Module | None) -> None:
         """Be told of what a text encoder reads, for as long as of the denoiser."""
@@ -124,14 +139,25 @@ class Gate(Follower):
 def spoken(gate: Gate | None, trigger: tuple[str, ...], of_text: bool, stream: int = 0) -> torch.Tensor:
     """The tokens that an adapter acts on: of text, (B, M, 1); else whether on a picture at all, (B, 1, 1).
 
-    In a `stream` of so many tokens, (B, stream, 1), the picture's come after the text's, and so after the trigger.
-    Raises ValueError where there is no gate to tell.
+    In a `stream` of so many tokens, (B, stream, 1), all that is no text is what comes after the trigger: the picture,
+    before or behind, and padding. Raises ValueError where there is no gate to tell.
     """
     if gate is None:
         raise ValueError(f"An adapter waits for '{trigger[0]}': call comcat_diffusion.listen(pipe) once it is there.")
     tokens = gate.tokens(trigger)
     called = tokens if of_text else tokens.amax(dim=1, keepdim=True)
-    return torch.cat([tokens, called.expand(-1, stream - tokens.shape[1], -1)], dim=1) if stream else called
+    if not stream:
+        return called
+    if not here.words_at:
+        return torch.cat([tokens, called.expand(-1, stream - tokens.shape[1], -1)], dim=1)
+    made = called.repeat(1, stream, 1)
+    for row, own, start in zip(made, tokens, here.words_at, strict=True):
+        row[start : start + len(own)] = own[: stream - start]
+    return made
+
+
+def _held(states: States) -> list[torch.Tensor]:
+    return states if isinstance(states, list) else [states]
 
 
 def _version(states: torch.Tensor) -> int | None:

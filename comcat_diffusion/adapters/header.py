@@ -169,8 +169,9 @@ def _parsed(metadata: dict[str, str], path: Path) -> Header:
 
 
 def kind_of(config: dict) -> str:
-    """What kind of adapter a header's configuration of one part describes: tied, foldable or free."""
-    return "tied" if config.get("tied") else "foldable" if config.get("foldable") else "free"
+    """What kind of adapter a header's configuration of one part describes: tied, cores, foldable or free."""
+    kinds = [kind for kind in ("tied", "cores") if config.get(kind)]
+    return kinds[0] if kinds else "foldable" if config.get("foldable") else "free"
 
 
 def awaited(header: Header) -> set[str]:

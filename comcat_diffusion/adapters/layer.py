@@ -10,6 +10,7 @@ from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.belongings import Belongings
 from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.config import ComcatConfig
+from comcat_diffusion.adapters.cores import MIXES, Core, Ends, FixedEnds
 from comcat_diffusion.adapters.gate import Gate, spoken
 from comcat_diffusion.adapters.merging import Merging, NoBase
 from comcat_diffusion.adapters.tied import OTHER_TEXT
@@ -18,22 +19,29 @@ from comcat_diffusion.attentions import style_of
 
 
 def factor_shapes(
-    attention: nn.Module, rank: int, foldable: bool = False, tied: bool = False
+    attention: nn.Module, rank: int, foldable: bool = False, tied: bool = False, cores: bool = False
 ) -> dict[str, tuple[int, int]]:
-    """Name -> (in, out) features of the factors that an adapter of this rank and kind has on an attention."""
+    """Name -> (in, out) features of the factors that an adapter of this rank and kind has on an attention.
+
+    Raises ValueError where there is no such kind.
+    """
     layer = attention._modules.get(seam.SIDECAR)
     if isinstance(layer, ComcatLayer):  # which knows the base's own projections while merged ones stand in their place
-        return _shapes(layer._plain(), layer.heads, rank, foldable, tied)
+        return _shapes(layer._plain(), layer.heads, rank, foldable, tied, cores)
     style = style_of(attention)
     plain = [seam.plain(projection) for projection in style.projections(attention)]
-    return _shapes(plain, style.head_count(attention), rank, foldable, tied)
+    return _shapes(plain, style.head_count(attention), rank, foldable, tied, cores)
 
 
 def _shapes(
-    projections: list[nn.Linear], heads: int, rank: int, foldable: bool, tied: bool
+    projections: list[nn.Linear], heads: int, rank: int, foldable: bool, tied: bool, cores: bool
 ) -> dict[str, tuple[int, int]]:
     q, k, v, out = projections
     across, width = heads * rank, k.out_features // heads
+    if cores:
+        if rank > min(width, k.in_features, v.in_features):
+            raise ValueError(f"Cores of rank {rank} do not fit into heads of width {width}: choose a smaller rank.")
+        return dict.fromkeys(MIXES, (rank, across))
     text = rank if tied else across
     context = {"k_down": (k.in_features, text), "v_down": (v.in_features, text)}
     if foldable:
@@ -61,6 +69,8 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         "comcat_out_up",
         "comcat_q_core",
         "comcat_out_core",
+        "comcat_k_mix",
+        "comcat_v_mix",
     )
     other_param_names = ("r", "alpha", "scaling", "trigger", "waits")
 
@@ -74,6 +84,7 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         self.trigger: dict[str, tuple[str, ...]] = {}  # words that an adapter waits for; none: it acts everywhere
         self.waits: dict[str, list[tuple[tuple[str, ...], int]]] = {}  # for which words how many of its ranks do
         self.gate: Gate | None = None  # which tells where these words stand, see adapters/gate.py
+        self.ends = FixedEnds()  # of adapters that are cores, see adapters/cores.py
         self.shared: set[str] = set()  # names of weights that another attention, which came first, holds as well
         self.merged_adapters: list[str] = []
         self.style = style_of(attention)
@@ -135,8 +146,10 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         q = self._plain()[0]
         dtype = q.weight.dtype if q.weight.dtype.is_floating_point and q.weight.dtype.itemsize > 1 else torch.float32
         # One factor of each product is zero, the other random: step 0 is the base, and gradients flow.
-        zero = ("q_core", "out_core") if config.tied else ("k_down", "out_up", "out_core")
-        for name, (into, outof) in factor_shapes(self.owner, rank, config.foldable, config.tied).items():
+        zero = ("q_core", "out_core") if config.tied else ("k_down", "out_up", "out_core", *MIXES)
+        if config.cores and not q.weight.is_meta:
+            self._ends_of(rank)
+        for name, (into, outof) in factor_shapes(self.owner, rank, config.foldable, config.tied, config.cores).items():
             if name in tied and (tied[name].in_features, tied[name].out_features) != (into, outof):
                 raise ValueError(OTHER_TEXT)
             factor = tied.get(name) or nn.Linear(into, outof, bias=False, device=q.weight.device, dtype=dtype)
@@ -245,7 +258,8 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         return self.gate.calls(self.trigger[name])
 
     def _trained(self, name: str) -> bool:
-        return torch.is_grad_enabled() and self.comcat_k_down[name].weight.requires_grad
+        held = next(by_name[name] for by_name in (self.comcat_k_down, self.comcat_k_mix) if name in by_name)
+        return torch.is_grad_enabled() and held.weight.requires_grad
 
     def shares(
         self, live: list[str], hidden: torch.Tensor, text: torch.Tensor | None
@@ -281,14 +295,27 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         return WideHeads(self.heads, self.width, adapters, self.style.diffusers, device, normed, rotated)
 
     def _factors(self, name: str, length: int) -> Free | Foldable:
-        scale, k, v = self.scaling[name], self.comcat_k_down[name], self.comcat_v_down[name]
-        tokens = None
+        scale, tokens = self.scaling[name], None
         if self.trigger[name]:
             crossed = seam.is_cross_attention(self.owner)
             stream = length if self.style.stream else 0
             tokens = shared_out(
                 self.waits[name], self.trigger[name], lambda words: spoken(self.gate, words, crossed, stream)
             )
-        if name in self.comcat_q_core:
-            return Foldable(scale, tokens, k, v, self.comcat_q_core[name], self.comcat_out_core[name])
-        return Free(scale, tokens, self.comcat_q_down[name], k, v, self.comcat_out_up[name])
+        if name in self.comcat_out_up:
+            k, v = self.comcat_k_down[name], self.comcat_v_down[name]
+            return Free(scale, tokens, self.comcat_q_down[name], k, v, self.comcat_out_up[name])
+        return Foldable(scale, tokens, *self.folded(name))
+
+    def folded(self, name: str) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:
+        """The factors of a foldable adapter, or what is like them: k_down, v_down, q_core, out_core."""
+        if name not in self.comcat_k_mix:
+            return tuple(
+                getattr(self, f"comcat_{factor}")[name] for factor in ("k_down", "v_down", "q_core", "out_core")
+            )
+        k, v = self._ends_of(self.r[name])
+        return k, v, Core(self.comcat_k_mix[name], k), Core(self.comcat_v_mix[name], v)
+
+    def _ends_of(self, rank: int) -> tuple[Ends, Ends]:
+        _, k, v, _ = self._plain()
+        return self.ends.of(k.weight, v.weight, self.heads, rank)

@@ -1,5 +1,7 @@
 """COMCAT among PEFT's tuners: which attentions get a side-car, and how it comes and goes."""
 
+import re
+
 import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper, hotswap, register_peft_method
@@ -15,9 +17,11 @@ from comcat_diffusion.adapters.parts import bare, plain_modules, plain_name
 from comcat_diffusion.adapters.peft_type import COMCAT
 from comcat_diffusion.adapters.tied import OTHER_TEXT, SHARED, TEXT, side_of
 from comcat_diffusion.attentions import style_of
+from comcat_diffusion.families.known import family_of_model
 
 # What two adapters must have in common for PEFT's hotswap_adapter, which copies weights in place and no more.
-_SAME_WHEN_SWAPPED = ("r", "alpha", "rank_pattern", "alpha_pattern", "foldable", "tied", "trigger", "trigger_ranks")
+_KINDS = ("foldable", "tied", "cores")
+_SAME_WHEN_SWAPPED = ("r", "alpha", "rank_pattern", "alpha_pattern", *_KINDS, "trigger", "trigger_ranks")
 
 
 class ComcatModel(BaseTuner):
@@ -65,7 +69,8 @@ class ComcatModel(BaseTuner):
             if name and seam.SIDECAR not in name.split(".") and self._check_target_module_exists(peft_config, name):
                 name, module = plain_name(name), bare(module)
                 self._refuse(module, name)
-                factor_shapes(module, 1, peft_config.foldable, peft_config.tied)  # which some have not of every kind
+                kind = {name: getattr(peft_config, name) for name in _KINDS}
+                factor_shapes(module, _strength(peft_config, name)[0], **kind)  # which some have not of every kind
                 if peft_config.tied and side_of(name, module) == TEXT:
                     rank, alpha = _strength(peft_config, name)
                     if (rank, alpha) != (peft_config.r, peft_config.alpha):
@@ -81,7 +86,7 @@ class ComcatModel(BaseTuner):
         return check_target_module_exists(peft_config, key.replace("_orig_mod.", ""))
 
     def _refuse(self, module: nn.Module, name: str) -> None:
-        reason = seam.why_not(module)
+        reason = _why_not(self.model, module, name)
         if reason is None and not seam.is_adapted(module) and "forward" in vars(module):
             reason = "offloading hooks replaced its forward; attach adapters before offloading hooks are installed"
         if reason is not None:
@@ -201,15 +206,24 @@ def default_targets(model: nn.Module) -> list[str]:
     """
     modules = plain_modules(model)
     attentions = {name: m for name, m in modules.items() if style_of(m) is not None}
-    able = {name: m for name, m in attentions.items() if seam.why_not(m) is None}
+    able = {name: m for name, m in attentions.items() if _why_not(model, m, name) is None}
     if not able:
-        reasons = {seam.why_not(module) for module in attentions.values()} or {"it has no attention of a known style"}
+        reasons = {_why_not(model, m, name) for name, m in attentions.items()}
+        reasons = reasons or {"it has no attention of a known style"}
         raise ValueError(f"{type(model).__name__} has no attention that can be adapted: {'; '.join(sorted(reasons))}.")
     chosen = {name for name, module in able.items() if seam.is_cross_attention(module)} or set(able)
     suffixes = {name.rpartition(".")[2] for name in chosen}
     if {name for name in modules if name.rpartition(".")[2] in suffixes} == chosen:
         return sorted(suffixes)
     return sorted(chosen)
+
+
+def _why_not(model: nn.Module, module: nn.Module, name: str) -> str | None:
+    """Why a module of this name in a model cannot carry an adapter, or None if it can."""
+    carries = family_of_model(bare(model)).carries
+    if carries and style_of(module) is not None and not re.fullmatch(carries, name):
+        return "adapters of this family are in the blocks that see words and picture together"
+    return seam.why_not(module)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, ComcatLayer]:

@@ -25,8 +25,7 @@ from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import components, denoiser
 from comcat_diffusion.adapters.proportions import refuse_other_shape
-from comcat_diffusion.families.family import Family
-from comcat_diffusion.families.known import family_of_denoiser
+from comcat_diffusion.families.known import family_of_model
 
 
 class Regions(Follower):
@@ -48,8 +47,8 @@ class Regions(Follower):
         Raises ValueError if a mask has other proportions.
         """
         carry(model)
-        family = family_of_denoiser(type(model).__name__, getattr(model, "config", {})) or Family()
-        latent = family.size(given(model, args, kwargs))
+        family, call = family_of_model(model), given(model, args, kwargs)
+        latent, here.words_at = family.size(call), family.words_at(call)
         if not any(latent == known for known, _ in self._shares):
             for name, mask in self.masks.items():
                 refuse_other_shape(name, mask, *latent)
@@ -58,16 +57,18 @@ class Regions(Follower):
     @torch.compiler.disable
     def end(self, model: nn.Module, args: tuple, output: object) -> None:
         """The hook after the denoiser."""
-        here.latent = None
+        here.latent, here.words_at = None, ()
 
     def shares(self, live: list[str], tokens: int, stream: bool = False) -> dict[str, torch.Tensor]:
         """Of N tokens the share, (N, 1), of every adapter that acts and has a mask.
 
-        In a stream words come first, which have no place: their share is the mean of the picture's.
+        In a stream words come before or behind, and padding, which have no place: their share is the mean of the
+        picture's.
         """
         words = tokens - math.prod(here.latent) if stream and here.latent is not None else 0
         found = {name: share for name, share in self._of_grid(tokens - words).items() if name in live}
-        return {name: torch.cat([share.mean().expand(words, 1), share]) for name, share in found.items()}
+        order = -1 if here.words_at else 1
+        return {name: torch.cat([share.mean().expand(words, 1), share][::order]) for name, share in found.items()}
 
     def _of_grid(self, tokens: int) -> dict[str, torch.Tensor]:
         """Every adapter's share of each of N places: (N, 1)."""

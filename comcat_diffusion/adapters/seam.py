@@ -17,15 +17,24 @@ from comcat_diffusion.attentions import Style, plain, style_of
 from comcat_diffusion.families.family import STREAM_ROWS
 
 # diffusers' processors whose way with norms and added projections is known: one softmax over picture and text. Those
-# that rotate do it behind the norms, by a table of cosines and sines for pairs of neighbouring columns.
-ROTATING_PROCESSORS = frozenset(("FluxAttnProcessor", "Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor"))
+# that rotate do it behind the norms, by a table of cosines and sines, or of complex numbers, for pairs of
+# neighbouring columns.
+ROTATING_PROCESSORS = frozenset(
+    (
+        "FluxAttnProcessor",
+        "Flux2AttnProcessor",
+        "Flux2ParallelSelfAttnProcessor",
+        "QwenDoubleStreamAttnProcessor2_0",
+        "ZSingleStreamAttnProcessor",
+    )
+)
 JOINT_PROCESSORS = ROTATING_PROCESSORS | {
     "JointAttnProcessor2_0",
     "FusedJointAttnProcessor2_0",
     "XFormersJointAttnProcessor",
 }
-TABLE = "image_rotary_emb"  # the argument that brings the table
-ROTATIONS = frozenset(("position_embeddings", "rotary_pos_emb", TABLE))  # arguments that rotate heads
+TABLES = ("image_rotary_emb", "freqs_cis")  # the arguments that bring the table
+ROTATIONS = frozenset(("position_embeddings", "rotary_pos_emb", *TABLES))  # arguments that rotate heads
 SIDECAR = "comcat"  # name of the one child that an adapted attention has more than before
 
 
@@ -106,8 +115,9 @@ class View:
 
     def asked(self, arguments: dict[str, object]) -> dict[str, object]:
         """The arguments of its forward, of which the table of rotations is as wide as its heads."""
-        table, widen = arguments.get(TABLE), self.__dict__.get("_widen_table")
-        return arguments if table is None or widen is None else arguments | {TABLE: widen(table)}
+        widen = self.__dict__.get("_widen_table")
+        found = {name: arguments[name] for name in TABLES if widen is not None and arguments.get(name) is not None}
+        return arguments | {name: widen(table) for name, table in found.items()} if found else arguments
 
 
 class _ProcessorView(View):
@@ -180,6 +190,7 @@ def _joint(
         "add_k_proj": key,
         "add_v_proj": value,
         "to_out": [output, *attention.to_out[1:]],
+        "inner_dim": wide.heads * wide.wide,
     }
     if getattr(attention, "to_add_out", None) is not None:
         made["to_add_out"] = functools.partial(wide.foreign_output, attention.to_add_out)

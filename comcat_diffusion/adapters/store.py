@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from comcat_diffusion import atomic
-from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters import cores, seam
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.fingerprint import fingerprint
 from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes, read_adapter
@@ -44,6 +44,7 @@ _CONFIG_FIELDS = (
     "alpha",
     "foldable",
     "tied",
+    "cores",
     "trigger",
     "trigger_ranks",
     "target_modules",
@@ -54,7 +55,13 @@ _CONFIG_FIELDS = (
     "layers_pattern",
     "modules_to_save",
 )
-_LATER = ("tied", "trigger", "trigger_ranks", "modules_to_save")  # settings that the first version did not have
+_LATER = (
+    "tied",
+    "cores",
+    "trigger",
+    "trigger_ranks",
+    "modules_to_save",
+)  # settings that the first version did not have
 
 
 def save_adapter(
@@ -85,6 +92,8 @@ def save_adapter(
             config[part] = plain_config(model.peft_config[adapter_name])
             if model.peft_config[adapter_name].tied:
                 found = gathered(found, sides_of(model, found))
+            if model.peft_config[adapter_name].cores:
+                found = cores.gathered(found)
             tensors |= {f"{part}.{name}": factor for name, factor in found.items()}
             tensors |= whole_tensors(model, part, adapter_name)
             luggage = belongings_of(model).brought(adapter_name)
@@ -236,6 +245,8 @@ def _fill(model: nn.Module, config: ComcatConfig, adapter_name: str, part: str, 
     own = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
     if config.tied:
         own = scattered(own, {name: factor.shape for name, factor in places.items()}, sides_of(model, places))
+    if config.cores:
+        own = cores.scattered(own, {name: factor.shape for name, factor in places.items()})
     for name, factor in places.items():
         factor.requires_grad_(False)
         factor.data = own[name].to(factor.device, factor.dtype)
@@ -311,8 +322,10 @@ def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[i
         if not matched or type(matched).__name__ == "_ExcludedModule" or seam.why_not(module) is not None:
             continue
         rank = of_pattern(config.rank_pattern, key, config.r)
-        for name, (into, outof) in factor_shapes(module, rank, config.foldable, config.tied).items():
-            shapes[f"{key}.{name}"] = (outof, into)
+        made = factor_shapes(module, rank, config.foldable, config.tied, config.cores)
+        shapes |= {f"{key}.{name}": (outof, into) for name, (into, outof) in made.items()}
+    if config.cores:
+        return cores.gathered_shapes(shapes)
     return tied_shapes(shapes, sides_of(model, shapes)) if config.tied else shapes
 
 

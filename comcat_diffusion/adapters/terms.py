@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from comcat_diffusion import atomic
 from comcat_diffusion import heads as maths
+from comcat_diffusion.adapters.cores import refuse_cores
 from comcat_diffusion.adapters.header import (
     FORMAT_VERSION,
     PACKED_VERSION,
@@ -115,6 +116,7 @@ def read_contents(path: str | Path) -> Contents:
     Raises AdapterFileError for a damaged file, naming the attention whose factors do not fit each other.
     """
     header = read_adapter(path)
+    refuse_cores(header.config, path)
     tensors = read_tensors(path, header)
     configs = {part: config_of(fields, path) for part, fields in header.config.items()}
     if any(name.startswith(f"{WHOLE}.") for name in tensors):

@@ -11,16 +11,19 @@ import unicodedata
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from comcat_diffusion.families.family import Reading, Segment
-from comcat_diffusion.words import places
+from comcat_diffusion.words import places, says_more
 
+States = torch.Tensor | list[torch.Tensor]  # (B, M, E), or of each prompt (M, E), of the tokens that it has alone
 _REMEMBERED = 1024  # prompts; the oldest are forgotten
 _SAME = 1 - 3e-6  # cosine of two last states of one prompt: bfloat16 is off by 2^-9 at most, which leaves 1 - 2e-6
 
@@ -40,12 +43,26 @@ class Said:
             return torch.zeros(len(self.ends), dtype=torch.bool)
         return torch.cat([(ends > min(starts)).cumsum(0) > 0 for ends in self.ends.split(self.parts)])
 
+    def filled(self, length: int) -> Self:
+        """The same with so many tokens, those that are more in no text."""
+        there = self.ends[:length]
+        return replace(self, ends=pad(there, (0, length - len(there))), parts=(length,))
+
     def within(self, words: Sequence[str]) -> torch.Tensor:
         """(M,) of bool: the tokens of these words alone."""
         found = torch.zeros(len(self.ends), dtype=torch.bool)
         for start, end in (place for word in words for place in places(word, self.text)):
             found |= (self.ends > start) & (self.ends <= end)
         return found
+
+    def placing(self, words: Sequence[str]) -> torch.Tensor:
+        """(M,) of bool: the tokens by which a base shows where these words' subject is, see adapters/looking.py.
+
+        All of them, to which every place looks alike, where the text says nothing else: then it asks for no background
+        that could be kept, and the base's own, made up from its noise, is not where the subject was learned.
+        """
+        found = self.within(words)
+        return found if says_more(self.text, words) else torch.ones_like(found) & found.any()
 
 
 class Texts:
@@ -57,7 +74,7 @@ class Texts:
         self._said: OrderedDict[bytes, Said] = OrderedDict()  # by the direction of the last state, (E,) of float32
 
     def remember(
-        self, states: torch.Tensor, prompts: Sequence[str], written_out: bool = False, prepared: bool = False
+        self, states: States, prompts: Sequence[str], written_out: bool = False, prepared: bool = False
     ) -> None:
         """Know the text states (B, M, E) of B prompts again, however a pipeline repeats and stacks them.
 
@@ -65,16 +82,16 @@ class Texts:
         `prepared` where they are what the family makes of them before they are read.
         """
         with self.lock:
-            for key, prompt in zip(self._keys(states), prompts, strict=True):
-                self._said[key] = self.read(prompt, states.shape[1], written_out, prepared)
+            for key, own, prompt in zip(self._keys(states), states, prompts, strict=True):
+                self._said[key] = self.read(prompt, len(own), written_out, prepared)
                 self._said.move_to_end(key)
             while len(self._said) > _REMEMBERED:
                 self._said.popitem(last=False)
 
-    def known(self, states: torch.Tensor) -> list[Said] | None:
+    def known(self, states: States) -> list[Said] | None:
         """The prompts of text states (B, M, E), or None if one of them is of no prompt that is known."""
         with self.lock:
-            found = [self._nearest(key, states.shape[1]) for key in self._keys(states)]
+            found = [self._nearest(key, len(own)) for key, own in zip(self._keys(states), states, strict=True)]
         return None if any(said is None for said in found) else found
 
     def read(self, prompt: str, length: int, written_out: bool = False, prepared: bool = False) -> Said:
@@ -87,7 +104,8 @@ class Texts:
             text = unicodedata.normalize("NFC", text)  # as tokenizers do before they count
             if self.reading.prefix and text.startswith(self.reading.prefix):
                 return _behind(self.reading.prefix, first, text, length)
-            ends = torch.cat([_ends(tokenizer, text, count) for tokenizer, count in parts])
+            gone = self.reading.dropped
+            ends = torch.cat([_ends(tokenizer, text, count + gone)[gone:] for tokenizer, count in parts])
             before, behind = self.reading.around
             own = text[len(before) : len(text) - len(behind)]
             return Said(own, (ends - len(before)).clamp(min=0), tuple(count for _, count in parts))
@@ -106,14 +124,27 @@ class Texts:
             left -= count
         return found
 
-    def _keys(self, states: torch.Tensor) -> list[bytes]:
+    def _keys(self, states: States) -> list[bytes]:
         """The directions of the last states, one of each tokenizer's part, side by side."""
-        counts = [count for _, count in self._parts(states.shape[1])]
-        reads = [segment.tokenizer is not None for segment in self.reading.segments]
-        last = [sum(counts[: number + 1]) - 1 for number, able in enumerate(reads) if able and counts[number]]
-        picked = states[:, last].detach().float().flatten(1)
+        if not len(states):
+            return []
+        picked = torch.stack([own[self._last(self._heard(own))] for own in states]).detach().float().flatten(1)
         picked = picked / picked.norm(dim=-1, keepdim=True).clamp(min=1e-12)
         return [one.tobytes() for one in picked.cpu().numpy()]
+
+    def _heard(self, states: torch.Tensor) -> int:
+        """How many of the states (M, E) of a prompt are of its own; where they are all zero, all."""
+        there = states.any(dim=-1).nonzero() if self.reading.filled else ()
+        return int(there[-1]) + 1 if len(there) else len(states)
+
+    def _last(self, length: int) -> list[int]:
+        """Of `length` states the last of each tokenizer that reads."""
+        found, before = [], 0
+        for tokenizer, count in self._parts(length):
+            before += count
+            if tokenizer is not None and count:
+                found.append(before - 1)
+        return found
 
     def _nearest(self, key: bytes, length: int) -> Said | None:
         if not np.frombuffer(key, np.float32).any():  # SDXL's states of no text at all
@@ -128,6 +159,8 @@ class Texts:
                 return None
             key = others[int(cosines.argmax())]
         said = self._said[key]
+        if self.reading.filled:
+            return said.filled(length)
         return said if len(said.ends) == length else None
 
 
@@ -148,8 +181,9 @@ def _ends(tokenizer: PreTrainedTokenizerBase | None, text: str, length: int) -> 
     """(length,) where in a text each token ends; 0 of those that are not in it."""
     if tokenizer is None or not length:
         return torch.zeros(length, dtype=torch.long)
-    how = {"padding": "max_length", "max_length": length, "truncation": True, "return_offsets_mapping": True}
-    return torch.tensor([end for _, end in tokenizer(text, **how).offset_mapping])
+    how = {"max_length": length, "truncation": True, "return_offsets_mapping": True}
+    ends = torch.tensor([end for _, end in tokenizer(text, **how).offset_mapping], dtype=torch.long)
+    return pad(ends, (0, length - len(ends)))  # whichever side its own padding would be on
 
 
 def _behind(prefix: str, tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Said:

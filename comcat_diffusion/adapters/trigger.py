@@ -5,13 +5,12 @@ import inspect
 import weakref
 from collections.abc import Callable, Sequence
 
-import torch
 from diffusers import DiffusionPipeline
 
 from comcat_diffusion.adapters.gate import Gate
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import denoiser
-from comcat_diffusion.adapters.texts import Texts, texts_of
+from comcat_diffusion.adapters.texts import States, Texts, texts_of
 from comcat_diffusion.families.family import Family
 from comcat_diffusion.families.known import known_family
 
@@ -48,17 +47,18 @@ def stop_listening(pipe: object) -> None:
         pipe.comcat_gate.stop()
 
 
-def remember_prompts(pipe: DiffusionPipeline, prompt_embeds: torch.Tensor, prompts: str | Sequence[str]) -> None:
+def remember_prompts(pipe: DiffusionPipeline, prompt_embeds: States, prompts: str | Sequence[str]) -> None:
     """Say which prompts text states (B, M, E) are of that were made outside of the pipeline: interpolated, or changed.
 
-    An adapter then acts on them from its trigger on, as if the pipeline had made them of these prompts. States that the
-    pipeline or its text encoder has made are known anyhow, also in another precision or with single words weighted.
-    Raises ValueError unless there is one prompt for each.
+    Z-Image's are a list of (M, E). An adapter then acts on them from its trigger on, as if the pipeline had made them
+    of these prompts. States that the pipeline or its text encoder has made are known anyhow, also in another precision
+    or with single words weighted. Raises ValueError unless there is one prompt for each.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if prompt_embeds.ndim != 3 or len(prompt_embeds) != len(prompts):
+    if len(prompt_embeds) != len(prompts) or any(one.ndim != 2 for one in prompt_embeds):
+        shape = tuple(getattr(prompt_embeds, "shape", (len(prompt_embeds),)))
         raise ValueError(
-            f"prompt_embeds of shape {tuple(prompt_embeds.shape)} for {len(prompts)} prompts: give one (M, E) block of "
+            f"prompt_embeds of shape {shape} for {len(prompts)} prompts: give one (M, E) block of "
             "text states for each prompt."
         )
     # A pipeline that listens may have given its text encoders away since, by which a family tells how it reads.
@@ -78,9 +78,10 @@ def _remembering(pipe: DiffusionPipeline, encode_prompt: Callable, texts: Texts)
 
     @functools.wraps(encode_prompt)
     def encode(*args: object, **kwargs: object) -> tuple:
+        given = inspect.signature(encode_prompt).bind(*args, **kwargs).arguments
+        given = {n: list(value) if isinstance(value, list) else value for n, value in given.items()}  # Z-Image writes
         with texts.lock:
             made = encode_prompt(*args, **kwargs)
-            given = inspect.signature(encode_prompt).bind(*args, **kwargs).arguments
             for place, name in zip(family.states_at, ("prompt", "negative_prompt"), strict=False):
                 states = made[place]
                 if states is not None and given.get(f"{name}_embeds") is None:

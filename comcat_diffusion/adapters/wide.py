@@ -30,6 +30,9 @@ WIDTH_MULTIPLE = {"cuda": 8}
 Tokens = torch.Tensor | None
 
 
+Table = tuple[torch.Tensor, torch.Tensor] | torch.Tensor  # what queries and keys are rotated by
+
+
 @dataclass
 class Free:
     """The factors of a free adapter, Linears without bias: C -> H*R three times, and H*R -> C."""
@@ -136,9 +139,16 @@ class WideHeads:
         made = self.queries_normed(norm, keys)
         return made * self.norm_gain if self.norm_gain != 1 else made
 
-    def table(self, table: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines (N, D) of rotations as those of wider heads, (N, wide): new columns stay as they are."""
+    def table(self, table: Table) -> Table:
+        """Cosines and sines (N, D) of rotations as those of wider heads, (N, wide): new columns stay as they are.
+
+        Complex numbers, (..., D/2), turn two columns each: of a picture and of a text, or of both in one stream.
+        """
         new = (0, self.wide - self.width)
+        if isinstance(table, torch.Tensor):
+            return torch.cat([table, table.new_ones(*table.shape[:-1], new[1] // 2)], dim=-1)
+        if table[0].is_complex():
+            return tuple(self.table(own) for own in table)
         return pad(table[0], new, value=1.0), pad(table[1], new)
 
     def foreign_output(self, project: nn.Module, mixed: torch.Tensor) -> torch.Tensor:

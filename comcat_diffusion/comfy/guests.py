@@ -66,7 +66,7 @@ class Guests:
 
     def told(self, said: Said) -> torch.Tensor:
         """What a text says to them, (M, T + P) of ones and zeros: where triggers act, and the words of P subjects."""
-        of_words = [said.within(guest.subjects) for guest in self.placed]
+        of_words = [said.placing(guest.subjects) for guest in self.placed]
         return torch.stack([*map(said.acts, self.triggers), *of_words], dim=-1).float()
 
 

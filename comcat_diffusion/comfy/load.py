@@ -105,6 +105,8 @@ def _guest(
     config = fitting.configs[part]
     if config.modules_to_save:
         raise AdapterFileError(f"{path} trains whole modules, which no ComfyUI node can put in place.")
+    if config.cores:
+        raise AdapterFileError(f"{path} holds cores, which no ComfyUI node can put in place: make a LoRA of it first.")
     own = {n.removeprefix(f"{part}."): t for n, t in fitting.tensors.items() if n.startswith(f"{part}.")}
     if config.tied:
         shapes = expected_shapes(shell, replace(config, tied=False))

@@ -65,14 +65,14 @@ def waits(header: Header) -> bool:
 
 
 def is_exact(header: Header) -> bool:
-    """Whether an adapter is a LoRA up to rounding: a tied one together with its base, any other alone."""
+    """Whether an adapter is a LoRA up to rounding: a tied one, or cores, together with its base, any other alone."""
     whole = any(config.get("modules_to_save") for config in header.config.values())
     return family_in(header) is not None and not (whole or is_free(header) or waits(header))
 
 
 def needs_base(header: Header) -> bool:
-    """Whether a file alone does not say of which attentions it is, see export/spread.py."""
-    return any(config.get("tied") for config in header.config.values())
+    """Whether a file alone does not say what it does to each attention, see export/spread.py."""
+    return any(config.get("tied") or config.get("cores") for config in header.config.values())
 
 
 def refuse_exact(header: Header, adapter: str | Path) -> None:

@@ -22,13 +22,14 @@ from torch import nn
 
 from comcat_diffusion import atomic
 from comcat_diffusion.adapters.as_lora import placed, text_encoder_name, up_of
-from comcat_diffusion.adapters.header import AdapterFileError, Header
+from comcat_diffusion.adapters.cores import has_cores
+from comcat_diffusion.adapters.header import AdapterFileError, Header, kind_of, read_adapter
 from comcat_diffusion.adapters.store import TOKEN, safetensors_bytes
 from comcat_diffusion.adapters.terms import Contents, Term, read_contents
 from comcat_diffusion.export.clients import FORMATS
 from comcat_diffusion.export.fit import TEXT_ENCODERS, family_in, needs_base, projections_of, refuse_inexpressible
 from comcat_diffusion.export.metadata import lora_metadata
-from comcat_diffusion.export.spread import spread
+from comcat_diffusion.export.spread import spread, unfolded
 from comcat_diffusion.families.family import Family, Native
 
 _CLIPS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
@@ -77,13 +78,16 @@ def export_adapter(
     """
     if format not in FORMATS:
         raise ValueError(f"The format must be one of {', '.join(FORMATS)}, not '{format}'.")
-    contents = read_contents(adapter)
-    header = contents.header
+    header = read_adapter(adapter)
     refuse_inexpressible(header, adapter)
-    if needs_base(header):
-        if models is None:
-            raise AdapterFileError(f"{adapter} is tied: name its base, of whose attentions it does not speak.")
-        contents = spread(contents, models, adapter)
+    if needs_base(header) and models is None:
+        kind = kind_of(next(iter(header.config.values())))
+        raise AdapterFileError(f"{adapter} is {kind}: name its base, of whose attentions it does not speak.")
+    if has_cores(header.config):
+        contents = unfolded(header, models, adapter)
+    else:
+        contents = read_contents(adapter)
+        contents = spread(contents, models, adapter) if needs_base(header) else contents
     family = family_in(header)
     loras = [lora for term in contents.terms for lora in as_loras(term, family)]
     if not loras:

@@ -1,6 +1,6 @@
 """A tied adapter attention by attention, as LoRA files have it: its own file does not say how a base's heads share it.
 
-What that takes is the base's configuration, and none of its weights.
+What that takes is the base's configuration, and none of its weights. Cores take these too.
 
 Letters: H heads, D head width, R rank, C channels.
 """
@@ -14,10 +14,18 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from comcat_diffusion import bases
-from comcat_diffusion.adapters import tied
+from comcat_diffusion.adapters import cores, tied
 from comcat_diffusion.adapters.fingerprint import layout_of
 from comcat_diffusion.adapters.header import AdapterFileError, Header
-from comcat_diffusion.adapters.store import config_of, expected_shapes
+from comcat_diffusion.adapters.parts import components
+from comcat_diffusion.adapters.store import (
+    TOKEN,
+    config_of,
+    expected_shapes,
+    present_base,
+    read_fitting,
+    read_tensors,
+)
 from comcat_diffusion.adapters.terms import Contents, Term
 from comcat_diffusion.config import BaseSettings
 from comcat_diffusion.export.fit import family_in
@@ -26,8 +34,12 @@ from comcat_diffusion.export.fit import family_in
 def shells(config: BaseSettings, header: Header, adapter: str | Path) -> dict[str, nn.Module]:
     """The parts of an adapter's base without weights, on the meta device, for the parts that the adapter is in.
 
-    Raises AdapterFileError for another base, FileNotFoundError where there is none.
+    Where it is of cores, with them. Raises AdapterFileError for another base, FileNotFoundError where there is none.
     """
+    if cores.has_cores(header.config):
+        pipe = bases.asked_base(config, "fp32", header.base_model)
+        read_fitting(components(pipe), present_base(pipe), adapter)
+        return components(pipe)
     folder, family = bases.config_folder(config, header.base_model), family_in(header)
     if not (folder / family.part).is_dir():
         raise AdapterFileError(f"{adapter} is for a {family.noun}, which '{folder.name}' does not have.")
@@ -51,6 +63,29 @@ def spread(contents: Contents, models: Mapping[str, nn.Module], path: str | Path
         own = [term for term in contents.terms if term.part == part]
         terms += _spread(own, models[part], replace(config_of(contents.header.config[part], path), tied=False))
     return replace(contents, terms=sorted(terms, key=lambda term: term.key))
+
+
+def unfolded(header: Header, models: Mapping[str, nn.Module], path: str | Path) -> Contents:
+    """An adapter of cores as the foldable one that it is on these models, its base's parts with their weights.
+
+    Raises AdapterFileError for parts that are not among the models.
+    """
+    tensors, terms = read_tensors(path, header), []
+    for part, fields in header.config.items():
+        config, model = config_of(fields, path), models.get(part)
+        if model is None or any(parameter.is_meta for parameter in model.parameters()):
+            raise AdapterFileError(f"{path} holds cores of a {part}: name its base, whose weights they are made for.")
+        foldable = expected_shapes(model, replace(config, cores=False))
+        heights = {name.rpartition(".")[0]: high for name, (high, _) in foldable.items()}
+        shapes = {f"{name}.{mix}": (high, config.r) for name, high in heights.items() for mix in cores.MIXES}
+        own = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
+        mixes = cores.scattered(own, shapes)
+        for name in heights:
+            pair = [mixes[f"{name}.{mix}"] for mix in cores.MIXES]
+            factors = cores.factors_of(model.get_submodule(name), config.r, *pair)
+            terms.append(Term(part, name, config.alpha / config.r, config.r, True, factors))
+    words = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{TOKEN}.")}
+    return Contents(header, sorted(terms, key=lambda term: term.key), words)
 
 
 def _spread(terms: list[Term], model: nn.Module, config: object) -> list[Term]:

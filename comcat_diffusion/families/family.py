@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-Condition = dict[str, "torch.Tensor"]  # what a denoiser hears of B prompts: "states" (B, M, E), and what else it takes
+# What a denoiser hears of B prompts: "states" (B, M, E), or a list of (M, E), and what else it takes.
+Condition = dict[str, "torch.Tensor | list[torch.Tensor]"]
 UNET, TRANSFORMER = "unet", "transformer"  # names of the component that denoises
 DENOISERS = (UNET, TRANSFORMER)
 # The first Linear of a block of one stream holds its queries, keys and values, and twice three times as much for its
@@ -73,7 +74,14 @@ class Reading:
     prepared: Callable[[str], str] = str  # what is made of a prompt before it is read
     # An instruction that stands before prompts, with one segment. Of its states the first is kept alone.
     prefix: str = ""
-    around: tuple[str, str] = ("", "")  # what a chat's template sets before and behind a prompt, whose states all stay
+    around: tuple[str, str] = ("", "")  # what a chat's template sets before and behind a prompt, whose states stay,
+    dropped: int = 0  # but for so many of the first
+    filled: bool = False  # whether the states of shorter prompts are filled up with zeros
+
+
+def moved(part: torch.Tensor | list[torch.Tensor], *where: object) -> torch.Tensor | list[torch.Tensor]:
+    """A part of a condition on another device, or in another precision."""
+    return [one.to(*where) for one in part] if isinstance(part, list) else part.to(*where)
 
 
 class Family:
@@ -90,6 +98,10 @@ class Family:
     heavy: tuple[str, ...] = ()  # text encoders of billions of weights, with which training reads in bfloat16
     trains_text = False  # whether text encoders can be adapted and new words learned
     guidance = 7.5
+    # What a family subtracts that is asked to subtract nothing, where its pipeline would then go without guidance.
+    nothing: str | None = None
+    carries = ""  # a pattern of the names of the attentions that carry adapters; none: all that can
+    fewest_steps = 1  # in which its pipeline draws
     same_text = False  # whether attentions are given the same text states at every step of a drawing
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16")  # in which it draws; another overflows
     flow: Flow | None = None  # None: noise, velocities or clean latents, as the scheduler says
@@ -123,6 +135,18 @@ class Family:
         """Height and width (h, w) of the latents that a denoiser is called with, its arguments by name."""
         return tuple(call["sample" if "sample" in call else "hidden_states"].shape[-2:])
 
+    def heard(self, call: Mapping[str, object]) -> torch.Tensor | list[torch.Tensor]:
+        """The text states that a denoiser is called with, its arguments by name."""
+        return call["encoder_hidden_states"]
+
+    def words_at(self, call: Mapping[str, object]) -> tuple[int, ...]:
+        """Where in its blocks of one stream the words of each sample begin, behind the picture; empty: before it."""
+        return ()
+
+    def channels(self, vae: Mapping) -> int:
+        """Channels C of the autoencoder's latents."""
+        return vae.get("latent_channels", 4)
+
     def is_of(self, denoiser: Mapping) -> bool:
         """Whether a denoiser of one of `denoisers`, by its configuration, is of this family."""
         return True
@@ -132,6 +156,12 @@ class Family:
     def encode(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         """What the denoiser hears of prompts, made by the pipeline itself. Gradients flow if the caller lets them."""
         raise NotImplementedError
+
+    def together(self, conditions: Sequence[Condition]) -> Condition:
+        """What was read of prompts one by one, each without its first axis, as that of all."""
+        import torch
+
+        return {name: torch.stack([one[name] for one in conditions]) for name in conditions[0]}  # B first
 
     def device_of_text(self, pipe: DiffusionPipeline) -> torch.device:
         """Where the text encoders are."""
@@ -173,6 +203,10 @@ class Family:
     def negative(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Mapping[str, object]:
         """The pipeline's arguments for prompts to draw away from."""
         return {"negative_prompt": list(prompts)}
+
+    def guided(self, strength: float) -> Mapping[str, object]:
+        """The pipeline's arguments for the strength of guidance."""
+        return {"guidance_scale": strength}
 
     def guidance_of(self, pipe: DiffusionPipeline) -> float:
         """The strength of guidance that suits this very base."""

@@ -8,11 +8,11 @@ projections are one with those of their feed-forward, the text's from the trigge
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from comcat_diffusion.families.family import STREAM_ROWS, Condition, Family, Native, Reading, Segment
+from comcat_diffusion.families.chat import chat_around, chat_reading
+from comcat_diffusion.families.family import STREAM_ROWS, Condition, Family, Native, Reading
 from comcat_diffusion.families.flux_1 import STREAM, Flux1
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TOKENS = 512  # of a prompt in its chat, at most
-_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
 class Flux2Klein(Flux1):
@@ -50,12 +49,12 @@ class Flux2Klein(Flux1):
 
     def reading(self, pipe: DiffusionPipeline) -> Reading:
         """As what a user says in a chat."""
-        known = weakref.ref(pipe.tokenizer)  # which holds what is returned here
-        return Reading((Segment(pipe.tokenizer),), lambda text: _chat(known(), text), around=_around(pipe.tokenizer))
+        return chat_reading(pipe.tokenizer, self.name, thinking=False)
 
     def most_tokens(self, tokenizer: PreTrainedTokenizerBase, pipeline: str, denoiser: Mapping) -> int:
         """What the chat leaves; its end is cut off first."""
-        return self.states(tokenizer, pipeline, denoiser) - len(tokenizer(_around(tokenizer)[0]).input_ids)
+        before, _ = chat_around(tokenizer, self.name, thinking=False)
+        return self.states(tokenizer, pipeline, denoiser) - len(tokenizer(before).input_ids)
 
     def states(self, tokenizer: PreTrainedTokenizerBase, pipeline: str, denoiser: Mapping) -> int:
         """See `Family`."""
@@ -118,19 +117,3 @@ class Flux2Klein(Flux1):
     def told(self, denoiser: nn.Module, noisy: torch.Tensor, condition: Condition) -> dict[str, torch.Tensor]:
         """Nothing."""
         return {}
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """What the pipeline has its Qwen3 read. Raises ValueError for a tokenizer that knows no chat."""
-    if not tokenizer.chat_template:
-        raise ValueError("This base's tokenizer has no chat template, by which FLUX.2 [klein] reads its prompts.")
-    said = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-
-
-def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What stands before and behind what a user says. Raises ValueError where that is not found again."""
-    parts = _chat(tokenizer, _MARK).split(_MARK)
-    if len(parts) != 2:
-        raise ValueError("The chat template of this base's tokenizer does not say once what a user says.")
-    return parts[0], parts[1]

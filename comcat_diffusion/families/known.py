@@ -9,10 +9,12 @@ from comcat_diffusion.families.family import DENOISERS, UNET, Family
 from comcat_diffusion.families.flux_1 import Flux1
 from comcat_diffusion.families.flux_2_klein import Flux2Klein
 from comcat_diffusion.families.pixart import PixArt
+from comcat_diffusion.families.qwen_image import QwenImage
 from comcat_diffusion.families.sana import Sana
 from comcat_diffusion.families.stable_diffusion import StableDiffusion
 from comcat_diffusion.families.stable_diffusion_3 import StableDiffusion3
 from comcat_diffusion.families.stable_diffusion_xl import StableDiffusionXL
+from comcat_diffusion.families.z_image import ZImage
 
 FAMILIES: tuple[Family, ...] = (
     StableDiffusion(),
@@ -21,6 +23,8 @@ FAMILIES: tuple[Family, ...] = (
     Flux2Klein(),
     Flux1(),
     Chroma(),
+    ZImage(),
+    QwenImage(),
     PixArt(),
     Sana(),
 )
@@ -63,6 +67,11 @@ def family_in(kind: str, configs: Mapping[str, Mapping]) -> Family | None:
 def family_of_denoiser(kind: str, config: Mapping) -> Family | None:
     """The family of a denoiser by its class and its configuration, or None."""
     return next((family for family in FAMILIES if kind in family.denoisers and family.is_of(config)), None)
+
+
+def family_of_model(model: object) -> Family:
+    """The family of a denoiser; one of no known family is like most."""
+    return family_of_denoiser(type(model).__name__, getattr(model, "config", {})) or Family()
 
 
 def part_of_denoiser(kind: str) -> str:

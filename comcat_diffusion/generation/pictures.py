@@ -45,9 +45,15 @@ class Sampling:
 
 
 def sampling_of(config: SamplingSettings, batch_size: int, base: str, pipe: DiffusionPipeline) -> Sampling:
-    """How a run draws; the guidance that it leaves open is the one that suits the base."""
+    """How a run draws; the guidance that it leaves open is the one that suits the base.
+
+    Raises ValueError for fewer steps than its family's pipeline draws in.
+    """
+    family, steps = family_of(pipe), config.num_inference_steps
+    if steps < family.fewest_steps:
+        raise ValueError(f"--num_inference_steps {steps}: {family.name} draws in {family.fewest_steps} or more.")
     guidance = bases.default_guidance(base, pipe) if config.guidance_scale is None else config.guidance_scale
-    return Sampling(config.num_inference_steps, guidance, config.negative_prompt, config.resolution, batch_size)
+    return Sampling(steps, guidance, config.negative_prompt, config.resolution, batch_size)
 
 
 def made_by(pipe: DiffusionPipeline, base: str, sampling: Sampling) -> dict:
@@ -106,7 +112,8 @@ def draw(
     height, width = sampling.size or (side, side)
     for start in range(0, len(drawings), sampling.batch_size):
         batch = drawings[start : start + sampling.batch_size]
-        away = [sampling.negative_prompt] * len(batch) if sampling.negative_prompt else []
+        subtracted = sampling.negative_prompt or family.nothing
+        away = [] if subtracted is None else [subtracted] * len(batch)
         once = text_once() if family.same_text else nullcontext()
         with once, keep_background(pipe, words) if words else nullcontext():
             drawn = pipe(
@@ -116,7 +123,7 @@ def draw(
                 width=width,
                 **family.drawing(pipe),
                 num_inference_steps=sampling.num_inference_steps,
-                guidance_scale=sampling.guidance_scale,
+                **family.guided(sampling.guidance_scale),
                 # on the CPU, so that a seed means the same picture on every device
                 generator=[torch.Generator("cpu").manual_seed(drawing.seed) for drawing in batch],
             )

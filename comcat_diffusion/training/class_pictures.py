@@ -9,6 +9,7 @@ from PIL import Image
 
 from comcat_diffusion import atomic, bases
 from comcat_diffusion.adapters.parts import denoiser
+from comcat_diffusion.families.family import moved
 from comcat_diffusion.families.known import family_of
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, made_by, save_png
 from comcat_diffusion.training import folder
@@ -64,9 +65,9 @@ def _drawn(pipe: DiffusionPipeline, drawings: list[Drawing], sampling: Sampling)
         return
     with torch.no_grad():
         read = family.encode(pipe, [drawings[0].prompt, ""])  # they are all of one prompt
-    asked = family.conditions(pipe, {name: part.to(model.device, model.dtype) for name, part in read.items()})
-    asked |= dict(family.drawing(pipe))
-    asked |= {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale}
+    asked = family.conditions(pipe, {name: moved(part, model.device, model.dtype) for name, part in read.items()})
+    asked |= {**family.drawing(pipe), **family.guided(sampling.guidance_scale)}
+    asked |= {"num_inference_steps": sampling.num_inference_steps}
     encoders = family.encoders(pipe)
     for name in encoders:  # whose precision a pipeline would go by
         setattr(pipe, name, None)

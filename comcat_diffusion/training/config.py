@@ -20,7 +20,12 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 STEADY_SCHEDULES = ("constant", "constant_with_warmup")  # whose rate does not depend on how long the run is
 CUT_AT = 0.8  # of all steps; the rest make good what cutting the ranks to a budget of bytes has cost
 PRIORS = ("none", "images", "teacher")
-KINDS = {"tied": 1e-2, "foldable": 1e-2, "free": 3e-3}  # with the learning rates that suit them, see docs/results.md
+KINDS = {
+    "tied": 1e-2,
+    "foldable": 1e-2,
+    "free": 3e-3,
+    "cores": 5e-2,
+}  # with the learning rates that suit them, see docs/results.md
 # Settings that change what a run leaves beside its weights; a resumed run may have others.
 BESIDE = (
     "output_dir", "name", "overwrite", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit",
@@ -148,7 +153,7 @@ class AdapterShape(Group):
         None,
         "What a head is given. Free, the default: any term of this rank. Foldable: one in the span of the base's "
         "heads, which folds into stock weights. Tied: a foldable one whose text side all heads share, and that of a "
-        "self-attention its own.",
+        "self-attention its own. Cores: rank x rank numbers a head, between directions that its keys and values have.",
         choices=tuple(KINDS),
         usual=True,
     )
@@ -390,6 +395,8 @@ class TrainConfig(
                 f"--{flag} is for adapters that change every prompt, and this one acts from the trigger on only: leave "
                 "it out, or add --everywhere.",
             )
+        told = "--max_bytes is for other kinds: cores have few numbers and all of them count; choose a smaller --rank."
+        require(not (self.kind == "cores" and self.max_bytes), told)
         bare = self.skip_final_inference or bool(self.max_bytes)
         require(not (self.thumbnail and bare), "--thumbnail needs a final sample, and room: no --max_bytes.")
         own_base = self.pretrained_model_name_or_path not in (None, EMBEDDED, EMBEDDED_FLOW)

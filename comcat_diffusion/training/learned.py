@@ -111,6 +111,7 @@ def adapter_config(shape: AdapterShape, model: nn.Module, words: Sequence[str]) 
         alpha=shape.alpha,
         foldable=shape.kind != "free",
         tied=shape.kind == "tied",
+        cores=shape.kind == "cores",
         trigger=None if shape.everywhere else list(words),
         target_modules=targets(shape, model),
     )

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from comcat_diffusion.adapters.gate import Gate
-from comcat_diffusion.families.family import Condition
+from comcat_diffusion.families.family import Condition, moved
 from comcat_diffusion.families.known import family_of
 
 
@@ -51,7 +51,7 @@ class Learner(nn.Module):
         if self.encoders:
             return self.family.encode(self._pipe, prompts)
         known, dtype = [self._known[prompt] for prompt in prompts], self.denoiser.dtype
-        return {name: torch.stack([one[name] for one in known]).to(device, dtype) for name in known[0]}  # B first
+        return {name: moved(part, device, dtype) for name, part in self.family.together(known).items()}
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ class Preview:
                 height=self.side,
                 width=self.side,
                 num_inference_steps=STEPS,
-                guidance_scale=self.guidance,
+                **family.guided(self.guidance),
                 generator=torch.Generator().manual_seed(drawing.seed),
                 output_type="latent",
             ).images

@@ -93,7 +93,7 @@ def refuse_settings(config: TrainConfig, family: Family) -> None:
 
 
 def _refuse(kind: str, family: Family, seer: Mapping, vae: Mapping, name: str) -> None:
-    seen, latents = seer.get("in_channels", 4), vae.get("latent_channels", 4) * family.packing**2
+    seen, latents = seer.get("in_channels", 4), family.channels(vae) * family.packing**2
     if seen > latents:
         raise ValueError(
             f"The base '{name}' takes a picture or a mask beside the words: its {family.noun} sees {seen} channels, of "

@@ -108,7 +108,8 @@ def _size_facts(config: TrainConfig, dataset: Dataset, denoiser: nn.Module) -> I
     if not shapes:
         raise ValueError(f"--target_modules {' '.join(config.target_modules or [])}: the base has none of this name.")
     count = sum(high * wide for high, wide in shapes.values())
-    attentions = len({name.rpartition(".")[0] for name in shapes})
+    by_attention = expected_shapes(denoiser, replace(adapter, tied=False, cores=False))
+    attentions = len({name.rpartition(".")[0] for name in by_attention})
     size = count * bases.PRECISIONS[config.save_precision].itemsize / 1000
     yield f"Adapter: {count:,} parameters on {attentions} attentions, {size:,.0f} kB and its header."
     yield becomes(config, denoiser)

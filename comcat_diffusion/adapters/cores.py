@@ -1,0 +1,182 @@
+"""Cores: an adapter of R x R numbers a head, between directions that its base has already.
+
+    logits_h += s (q_h B_h) N_h (k_h B_h)ᵀ        out += s P_h (v_h B'_h) N'_hᵀ B'_hᵀ Wo_h
+
+B_h (D, R) are the R leading singular directions of the head's keys, those of Wk_h in its own width, B'_h those of its
+values. So it is the foldable adapter of Ak_h = Wk_h B_h and G'_h = B_h N_h, and folds, merges and exports as one. Only
+N_h and N'_h are learned and kept: in a file those of all heads of all attentions are one tensor for keys and one for
+values, attention after attention in the order of their names.
+
+Singular vectors have no sign, and none of their own where two singular values are equal. What they span has neither, so
+B_h is the basis of that which is nearest to fixed vectors. It is found in float64 from weights rounded to bfloat16, so
+that a base has the same in float32 and in bfloat16.
+
+Letters: H heads, D head width, R rank, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from comcat_diffusion.adapters.header import AdapterFileError
+from comcat_diffusion.attentions import plain, style_of
+
+MIXES = ("k_mix", "v_mix")  # the factors: N_h of all heads, (H*R, R)
+SIDE = "cores"  # where a file has them
+QUANTIZED = (
+    "Cores stand between singular directions of the base's weights, and here these are quantized: choose another kind, "
+    "or a base in full or half precision."
+)
+
+
+def basis_of(weight: torch.Tensor, heads: int, rank: int) -> torch.Tensor:
+    """(H*D, C) -> (H, D, R) in float64: for every head an orthonormal basis of its R leading left singular directions.
+
+    Raises ValueError for quantized weights.
+    """
+    if not weight.dtype.is_floating_point:
+        raise ValueError(QUANTIZED)
+    rounded = weight.detach().cpu().to(torch.bfloat16).double().unflatten(0, (heads, -1))  # H, D, C
+    _, vectors = torch.linalg.eigh(rounded @ rounded.mT)  # ascending, H, D, D
+    leading = vectors[..., -rank:]
+    width = leading.shape[1]
+    # Of the bases of one span, L Q with Q orthogonal, the nearest to cosines F: Q is the polar factor of Lᵀ F.
+    places, waves = torch.arange(width, dtype=torch.float64), torch.arange(rank, dtype=torch.float64)
+    fixed = torch.cos(math.pi * (places[:, None] + 0.5) * waves / width)  # D, R
+    u, _, vh = torch.linalg.svd(leading.mT @ fixed)
+    return leading @ (u @ vh)
+
+
+class Ends:
+    """The two fixed ends of an attention's keys, or of its values, on whichever device they are asked for."""
+
+    def __init__(self, weight: torch.Tensor, heads: int, rank: int) -> None:
+        basis = basis_of(weight, heads, rank)
+        rows = weight.detach().cpu().double().unflatten(0, (heads, -1))  # H, D, C
+        dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.float32
+        self.weight = (basis.mT @ rows).flatten(0, 1).to(weight.device, dtype)  # H*R, C: the text side
+        self.basis = basis.to(weight.device, dtype)  # H, D, R
+
+    @property
+    def out_features(self) -> int:
+        """H*R."""
+        return len(self.weight)
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> (..., H*R)."""
+        self.follow(features.device)
+        return linear(features, self.weight)
+
+    def follow(self, device: torch.device) -> None:
+        """Be on a device."""
+        if self.weight.device != device:
+            self.weight, self.basis = self.weight.to(device), self.basis.to(device)
+
+
+class Core:
+    """Learned N_h behind a fixed end, as the core of a foldable adapter: H*R rows of width D."""
+
+    def __init__(self, mix: nn.Linear, ends: Ends) -> None:
+        self.mix, self.ends = mix, ends
+
+    @property
+    def out_features(self) -> int:
+        """H*R."""
+        return self.mix.out_features
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(H*R, D)."""
+        return self._turned(self.mix.weight)
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., H*R), where the features are; if offloaded, a hook brings what is learned there."""
+        unit = torch.eye(self.mix.in_features, dtype=features.dtype, device=features.device)
+        return linear(features, self._turned(self.mix(unit).mT))
+
+    def _turned(self, mix: torch.Tensor) -> torch.Tensor:
+        self.ends.follow(mix.device)
+        basis = self.ends.basis.to(mix.dtype)
+        return (mix.unflatten(0, (len(basis), -1)).mT @ basis.mT).flatten(0, 1)  # N_hᵀ B_hᵀ, head by head
+
+
+class FixedEnds:
+    """The ends of one attention, by rank: its adapters of one rank share them, and a copy or a file has none."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[Ends, Ends]] = {}
+
+    def of(self, keys: torch.Tensor, values: torch.Tensor, heads: int, rank: int) -> tuple[Ends, Ends]:
+        """Those of keys and values; of weights as they are when these are asked for first."""
+        if rank not in self._found:
+            self._found[rank] = Ends(keys, heads, rank), Ends(values, heads, rank)
+        return self._found[rank]
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+    def __deepcopy__(self, memo: dict) -> FixedEnds:
+        return type(self)()
+
+
+def factors_of(attention: nn.Module, rank: int, k_mix: torch.Tensor, v_mix: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The factors of the foldable adapter that cores (H*R, R) are on an attention of a base."""
+    style = style_of(attention)
+    _, k, v, _ = (p if p is None else plain(p) for p in style.projections(attention))
+    found = {}
+    for names, projection, mix in ((("k_down", "q_core"), k, k_mix), (("v_down", "out_core"), v, v_mix)):
+        ends = Ends(projection.weight, style.head_count(attention), rank)
+        held = nn.Linear(rank, len(mix), bias=False, device="meta")
+        held.weight = nn.Parameter(mix.to(ends.weight), requires_grad=False)
+        found |= dict(zip(names, (ends.weight, Core(held, ends).weight), strict=True))
+    return found
+
+
+# Files
+
+
+def gathered(factors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Factors by name, ATTENTION.FACTOR, as a file holds them: two tensors, (sum of H*R, R)."""
+    return {f"{SIDE}.{mix}": torch.cat([factors[f"{name}.{mix}"] for name in _attentions(factors)]) for mix in MIXES}
+
+
+def scattered(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """The inverse of `gathered`, for factors of these shapes."""
+    found = {}
+    for mix in MIXES:
+        names = [f"{attention}.{mix}" for attention in _attentions(shapes)]
+        heights = [shapes[name][0] for name in names]
+        found |= dict(zip(names, tensors[f"{SIDE}.{mix}"].split(heights), strict=True))
+    return found
+
+
+def gathered_shapes(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Names and shapes of `gathered` for factors of these shapes."""
+    found = {}
+    for mix in MIXES if shapes else ():
+        own = [shapes[f"{attention}.{mix}"] for attention in _attentions(shapes)]
+        found[f"{SIDE}.{mix}"] = (sum(high for high, _ in own), own[0][1])
+    return found
+
+
+def _attentions(factors: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[0] for name in factors})
+
+
+def has_cores(config: Mapping[str, Mapping]) -> bool:
+    """Whether any part of a file is of cores, by its header's configurations."""
+    return any(own.get("cores") for own in config.values())
+
+
+def refuse_cores(config: Mapping[str, Mapping], path: object) -> None:
+    """Raise AdapterFileError for a file that cannot be taken apart without the weights of its base."""
+    if has_cores(config):
+        raise AdapterFileError(
+            f"{path} holds cores, which mean nothing without their base's weights and are as small as they get: use it "
+            "as it is with load_adapter, or, trained with --everywhere, as a LoRA (comcat export) or merged."
+        )

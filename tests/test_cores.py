@@ -1,0 +1,154 @@
+"""Cores: what a file holds, how small it is, the same directions from every copy of a base, and what is refused.
+
+That they do what the slow formula says, with all else that an adapter must, is in the batteries.
+"""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import Flux2Transformer2DModel
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from comcat_diffusion import ComcatConfig, bases, load_adapter, save_adapter
+from comcat_diffusion.adapters.combine import combine
+from comcat_diffusion.adapters.cores import QUANTIZED, basis_of
+from comcat_diffusion.adapters.header import AdapterFileError, read_adapter
+from comcat_diffusion.adapters.model import adapted_layers, factors
+from comcat_diffusion.adapters.placing import add_adapter
+from comcat_diffusion.adapters.shrink import shrink
+from comcat_diffusion.adapters.store import expected_shapes
+from comcat_diffusion.cli import main
+from comcat_diffusion.commands import _told
+from comcat_diffusion.export.lora import export_adapter
+from comcat_diffusion.training.config import TrainConfig
+from tests import tiny_bases
+from tests.reference import directions, rows_of_head
+
+CORES = {"foldable": True, "cores": True}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A tiny Stable Diffusion 1.x."""
+    return str(tiny_bases.sd1(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture
+def saved(base, tmp_path):
+    """A pipeline with cores of rank 2, and their file."""
+    pipe = bases.load_base(base)
+    add_adapter(pipe.unet, ComcatConfig(r=2, alpha=3.0, **CORES), "dog")
+    with torch.no_grad():
+        for number, factor in enumerate(factors(pipe.unet, "dog").values()):
+            factor.normal_(std=3.0, generator=torch.Generator().manual_seed(number))
+    save_adapter(pipe, tmp_path / "dog.safetensors", "dog", base)
+    return pipe, tmp_path / "dog.safetensors"
+
+
+def test_on_kleins_real_sizes_they_take_38_kilobytes():
+    """25 blocks, keys and values, 24 heads, 4 x 4 numbers of two bytes; 8 kB in its five blocks of two streams."""
+    with torch.device("meta"):
+        model = Flux2Transformer2DModel(
+            in_channels=128, num_layers=5, num_single_layers=20, attention_head_dim=128, num_attention_heads=24,
+            joint_attention_dim=7680, guidance_embeds=False,
+        )  # fmt: skip
+    for targets, count in ((["attn"], 25 * 2 * 24 * 16), (None, 5 * 2 * 24 * 16)):
+        shapes = expected_shapes(model, ComcatConfig(r=4, target_modules=targets, **CORES))
+        assert sum(high * wide for high, wide in shapes.values()) == count and len(shapes) == 2
+    assert 2 * 25 * 2 * 24 * 16 == 38_400
+
+
+def test_a_file_holds_the_cores_alone_and_loads_to_the_very_numbers(saved, base):
+    pipe, file = saved
+    tensors = load_file(file)
+    heads = sum(layer.heads for layer in adapted_layers(pipe.unet).values())
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        f"unet.cores.{mix}": (2 * heads, 2) for mix in ("k_mix", "v_mix")
+    }
+    assert _told(read_adapter(file), "unet").startswith("cores, rank 2")
+    fresh = bases.load_base(base)
+    load_adapter(fresh, file, "dog")
+    for name, factor in factors(fresh.unet, "dog").items():
+        assert torch.equal(factor, factors(pipe.unet, "dog")[name])
+    sample, states = torch.randn(1, 4, 8, 8), torch.randn(1, 7, fresh.unet.config.cross_attention_dim)
+    with torch.no_grad():
+        assert torch.equal(*(one.unet(sample, 5, states).sample for one in (pipe, fresh)))
+
+
+def test_directions_are_those_of_the_slow_formula():
+    weight = torch.randn(24, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for rank in (1, 3, 8):
+        for head, basis in enumerate(basis_of(weight, 3, rank)):
+            assert_close(basis, directions(rows_of_head(weight, head, 3), rank), rtol=0, atol=1e-9)
+            assert_close(basis.T @ basis, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_a_base_has_the_same_directions_in_either_precision():
+    weight = torch.randn(24, 20, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(basis_of(weight, 3, 2), basis_of(weight.bfloat16(), 3, 2))
+
+
+def test_equal_singular_values_do_not_turn_directions():
+    """Of a head whose two leading ones are equal every basis of the same plane is right; one is taken."""
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for n in (8, 20))
+    values = torch.tensor([3.0, 3.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.01], dtype=torch.float64)
+    found = []
+    for seed in range(2):  # other noise of the size of rounding, by which singular vectors turn as they like
+        noise = 1e-9 * torch.randn(8, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        found.append(basis_of(left @ torch.diag(values) @ right[:8] + noise, 1, 2)[0])
+    assert_close(found[0], found[1], rtol=0, atol=2e-2)  # weights are rounded to bfloat16, by 2^-9
+    assert_close(found[0] @ found[0].T, left[:, :2] @ left[:, :2].T, rtol=0, atol=2e-2)
+
+
+@torch.no_grad()
+def test_they_move_and_are_copied_with_their_model(saved):
+    pipe, _ = saved
+    sample, states = torch.randn(1, 4, 8, 8), torch.randn(1, 7, pipe.unet.config.cross_attention_dim)
+    before = pipe.unet(sample, 5, states).sample
+    other = copy.deepcopy(pipe.unet)
+    assert all(not layer.ends._found for layer in adapted_layers(other).values())
+    assert torch.equal(other(sample, 5, states).sample, before)
+    half = other.to(torch.bfloat16)(sample.bfloat16(), 5, states.bfloat16()).sample
+    assert_close(half.float(), before, rtol=0.1, atol=0.1)
+
+
+def test_what_they_are_not_for_is_refused_in_a_sentence(saved, base, tmp_path, capsys):
+    pipe, file = saved
+    output = tmp_path / "other.safetensors"
+    for refused in (lambda: shrink(file, output, 1000), lambda: combine([(file, 1.0), (file, 1.0)], output)):
+        with pytest.raises(AdapterFileError, match="holds cores, which mean nothing without their base's weights"):
+            refused()
+    with pytest.raises(AdapterFileError, match="is cores: name its base"):
+        export_adapter(file, output)
+    shell = copy.deepcopy(pipe.unet).to("meta")
+    with pytest.raises(AdapterFileError, match="holds cores of a unet: name its base, whose weights"):
+        export_adapter(file, output, models={"unet": shell})
+    assert main(["shrink", "--adapter", str(file), "--output", str(output), "--max_bytes", "1000"]) == 2
+    assert "as small as they get" in capsys.readouterr().err and not output.exists()
+    add_adapter(pipe.unet, ComcatConfig(r=2, **CORES), "cat")
+    with pytest.raises(ValueError, match="'dog' is of cores, which have no weighted sum"):
+        from comcat_diffusion.adapters.weighted import weighted_sum
+
+        weighted_sum(pipe.unet, [("dog", 1.0), ("cat", 1.0)], "cat", None)
+    with pytest.raises(ValueError, match="Cores of rank 900 do not fit into heads of width"):
+        add_adapter(pipe.unet, ComcatConfig(r=900, **CORES), "big")
+    with pytest.raises(ValueError, match="foldable and not tied, of one rank"):
+        ComcatConfig(r=2, tied=True, **CORES)
+    with pytest.raises(ValueError, match="--max_bytes is for other kinds: cores"):
+        TrainConfig(kind="cores", max_bytes=1000)
+    with pytest.raises(ValueError, match="are quantized"):
+        basis_of(torch.ones(8, 8, dtype=torch.uint8), 2, 1)
+    assert "choose another kind" in QUANTIZED
+
+
+def test_of_another_base_a_file_is_refused(saved, tmp_path):
+    _, file = saved
+    other = bases.load_base(str(tiny_bases.sd2(tmp_path / "other")))
+    with pytest.raises(AdapterFileError, match="does not fit"):
+        load_adapter(other, file, "dog")
+    header = read_adapter(file)
+    assert replace(header, tokens=[]).config["unet"]["cores"] is True
