@@ -114,7 +114,10 @@ def test_a_transformer_in_its_first_names_is_the_base_of_its_folder(tmp_path):
     assert heavy.text_encoder.dtype == torch.bfloat16 and heavy.transformer.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["sd3", "klein", "flux1", "chroma", "qwen_image", "sana"])
+@pytest.mark.parametrize(
+    "name",
+    ["klein", "qwen_image", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd3", "flux1", "chroma", "sana"))],
+)
 def test_a_transformer_in_diffusers_names_stands_in_for_that_of_a_folder(name, tmp_path):
     folder = getattr(tiny_families, name)(tmp_path / "base")
     other = bases.load_base(str(folder)).transformer
