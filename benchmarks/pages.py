@@ -21,6 +21,7 @@ MAKERS = {
     "customization": "customization_report:table",
     "features": "features:table",
     "speed": "usage:tables",
+    "subjects": "subjects:tables",
     "training": "training:tables",
 }
 _BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)

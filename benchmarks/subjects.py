@@ -176,6 +176,48 @@ def _measures(
     }
 
 
+# The rows of README's table, and what they are called there
+OURS, LESS, MORE = "comcat train", "diffusers' script, LoRA r=4, 5e-4", "diffusers' script, LoRA r=16, 1e-3"
+SHOWN = {
+    OURS: "`comcat train`",
+    f"{OURS}, drawn with --no-keep_background": "the same, drawn with `--no-keep_background`",
+    LESS: LESS,
+    MORE: MORE,
+    "DreamBooth, the whole U-Net, 2e-4": "DreamBooth, the whole U-Net, 2e-4, one training each",
+    f"{OURS}, 150 steps": "`comcat train`, 150 steps",
+}
+DIGITS = {"shape": 3, "colour_off": 1, "background_moved": 1, "likeness": 3, "obeyed": 2}
+
+
+def tables(report: dict) -> str:
+    """README's: what it does better and worse than a LoRA, in five rows, and what was measured of each method."""
+    rows = {row["method"]: row for row in report["rows"]}
+
+    def mean(method: str, measure: str) -> str:
+        return f"{rows[method][measure]['mean']:.{DIGITS[measure]}f}"
+
+    def of_loras(measure: str) -> str:
+        return f"{mean(LESS, measure)} (r=4) to {mean(MORE, measure)} (r=16)"
+
+    sizes = {name: f"{rows[name]['bytes'] / 1000:.0f} kB" for name in (OURS, LESS, MORE)}
+    told = [
+        ("the file", sizes[OURS], f"{sizes[LESS]} (r=4) to {sizes[MORE]} (r=16)"),
+        ("a prompt without the trigger word", "the base's picture, to the bit", "moves ([how far](docs/results.md))"),
+        ("how far the background is moved that the prompt asks for, of 255", mean(OURS, "background_moved"),
+         of_loras("background_moved")),
+        ("how much like the subject (likeness of details)", mean(OURS, "likeness"), of_loras("likeness")),
+        ("opens in", "this tool, ComfyUI and Forge with our nodes; as a LoRA if trained with `--as lora`",
+         "every program"),
+    ]  # fmt: skip
+    versus = shared.markdown_table(["", "COMCAT, the default", "a LoRA by diffusers' script"], told)
+    cells = [
+        (label, f"{rows[name]['bytes']:,}", *(mean(name, measure) for measure in MEASURES))
+        for name, label in SHOWN.items()
+    ]
+    measured = shared.markdown_table(["", "bytes", *(measure.replace("_", " ") for measure in MEASURES)], cells)
+    return f"{versus}\n\n{measured}\n\n{shared.circumstances_text(report['circumstances'])}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run what is not there yet, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

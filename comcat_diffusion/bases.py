@@ -177,12 +177,26 @@ def asked_resolution(pipe: DiffusionPipeline, resolution: int | None) -> int:
     return resolution
 
 
-def refuse_large(family: Family, config: Mapping, factor: int, sizes: Iterable[tuple[int, int]]) -> None:
+def asked_size(pipe: DiffusionPipeline, height: int | None, width: int | None, side: int | None) -> tuple[int, int]:
+    """Height and width in pixels; what is left open is `side`, or the base's own. Raises as `asked_resolution` does."""
+    for flag, asked in (("height", height), ("width", width)):
+        if asked is not None and asked % grain(pipe):
+            raise ValueError(f"--{flag} {asked} must be a multiple of {grain(pipe)} for this base.")
+    side = None if height and width else asked_resolution(pipe, side)
+    size = height or side, width or side
+    flag = "height" if size[0] > size[1] else "width"
+    refuse_large(family_of(pipe), denoiser(pipe).config, pipe.vae_scale_factor, [size], flag)
+    return size
+
+
+def refuse_large(
+    family: Family, config: Mapping, factor: int, sizes: Iterable[tuple[int, int]], flag: str = "resolution"
+) -> None:
     """Raise ValueError if a picture of one of these sizes has a side for which a denoiser has no places."""
     most, asked = family.largest(config, factor), max(max(size) for size in sizes)
     if most is not None and asked > most:
         raise ValueError(
-            f"--resolution asks for sides of up to {asked} pixels, and this base has places for {most}: choose a "
+            f"--{flag} asks for sides of up to {asked} pixels, and this base has places for {most}: choose a "
             "smaller one."
         )
 

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ class Hub:
     address: str = ""
     private: dict[str, bool] = field(default_factory=dict)
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    pause: float = 0.0  # seconds before every piece of 100,000 bytes, as of a slow line
 
 
 @contextmanager
@@ -97,7 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            for start in range(0, len(content), 100_000):
+                time.sleep(self.hub.pause)
+                self.wfile.write(content[start : start + 100_000])
 
 
 def _digest(content: bytes) -> str:

@@ -180,6 +180,26 @@ def test_several_act_at_their_weights_and_where_their_regions_are(taught):
         set_adapters(pipe, ["three"], [1.0])
 
 
+def test_wide_pictures_are_what_its_own_pipeline_draws_and_other_steps_are_refused(taught, tmp_path):
+    base, file = taught
+    pipe = bases.load_base(base)
+    step = max(16, bases.grain(pipe))  # the pipelines themselves want multiples of eight, which real grains are
+    size = {"height": step, "width": 2 * step}
+    drawing = {"num_images": 1, "num_inference_steps": 2, "guidance_scale": 3.0}
+    own = {"adapter": [f"{file}:0"], "prompt": [OTHER], "any_prompt": True, "output_dir": str(tmp_path / "drawn")}
+    own |= {"precision": "fp32"}
+    (path,) = generate(GenerateConfig(**own, **drawing, **size)).files
+    noise = [torch.Generator("cpu").manual_seed(0)]
+    more = {"num_inference_steps": 2, "guidance_scale": 3.0, "generator": noise, **family_of(pipe).drawing(pipe)}
+    (alone,) = pipe(prompt=[OTHER], **size, **more).images
+    assert alone.size == (2 * step, step) and not differs(Image.open(path), alone)
+    taught_size = own | {"adapter": [str(file)], "prompt": [PROMPT]}
+    (path,) = generate(GenerateConfig(**taught_size, **drawing, **size)).files
+    assert differs(Image.open(path), alone)
+    with pytest.raises(ValueError, match=f"--width {step + 1} must be a multiple of {bases.grain(pipe)} for this base"):
+        generate(GenerateConfig(**own, width=step + 1))
+
+
 @pytest.mark.slow
 def test_the_commands_take_it_from_end_to_end(taught, tmp_path, capsys):
     base, file = taught

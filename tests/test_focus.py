@@ -137,7 +137,8 @@ def test_a_mask_bounds_what_is_found(base, pipe):
 
 
 @torch.no_grad()
-def test_how_much_a_place_looks_is_the_bases_own_attention_to_the_words(pipe):
+@pytest.mark.parametrize(("high", "wide"), [(8, 8), (4, 16)])
+def test_how_much_a_place_looks_is_the_bases_own_attention_to_the_words(pipe, high, wide):
     """Against loops in float64."""
     unet = pipe.unet.double()
     layer = next(found for name, found in adapted_layers(unet).items() if name.startswith("up_blocks"))
@@ -146,11 +147,11 @@ def test_how_much_a_place_looks_is_the_bases_own_attention_to_the_words(pipe):
     text = torch.randn(2, 32, attn.to_k.in_features, generator=generator).double()
     said = [texts_of(pipe.tokenizer).read(prompt, 32) for prompt in (WITH, WITHOUT)]
     of_words = torch.stack([one.placing(WORDS["dog"]) for one in said])
-    found = looks(attn, hidden, text, of_words, (8, 8))
-    assert found.shape == (2, 1, 8, 8) and not found[1].any()
+    found = looks(attn, hidden, text, of_words, (high, wide))
+    assert found.shape == (2, 1, high, wide) and not found[1].any()
     focus = Focus(WORDS, [layer])
     focus._maps = {"dog": found}
-    weights = focus._weights("dog", (4, 4), hidden)
+    weights = focus._weights("dog", (high // 2, wide // 2), hidden)
     tokens = [6, 7]  # begin, a, photo, of, a, big, sks, teddy
     q, k = (made.unflatten(-1, (layer.heads, -1)) for made in (attn.to_q(hidden)[0], attn.to_k(text)[0]))
     looked = torch.zeros(16).double()
@@ -158,7 +159,8 @@ def test_how_much_a_place_looks_is_the_bases_own_attention_to_the_words(pipe):
         for place in range(16):
             logits = torch.stack([(q[place, head] * k[token, head]).sum() for token in range(32)])
             looked[place] += (logits / (q.shape[-1] ** 0.5)).softmax(0)[tokens].sum() / layer.heads
-    grid = torch.nn.functional.interpolate(looked.view(1, 1, 4, 4).float(), size=8, mode="bilinear")
+    looked = looked.view(1, 1, high // 2, wide // 2).float()
+    grid = torch.nn.functional.interpolate(looked, size=(high, wide), mode="bilinear")
     assert_close(found[:1], grid)
     wanted = ((grid / grid.max() - LOW) / (HIGH - LOW)).clamp(0, 1)
     assert_close(weights[0].flatten().float(), torch.nn.functional.avg_pool2d(wanted, 2).flatten())

@@ -5,9 +5,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from comcat_diffusion import bases
+from comcat_diffusion import bases, keep_background, load_adapter
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
@@ -74,6 +75,51 @@ def test_a_sampler_with_noise_of_its_own_follows_the_seed_too(config):
     together = pixels(generate(config(batch_size=2, **ancestral)))
     apart = pixels(generate(config(batch_size=1, **ancestral)))
     assert np.abs(together - apart).max() <= 1
+
+
+def test_pictures_of_other_shapes_are_what_the_bases_own_pipeline_draws(config, adapter):
+    """Without adapters diffusers alone is the oracle."""
+    size = {"height": 48, "width": 96, "num_images": 1}
+    bare = generate(config(adapter=[], pretrained_model_name_or_path="embedded", **size))
+    pipe = bases.load_base("embedded")
+    noise = torch.Generator("cpu").manual_seed(0)
+    own = pipe(PROMPT, height=48, width=96, num_inference_steps=3, guidance_scale=2.0, generator=noise).images[0]
+    assert own.size == (96, 48) and np.array_equal(pixels(bare)[0], np.asarray(own).astype(int))
+    kept = generate(config(**size))
+    load_adapter(pipe, adapter, "teddy")
+    with keep_background(pipe, {"teddy": ["sks teddy"]}):
+        noise = torch.Generator("cpu").manual_seed(0)
+        own = pipe(PROMPT, height=48, width=96, num_inference_steps=3, guidance_scale=2.0, generator=noise).images[0]
+    assert np.abs(pixels(kept)[0] - np.asarray(own)).max() <= 1 < np.abs(pixels(kept) - pixels(bare)).max()
+    told = Image.open(kept.files[0]).text
+    about = json.loads(told["comcat"])
+    assert "Size: 96x48" in told["parameters"] and (about["height"], about["width"]) == (48, 96)
+    assert Image.open(kept.sheet).width > 288  # its cells are 288 x 144
+
+
+def test_a_side_that_is_left_open_is_the_resolution(config):
+    (tall,) = generate(config(height=96, num_images=1)).files
+    (low,) = generate(config(width=96, resolution=48, num_images=1)).files
+    assert Image.open(tall).size == (64, 96) and Image.open(low).size == (96, 48)
+    assert "height" not in json.loads(Image.open(generate(config(num_images=1)).files[0]).text["comcat"])
+    with pytest.raises(ValueError, match="--height 90 must be a multiple of 16 for this base"):
+        generate(config(height=90))
+    with pytest.raises(ValueError, match="--width must be at least 1, not 0"):
+        config(width=0)
+
+
+def test_a_region_has_the_shape_of_the_picture(config, adapter, tmp_path):
+    left = np.zeros((48, 96), np.uint8)
+    left[:, :32] = 255
+    Image.fromarray(left).save(tmp_path / "left.png")
+    region, free = [f"sks-teddy={tmp_path / 'left.png'}"], {"keep_background": False, "num_images": 1}
+    size = {"height": 48, "width": 96}
+    base = pixels(generate(config(adapter=[], pretrained_model_name_or_path="embedded", **size)))[:1]
+    moved = np.abs(pixels(generate(config(region=region, **size, **free))) - base)[0].mean((0, 2))
+    assert moved[:32].mean() > 2 * moved[64:].mean() > 0
+    for more, shape in (({}, "1 : 1"), ({"width": 96}, "96 : 64"), ({"height": 96, "width": 48}, "48 : 96")):
+        with pytest.raises(ValueError, match=f"mask of 'sks-teddy' is 96 x 48 .* picture .{shape}"):
+            generate(config(region=region, **more))
 
 
 def test_scale_zero_is_the_base_and_scales_differ(config, adapter):
@@ -173,6 +219,12 @@ def test_the_sheet_holds_every_picture_under_its_prompt():
     for colour in ((255, 0, 0), (0, 128, 0), (0, 0, 255), (0, 0, 0)):
         found = (sheet == colour).all(-1).sum()
         assert found >= 2 * 144 * 144
+
+
+def test_cells_of_a_sheet_have_the_shape_of_its_pictures():
+    for size, cell in (((64, 32), 288 * 144), ((150, 300), 150 * 300), ((200, 200), 200 * 200)):
+        sheet = np.asarray(contact_sheet([Row("", [Image.new("RGB", size, "red")] * 2)], ["one"], seeds=2))
+        assert (sheet == (255, 0, 0)).all(-1).sum() == 2 * cell
 
 
 def test_a_sheet_shows_the_subject_itself_at_its_left():

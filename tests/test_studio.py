@@ -4,6 +4,7 @@
 it fetches for itself, looks at every page there. `make test` runs the first alone.
 """
 
+import functools
 import io
 import os
 import re
@@ -108,6 +109,7 @@ class Window:
         self.page.wait_for_timeout(300)
         if SHOTS:
             Path(SHOTS).mkdir(parents=True, exist_ok=True)
+            self.page.evaluate("window.scrollTo(0, 0)")  # or what sticks to the top would stand in the middle
             self.page.screenshot(path=f"{SHOTS}/{name}.png", full_page=not self.page.locator("dialog[open]").count())
         if AXE.is_file():
             self.page.evaluate(AXE.read_text("utf-8"))
@@ -235,6 +237,66 @@ def test_the_way_through(window):
 
 
 @pytest.mark.slow
+def test_a_base_comes_from_the_hub_and_the_page_shows_how_much_of_it_is_there(window, tmp_path, monkeypatch):
+    """A hub on this machine that feeds bytes slowly; a reload in the middle changes nothing."""
+    import huggingface_hub
+    from huggingface_hub import constants, snapshot_download
+
+    from comcat_diffusion.ui import download
+    from tests.hub_server import running
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
+    (tmp_path / "hub").mkdir()
+    scan = functools.partial(huggingface_hub.scan_cache_dir, tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", scan)
+    here = window()
+    with running("secret") as hub:
+        fetch = functools.partial(snapshot_download, endpoint=hub.address, cache_dir=tmp_path / "hub")
+        monkeypatch.setattr(download, "snapshot_download", fetch)
+        hub.private["me/base"], hub.pause = False, 0.1
+        hub.files["me/base"] = {
+            "model_index.json": b'{"_class_name": "StableDiffusionPipeline"}', "README.md": b"---\nlicense: mit\n---\n",
+            "unet/diffusion_pytorch_model.safetensors": b"x" * 6_000_000,
+        }  # fmt: skip
+        page = here.go("train", ".step")
+        page.locator("summary", has_text="Download one from").click()
+        page.get_by_label("Name on the hub").fill("nobody's")
+        page.get_by_role("button", name="Download").click()
+        assert "reads owner/name" in page.locator('[data-field="hub"] .fault').inner_text()
+        page.get_by_label("Name on the hub").fill("me/base")
+        page.get_by_role("button", name="Download").click()
+        bar = page.locator(".fetching progress")
+        page.locator(".fetching", has_text="of 6.0 MB").wait_for(timeout=SECONDS)
+        first = bar.evaluate("(one) => one.value")
+        here.look("04-download")
+        page.reload()
+        page.locator(".fetching", has_text="of 6.0 MB").wait_for(timeout=SECONDS)
+        page.get_by_text("It is here now.").wait_for(timeout=SECONDS)
+        assert 0 < first < 1 and bar.count() == 0
+    card = page.locator(".bases .choice", has_text="me/base")
+    assert "Stable Diffusion" in card.inner_text() and "6.0 MB · mit" in card.inner_text()
+    here.clean()
+
+
+@pytest.mark.slow
+def test_what_held_out_images_say_comes_into_the_curve_while_it_runs(window):
+    """It is written a while after the loss of its step; an open log stays open meanwhile."""
+    here = window()
+    page = here.start(max_train_steps=16, validation_steps=4, validation_fraction=0.25)
+    page.locator("summary", has_text="Log").click()
+    page.get_by_text("The one with the lowest held-out loss").wait_for(timeout=SECONDS)
+    assert page.locator(".chart circle.held").count() == 4
+    assert (
+        page.locator("details[open] .log").is_visible() and "Learning 'sks teddy'" in page.locator(".log").inner_text()
+    )
+    assert page.get_by_role("link", name="Contact sheet").count() == 1
+    page.get_by_role("link", name="Take that one").click()
+    page.locator("h1", has_text="sks teddy").wait_for()
+    here.clean()
+
+
+@pytest.mark.slow
 def test_two_windows_a_run_belongs_to_one_of_them_and_is_stopped_and_resumed_there(window):
     mine, other = window(), window()
     page = mine.start(max_train_steps=40, validation_steps=40)
@@ -319,6 +381,26 @@ def test_a_wrong_number_in_any_field_is_one_sentence_at_that_field(window):
         if name == "rank":
             here.look("15-wrong-number")
         here.number(name, "")
+    for group in settings.asked_of(TrainConfig, "en"):
+        for name in (one["name"] for one in group["fields"] if one["kind"] in ("whole", "number")):
+            field = page.locator(f'.advanced [data-field="{name}"]')
+            field.locator("input[type=number]").press_sequentially("-")  # no number, of which a browser tells nothing
+            page.get_by_role("button", name="Start training").click()
+            field.locator(".fault").first.wait_for()
+            assert "number." in field.locator(".fault").first.inner_text(), name
+            here.number(name, "")
+    for label, wrong, said in (
+        ("Attentions to adapt", "attn9", "the base has none of this name"),
+        ("Word", "", "Give the subject a word of its own"),
+    ):
+        before = page.get_by_label(label, exact=True).input_value()
+        page.get_by_label(label, exact=True).fill(wrong)
+        if page.get_by_role("button", name="Start training").is_enabled():
+            page.get_by_text(said).first.wait_for()
+        else:  # nothing can be started without it, and the summary says so
+            assert page.locator(".remarks").inner_text() == "Give the subject a word."
+        page.get_by_label(label, exact=True).fill(before)
+    here.clean()
     page.get_by_label("Word", exact=True).fill("dog")
     page.get_by_text("The base knows this word well").wait_for()
     page.get_by_label("New token", exact=True).fill("<my-cat>")
@@ -326,6 +408,71 @@ def test_a_wrong_number_in_any_field_is_one_sentence_at_that_field(window):
     page.get_by_role("button", name="Start training").click()
     fault = page.locator('[data-field="word"] .fault').first
     assert "does not contain '<my-cat>'." in fault.inner_text()  # all of it: no name becomes markup
+
+
+@pytest.mark.slow
+def test_what_is_wrong_in_any_field_of_a_drawing_is_one_sentence_at_that_field(window):
+    here = window()
+    page = here.go("generate", "form")
+    page.get_by_role("group", name="Adapters").wait_for()
+    page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+
+    def refused(name, said):
+        page.get_by_role("button", name="Generate", exact=True).click()
+        fault = page.locator(f'[data-field="{name}"] .fault')
+        fault.wait_for(timeout=SECONDS)
+        assert said in fault.inner_text() and "--" not in fault.inner_text(), name
+        assert page.locator(".fault").count() == 1
+
+    refused("prompt", "is empty")
+    page.get_by_label("Prompt", exact=True).fill("a red apple")
+    numbers = {
+        "num_images": [("0", "1 to 64"), ("1.5", "whole number")], "seed": [("-1", "at least 0")],
+        "width": [("90", "multiple of 16"), ("-16", "at least 1")], "height": [("1.5", "whole number")],
+        "num_inference_steps": [("0", "at least 1"), ("5000", "at most 1000")], "batch_size": [("0", "at least 1")],
+        "strengths": [("abc", "must be a number"), ("1 500", "-100 to 100")], "device": [("warp9", "no such device")],
+    }  # fmt: skip
+    for name, wrongs in numbers.items():
+        field = page.locator(f'[data-field="{name}"] input:not([type=range])')
+        before = field.input_value()
+        for wrong, said in wrongs:
+            field.fill(wrong)
+            refused(name, said)
+        field.fill(before)
+    page.locator('[data-field="guidance_scale"] input[type=number]').press_sequentially("-")
+    refused("guidance_scale", "must be a number")
+    here.look("17-wrong-drawing")
+    here.clean()
+
+
+@pytest.mark.slow
+def test_pictures_have_the_shape_that_is_chosen_and_a_dropped_one_brings_it_back(window):
+    here = window()
+    page = here.go("generate", "form")
+    page.get_by_label("Prompt", exact=True).fill("a big red apple in the middle, white background")
+    page.get_by_label("Sampling steps", exact=True).fill("3")
+    page.get_by_label("Number of images").fill("1")
+    page.get_by_label("Shape").select_option("4:5")
+    assert [page.get_by_label(side, exact=True).input_value() for side in ("Width", "Height")] == ["64", "80"]
+    page.get_by_role("button", name="Generate", exact=True).click()
+    drawn = page.locator(".result img.whole")
+    drawn.wait_for(timeout=SECONDS)
+    assert drawn.evaluate("(one) => [one.naturalWidth, one.naturalHeight]") == [64, 80]
+    box = drawn.bounding_box()
+    assert box["width"] / box["height"] == pytest.approx(0.8, abs=0.01)
+    with page.expect_download() as kept:
+        page.get_by_role("link", name="Download").click()
+    page.get_by_label("Shape").select_option("1:1")
+    assert page.get_by_label("Width", exact=True).input_value() == ""
+    content = list(Path(kept.value.path()).read_bytes())
+    transfer = page.evaluate_handle(
+        "(bytes) => { const all = new DataTransfer(); all.items.add(new File([new Uint8Array(bytes)], 'one.png', "
+        "{ type: 'image/png' })); return all; }", content)  # fmt: skip
+    page.dispatch_event(".generate-form", "drop", {"dataTransfer": transfer})
+    playwright.expect(page.get_by_label("Shape")).to_have_value("4:5")
+    assert page.get_by_label("Height", exact=True).input_value() == "80"
+    assert page.get_by_label("Sampling steps", exact=True).input_value() == "3"
+    here.clean()
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@
 import base64
 import io
 import json
+import re
 import socket
 import sys
 import threading
 import time
+import types
 from contextlib import closing
 from dataclasses import fields
 
@@ -20,7 +22,7 @@ from comcat_diffusion.cli import main
 from comcat_diffusion.config import read_toml
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.ui import app, jobs, presets, settings, texts, uploads
+from comcat_diffusion.ui import app, cutouts, jobs, presets, settings, texts, uploads
 from comcat_diffusion.ui.captioning import named
 from comcat_diffusion.ui.config import UiConfig
 from comcat_diffusion.ui.jobs import Job, Queue
@@ -220,8 +222,32 @@ def test_a_remark_is_told_at_the_image_that_it_is_about(page):
     (twins,) = [one for one in doubts if "shows the same as" in one["message"]]
     assert twins["images"] == [1, 2]
     assert any("photographs" in one["message"] and one["images"] == [] for one in doubts)
+    page.put(f"/api/images/{images}/3/mask", content=png((300, 300), 0, "L"))
+    doubts = page.post("/api/check", json=asked(images)).json()["doubts"]
+    assert [one["images"] for one in doubts if "masks nothing" in one["message"]] == [[3]]
     doubts = page.post("/api/check", json=asked(sample(page))).json()["doubts"]
     assert not any("photographs" in one["message"] for one in doubts)  # these are drawn for the embedded base
+
+
+def test_a_german_page_says_all_of_it_in_german(page):
+    """Remarks of every kind, what was noted of images, refusals at fields and of what is not there."""
+    page.headers["accept-language"] = "de"
+    turned = io.BytesIO()
+    Image.new("RGB", (60, 90), "red").save(turned, "JPEG", exif=_on_its_side())
+    images = brought(page, ("1.png", picture(1)), ("2.png", picture(1)), ("lies.jpg", turned.getvalue()),
+                     ("clear.png", png(mode="RGBA", colour=(1, 2, 3, 0))), ("broken.jpg", b"\xff\xd8\xff"))  # fmt: skip
+    notes = [*(one["notes"] for one in shown(page, images)), *([one["problem"]] for one in shown(page, images))]
+    said = " ".join(word for one in notes for word in one)
+    assert "aufgerichtet" in said and "durchsichtige" in said and "lässt sich nicht als Bild lesen" in said
+    told = page.post("/api/check", json=asked(images, word="dog", settings={"rank": 3, "lr_warmup_steps": 300})).json()
+    lines = [one["message"] for kind in ("facts", "doubts", "errors") for one in told[kind]]
+    english = re.compile(r"\b(the|is|are|of|and|with|for|every|be|was|it)\b")
+    assert len(lines) > 8 and not [line for line in lines if english.search(re.sub("„[^“]*“", "", line))], lines
+    assert not any("--" in line for line in lines)
+    for wrong, sentence in (({"rank": -1}, "„Rang“ muss mindestens 1 sein, nicht -1."), ({"rank": "x"}, "ganze Zahl")):
+        answer = page.post("/api/train", json=asked(images, settings=wrong))
+        assert answer.json()["field"] == "rank" and sentence in answer.json()["message"]
+    assert "nicht mehr" in page.get("/api/images/nope").json()["message"]
 
 
 def test_what_is_wrong_while_somebody_types_is_said_and_no_failure(page):
@@ -275,7 +301,8 @@ def test_messages_name_the_labels_of_the_page_and_no_flags():
     told = settings.refused(error, "en")
     assert told.message == "“Batch size” must be at least 1, not 0: see “Skip broken”, --unknown."
     assert told.field == "train_batch_size"
-    assert settings.refused(error, "de").message.startswith("„Batch-Größe“ must")
+    said = settings.refused(ValueError("--train_batch_size must be at least 1, not 0."), "de").message
+    assert said == "„Batch-Größe“ muss mindestens 1 sein, nicht 0."
 
 
 def test_all_that_the_page_says_is_there_in_both_languages():
@@ -517,6 +544,17 @@ def test_a_run_tells_how_long_it_will_take_and_the_bar_does_not_stand_at_its_end
     assert job.status["seconds_left"] == pytest.approx(4)
 
 
+def test_a_download_tells_how_long_it_will_take_by_its_bytes(tmp_path):
+    now = [0.0]
+    progress = Progress(Job(tmp_path), clock=lambda: now[0])
+    progress.phase("fetching")
+    for second, there in ((1, 500), (2, 500), (4, 1500)):  # 500 bytes were there of an earlier one
+        now[0] = second
+        progress.count(there, 4500)
+        assert (progress.seconds_left is None) == (there == 500)
+    assert progress.seconds_left == pytest.approx(3 * 4)
+
+
 @pytest.mark.parametrize(("asked_by", "error"), [(jobs.STOP, KeyboardInterrupt), (jobs.PAUSE, Paused)])
 def test_a_run_is_interrupted_once_and_not_while_it_is_saved(asked_by, error, tmp_path):
     progress = Progress(Job(tmp_path), rounds=1)
@@ -549,7 +587,7 @@ def test_a_subject_is_taught_and_drawn_and_taken_away(at_work):
     assert run["state"] == "done" and run["own"], run
     assert [(one["step"], one["seed"]) for one in run["samples"]] == [(0, 0), (1, 0), (2, 0)]
     assert [one["step"] for one in run["losses"]] == [1, 2] and run["phase"] == "proving"
-    assert at_work.get(f"/api/jobs/{run['id']}", params={"after": 1}).json()["losses"][0]["step"] == 2
+    assert at_work.get(f"/api/jobs/{run['id']}", params={"from": 2}).json()["losses"][0]["step"] == 2
     assert run["adapters"] == ["sks-teddy.safetensors"] and any("Learning 'sks teddy'" in line for line in run["log"])
     header = read_adapter(at_work.folder / "runs" / "sks-teddy" / "sks-teddy.safetensors")
     assert header.config["unet"]["r"] == 3 and header.notes.instance_prompt == "a photo of sks teddy"
@@ -758,6 +796,53 @@ def test_the_base_finds_masks(at_work):
         assert 0.02 < white / (white + black) < 0.7
     answer = at_work.post(f"/api/images/{images}/outline", json={"word": "sks", "what": ""})
     assert answer.status_code == 422 and answer.json()["field"] == "what"
+
+
+class Rembg(types.ModuleType):
+    """A stand-in: cuts out what is red, and keeps what it was asked."""
+
+    def __init__(self, broken=None):
+        super().__init__("rembg")
+        self.sessions, self.broken = [], broken
+
+    def new_session(self, name):
+        if self.broken:
+            raise self.broken
+        self.sessions.append(name)
+        return name
+
+    def remove(self, seen, session, only_mask):
+        assert session == self.sessions[-1] and only_mask
+        return seen.getchannel("R").point(lambda value: 255 * (value > 150))
+
+
+def test_rembg_cuts_out_where_it_is_installed_and_downloads_for_whoever_said_yes(at_work, monkeypatch, tmp_path):
+    monkeypatch.setenv("U2NET_HOME", str(tmp_path))
+    images = brought(at_work, ("1.png", picture(1)), ("2.png", picture(2)))
+
+    def cut(**more):
+        return at_work.post(f"/api/images/{images}/cutout", json=more)
+
+    if not cutouts.rembg_here():  # on a machine where it is installed, this is not seen
+        assert at_work.get("/api/train").json()["rembg"] is None and "not installed" in cut().json()["message"]
+    stand_in = Rembg()
+    monkeypatch.setitem(sys.modules, "rembg", stand_in)
+    assert at_work.get("/api/train").json()["rembg"] == {"model": False, "megabytes": 176}
+    assert cut().status_code == 422 and stand_in.sessions == []  # nobody said yes to a download
+    at_work.patch(f"/api/images/{images}/2", json={"crop": [16, 0, 80]})
+    drawn = io.BytesIO()
+    Image.new("L", (96, 80), 255).save(drawn, "PNG")
+    assert ended(at_work, cut(download=True).json()["id"])["state"] == "done" and stand_in.sessions == ["u2net"]
+    for number, red in ((1, (30, 20)), (2, (40, 30))):
+        assert shown(at_work, images)[number - 1]["mask"] == "rembg"
+        mask = pixels(at_work.get(f"/api/images/{images}/{number}/mask").content)
+        assert mask[red[::-1]] == 255 and mask[70, 2] == 0
+    at_work.put(f"/api/images/{images}/1/mask", content=drawn.getvalue())
+    (tmp_path / "u2net.onnx").write_bytes(b"here")
+    assert ended(at_work, cut().json()["id"])["result"]["numbers"] == [2]  # what somebody drew stays
+    stand_in.broken = OSError("nothing comes")
+    job = ended(at_work, cut().json()["id"])
+    assert job["state"] == "failed" and "check the connection" in job["message"]
 
 
 def test_a_description_calls_the_subject_by_its_words():

@@ -75,7 +75,7 @@ class SamplingSettings(Group):
     scheduler: str | None = option(
         None, "Sampler class of diffusers, for instance EulerDiscreteScheduler. Default: the base's.", usual=True
     )
-    resolution: int | None = option(None, "Side of the pictures in pixels. Default: the base's own.")
+    resolution: int | None = option(None, "Side of square pictures in pixels. Default: the base's own.")
 
     def check(self) -> None:
         """Numbers make sense."""
@@ -99,15 +99,17 @@ class DrawingSettings(SamplingSettings):
     )
     any_prompt: bool = option(False, "Allow prompts without the adapter's trigger.")
     num_images: int = option(4, "Pictures per prompt, from consecutive seeds.", usual=True)
+    height: int | None = option(None, "Height of the pictures in pixels. Default: the --resolution.", usual=True)
+    width: int | None = option(None, "Their width. Default: the --resolution.", usual=True)
     compare: bool = option(False, "Also draw every picture without adapters, as the row above.", usual=True)
     reference_images: list[str] = option(
         [], "Pictures of the subject to show at the left of the sheet, for instance those that it was learned from."
     )
 
     def check(self) -> None:
-        """Prompts say something."""
+        """Prompts say something, and sizes are some."""
         require(all(p.strip() for p in self.prompt), "--prompt is empty: say what to draw.")
-        require_at_least(self, 1, "num_images")
+        require_at_least(self, 1, "num_images", "height", "width")
 
 
 @dataclass(frozen=True, kw_only=True)

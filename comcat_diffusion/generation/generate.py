@@ -2,9 +2,10 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
@@ -13,6 +14,7 @@ from comcat_diffusion.adapters.focus import placeable
 from comcat_diffusion.adapters.merge import merge_adapters, unload_adapters
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.placing import set_adapters
+from comcat_diffusion.adapters.proportions import refuse_other_shape
 from comcat_diffusion.adapters.regions import set_regions
 from comcat_diffusion.adapters.store import load_adapter
 from comcat_diffusion.adapters.texts import texts_of
@@ -73,12 +75,15 @@ def drawn(
     pipe = _pipeline(order, load)
     for text in family_of(pipe).remarks(pipe):
         note(text)
-    bases.asked_resolution(pipe, config.resolution)
+    size = bases.asked_size(pipe, config.height, config.width, config.resolution)
+    for number, mask in order.masks.items():
+        refuse_other_shape(chosen[number].path.stem, np.asarray(mask), *size)
     for prompt in prompts:
         _refuse_deaf(pipe, prompt, chosen, config.any_prompt)
     set_regions(pipe, {_name(number): mask for number, mask in order.masks.items()})
     drawings = [Drawing(prompt, config.seed + n) for prompt in prompts for n in range(config.num_images)]
     sampling = sampling_of(config, config.batch_size, order.base, pipe)
+    sampling = replace(sampling, size=size if config.height or config.width else None)
     total = len(drawings) * (2 if config.compare else 1)
 
     if config.merge:

@@ -10,10 +10,13 @@ from comcat_diffusion.adapters.proportions import refuse_other_shape
 from comcat_diffusion.training.images import PictureError, read_layer
 
 
-def asked_regions(texts: Sequence[str], adapters: Sequence[Path]) -> dict[int, Image.Image]:
+def asked_regions(
+    texts: Sequence[str], adapters: Sequence[Path], shape: tuple[int, int] | None
+) -> dict[int, Image.Image]:
     """Masks by the number of their adapter, whose name is that of its file without the ending.
 
-    Raises ValueError for a name that is none or two of the adapters', and for what is no mask of a square picture.
+    `shape` are height and width of the pictures, or their proportions; None: only the base knows them. Raises
+    ValueError for a name that is none or two of the adapters', and for what is no mask of such a picture.
     """
     names, found = [path.stem for path in adapters], {}
     for text in texts:
@@ -24,14 +27,15 @@ def asked_regions(texts: Sequence[str], adapters: Sequence[Path]) -> dict[int, I
             raise ValueError(f"--region {text}: there is no adapter '{name}'; loaded: {', '.join(names)}.")
         if names.count(name) > 1 or names.index(name) in found:
             raise ValueError(f"--region {text}: '{name}' is there twice; give every file a name and a mask of its own.")
-        found[names.index(name)] = _read(name, Path(file).expanduser())
+        found[names.index(name)] = _read(name, Path(file).expanduser(), shape)
     return found
 
 
-def _read(name: str, path: Path) -> Image.Image:
+def _read(name: str, path: Path, shape: tuple[int, int] | None) -> Image.Image:
     try:
         mask = read_layer(path)
     except PictureError as error:
         raise ValueError(f"--region: {error}") from error
-    refuse_other_shape(name, np.asarray(mask), 1, 1)  # what is drawn here is square
+    if shape is not None:
+        refuse_other_shape(name, np.asarray(mask), *shape)
     return mask

@@ -42,7 +42,7 @@ def order_of(config: GenerateConfig) -> Order:
                 "or train it again with --everywhere."
             )
     prompts = [_checked(prompt, chosen, config.any_prompt) for prompt in config.prompt]
-    masks = asked_regions(config.region, [one.path for one in chosen])
+    masks = asked_regions(config.region, [one.path for one in chosen], _shape(config))
     loras = [_lora(text) for text in config.lora]
     base = base_of(config, chosen)
     place_of(base)
@@ -63,6 +63,14 @@ def _checked(prompt: str, chosen: Sequence[Chosen], any_prompt: bool) -> str:
         return prompt
     wanted = " or ".join(f"'{subject.phrase}'" for subject in subjects)
     raise ValueError(f"The prompt '{prompt}' does not name the subject: write {wanted}, or allow it with --any_prompt.")
+
+
+def _shape(config: GenerateConfig) -> tuple[int, int] | None:
+    """Height and width of the pictures, or their proportions; None where a side is the base's own."""
+    height, width = config.height or config.resolution, config.width or config.resolution
+    if height is None and width is None:
+        return 1, 1
+    return (height, width) if height and width else None
 
 
 def _reference(path: Path) -> Image.Image:

@@ -41,6 +41,7 @@ class Sampling:
     negative_prompt: str | None = None
     resolution: int | None = None
     batch_size: int = 4
+    size: tuple[int, int] | None = None  # height and width, if they were asked for; else squares
 
 
 def sampling_of(config: SamplingSettings, batch_size: int, base: str, pipe: DiffusionPipeline) -> Sampling:
@@ -57,7 +58,8 @@ def sampling_of(config: SamplingSettings, batch_size: int, base: str, pipe: Diff
 
 def made_by(pipe: DiffusionPipeline, base: str, sampling: Sampling) -> dict:
     """What a picture says of how it was made, beside its prompt, its seed and its adapters."""
-    return {
+    size = dict(zip(("height", "width"), sampling.size or (), strict=False))
+    return size | {
         "negative_prompt": sampling.negative_prompt or "",
         "num_inference_steps": sampling.num_inference_steps,
         "guidance_scale": sampling.guidance_scale,
@@ -107,6 +109,7 @@ def draw(
     `words` are those of the adapters that are to act only where these are looked at (`keep_background`).
     """
     family, side = family_of(pipe), sampling.resolution or bases.native_resolution(pipe)
+    height, width = sampling.size or (side, side)
     for start in range(0, len(drawings), sampling.batch_size):
         batch = drawings[start : start + sampling.batch_size]
         subtracted = sampling.negative_prompt or family.nothing
@@ -116,8 +119,8 @@ def draw(
             drawn = pipe(
                 prompt=[drawing.prompt for drawing in batch],
                 **(family.negative(pipe, away) if away else {}),
-                height=side,
-                width=side,
+                height=height,
+                width=width,
                 **family.drawing(pipe),
                 num_inference_steps=sampling.num_inference_steps,
                 **family.guided(sampling.guidance_scale),

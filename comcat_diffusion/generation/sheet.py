@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-CELL = 144  # least side of a picture on the sheet, pixels
+CELL = 144  # least width and height of a picture on the sheet, pixels
 LEAST_WIDTH = 460  # of a sheet that says how it was made
 GAP, LINE = 6, 18
 INK, PAPER, QUIET = (25, 25, 30), (255, 255, 255), (95, 95, 103)
@@ -23,16 +23,16 @@ def contact_sheet(
     rows: list[Row], prompts: list[str], seeds: int, footer: str = "", references: Sequence[Image.Image] = ()
 ) -> Image.Image:
     """Rows of pictures; the columns are prompts, each `seeds` pictures wide, behind one of the subject itself."""
-    side = max(CELL, rows[0].pictures[0].width)
+    wide, high = _cell(rows[0].pictures[0])
     font, small = ImageFont.load_default(15), ImageFont.load_default(13)
-    group = seeds * (side + GAP)
+    group = seeds * (wide + GAP)
     heads = [_wrapped(prompt, small, group - 2 * GAP) for prompt in prompts]
-    first = 2 * GAP + (side + 2 * GAP) * bool(references)
+    first = 2 * GAP + (wide + 2 * GAP) * bool(references)
     left = first + max((int(font.getlength(row.name)) for row in rows), default=0) + 2 * GAP
     top = GAP + LINE * max(len(lines) for lines in heads) + 2 * GAP
     width = max(left + len(prompts) * (group + GAP), LEAST_WIDTH if footer else 0)
     told = _wrapped(footer, small, width - 4 * GAP) if footer else []
-    bottom = top + len(rows) * (side + GAP) + GAP
+    bottom = top + len(rows) * (high + GAP) + GAP
     sheet = Image.new("RGB", (width, bottom + len(told) * LINE + GAP * bool(told)), PAPER)
     pen = ImageDraw.Draw(sheet)
     for index, lines in enumerate(heads):
@@ -41,13 +41,13 @@ def contact_sheet(
     if references:
         _write(pen, (2 * GAP, top - 2 * GAP - LINE), ["the subject"], QUIET, small)
     for number, row in enumerate(rows):
-        down = top + number * (side + GAP)
-        pen.text((first, down + side // 2 - 9), row.name, QUIET, font)
+        down = top + number * (high + GAP)
+        pen.text((first, down + high // 2 - 9), row.name, QUIET, font)
         for own in references[number : number + 1]:
-            sheet.paste(_square(own, side), (2 * GAP, down))
+            sheet.paste(_whole(own, (wide, high)), (2 * GAP, down))
         for column, picture in enumerate(row.pictures):
-            across = left + column * (side + GAP) + (column // seeds) * GAP
-            sheet.paste(_enlarged(picture, side), (across, down))
+            across = left + column * (wide + GAP) + (column // seeds) * GAP
+            sheet.paste(_enlarged(picture, (wide, high)), (across, down))
     _write(pen, (2 * GAP, bottom), told, QUIET, small)
     return sheet
 
@@ -72,14 +72,20 @@ def _write(
         pen.text((place[0], place[1] + number * LINE), line, colour, font)
 
 
-def _enlarged(picture: Image.Image, side: int) -> Image.Image:
-    return picture if picture.width == side else picture.resize((side, side), Image.BICUBIC)
+def _cell(picture: Image.Image) -> tuple[int, int]:
+    """Width and height of all pictures on a sheet, in the proportions of one of them."""
+    scale = max(1.0, CELL / min(picture.size))
+    return round(picture.width * scale), round(picture.height * scale)
 
 
-def _square(picture: Image.Image, side: int) -> Image.Image:
+def _enlarged(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return picture if picture.size == size else picture.resize(size, Image.BICUBIC)
+
+
+def _whole(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """The whole of it, on paper."""
-    small = ImageOps.contain(picture.convert("RGB"), (side, side), Image.BICUBIC)
-    return ImageOps.pad(small, (side, side), color=PAPER)
+    small = ImageOps.contain(picture.convert("RGB"), size, Image.BICUBIC)
+    return ImageOps.pad(small, size, color=PAPER)
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -9,7 +9,7 @@ from comcat_diffusion import atomic
 from comcat_diffusion.adapters.header import AdapterFileError, Header, kind_of, picture_of, read_adapter
 from comcat_diffusion.export.fit import is_exact, waits
 from comcat_diffusion.places import is_embedded, public_name
-from comcat_diffusion.ui import presets
+from comcat_diffusion.ui import bases_here, presets
 from comcat_diffusion.ui.jobs import Unknown
 from comcat_diffusion.ui.uploads import clean_name, unique
 from comcat_diffusion.words import is_style
@@ -111,6 +111,7 @@ def _card(id: str, path: Path) -> Iterator[dict]:
         "others": notes.others,
         "base": public_name(base) if base else "",
         "bytes": path.stat().st_size,
+        "steps": bases_here.steps_of(base) or bases_here.USUAL,
         "kind": kind_of(denoiser),
         "rank": denoiser.get("r"),
         "waits": waits(header),

@@ -51,7 +51,7 @@ def build(config: UiConfig, work: Work | None = None) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if work is None and studio.teaches:
-            threading.Thread(target=_warm, daemon=True).start()
+            threading.Thread(target=training.warm, daemon=True).start()
         yield
         studio.queue.close()
         lock.close()
@@ -123,11 +123,6 @@ def _texts(asked: Asked) -> dict:
     about = {"language": asked.language, "version": __version__, "teaches": asked.studio.teaches}
     about |= {"languages": texts.LANGUAGES, "labels": texts.labels(asked.language)}
     return about | {"page": texts.page(asked.language)}
-
-
-def _warm() -> None:
-    """Import what looking images over takes, while somebody reads the page."""
-    import comcat_diffusion.training.validate  # noqa: F401
 
 
 def _hold(folder: Path) -> object:

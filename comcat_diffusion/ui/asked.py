@@ -1,5 +1,6 @@
 """A request as the page's functions take it, and their answers as a browser gets them: JSON, files, or one sentence."""
 
+import functools
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from comcat_diffusion.ui import texts, uploads
+from comcat_diffusion.ui import sentences, texts, uploads
 from comcat_diffusion.ui.config import UiConfig
 from comcat_diffusion.ui.images import ImageSet
 from comcat_diffusion.ui.jobs import Job, NotYours, Queue, Unknown
@@ -76,7 +77,8 @@ class Asked:
         value = self.content.get(name, default) if isinstance(self.content, dict) else default
         if value is default or type(value) is kind or (kind is float and type(value) is int):
             return value
-        raise Refused(f"{name} is not what it should be.", name)
+        told = f"--{name} must be a whole number." if kind is int else f"{name} is not what it should be."
+        raise Refused(told, name)
 
 
 Function = Callable[[Asked], object]
@@ -86,6 +88,7 @@ def route(path: str, method: str, function: Function, upload: str = "") -> Route
     """A route whose function is called in a thread, with the JSON or the upload that a request brings."""
 
     async def answer(request: Request) -> Response:
+        told = functools.partial(said, request)
         language = request.query_params.get("lang") or request.cookies.get("studio_language") or ""
         if language not in texts.LANGUAGES:
             language = texts.asked_language(request.headers.get("accept-language", ""))
@@ -101,23 +104,29 @@ def route(path: str, method: str, function: Function, upload: str = "") -> Route
             )
             found = await run_in_threadpool(function, asked)
         except NotYours as error:
-            return said(403, str(error))
+            return told(403, sentences.said(str(error), language))
         except Unknown as error:
-            return said(404, str(error.args[0]))
+            return told(404, sentences.said(str(error.args[0]), language))
         except uploads.TooLarge as error:
-            return said(413, str(error))
+            return told(413, sentences.said(str(error), language))
         except (ValueError, OSError, ImportError) as error:
-            told = refused(error, language)
+            one = refused(error, language)
             folder = request.app.state.studio.folder
-            return said(422, told.message.replace(f"{folder}/", ""), told.field)
+            return told(422, one.message.replace(f"{folder}/", ""), one.field)
         return found if isinstance(found, Response) else JSONResponse(found)
 
     return Route(path, answer, methods=[method])
 
 
-def said(status: int, message: str, field: str | None = None) -> Response:
-    """A sentence as an answer, and the field that it is about."""
-    return JSONResponse({"message": message, "field": field}, status)
+def said(request: Request, status: int, message: str, field: str | None = None) -> Response:
+    """A sentence as an answer, and the field that it is about.
+
+    To the page's own script the status is told beside an answer that is none of an error: browsers write every such one
+    into their console, whoever shows it.
+    """
+    aside = request.headers.get("x-studio") == "page"
+    headers = {"x-status": str(status)} if aside else {}
+    return JSONResponse({"message": message, "field": field}, 200 if aside else status, headers)
 
 
 def file(path: Path, name: str = "") -> Response:

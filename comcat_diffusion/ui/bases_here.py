@@ -9,10 +9,11 @@ from pathlib import Path
 from comcat_diffusion.config import EMBEDDED, is_hub_id
 from comcat_diffusion.families.family import UNET
 from comcat_diffusion.families.known import family_in
-from comcat_diffusion.places import assets
+from comcat_diffusion.places import assets, place_of
 from comcat_diffusion.ui.settings import Refused
 
 FOLDER = "bases"  # inside the page's folder
+USUAL = 512, 64  # side and step of the pictures of Stable Diffusion; the step is one of every family
 _LICENSE = re.compile(r"^license(?:_name)?:\s*[\"']?([\w.\- ]+)", re.MULTILINE)
 
 
@@ -60,6 +61,37 @@ def wanted(id: object) -> str:
     if not proper:
         raise Refused("A name on the hub reads owner/name, as in stable-diffusion-v1-5/stable-diffusion-v1-5.", "hub")
     return id
+
+
+def steps_of(name: str | None) -> tuple[int, int] | None:
+    """(side, step) in pixels of what a base draws: the side of its squares, and what sides are multiples of.
+
+    None where its configurations are not at hand as files.
+    """
+    folder = _configs_of(name) if name else None
+    try:
+        index = json.loads((folder / "model_index.json").read_text("utf-8")) if folder else {}
+        family = family_in(index.get("_class_name", ""), {})
+        if family is None:
+            return None
+        seer, vae = (json.loads((folder / part / "config.json").read_text("utf-8")) for part in (family.part, "vae"))
+        return family.native(seer, vae), family.grain(seer, family.factor(vae))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _configs_of(name: str) -> Path | None:
+    """The folder of a base by the name that an adapter calls it, if it is on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        path = place_of(name)
+    except OSError:
+        return None
+    if path.is_dir():
+        return path
+    found = None if path.is_file() else try_to_load_from_cache(name, "model_index.json")
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _cached() -> Iterator[Base]:

@@ -3,13 +3,15 @@
 import base64
 import binascii
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
 from starlette.routing import Route
 
 from comcat_diffusion import atomic
-from comcat_diffusion.config import flag_of, require_scale
+from comcat_diffusion.adapters.header import read_adapter
+from comcat_diffusion.config import EMBEDDED, flag_of, require_scale
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.infotext import sampler_name
 from comcat_diffusion.ui import adapters, bases_here, settings
@@ -34,7 +36,16 @@ TO_ALL = ("seed",)
 def form(asked: Asked) -> dict:
     """Everything that the page has to know to ask for pictures."""
     groups = settings.asked_of(GenerateConfig, asked.language) if asked.studio.teaches else []
-    own = ("negative_prompt", "resolution", "scheduler", "seed", "num_inference_steps", "guidance_scale")
+    own = (
+        "negative_prompt",
+        "resolution",
+        "height",
+        "width",
+        "scheduler",
+        "seed",
+        "num_inference_steps",
+        "guidance_scale",
+    )
     shown = {one["name"]: one for group in groups for one in group["fields"] if one["name"] in own}
     left = [group | {"fields": [f for f in group["fields"] if f["name"] not in own]} for group in groups]
     return {
@@ -42,6 +53,7 @@ def form(asked: Asked) -> dict:
         "groups": [group for group in left if group["fields"]],
         "schedulers": [{"name": sampler_name(one, _ALGORITHM.get(one, {})), "value": one} for one in SCHEDULERS],
         "known": [flag_of(item) for item in fields(GenerateConfig)],
+        "steps": bases_here.steps_of(EMBEDDED),
     }
 
 
@@ -51,7 +63,7 @@ def draw(asked: Asked) -> dict:
 
     studio = asked.studio
     chosen = [_chosen(asked, one) for one in asked.value("adapters", list, [])]
-    strengths = [_strength(one) for one in asked.value("strengths", list, [1.0])] or [1.0]
+    strengths = [_strength(one, "strengths") for one in asked.value("strengths", list, [1.0])] or [1.0]
     typed = asked.value("settings", dict, {})
     if not studio.teaches and set(typed) - set(TO_ALL):
         raise Refused("These settings are not offered here.")
@@ -68,6 +80,9 @@ def draw(asked: Asked) -> dict:
     if asked.value("base", str, "") or not chosen:
         id = asked.value("base", str, "") or "embedded"
         request["base"] = bases_here.asked(id, studio.folder, studio.allowed).name
+    _refuse_off_grain(
+        request["settings"], request["base"] or (read_adapter(chosen[0][1]).base_model if chosen else None)
+    )
     if not 1 <= request["num_images"] * len(request["strengths"]) <= MOST_PICTURES:
         raise Refused(f"Ask for 1 to {MOST_PICTURES} pictures at once.", "num_images")
 
@@ -80,6 +95,14 @@ def draw(asked: Asked) -> dict:
 
     title = request["prompt"][:100] or "pictures"
     return {"id": studio.queue.add("draw", title, asked.owner, request, prepare).id}
+
+
+def _refuse_off_grain(found: Mapping[str, object], base: str | None) -> None:
+    """Say at once what the base would, were it loaded. Raises Refused."""
+    _, step = bases_here.steps_of(base) or (0, 1)
+    for flag in ("height", "width"):
+        if found.get(flag, step) % step:
+            raise Refused(f"--{flag} {found[flag]} must be a multiple of {step} for this base.", flag)
 
 
 def gallery(asked: Asked) -> list[dict]:
@@ -120,8 +143,8 @@ def read_back(asked: Asked) -> dict:
             used.append({"id": id, "scale": one.get("scale", 1.0)})
         else:
             missing.append(str(one.get("file", ""))[:200])
-    typed = {name: about[name] for name in ("seed", "num_inference_steps", "guidance_scale", "resolution", "scheduler")
-             if about.get(name) is not None}  # fmt: skip
+    names = ("seed", "num_inference_steps", "guidance_scale", "resolution", "height", "width", "scheduler")
+    typed = {name: about[name] for name in names if about.get(name) is not None}
     if about.get("negative_prompt"):
         typed["negative_prompt"] = about["negative_prompt"]
     typed |= {} if "keep_background" in about or "adapters" not in about else {"keep_background": False}
@@ -158,10 +181,13 @@ def _chosen(asked: Asked, one: object) -> tuple[str, Path, float, bytes | None]:
     return told["id"], path, _strength(scale), _region(region) if region else None
 
 
-def _strength(value: object) -> float:
+def _strength(value: object, field: str = "scale") -> float:
     if type(value) not in (int, float):
-        raise Refused("The strength must be a number.", "scale")
-    require_scale(value)
+        raise Refused("The strength must be a number.", field)
+    try:
+        require_scale(value)
+    except ValueError as error:
+        raise Refused(str(error), field) from error
     return float(value)
 
 

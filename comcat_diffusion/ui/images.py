@@ -25,6 +25,7 @@ from comcat_diffusion.ui.uploads import clean_name, unique
 
 MOST = 200  # images of a set
 LARGE, SMALL = 1280, 400  # longest sides in pixels of what the page shows
+MASKS = ("", "drawn", "given", "base", "rembg")  # whose it is
 LEAST_SIDE = 64  # pixels of a crop
 
 
@@ -39,7 +40,7 @@ class Picture:
     size: tuple[int, int] = (0, 0)
     caption: str = ""
     crop: tuple[int, int, int] | None = None  # left, top, side; None: as the training cuts it
-    mask: str = ""  # "": none; drawn, given, base
+    mask: str = ""  # "": none; drawn, given, base, rembg
     left_out: bool = False
     notes: list[str] = field(default_factory=list)
     problem: str = ""  # why it cannot be trained on
@@ -75,8 +76,10 @@ class ImageSet:
 
     @property
     def files(self) -> dict[str, int]:
-        """The number of every image by the name of its file in training/."""
-        return {_file_of(one): one.number for one in self.pictures if not one.problem}
+        """The number of every image by the names of its file and its mask's in training/."""
+        pictures = [one for one in self.pictures if not one.problem]
+        masks = {_mask_file_of(one): one.number for one in pictures if one.mask}
+        return {_file_of(one): one.number for one in pictures} | masks
 
     def picture(self, number: int) -> Picture:
         """The image of this number. Raises Unknown."""
@@ -128,14 +131,14 @@ class ImageSet:
             _save(mask.resize(_within(picture.size, LARGE), Image.Resampling.BILINEAR), self.shown(number, "mask"))
             self.change(number, mask=kind)
 
-    def set_part_of_mask(self, number: int, mask: Image.Image) -> None:
-        """Give an image the mask that the base found in it, or in its crop. White is what is learned."""
+    def set_part_of_mask(self, number: int, mask: Image.Image, kind: str) -> None:
+        """Give an image the mask that was found in it, or in its crop. White is what is learned."""
         picture = self.picture(number)
         whole = Image.new("L", picture.size)
         whole.paste(mask, _box(picture)[:2] if picture.crop else (0, 0))
         content = io.BytesIO()
         whole.save(content, "PNG")
-        self.set_mask(number, content.getvalue(), "base")
+        self.set_mask(number, content.getvalue(), kind)
 
     def change(self, number: int, **new: object) -> None:
         """Set the caption, the crop, the mask's kind or whether an image is left out."""
@@ -195,7 +198,7 @@ class ImageSet:
         if picture.mask:
             with Image.open(self.shown(picture.number, "mask")) as mask:
                 whole = mask.convert("L").resize(picture.size, Image.Resampling.BILINEAR)
-            _save(whole.crop(_box(picture)) if picture.crop else whole, target / f"{picture.name}-mask.png")
+            _save(whole.crop(_box(picture)) if picture.crop else whole, target / _mask_file_of(picture))
 
     def _add_caption(self, stem: str, called: str, content: bytes) -> None:
         for picture in self.pictures:
@@ -238,7 +241,7 @@ def _checked(picture: Picture, name: str, value: object) -> object:
         return " ".join(value.split())[:1000]
     if name == "left_out" and isinstance(value, bool):
         return value
-    if name == "mask" and value in ("", "drawn", "given", "base"):
+    if name == "mask" and value in MASKS:
         return value
     if name == "crop" and value is None:
         return None
@@ -264,6 +267,10 @@ def _mask_of(name: str, pictures: list[Picture]) -> Picture | None:
 
 def _file_of(picture: Picture) -> str:
     return f"{picture.name}{'.png' if picture.crop else picture.ending}"
+
+
+def _mask_file_of(picture: Picture) -> str:
+    return f"{picture.name}-mask.png"
 
 
 def _box(picture: Picture) -> tuple[int, int, int, int]:

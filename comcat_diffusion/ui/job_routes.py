@@ -41,6 +41,9 @@ def told(asked: Asked, job: Job) -> dict:
     if "message" in status:
         status |= vars(refused(ValueError(asked.bare(status["message"], job.folder)), asked.language))
     found |= {name: value for name, value in status.items() if name != "resume"}
+    if "said" in found.get("result", {}):
+        lines = [refused(ValueError(line), asked.language).message for line in found["result"]["said"]]
+        found["result"] = found["result"] | {"said": [line for line in lines if not line.startswith("Wrote ")]}
     found["position"] = asked.studio.queue.position(job) if status["state"] == jobs.QUEUED else 0
     if about["kind"] == "train":
         drawn = [one for one in samples(job.folder / "samples") if one["prompt"] == 0]
@@ -51,7 +54,7 @@ def told(asked: Asked, job: Job) -> dict:
 
 
 def show(asked: Asked) -> dict:
-    """A job with all that its own page shows; of its losses those after a step."""
+    """A job with all that its own page shows; of its losses those from a step on."""
     job = asked.job()
     found = told(asked, job)
     log = job.folder / jobs.LOG
@@ -59,8 +62,9 @@ def show(asked: Asked) -> dict:
     found["log"] = [refused(ValueError(asked.bare(line, job.folder)), asked.language).message for line in lines]
     if found["kind"] == "train":
         request = job.asked["request"]
-        found["losses"] = losses(job.folder / "metrics.jsonl", _number(asked.query.get("after", "0")))
+        found["losses"] = losses(job.folder / "metrics.jsonl", _number(asked.query.get("from", "0")))
         found["samples"] = samples(job.folder / "samples")
+        found["sheet"] = next(iter(sorted(_sheets(job.folder), reverse=True)), "")
         found["request"] = {name: request[name] for name in ("aims", "typed", "images", "base", "word", "what")}
         found["prompt"] = (request["settings"].get("validation_prompt") or [request["settings"]["instance_prompt"]])[0]
         base = request["settings"].get("pretrained_model_name_or_path") or ""
@@ -71,12 +75,15 @@ def show(asked: Asked) -> dict:
     return found
 
 
-def losses(path: Path, after: int) -> list[dict]:
-    """The lines of a run's metrics after a step; one that is being written is none yet."""
+def losses(path: Path, first: int) -> list[dict]:
+    """The lines of a run's metrics from a step on, whose held-out loss comes in a line of its own, a while later.
+
+    One that is being written is none yet.
+    """
     lines = path.read_text("utf-8").rpartition("\n")[0].splitlines() if path.is_file() else []
     records = [json.loads(line) for line in lines]
     kept = ("step", "loss", "held_out_loss", "learning_rate")
-    return [{name: one[name] for name in kept if name in one} for one in records if one["step"] > after]
+    return [{name: one[name] for name in kept if name in one} for one in records if one["step"] >= first]
 
 
 def samples(folder: Path) -> list[dict]:
@@ -84,6 +91,11 @@ def samples(folder: Path) -> list[dict]:
     found = [_SAMPLE.fullmatch(path.name) for path in folder.glob("step-*.png")] if folder.is_dir() else []
     told = [{"file": f"samples/{one[0]}"} | _numbers(one) for one in found if one]
     return sorted(told, key=lambda one: (one["step"], one["prompt"], one["seed"]))
+
+
+def _sheets(folder: Path) -> list[str]:
+    """The contact sheets of a run, one for each round of samples."""
+    return [f"samples/{path.name}" for path in folder.glob("samples/step-??????.png")]
 
 
 def stop(asked: Asked) -> dict:

@@ -22,6 +22,7 @@ SHELVES = {
     "train": "runs",
     "draw": "pictures",
     "outline": "work",
+    "cutout": "work",
     "fetch": "work",
     "export": "work",
     "push": "work",

@@ -38,7 +38,7 @@ class Progress:
         self.job, self.rounds, self.clock, self.parent = job, rounds, clock, os.getppid()
         self.begun = self.since = clock()
         self.name, self.over = "loading", {}  # the phase, and by name the seconds of all that are over
-        self.before = self.done = self.total = 0  # steps: of an earlier run, so far, in all
+        self.before = self.done = self.total = 0  # steps, or bytes: of an earlier run, so far, in all
         self.interrupted = self.paused = False
         self.peak_bytes, self._written = 0, float("-inf")
         self._write()
@@ -61,8 +61,8 @@ class Progress:
 
     def count(self, done: int, total: int, peak_bytes: int = 0) -> None:
         """So many of so many are done."""
-        if not self.total:
-            self.before = done - 1
+        if not self.total:  # of a download, what is there when it is first told of may be of an earlier one
+            self.before = done - (self.name != "fetching")
         self.done, self.total, self.peak_bytes = done, total, max(peak_bytes, self.peak_bytes)
         if self.clock() - self._written >= PAUSE_SECONDS or done == total:
             self._write()
@@ -71,7 +71,7 @@ class Progress:
     @property
     def seconds_left(self) -> float | None:
         """How long it will take; None as long as nothing is known."""
-        if not self.total:
+        if not self.total or self.done <= self.before:
             return None
         each = sum(self._spent(name) for name in COUNTED) / (self.done - self.before)
         left = each * (self.total - self.done)

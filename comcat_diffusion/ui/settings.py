@@ -11,7 +11,7 @@ from typing import get_type_hints
 from comcat_diffusion.config import fields_by_group, flag_of, value_type
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.ui import texts
+from comcat_diffusion.ui import sentences, texts
 
 # What the page asks for in its own way, or decides itself: every run has a folder of its own.
 OWN = (
@@ -36,6 +36,7 @@ _FIELDS = {
     "instance_prompt": "word", "trigger": "word", "class_word": "what", "pretrained_model_name_or_path": "base",
     "as": "file", "adapter": "adapters",
 }  # fmt: skip
+_ABOUT = {"The prompt '": "prompt"}  # how sentences begin that are about another field than the first that they name
 PAGE_DEFAULTS = {"num_validation_images": 2, "checkpoints_total_limit": 1}  # where the page's are others
 _FLAG = re.compile(r"--(no-)?([a-z][a-z0-9_]*)")
 
@@ -105,12 +106,16 @@ def _typed(flag: str, value: object, kind: type, several: bool) -> object:
 
 
 def refused(error: Exception, language: str) -> Refused:
-    """An error of a command as the page says it: with its own labels, and the field that it is about."""
+    """An error of a command as the page says it: in its language, with its labels, and the field that it is about."""
     if isinstance(error, OSError) and error.strerror and error.filename is None:
         said = error.strerror
     else:
         said = " ".join(str(error).split())
     known = {flag_of(item) for kind in (TrainConfig, GenerateConfig) for item in fields(kind)}
     flags = [name for _, name in _FLAG.findall(said) if name in known]
-    field = getattr(error, "field", None) or (_FIELDS.get(flags[0], flags[0]) if flags else None)
-    return Refused(_FLAG.sub(lambda found: texts.quoted_label(found[2], language, known), said), field)
+    about = [name for start, name in _ABOUT.items() if said.startswith(start)]
+    field = (
+        getattr(error, "field", None) or next(iter(about), None) or (_FIELDS.get(flags[0], flags[0]) if flags else None)
+    )
+    told = _FLAG.sub(lambda found: texts.quoted_label(found[2], language, known), sentences.said(said, language))
+    return Refused(told, field)

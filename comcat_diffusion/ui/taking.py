@@ -8,11 +8,11 @@ from starlette.routing import Route
 from comcat_diffusion.adapters.header import read_adapter
 from comcat_diffusion.export import fit
 from comcat_diffusion.export.clients import CLIENTS
-from comcat_diffusion.ui import adapters
+from comcat_diffusion.ui import adapters, texts
 from comcat_diffusion.ui import asked as asking
 from comcat_diffusion.ui.asked import Asked
 from comcat_diffusion.ui.jobs import NotYours
-from comcat_diffusion.ui.settings import Refused
+from comcat_diffusion.ui.settings import Refused, refused
 
 # The programs that read the file as it is, see README's table, by the key of what the page says of them.
 AS_IT_IS = ("here", "comfyui-node", "forge-extension")
@@ -50,8 +50,9 @@ def programs(asked: Asked) -> dict:
             fit.refuse_exact(header, path)
         able, why = True, ""
     except ValueError as error:
-        able, why = False, str(error).replace(str(path), path.name)
-    loras = [{"client": name, "name": one.name, "place": one.loras} for name, one in CLIENTS.items()]
+        able, why = False, refused(ValueError(str(error).replace(str(path), path.name)), asked.language).message
+    every = texts.page(asked.language)["every_program"]
+    loras = [{"client": key, "name": every if key == "all" else one.name} for key, one in CLIENTS.items()]
     return {"as_it_is": AS_IT_IS, "loras": loras, "exact": exact, "able": able, "why": why,
             "push": asked.studio.config.is_local}  # fmt: skip
 
@@ -68,6 +69,8 @@ def export(asked: Asked) -> dict:
 
 def push(asked: Asked) -> dict:
     """It on the hub, by whoever is logged in on this machine, and so from this machine alone; as a job."""
+    from huggingface_hub.errors import HFValidationError
+
     from comcat_diffusion.export.shareable import refuse_unshareable
 
     if not asked.studio.config.is_local:
@@ -77,7 +80,8 @@ def push(asked: Asked) -> dict:
     try:
         refuse_unshareable(repo, path, sheet)
     except ValueError as error:
-        raise Refused(str(error), "repo_id") from error
+        told = "A name on the hub reads owner/name, with letters, digits, dashes and dots."
+        raise Refused(told if isinstance(error, HFValidationError) else str(error), "repo_id") from error
     request = {"file": str(path), "repo_id": repo, "private": asked.value("private", bool, True),
                "sheet": str(sheet) if sheet else ""}  # fmt: skip
     return {"id": asked.studio.queue.add("push", repo, asked.owner, request, lambda folder: None).id}

@@ -115,9 +115,22 @@ def outline(job: Job) -> dict:
     progress.phase("drawing")
     for done, number in enumerate(numbers, start=1):
         mask = outlined(pipe, images.upright(number), Subject(request["word"], request["what"]))
-        images.set_part_of_mask(number, mask)
+        images.set_part_of_mask(number, mask, "base")
         progress.count(done, len(numbers))
     return {"numbers": numbers}
+
+
+def cutout(job: Job) -> dict:
+    """Let rembg cut the subject out of images that have no mask."""
+    from comcat_diffusion.ui.cutouts import Cutter
+
+    request, progress = job.asked["request"], Progress(job)
+    images, cutter = ImageSet(job.folder.parent.parent / "images" / request["set"]), Cutter(request["download"])
+    progress.phase("drawing")
+    for done, number in enumerate(request["numbers"], start=1):
+        images.set_part_of_mask(number, cutter.mask(images.upright(number)), "rembg")
+        progress.count(done, len(request["numbers"]))
+    return {"numbers": request["numbers"]}
 
 
 def caption(job: Job) -> dict:
@@ -188,5 +201,5 @@ def _command(job: Job, arguments: list[str]) -> list[str]:
 
 TASKS: dict[str, Callable[[Job], dict]] = {
     "train": train, "draw": draw, "outline": outline, "fetch": fetch, "export": export, "push": push,
-    "caption": caption,
+    "caption": caption, "cutout": cutout,
 }  # fmt: skip

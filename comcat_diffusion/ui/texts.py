@@ -44,6 +44,11 @@ def group(title: str, language: str) -> str:
     return _all()[language]["groups"].get(title, title)
 
 
+def table(language: str, name: str) -> dict[str, str]:
+    """One of the tables of a language; empty where it has none."""
+    return _all()[language].get(name, {})
+
+
 def asked_language(header: str) -> str:
     """The first language of a browser's Accept-Language that the page speaks, else English."""
     for part in header.split(","):

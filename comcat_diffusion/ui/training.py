@@ -14,13 +14,14 @@ from comcat_diffusion.ui import asked as asking
 from comcat_diffusion.ui import bases_here, presets, settings
 from comcat_diffusion.ui.asked import Asked
 from comcat_diffusion.ui.captioning import captioner_here
+from comcat_diffusion.ui.cutouts import MEGABYTES, model_here, rembg_here
 from comcat_diffusion.ui.images import copied
 from comcat_diffusion.ui.settings import Refused
 from comcat_diffusion.ui.tasks import train_config
 from comcat_diffusion.words import is_everyday
 
 ROUND = (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500)  # steps between samples
-_ONE_AT_A_TIME = threading.Lock()  # the looking over holds whole pictures
+_ONE_AT_A_TIME = threading.Lock()  # the looking over holds whole pictures, and diffusers is no two threads' to import
 
 
 def subject_in(asked: Asked) -> tuple[str, str]:
@@ -50,12 +51,12 @@ def asked_settings(asked: Asked) -> dict[str, object]:
 
 def check(asked: Asked) -> dict:
     """All that `comcat validate` says, and of which images it says it."""
-    from comcat_diffusion.training.validate import validate
-
     images = asked.own_images(asked.value("images", str))
     sentence, folder = "", images.folder / "training"
     try:
         with _ONE_AT_A_TIME:
+            from comcat_diffusion.training.validate import validate
+
             found = asked_settings(asked)
             sentence = found["instance_prompt"]
             images.ready(sentence)
@@ -78,6 +79,12 @@ def check(asked: Asked) -> dict:
         ]
     word, _ = subject_in(asked)
     return told | {"sentence": sentence, "everyday": is_everyday(word)}
+
+
+def warm() -> None:
+    """Import what the looking over takes, while somebody reads the page."""
+    with _ONE_AT_A_TIME:
+        import comcat_diffusion.training.validate  # noqa: F401
 
 
 def _named(line: str, files: dict[str, int]) -> list[int]:
@@ -128,6 +135,7 @@ def form(asked: Asked) -> dict:
         "groups": settings.asked_of(TrainConfig, asked.language, bool(asked.studio.allowed)),
         "presets": presets.shown(),
         "captioner": captioner_here(asked.studio.folder) is not None,
+        "rembg": {"model": model_here() is not None, "megabytes": MEGABYTES} if rembg_here() else None,
         "known": [flag_of(item) for item in fields(TrainConfig)],
     }
 

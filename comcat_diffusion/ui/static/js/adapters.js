@@ -49,7 +49,7 @@ export async function adapterPage(content, name) {
   const make = async (client) => {
     const made = await attempt(() => api.post(`${api.adapterPath(card.id)}/export`, { client }));
     if (made) follow(made.id, (job) => [h("p", {}, t("made")), h("ul", { class: "files" }, job.result.files.map((one) => h("li", {}, h("a", { class: "button primary", href: `${api.fileOf(job.id, one)}?keep=1`, download: one }, icon("down"), one)))),
-      h("ul", { class: "said" }, job.result.said.filter((line) => !line.startsWith("Wrote")).map((line) => h("li", {}, line)))]);
+      h("ul", { class: "said" }, job.result.said.map((line) => h("li", {}, line)))]);
   };
   const follow = (jobId, done) => {
     watching();

@@ -68,7 +68,7 @@ function frame() {
 }
 
 function linkOf(job) {
-  return job.kind === "train" ? `#/${job.id}` : job.kind === "draw" ? "#/generate" : "#/adapters";
+  return job.kind === "train" ? `#/${job.id}` : job.kind === "draw" ? "#/generate" : ["export", "push"].includes(job.kind) ? "#/adapters" : "#/train";
 }
 
 function setTheme(name) {

@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { button, h, replace, replaceIfNew } from "./dom.js";
-import { attempt, confirmed, dialog, divider, empty } from "./parts.js";
+import { attempt, confirmed, dialog, divider, empty, whole } from "./parts.js";
 import { about, number, t, when } from "./texts.js";
 
 export async function galleryPage(content) {
@@ -30,7 +30,7 @@ export function show(one, ask = null) {
     if (ask) ask(wanted);
     else { sessionStorage.setItem("again", JSON.stringify(wanted)); location.hash = "#/generate"; }
   };
-  const box = dialog(one.prompt, h("div", { class: "one-picture" }, one.base ? divider(api.fileOf(job.id, one.base), own, one.prompt) : h("img", { class: "whole", src: own, alt: one.prompt }),
+  const box = dialog(one.prompt, h("div", { class: "one-picture" }, one.base ? divider(api.fileOf(job.id, one.base), own, one.prompt) : whole(own, one.prompt),
     h("dl", { class: "facts" }, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value)))))), [
     job.own ? button(t("delete"), { class: "quiet", onclick: async () => {
       if (!(await confirmed(t("delete_pictures", { n: job.pictures.length }), t("delete")))) return;

@@ -5,13 +5,14 @@ import * as api from "./api.js";
 import { button, h, icon, id, replace, replaceIfNew } from "./dom.js";
 import { show } from "./gallery.js";
 import { Painter } from "./painter.js";
-import { attempt, divider, empty, field, progress, say } from "./parts.js";
+import { attempt, divider, empty, fault, field, progress, say, whole } from "./parts.js";
 import { control, settingsForm } from "./settings.js";
 import { about, number, t } from "./texts.js";
 
 const COLOURS = ["#6246ea", "#d9730d", "#0f7b6c", "#c4286b"];
 const LIVE = ["queued", "running", "stopping"];
 const KEPT = "drawing";
+const SHAPES = ["1:1", "5:4", "4:3", "3:2", "16:9", "4:5", "3:4", "2:3", "9:16"]; // width to height
 
 export async function generatePage(content) {
   const [told, cards] = await Promise.all([api.get("/api/draw"), api.get("/api/adapters")]);
@@ -93,6 +94,7 @@ class GeneratePage {
       this.proposed = cards.length === 1 ? cards[0].prompt : cards.length ? `a photo of ${cards.map((card) => card.phrase).filter(Boolean).join(" and ")}` : "";
       this.prompt.value = this.proposed;
     }
+    this.sized();
     const style = cards.length > 0 && cards.every((card) => card.style);
     this.form?.fill(style ? { keep_background: false } : {});
     this.styled = style;
@@ -105,13 +107,15 @@ class GeneratePage {
   }
 
   drawRegions(cards) {
-    const key = cards.map((card) => card.id).join();
+    const [width, height] = this.size();
+    const key = JSON.stringify([cards.map((card) => card.id), width / height]);
     if (this.regionsFor === key) return;
+    const painted = this.painter && JSON.parse(this.regionsFor)[0].join() === cards.map((card) => card.id).join() ? this.painter : null;
     this.regionsFor = key;
     this.painter = null;
     if (cards.length < 2) { replace(this.regions); return; }
-    this.painter = new Painter({ width: 1, height: 1, label: t("regions"), layers: cards.map((card, n) => ({ name: card.phrase || card.name, colour: COLOURS[n % COLOURS.length] })) });
-    replace(this.regions, h("details", { class: "helper" }, h("summary", {}, t("regions")), h("p", { class: "help" }, t("regions_text")), this.painter.element));
+    this.painter = new Painter({ width, height, from: painted, label: t("regions"), layers: cards.map((card, n) => ({ name: card.phrase || card.name, colour: COLOURS[n % COLOURS.length] })) });
+    replace(this.regions, h("details", { class: "helper", open: Boolean(painted) }, h("summary", {}, t("regions")), h("p", { class: "help" }, t("regions_text")), this.painter.element));
   }
 
   promptPart() {
@@ -130,19 +134,85 @@ class GeneratePage {
     this.parts = [];
     const part = (name, more = {}) => {
       if (!fields[name]) return null;
-      const made = control({ ...fields[name], ...more }, this.values, () => this.keep());
+      const made = control({ ...fields[name], ...more }, this.values, () => { if (name === "width" || name === "height") this.typed(); this.keep(); });
       this.parts.push(made);
       return made.element;
     };
     const samplers = { kind: "text", choices: this.told.schedulers.map((one) => one.value), names: Object.fromEntries(this.told.schedulers.map((one) => [one.value, one.name])) };
     const seed = part("seed") || field("seed", t("seed"), h("input", { type: "number", min: 0, step: 1, oninput: (event) => { put(this.values, "seed", event.target.value === "" ? null : Number(event.target.value)); this.keep(); } }));
-    const box = h("div", { class: "card part" }, h("div", { class: "pair-fields" }, field("num_images", t("how_many"), this.count), seed), part("resolution", { slider: [64, 1536, 64] }),
+    const box = h("div", { class: "card part" }, h("div", { class: "pair-fields" }, field("num_images", t("how_many"), this.count), seed), this.shapePart(part),
       part("num_inference_steps"), part("guidance_scale"), part("scheduler", samplers),
       h("div", { class: "field switch" }, this.compare, h("label", { for: this.compare.id }, t("compare")), h("p", { class: "help" }, t("compare_help"))),
       h("div", { class: "field switch" }, this.live, h("label", { for: this.live.id }, t("live")), h("p", { class: "help" }, t("live_help"))),
       field("strengths", t("grid"), this.grid, t("grid_help")));
     this.parts.forEach((one) => one.fill({}));
     return box;
+  }
+
+  // The shape, and under it the sides in pixels that it makes with the area of the base's own square.
+  shapePart(part) {
+    if (!this.told.fields.width) return null;
+    this.shape = h("select", { onchange: () => { this.reshape(); this.keep(); } }, SHAPES.map((one) => h("option", { value: one }, one === "1:1" ? t("square") : one.replace(":", " : "))), h("option", { value: "" }, t("shape_own")));
+    this.sides = ["width", "height"].map((name) => part(name));
+    return h("div", { class: "shape" }, field("shape", t("shape"), this.shape, t("shape_help")), h("div", { class: "pair-fields" }, this.sides));
+  }
+
+  // A side was typed: the shape that is shown is that of both.
+  typed() {
+    this.shape.value = this.shapeOf(this.size());
+    this.drawRegions(this.chosenCards());
+  }
+
+  // [side, step] in pixels of the base that is drawn with.
+  steps() {
+    return this.chosenCards()[0]?.steps ?? this.told.steps;
+  }
+
+  size() {
+    const [side] = this.steps();
+    return [this.values.width || side, this.values.height || side];
+  }
+
+  // The sides, multiples of the step, that are nearest to a shape and to the area of the square; the shape counts twice.
+  sidesOf(shape) {
+    const [side, step] = this.steps();
+    const [wide, high] = shape.split(":").map(Number);
+    const near = (length) => [-1, 0, 1].map((n) => step * Math.max(1, Math.round(length / step) + n));
+    const far = ([w, h]) => 2 * Math.abs(Math.log((w * high) / (h * wide))) + Math.abs(Math.log((w * h) / (side * side)));
+    const all = near(side * Math.sqrt(wide / high)).flatMap((w) => near(side * Math.sqrt(high / wide)).map((h) => [w, h]));
+    return all.sort((one, other) => far(one) - far(other))[0];
+  }
+
+  // The shape of the sides that are there: the one that is chosen, if it is of these, else the first.
+  shapeOf([width, height]) {
+    const known = [this.shape.value, ...SHAPES].filter(Boolean);
+    return known.find((one) => String(this.sidesOf(one)) === String([width, height])) ?? "";
+  }
+
+  // Fill in the sides of the shape that is chosen; a square is what is drawn where none are given.
+  reshape() {
+    const shape = this.shape.value;
+    if (!shape) return;
+    const [width, height] = shape === "1:1" ? [null, null] : this.sidesOf(shape);
+    put(this.values, "width", width);
+    put(this.values, "height", height);
+    this.sized();
+  }
+
+  // Show the sides, and the shape that they are of; another base has other sides of that shape.
+  sized() {
+    if (!this.shape) return;
+    const [side, step] = this.steps();
+    if (this.sizedFor && this.sizedFor !== String([side, step]) && this.shape.value && this.shape.value !== "1:1") {
+      this.sizedFor = String([side, step]);
+      this.reshape();
+      return;
+    }
+    this.sizedFor = String([side, step]);
+    for (const input of this.element.querySelectorAll('[data-field="width"] input, [data-field="height"] input')) Object.assign(input, { min: step, step });
+    this.parts.forEach((one) => one.fill({ width: side, height: side }));
+    this.shape.value = this.shapeOf(this.size());
+    this.drawRegions(this.chosenCards());
   }
 
   advancedPart() {
@@ -170,11 +240,13 @@ class GeneratePage {
     this.chosen = new Map((wanted.adapters || []).map((one) => [one.id, one.scale]));
     this.jobId = wanted.job;
     Object.keys(this.values).forEach((name) => delete this.values[name]);
-    Object.assign(this.values, wanted.typed || {});
+    const { resolution, ...typed } = wanted.typed || {};
+    Object.assign(this.values, resolution ? { width: resolution, height: resolution } : {}, typed);
     this.prompt.value = wanted.prompt || "";
     if (this.negative) this.negative.value = this.values.negative_prompt || "";
     if (wanted.num_images) this.count.value = wanted.num_images;
     this.parts.forEach((one) => one.fill({}));
+    this.sizedFor = null; // these sides are meant as they are
     this.drawCards();
     if (start) this.draw();
   }
@@ -220,6 +292,7 @@ class GeneratePage {
     if (LIVE.includes(job.state)) {
       return h("div", { class: "card" }, progress(job), job.own ? button(t("cancel"), { class: "quiet small", onclick: () => attempt(() => api.post(`/api/jobs/${job.id}/cancel`)) }, "close") : null);
     }
+    if (job.state === "failed" && job.field) fault(this.element, job.field, job.message);
     if (job.state !== "done") return h("p", { class: `note ${job.state === "failed" ? "error" : "fact"}`, role: "alert" }, job.message || t(`state_${job.state}`));
     return this.pictures(job, job.result.pictures);
   }
@@ -230,7 +303,7 @@ class GeneratePage {
     const choose = (one) => {
       const own = api.fileOf(job.id, one.file);
       const label = `${one.prompt}, ${t("seed_n", { n: one.seed })}`;
-      replace(large, one.base ? divider(api.fileOf(job.id, one.base), own, label) : h("img", { class: "whole", src: own, alt: label }),
+      replace(large, one.base ? divider(api.fileOf(job.id, one.base), own, label) : whole(own, label),
         h("div", { class: "row" }, h("span", { class: "help" }, t("seed_n", { n: one.seed })), button(t("details"), { class: "small quiet", onclick: () => told(one) }, "info"),
           h("a", { class: "button small quiet", href: `${own}?keep=1`, download: "" }, icon("down"), h("span", {}, t("download")))));
       thumbs.querySelectorAll("button").forEach((thumb) => thumb.setAttribute("aria-pressed", String(thumb.dataset.file === one.file)));

@@ -5,13 +5,15 @@ import { t } from "./texts.js";
 
 const SIDE = 768; // longest side of a painting in pixels
 
-// `layers` are {name, colour}; one is painted at a time, and what one has no other has. `picture` may be none.
+// `layers` are {name, colour}; one is painted at a time, and what one has no other has. `picture` may be none; `from` is a
+// painter of another shape whose layers are taken over.
 export class Painter {
-  constructor({ picture, width, height, layers, label }) {
+  constructor({ picture, width, height, layers, label, from = null }) {
     const scale = SIDE / Math.max(width, height);
     this.width = Math.round(width * scale);
     this.height = Math.round(height * scale);
     this.layers = layers.map((layer) => ({ ...layer, canvas: this.canvas() }));
+    from?.layers.forEach((layer, n) => this.layers[n].canvas.getContext("2d").drawImage(layer.canvas, 0, 0, this.width, this.height));
     this.current = 0;
     this.erasing = false;
     this.size = Math.round(SIDE / 8);

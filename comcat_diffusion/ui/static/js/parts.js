@@ -66,12 +66,12 @@ export function dialog(title, content, buttons = [], wide = false) {
   return box;
 }
 
-export function confirmed(question, yes) {
+export function confirmed(question, yes, text = t("no_way_back"), danger = true) {
   return new Promise((answer) => {
     let told = false;
-    const box = dialog(question, h("p", {}, t("no_way_back")), [
+    const box = dialog(question, h("p", {}, text), [
       h("button", { type: "button", class: "button", onclick: () => box.close() }, t("no")),
-      h("button", { type: "button", class: "button danger", onclick: () => { told = true; box.close(); } }, yes),
+      h("button", { type: "button", class: `button ${danger ? "danger" : "primary"}`, onclick: () => { told = true; box.close(); } }, yes),
     ]);
     box.addEventListener("close", () => answer(told));
   });
@@ -102,11 +102,21 @@ export function state(job) {
   return h("span", { class: `state ${job.state}` }, t(`state_${job.state}`));
 }
 
+// An element as wide to its height as a picture is.
+function shape(element, picture) {
+  element.style.setProperty("--shape", String(picture.naturalWidth / picture.naturalHeight));
+}
+
+// A picture as large as there is room.
+export function whole(src, alt) {
+  return h("img", { class: "whole", src, alt, onload: (event) => shape(event.target, event.target) });
+}
+
 // Two pictures of one seed, and a divider between them that a mouse, a finger or the arrow keys move.
 export function divider(before, after, label, names = [t("base"), t("adapter")]) {
   const range = h("input", { type: "range", min: 0, max: 100, value: 50, "aria-label": t("divider", { label }) });
   const box = h("div", { class: "divider" },
-    h("img", { src: before, alt: `${names[0]}: ${label}` }), h("img", { src: after, alt: `${names[1]}: ${label}`, class: "after" }),
+    h("img", { src: before, alt: `${names[0]}: ${label}`, onload: (event) => shape(box, event.target) }), h("img", { src: after, alt: `${names[1]}: ${label}`, class: "after" }),
     h("span", { class: "tag left", "aria-hidden": "true" }, names[0]), h("span", { class: "tag right", "aria-hidden": "true" }, names[1]),
     h("span", { class: "handle", "aria-hidden": "true" }), range);
   const place = () => box.style.setProperty("--at", `${range.value}%`);

@@ -2,8 +2,8 @@
 
 import * as api from "./api.js";
 import { chart } from "./chart.js";
-import { button, h, iconButton, id, replace, replaceIfNew } from "./dom.js";
-import { attempt, confirmed, dialog, divider, doing, empty, progress, say, state } from "./parts.js";
+import { button, h, icon, replace, replaceIfNew } from "./dom.js";
+import { attempt, confirmed, dialog, divider, doing, empty, field, progress, say, state, whole } from "./parts.js";
 import { bytes, duration, number, t, when } from "./texts.js";
 import { draft, keepDraft } from "./train.js";
 
@@ -31,7 +31,7 @@ export async function runPage(content, name) {
   const path = `/api/jobs/runs/${encodeURIComponent(name)}`;
   const page = new RunPage(path, `runs/${name}`);
   replace(content, page.element);
-  return api.watch(() => `${path}?after=${page.last}`, (run) => page.show(run), 1);
+  return api.watch(() => `${path}?from=${page.last}`, (run) => page.show(run), 1);
 }
 
 class RunPage {
@@ -39,7 +39,6 @@ class RunPage {
     Object.assign(this, { path, id, last: 0, losses: [] });
     const part = (name) => (this[name] = h("div", { class: name }));
     this.element = h("div", { class: "run-page" }, part("head"), part("now"), part("hero"), part("strip"), part("curve"), part("more"));
-    this.open = false;
   }
 
   show(run) {
@@ -47,8 +46,7 @@ class RunPage {
       replace(this.element, empty(t("no_such_run"), "", h("a", { class: "button", href: "#/runs" }, t("nav_runs"))));
       return true;
     }
-    if (run.losses.length && run.losses[0].step <= this.last) this.losses = [];
-    this.losses.push(...run.losses);
+    if (run.losses.length) this.losses = this.losses.filter((one) => one.step < run.losses[0].step).concat(run.losses);
     this.last = this.losses.at(-1)?.step ?? 0;
     const total = run.total || Number(/max_train_steps = (\d+)/.exec(run.settings)?.[1]) || this.last;
     replaceIfNew(this.head, [run.title, run.state, run.own, run.can_go_on, run.position], () => this.title(run));
@@ -56,7 +54,7 @@ class RunPage {
     replaceIfNew(this.hero, [run.state, run.samples.map((one) => one.file), run.adapters], () => this.result(run));
     replaceIfNew(this.strip, [run.samples, LIVE.includes(run.state)], () => this.samples(run));
     replaceIfNew(this.curve, [this.last, this.losses.length], () => h("section", { class: "card" }, h("h2", {}, t("loss_title")), chart(this.losses, total)));
-    replaceIfNew(this.more, [run.log.length, run.settings, run.peak_bytes], () => this.details(run));
+    this.details(run);
     return !LIVE.includes(run.state) && run.state !== "queued";
   }
 
@@ -102,9 +100,10 @@ class RunPage {
     return h("section", { class: "card hero-card" },
       before && after ? divider(api.fileOf(run.id, before.file), api.fileOf(run.id, after.file), run.prompt) : null,
       h("div", { class: "told" }, h("h2", {}, t("it_knows", { title: run.title })), h("p", {}, t("it_weighs", { size: bytes(run.result?.bytes || 0), steps: number(run.result?.steps || 0) })),
-        best ? h("p", { class: "help" }, t("best_kept", { name: best })) : null,
+        best ? h("p", { class: "help" }, t("best_kept", { name: best }), " ", h("a", { href: `#/adapters/${encodeURIComponent(`${this.id.split("/")[1]}/${best}`)}` }, t("take_best"))) : null,
         h("div", { class: "row" }, h("a", { class: "button primary", href: "#/generate", onclick: () => sessionStorage.setItem("chosen", JSON.stringify([to])) }, t("generate_with_it")),
-          h("a", { class: "button", href: `#/adapters/${encodeURIComponent(to)}` }, t("take_it_away")))));
+          h("a", { class: "button", href: `#/adapters/${encodeURIComponent(to)}` }, t("take_it_away")),
+          run.sheet ? h("a", { class: "button quiet", href: `${api.fileOf(run.id, run.sheet)}?keep=1`, download: "" }, icon("image"), h("span", {}, t("sheet"))) : null)));
   }
 
   samples(run) {
@@ -127,14 +126,22 @@ class RunPage {
 
   enlarge(run, base, one, label) {
     const own = api.fileOf(run.id, one.file);
-    dialog(label, base && one.step ? divider(api.fileOf(run.id, base.file), own, run.prompt, [t("base"), t("step_n", { n: one.step })]) : h("img", { src: own, alt: label, class: "whole" }), [], true);
+    dialog(label, base && one.step ? divider(api.fileOf(run.id, base.file), own, run.prompt, [t("base"), t("step_n", { n: one.step })]) : whole(own, label), [], true);
   }
 
   details(run) {
+    this.log ??= h("pre", { tabindex: 0, class: "log" });
+    this.settings ??= h("pre", { tabindex: 0 });
+    this.facts ??= h("dl", { class: "facts" });
+    if (!this.more.children.length) {
+      replace(this.more, h("section", { class: "card" }, this.facts, h("details", {}, h("summary", {}, t("log")), this.log),
+        h("details", {}, h("summary", {}, t("settings")), h("p", { class: "help" }, t("settings_text")), this.settings)));
+    }
+    const said = run.log.join("\n") || t("nothing_yet");
+    if (this.log.textContent !== said) this.log.textContent = said;
+    if (this.settings.textContent !== run.settings) this.settings.textContent = run.settings;
     const facts = [[t("memory"), run.peak_bytes ? bytes(run.peak_bytes) : ""], [t("time"), run.seconds ? duration(run.seconds) : ""], [t("asked_on"), when(run.number)]].filter(([, value]) => value);
-    return h("section", { class: "card" }, h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
-      h("details", {}, h("summary", {}, t("log")), h("pre", { tabindex: 0, class: "log" }, run.log.join("\n") || t("nothing_yet"))),
-      h("details", {}, h("summary", {}, t("settings")), h("p", { class: "help" }, t("settings_text")), h("pre", { tabindex: 0 }, run.settings)));
+    replaceIfNew(this.facts, facts, () => facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
   }
 
   again() {
@@ -150,11 +157,13 @@ class RunPage {
   }
 
   rename(run) {
-    const input = h("input", { type: "text", value: run.title, id: id("title"), "aria-label": t("name"), maxlength: 100 });
-    const box = dialog(t("rename"), input, [button(t("keep"), { class: "primary", onclick: async () => {
-      const told = await attempt(() => api.patch(this.path, { title: input.value }));
+    const input = h("input", { type: "text", value: run.title, maxlength: 100, autocomplete: "off" });
+    const box = dialog(t("rename"), h("form", { onsubmit: (event) => { event.preventDefault(); keep(); } }, field("title", t("name"), input)),
+      [button(t("keep"), { class: "primary", onclick: () => keep() }, "check")]);
+    const keep = async () => {
+      const told = await attempt(() => api.patch(this.path, { title: input.value }), box);
       if (told) { box.close(); this.again(); }
-    } })]);
+    };
     input.select();
   }
 

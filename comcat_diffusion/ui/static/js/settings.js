@@ -29,19 +29,22 @@ function told(value) {
   return t("default_is", { value: Array.isArray(value) ? value.join(", ") : String(value) });
 }
 
+const NO_NUMBER = "?"; // what is sent of a field in which there are no digits: the server says that it is no number
+
 function numeric(one, values, set) {
   const [least, most, step] = one.slider || [];
   const input = h("input", { type: "number", step: "any", inputmode: one.kind === "whole" ? "numeric" : "decimal", value: values[one.name] ?? "" });
   const range = one.slider && h("input", { type: "range", min: least, max: most, step, "aria-label": t("slider_of", { label: one.label }) });
-  const read = () => (input.value === "" ? null : Number(input.value));
+  const read = () => (input.validity.badInput ? NO_NUMBER : input.value === "" ? null : Number(input.value));
   let fallback = one.default;
-  const follow = () => { if (range) { range.value = read() ?? fallback ?? least; range.classList.toggle("default", read() === null); } };
+  const follow = () => { if (range) { range.value = Number(read() ?? fallback ?? least) || least; range.classList.toggle("default", read() === null); } };
   input.addEventListener("input", () => { follow(); set(read()); });
   range && range.addEventListener("input", () => { input.value = range.value; range.classList.remove("default"); set(read()); });
   const element = field(one.name, one.label, input, one.help, range ? h("div", { class: "pair" }, range, input) : null);
   return { element, fill: (defaults) => {
     fallback = shownDefault(one, defaults);
     input.placeholder = told(fallback);
+    if (values[one.name] === NO_NUMBER) delete values[one.name]; // of which the field shows nothing any more
     input.value = values[one.name] ?? "";
     follow();
   } };

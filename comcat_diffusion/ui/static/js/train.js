@@ -1,13 +1,14 @@
 // Teaching a subject: images, subject, base, aim, and a summary beside them that says what will be.
 
 import * as api from "./api.js";
-import { button, h, icon, id, replace } from "./dom.js";
+import { button, h, icon, id, replace, replaceIfNew } from "./dom.js";
 import { Images } from "./images.js";
-import { attempt, clearFaults, dialog, fault, field, say } from "./parts.js";
+import { attempt, clearFaults, confirmed, dialog, fault, field, progress, say } from "./parts.js";
 import { settingsForm } from "./settings.js";
 import { bytes, number, t } from "./texts.js";
 
 const DRAFT = "draft";
+const LIVE = ["queued", "running", "stopping"];
 const EMPTY = { word: "sks", what: "", base: "embedded", aims: { subject: "object", file: "small", effort: "good" }, settings: {} };
 
 export function draft() {
@@ -24,9 +25,11 @@ export function keepDraft(values) {
 }
 
 export async function trainPage(content) {
-  const [told, bases] = await Promise.all([api.get("/api/train"), api.get("/api/bases")]);
+  const [told, bases, queue] = await Promise.all([api.get("/api/train"), api.get("/api/bases"), api.get("/api/queue")]);
   const page = new TrainPage(told, bases, draft());
   await page.images.open(); // before anybody can press what needs them
+  const fetching = queue.find((job) => job.kind === "fetch" && job.own);
+  if (fetching) page.followFetch(fetching.id);
   replace(content, page.element);
   return () => page.leave();
 }
@@ -51,6 +54,7 @@ class TrainPage {
   leave() {
     clearTimeout(this.timer);
     this.watching?.();
+    this.fetchWatch?.();
     this.left = true;
   }
 
@@ -68,7 +72,8 @@ class TrainPage {
     const another = button(t("new_images"), { class: "quiet small", onclick: () => attempt(() => this.images.another()) }, "plus");
     this.outline = button(t("find_masks"), { class: "quiet small", onclick: () => this.findMasks() }, "brush");
     if (this.told.captioner) this.images.helper.append(h("div", { class: "row" }, button(t("describe"), { class: "small quiet", onclick: () => this.describe() }, "spark")));
-    return this.step(1, t("images"), t("images_text"), this.images.element, h("div", { class: "row" }, sample, this.outline, another));
+    this.cut = this.told.rembg ? button(t("cut_out"), { class: "quiet small", onclick: () => this.cutOut() }, "brush") : null;
+    return this.step(1, t("images"), t("images_text"), this.images.element, h("div", { class: "row" }, sample, this.outline, this.cut, another));
   }
 
   subjectStep() {
@@ -87,7 +92,7 @@ class TrainPage {
     const fetch = button(t("download"), { class: "small", onclick: () => this.fetchBase(hub.value.trim()) }, "down");
     this.drawBases();
     return this.step(3, t("base"), t("base_text"), h("div", { data: { field: "base" } }, this.baseList),
-      h("details", { class: "helper" }, h("summary", {}, t("hub_title")), field("hub", t("hub_name"), hub, t("hub_help"), h("div", { class: "row" }, hub, fetch)), this.fetching));
+      h("details", { class: "helper" }, h("summary", {}, t("hub_title")), field("hub", t("hub_name"), hub, t("hub_help"), h("div", { class: "row" }, hub, fetch))), this.fetching);
   }
 
   drawBases() {
@@ -163,7 +168,7 @@ class TrainPage {
   // What `comcat validate` says of all this, a moment after the last change.
   look() {
     clearTimeout(this.timer);
-    this.outline.disabled = !this.images.usable().length;
+    for (const one of [this.outline, this.cut].filter(Boolean)) one.disabled = !this.images.usable().length;
     const some = this.images.usable().length > 0;
     this.start.disabled = !some || !this.values.word.trim();
     const phrase = this.phrase();
@@ -219,6 +224,15 @@ class TrainPage {
     return this.work("outline", { base: this.values.base }, t("finding_masks"));
   }
 
+  // rembg downloads its model when it is first used: only whoever is told of that and says yes has it do so.
+  async cutOut() {
+    const { model, megabytes } = this.told.rembg;
+    const download = !model;
+    if (download && !(await confirmed(t("cut_out_question"), t("download"), t("cut_out_download", { n: megabytes }), false))) return;
+    this.told.rembg.model = true;
+    await this.work("cutout", { download }, t("cutting_out"));
+  }
+
   describe() {
     return this.work("caption", { aim: this.values.aims.subject }, t("describing"));
   }
@@ -239,18 +253,27 @@ class TrainPage {
   async fetchBase(name) {
     const told = await attempt(() => api.post("/api/bases", { hub: name }), this.element);
     if (!told) return;
-    const line = h("p", { class: "help" });
-    replace(this.fetching, line);
-    this.watching = api.watch(`/api/jobs/${told.id}`, async (job) => {
-      if (!job) return true;
-      line.textContent = job.total ? `${bytes(job.done)} / ${bytes(job.total)}` : t(`state_${job.state}`);
-      if (job.state === "failed") line.textContent = job.message;
+    this.followFetch(told.id);
+  }
+
+  // How much of a base is here, also after the page was left and came back.
+  followFetch(id) {
+    this.fetchWatch?.();
+    this.fetchWatch = api.watch(`/api/jobs/${id}`, async (job) => {
+      if (!job) { replace(this.fetching); return true; }
+      if (LIVE.includes(job.state)) {
+        replaceIfNew(this.fetching, [job.state, job.done, job.position, Math.round(job.seconds_left || 0)], () => h("div", { class: "fetching" },
+          h("p", {}, h("b", {}, job.title)), progress(job),
+          job.own ? button(t("cancel"), { class: "quiet small", onclick: () => attempt(() => api.post(`/api/jobs/${id}/cancel`)) }, "close") : null));
+        return false;
+      }
       if (job.state === "done") {
         this.bases = await api.get("/api/bases");
         this.drawBases();
-        line.textContent = t("downloaded");
       }
-      return !["queued", "running", "stopping"].includes(job.state);
+      replaceIfNew(this.fetching, job.state, () => h("p", { class: `note ${job.state === "failed" ? "error" : "fact"}`, role: "status" },
+        job.state === "done" ? t("downloaded") : job.message || t(`state_${job.state}`)));
+      return true;
     }, 1);
   }
 
