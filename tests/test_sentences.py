@@ -30,7 +30,7 @@ ELSEWHERE = (
     "--prior images needs", "# Circumstances", "Load with comcat", "An adapter waits", "Another page is served",
     "Negative prompt", "Name at least one adapter", "{} is a free adapter ({})", "There is no file",
     "Name and password",
-    "Open the address", "This page is served", "This was not asked", "--repo_id {} holds no", "{} is another file",
+    "--repo_id {} holds no", "{} is another file",
     "{} does not hold", "Share an adapter", "{} Default: {}.", "{} hold other", "--init_adapter: ", 
     "{} Required", "Adapter files, each", "train one with another word",
 )  # fmt: skip
