@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not BROWSER, reason="Chromium is not installed: 
 TRAIN = bases.assets() / "subject" / "train"
 STEP = re.compile(r"Training · step \d+ of \d+")
 AT = "(one) => one.style.getPropertyValue('--at')"  # where a divider is
-SECONDS = 90_000  # milliseconds that a training of a few steps may take on a busy machine
+SECONDS = 240_000  # milliseconds that a training of a few steps may take on a busy machine
 
 
 @pytest.fixture(scope="module")

@@ -680,12 +680,12 @@ def test_a_subject_is_taught_and_drawn_and_taken_away(at_work):
     assert len(list((at_work.folder / "adapters").iterdir())) == 1
     wrong = [
         ({"prompt": ""}, "prompt", "“Prompt” is empty"),
-        ({"prompt": "a dog"}, "any_prompt", "does not name the subject"),
+        ({"prompt": "a dog"}, "prompt", "does not name the subject"),
         ({"num_images": 0}, "num_images", "1 to 64"),
         ({"num_images": None}, None, ""),
         ({"settings": {"guidance_scale": 1e39}}, "guidance_scale", "“Guidance (CFG)” must be a finite number"),
-        ({"strengths": ["x"]}, "scale", "must be a number"),
-        ({"strengths": [1000]}, "scale", "from -100 to 100"),
+        ({"strengths": ["x"]}, "strengths", "must be a number"),
+        ({"strengths": [1000]}, "strengths", "from -100 to 100"),
         ({"adapters": [{"id": card["id"], "region": "x"}]}, "region", "A region is a PNG"),
     ]
     before = sorted(at_work.folder.glob("pictures/*"))
