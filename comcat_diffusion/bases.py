@@ -1,22 +1,17 @@
 """Finding a base: the embedded one, a diffusers folder, a single file or a hub id, offline first."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.config import EMBEDDED, BaseSettings  # noqa: F401 - found here too
@@ -30,9 +25,9 @@ from comcat_diffusion.places import (  # noqa: F401 - found here too
     place_of,
     public_name,
 )
+from comcat_diffusion.single_file import CONFIG_FILES, config_of_single_file, load_single_file, loaded
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CONFIG_FILES = ("*.json", "*.txt")  # of a diffusers folder: everything but its weights
 EMBEDDED_GUIDANCE = 2.0  # above, colours glare and shapes burst (docs/log.md)
 _NOT_GIVEN = (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 
@@ -48,17 +43,18 @@ def load_base(
     """The whole pipeline of a base. Only a hub id that is not in the local cache asks the network.
 
     `to_train` leaves what a family has of heavy text encoders in bfloat16: they read a few prompts and go.
-    `base_config` is for single files: a diffusers folder, or the hub id of a cached one, of the same family. Raises
-    FileNotFoundError, saying what was looked for, and ValueError for a file that holds no Stable Diffusion.
+    `base_config` is for single files: a diffusers folder, or the hub id of a cached one, of the same family; a whole
+    one where the file holds a transformer alone. Raises FileNotFoundError, saying what was looked for, and ValueError
+    for a file that holds no Stable Diffusion.
     """
     dtype, path = PRECISIONS[precision], place_of(name)
     if path.is_dir():
         own = _compressed_unet(path, dtype) if _is_compressed(path) else {}
         kinds = _dtypes(_family_in(path), dtype) if to_train else dtype
         about = {"torch_dtype": kinds, "variant": variant, "local_files_only": True} | _left_out(path)
-        return _loaded(lambda: DiffusionPipeline.from_pretrained(path, **about, **own), path)
+        return loaded(lambda: DiffusionPipeline.from_pretrained(path, **about, **own), path)
     if path.is_file():
-        return _single_file(path, dtype, base_config)
+        return load_single_file(path, dtype, base_config, torch.bfloat16 if to_train else None)
     settings = {"torch_dtype": dtype, "revision": revision, "variant": variant}
     if to_train:
         settings["torch_dtype"] = _dtypes(_family_of_hub(name, revision), dtype)
@@ -133,7 +129,7 @@ def config_folder(config: BaseSettings, name: str | None = None) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        return _config_of_single_file(path, config.base_config)
+        return config_of_single_file(path, config.base_config)
     for local in (True, False):
         try:
             asked = {"revision": config.revision, "local_files_only": local, "allow_patterns": CONFIG_FILES}
@@ -141,55 +137,6 @@ def config_folder(config: BaseSettings, name: str | None = None) -> Path:
         except _NOT_GIVEN as error:
             problem = error
     raise _nowhere(name) from problem
-
-
-def _loaded(load: Callable[[], DiffusionPipeline], path: Path) -> DiffusionPipeline:
-    try:
-        pipe = load()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} could not be loaded as a Stable Diffusion base: {_first_line(error)}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _single_file(path: Path, dtype: torch.dtype, config: str | None) -> DiffusionPipeline:
-    if path.suffix != ".safetensors":
-        raise ValueError(
-            f"{path} is not a .safetensors file; other checkpoint formats can run code and are not loaded."
-        )
-    folder = _config_of_single_file(path, config)
-    kind = getattr(diffusers, DiffusionPipeline.load_config(folder)["_class_name"])
-    if not hasattr(kind, "from_single_file"):
-        raise ValueError(f"diffusers reads no single file of a {kind.__name__}: name the folder of such a base.")
-    return _loaded(
-        lambda: kind.from_single_file(path, config=str(folder), torch_dtype=dtype, local_files_only=True), path
-    )
-
-
-def _config_of_single_file(path: Path, config: str | None) -> Path:
-    """Where the configuration and tokenizer of a single file are: it holds weights alone.
-
-    Left to itself, diffusers would fetch them from the hub even when told to stay offline.
-    """
-    if config and (Path(config).expanduser() / "model_index.json").is_file():
-        return Path(config).expanduser()
-    try:
-        family = config or fetch_diffusers_config(load_file(path))["pretrained_model_name_or_path"]
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}); get the file again.") from error
-    try:
-        return Path(snapshot_download(family, local_files_only=True, allow_patterns=CONFIG_FILES))
-    except (LocalEntryNotFoundError, HFValidationError) as error:
-        patterns = " ".join(f"'{pattern}'" for pattern in CONFIG_FILES)
-        raise FileNotFoundError(
-            f"{path} holds weights without their configuration, and that of '{family}' is not in the local cache: "
-            f"fetch it once with: hf download {family} --include {patterns}, or name a diffusers folder of the same "
-            "family with --base_config."
-        ) from error
 
 
 def _from_hub(name: str, settings: dict) -> DiffusionPipeline:
@@ -285,20 +232,22 @@ def asked_device(name: str | None) -> str:
     return name
 
 
-def asked_precision(name: str | None, device: str, base: str) -> str:
+def asked_precision(name: str | None, device: str, base: str, base_config: str | None = None) -> str:
     """The precision of this name, or what suits a device for drawing: half where that is much faster."""
     if name:
         return name
     if torch.device(device).type == "cuda":
-        family = _family_ahead(base)
+        family = _family_ahead(base, base_config)
         return "fp16" if family is None or "fp16" in family.precisions else "bf16"
     return "bf16" if suits_bf16(device, base) else "fp32"
 
 
-def _family_ahead(base: str) -> Family | None:
+def _family_ahead(base: str, base_config: str | None) -> Family | None:
     """The family of a base that is on this machine, before it is loaded; None where that is not known."""
     try:
         path = place_of(base)
+        if path.is_file() and base_config:
+            path = Path(base_config).expanduser()
         if not path.exists():
             path = Path(snapshot_download(base, local_files_only=True, allow_patterns=("model_index.json",)))
         return family_in(json.loads((path / "model_index.json").read_text("utf-8")).get("_class_name", ""), {})

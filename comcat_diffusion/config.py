@@ -102,7 +102,9 @@ class BaseSettings(Group):
     revision: str | None = option(None, "Branch, tag or commit of a hub base.")
     variant: str | None = option(None, "Variant of the base's weight files, for instance fp16.")
     base_config: str | None = option(
-        None, "For a single-file base: diffusers folder or cached hub id of its family. Default: found in the cache."
+        None,
+        "For a single-file base: diffusers folder or cached hub id of its family, with weights where the file holds a "
+        "transformer alone. Default: found in the cache.",
     )
 
 

@@ -127,7 +127,7 @@ def test_training_teaches_the_pictures_and_leaves_other_prompts_alone_to_the_bit
     assert [differs(*pair) for pair in zip(drawn(pipe, OTHER, PROMPT), before, strict=True)] == [False, False]
 
 
-@pytest.mark.parametrize("kind", ["tied", "foldable", "free", "cores"])
+@pytest.mark.parametrize("kind", ["tied", "foldable", "free", pytest.param("cores", marks=pytest.mark.slow)])
 def test_what_has_learned_nothing_is_the_base(base, kind, tmp_path):
     pipe = bases.load_base(base)
     (before,) = drawn(pipe, PROMPT)

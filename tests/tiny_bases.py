@@ -150,9 +150,7 @@ def single_file(folder: Path, path: Path) -> Path:
     """The sd1 base as one file with the names that checkpoints of Stable Diffusion 1 use."""
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     tensors = {f"model.diffusion_model.{_unet_name(name)}": v for name, v in pipe.unet.state_dict().items()}
-    tensors |= {
-        f"first_stage_model.{_vae_name(name)}": _vae_value(name, v) for name, v in pipe.vae.state_dict().items()
-    }
+    tensors |= {f"first_stage_model.{vae_name(name)}": vae_value(name, v) for name, v in pipe.vae.state_dict().items()}
     prefix = "cond_stage_model.transformer.text_model."
     tensors |= {prefix + name: v for name, v in pipe.text_encoder.state_dict().items()}
     save_file({name: v.contiguous().clone() for name, v in tensors.items()}, path)
@@ -191,8 +189,8 @@ def _unet_name(name: str) -> str:
     return ".".join([place, *rest])
 
 
-def _vae_name(name: str) -> str:
-    levels = len(vae(4).config.block_out_channels)
+def vae_name(name: str, levels: int = 4) -> str:
+    """What checkpoints call a weight of an autoencoder of so many levels."""
     parts = name.split(".")
     if "quant_conv" in parts[0] or parts[1] in ("conv_in", "conv_out"):
         return name
@@ -213,7 +211,8 @@ def _vae_name(name: str) -> str:
     return ".".join([half, side, level, "downsample" if side == "down" else "upsample", *rest])
 
 
-def _vae_value(name: str, value: torch.Tensor) -> torch.Tensor:
+def vae_value(name: str, value: torch.Tensor) -> torch.Tensor:
+    """How they hold it."""
     is_projection = ".attentions." in name and name.endswith("weight") and value.ndim == 2
     return value[:, :, None, None] if is_projection else value  # checkpoints hold them as 1x1 convolutions
 

@@ -79,7 +79,7 @@ def bench(config: BenchConfig) -> Bench:
     """Time a base without adapter, with COMCAT and with a LoRA, in turns. Raises ValueError and OSError."""
     device = bases.asked_device(config.device)
     base = config.pretrained_model_name_or_path or EMBEDDED
-    config = replace(config, precision=bases.asked_precision(config.precision, device, base))
+    config = replace(config, precision=bases.asked_precision(config.precision, device, base, config.base_config))
     pipe = bases.asked_base(config, config.precision).to(device)
     denoiser(pipe).requires_grad_(False)
     resolution = bases.asked_resolution(pipe, config.resolution)

@@ -57,7 +57,7 @@ def judged(order: Order, note: Note, on_picture: OnPicture) -> Report | None:
 
     # The feature models, and whether every adapter fits the base, are known before anything is drawn.
     device = bases.asked_device(config.device or str(accelerator.device))
-    config = replace(config, precision=bases.asked_precision(config.precision, device, base))
+    config = replace(config, precision=bases.asked_precision(config.precision, device, base, config.base_config))
     clip, judge = _features(config, order.embedded, device)
     pipe = _pipeline(config, base, chosen, device)
     folder = atomic.make_folder(config.output_dir, "--output_dir")

@@ -137,7 +137,7 @@ def _name(number: int) -> str:
 def _pipeline(order: Order, load: Callable[..., DiffusionPipeline]) -> DiffusionPipeline:
     config, chosen = order.config, order.chosen
     device = bases.asked_device(config.device)
-    pipe = load(config, bases.asked_precision(config.precision, device, order.base), order.base)
+    pipe = load(config, bases.asked_precision(config.precision, device, order.base, config.base_config), order.base)
     use_sampler(pipe, config.scheduler)
     names = [_name(number) for number in range(len(chosen))]
     with warnings.catch_warnings():  # of adapters that wait for one word, which has been said
