@@ -202,7 +202,8 @@ def tables(report: dict) -> str:
     sizes = {name: f"{rows[name]['bytes'] / 1000:.0f} kB" for name in (OURS, LESS, MORE)}
     told = [
         ("the file", sizes[OURS], f"{sizes[LESS]} (r=4) to {sizes[MORE]} (r=16)"),
-        ("a prompt without the trigger word", "the base's picture, to the bit", "moves ([how far](docs/results.md))"),
+        ("a prompt without the trigger word", "the base's picture, to the bit",
+         "moves (its *drift*: [docs/results.md](docs/results.md))"),
         ("how far the background is moved that the prompt asks for, of 255", mean(OURS, "background_moved"),
          of_loras("background_moved")),
         ("how much like the subject (likeness of details)", mean(OURS, "likeness"), of_loras("likeness")),

@@ -74,8 +74,9 @@ class UNet(nn.Module):
             if isinstance(attention, Attention):
                 hidden = torch.ones(len(x), 16, attention.to_q.in_features) * torch.linspace(-1, 1, 16)[:, None]
                 own = context if name.endswith("attn2") else None
-                found.append(attention(hidden, context=own, transformer_options=options).flatten(1))
-        return torch.cat(found, dim=1)
+                found.append(attention(hidden, context=own, transformer_options=options))
+        self.widths = [one.shape[-1] for one in found]
+        return torch.cat(found, dim=-1).movedim(-1, 1).unflatten(-1, (4, 4))  # like a picture's
 
 
 class Model(nn.Module):
@@ -228,7 +229,7 @@ def files(base, tmp_path_factory, randomize):
 
 
 def outputs(patcher, texts, clip, **options):
-    """What the attentions give for a batch of texts, as ComfyUI makes them."""
+    """What the attentions give for a batch of texts, one after the other, as ComfyUI makes them."""
     conditions = [encode(clip, text)[0] for text in texts]
     model, acts = patcher.patched(), {}
     made = [model.extra_conds(cross_attn=s, prompt_type="positive", **more) for s, more in conditions]
@@ -237,7 +238,8 @@ def outputs(patcher, texts, clip, **options):
     states = torch.cat([states for states, _ in conditions])
     found = model.diffusion_model(torch.zeros(len(texts), 1), context=states, transformer_options=options, **acts)
     patcher.unpatch()
-    return found
+    by_attention = found.flatten(2).movedim(1, -1).split(model.diffusion_model.widths, dim=-1)
+    return torch.cat([one.flatten(1) for one in by_attention], dim=1)
 
 
 def by_diffusers(files, name, places, states, said):
@@ -321,16 +323,11 @@ def test_a_background_is_kept_by_what_the_base_sees_of_the_words(files, model, c
     for name, value in (("LOW", 0.7), ("HIGH", 0.95)):  # places that are no picture's look much alike
         monkeypatch.setattr(looking, name, value)
     loaded, heard, _ = load(model, clip, files["tied"])
-    kept, course = keep_background(loaded), torch.tensor([9.0, 5.0, 0.0])
-    options = {"sample_sigmas": course, "cond_or_uncond": [0, 1]}
-    found = outputs(kept, texts, heard, sigmas=course[:1], **options)
-    assert len(passes) == 2  # the first is the base's, and only looks
-    assert_close(outputs(kept, texts, heard, sigmas=course[1:2], **options), found)  # attentions here see no latents
-    assert len(passes) == 3
-    outputs(kept, texts, heard, sigmas=course[:1], **options)
-    assert len(passes) == 5  # another drawing
-    outputs(kept, texts[1:], heard, sigmas=course[:1], **options)
-    assert len(passes) == 6  # nothing to look for
+    kept = keep_background(loaded)
+    found = outputs(kept, texts, heard)
+    assert len(passes) == 2  # the first is the base's
+    outputs(kept, texts[1:], heard)
+    assert len(passes) == 3  # nothing to look for
     base, everywhere = outputs(model, texts, heard), outputs(loaded, texts, heard)
     assert torch.equal(found[1], base[1])
     unet = model.model.diffusion_model
@@ -343,10 +340,10 @@ def test_a_background_is_kept_by_what_the_base_sees_of_the_words(files, model, c
         attention = unet.get_submodule(name)
         hidden = torch.ones(2, 16, attention.to_q.in_features) * torch.linspace(-1, 1, 16)[:, None]
         seen.append(looks_of(attention.to_q(hidden), attention.to_k(states), attention.heads, of_words, (4, 4)))
-    weights = weights_of(torch.stack(seen).mean(0), (4, 4))
+    weights = weights_of(torch.stack(seen).mean(0)).flatten(2).movedim(1, -1)
     assert weights[0].min() < 0.5 < weights[0].max() and not weights[1].any()
     width = unet.get_submodule(list(names.values())[-1]).to_q.in_features
-    grid = lambda t: t[:, -16 * width :].view(2, 16, width)  # of the last attention, an attn2
+    grid = lambda t: t[:, -16 * width :].view(2, 16, width)  # of the last attention
     assert_close(grid(found), weights * grid(everywhere) + (1 - weights) * grid(base), rtol=1e-5, atol=1e-5)
     assert_close(outputs(keep_background(kept, keep=False), texts, heard), everywhere)
     with pytest.raises(ValueError, match="no COMCAT adapter whose background"):

@@ -12,8 +12,8 @@ from comcat_diffusion.ui import sentences, settings, texts
 ROOT = Path(comcat_diffusion.__file__).parent
 # Whose sentences reach the page: what it asks for, looks over, runs and takes away.
 FILES = [
-    "config.py", "words.py", "places.py", "bases.py", "single_file.py", "adapters/header.py",
-    "adapters/proportions.py", "export/fit.py", "export/hub.py",
+    "config.py", "words.py", "places.py", "bases.py", "single_file.py",
+    "adapters/header.py", "adapters/proportions.py", "export/fit.py", "export/hub.py",
     *(f"training/{name}.py" for name in (
         "config", "remarks", "validate", "dataset", "captions", "folder", "masks", "names", "images", "wording",
         "becomes", "precision", "order", "initial", "learned", "suitable", "encode", "class_pictures", "checkpoint",
@@ -30,7 +30,7 @@ ELSEWHERE = (
     "--prior images needs", "# Circumstances", "Load with comcat", "An adapter waits", "Another page is served",
     "Negative prompt", "Name at least one adapter", "{} is a free adapter ({})", "There is no file",
     "Name and password",
-    "Open the address", "This page is served", "This was not asked", "--repo_id {} holds no", "{} is another file",
+    "--repo_id {} holds no", "{} is another file",
     "{} does not hold", "Share an adapter", "{} Default: {}.", "{} hold other", "--init_adapter: ", 
     "{} Required", "Adapter files, each", "train one with another word",
 )  # fmt: skip

@@ -5,12 +5,15 @@ it fetches for itself, looks at every page there. `make test` runs the first alo
 """
 
 import functools
+import importlib.util
 import io
 import os
 import re
 import shutil
 import socket
+import sys
 import time
+import types
 from contextlib import closing
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from PIL import Image, ImageDraw
 
 from comcat_diffusion import bases
 from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.customize import customize
 from comcat_diffusion.ui import app, settings
 from comcat_diffusion.ui.config import UiConfig
 
@@ -30,7 +34,7 @@ pytestmark = pytest.mark.skipif(not BROWSER, reason="Chromium is not installed: 
 TRAIN = bases.assets() / "subject" / "train"
 STEP = re.compile(r"Training · step \d+ of \d+")
 AT = "(one) => one.style.getPropertyValue('--at')"  # where a divider is
-SECONDS = 90_000  # milliseconds that a training of a few steps may take on a busy machine
+SECONDS = 240_000  # milliseconds that a training of a few steps may take on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +301,32 @@ def test_what_held_out_images_say_comes_into_the_curve_while_it_runs(window):
 
 
 @pytest.mark.slow
+def test_rembg_is_offered_where_it_is_and_asks_before_it_downloads(window, monkeypatch, tmp_path):
+    """A stand-in for it, which cuts out what is not bright."""
+    told = types.ModuleType("rembg")
+    told.new_session = str
+    told.remove = lambda picture, session, only_mask: picture.convert("L").point(lambda value: 255 * (value < 150))
+    here = window()
+    page = here.sample()
+    assert page.get_by_role("button", name="Cut out by rembg").count() == (
+        importlib.util.find_spec("rembg") is not None
+    )
+    monkeypatch.setitem(sys.modules, "rembg", told)
+    monkeypatch.setenv("U2NET_HOME", str(tmp_path))
+    page.reload()
+    page.get_by_role("button", name="Cut out by rembg").click()
+    assert "176 MB" in page.locator("dialog").inner_text()
+    page.get_by_role("button", name="No, go back").click()
+    assert page.locator(".image .mask").count() == 0
+    page.get_by_role("button", name="Cut out by rembg").click()
+    page.locator("dialog").get_by_role("button", name="Download").click()
+    page.locator(".image .mask").nth(3).wait_for(timeout=SECONDS)
+    assert "mask by rembg" in page.locator(".image .size").first.inner_text()
+    here.look("19-cut-out")
+    here.clean()
+
+
+@pytest.mark.slow
 def test_two_windows_a_run_belongs_to_one_of_them_and_is_stopped_and_resumed_there(window):
     mine, other = window(), window()
     page = mine.start(max_train_steps=40, validation_steps=40)
@@ -472,6 +502,57 @@ def test_pictures_have_the_shape_that_is_chosen_and_a_dropped_one_brings_it_back
     playwright.expect(page.get_by_label("Shape")).to_have_value("4:5")
     assert page.get_by_label("Height", exact=True).input_value() == "80"
     assert page.get_by_label("Sampling steps", exact=True).input_value() == "3"
+    here.clean()
+
+
+@pytest.mark.slow
+def test_two_subjects_are_painted_and_drawn_again_as_they_were(window, studio, tmp_path):
+    """Of a picture of two subjects the gallery gives back the prompt, the sampler by name, the shape and the paint."""
+    for word, what in (("sks", "teddy"), ("ohwx", "fox")):
+        (tmp_path / word).mkdir()
+        shutil.copy(TRAIN / "1.png", tmp_path / word / "1.png")
+        own = {"instance_data_dir": str(tmp_path / word), "trigger": word, "class_word": what}
+        learned = TrainConfig(**own, output_dir=str(tmp_path / f"{word}-run"), max_train_steps=30, learning_rate=1e-2,
+                              instance_prompt=f"a photo of {word} {what}", skip_final_inference=True)  # fmt: skip
+        shelf = tmp_path / "studio" / "adapters"
+        shelf.mkdir(exist_ok=True)
+        shutil.copy(customize(learned).adapter, shelf)
+    here = window()
+    page = here.go("generate", ".cards input")
+    for box in page.locator(".cards input").all():
+        box.check()
+    page.get_by_label("Prompt", exact=True).fill("sks teddy and ohwx fox, white background")
+    page.get_by_label("Shape").select_option("16:9")
+    page.get_by_label("Sampling steps", exact=True).fill("3")
+    page.get_by_label("Number of images").fill("1")
+    page.get_by_label("Sampler").select_option(label="DPM++ 2M")
+    page.locator("summary", has_text="Where each acts").click()
+    canvas = page.locator(".regions canvas")
+    for n, across in ((0, 0.25), (1, 0.75)):
+        page.locator(".layers input").nth(n).check()
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        assert box["width"] / box["height"] == pytest.approx(80 / 48, rel=0.02)
+        for down in (0.2, 0.8):
+            page.mouse.move(box["x"] + box["width"] * across, box["y"] + box["height"] * down)
+            page.mouse.down()
+            page.mouse.up()
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.locator(".result .divider").wait_for(timeout=SECONDS)
+    here.look("18-two-subjects")
+    here.go("gallery", ".gallery li")
+    page.locator(".gallery button").first.click()
+    assert "DPM++ 2M" in page.locator("dialog .facts").inner_text()
+    page.get_by_role("button", name="Again with this seed").click()
+    page.locator(".result .divider").wait_for(timeout=SECONDS)
+    assert page.get_by_label("Shape").input_value() in ("3:2", "16:9")
+    drawn = here.context.request.get(f"{studio}/api/pictures").json()
+    assert [one["region"] for job in drawn for one in job["request"]["adapters"]] == [True] * 4
+    first, second = (
+        here.context.request.get(f"{studio}/api/jobs/{job['id']}/files/{job['pictures'][0]['file']}").body()
+        for job in drawn
+    )
+    assert Image.open(io.BytesIO(first)).tobytes() == Image.open(io.BytesIO(second)).tobytes()
     here.clean()
 
 

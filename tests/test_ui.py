@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import socket
 import sys
@@ -20,9 +21,10 @@ from starlette.testclient import TestClient
 from comcat_diffusion import bases, commands, read_adapter
 from comcat_diffusion.cli import main
 from comcat_diffusion.config import read_toml
+from comcat_diffusion.families.known import FAMILIES
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.ui import app, cutouts, jobs, presets, settings, texts, uploads
+from comcat_diffusion.ui import app, bases_here, cutouts, jobs, presets, settings, texts, uploads
 from comcat_diffusion.ui.captioning import named
 from comcat_diffusion.ui.config import UiConfig
 from comcat_diffusion.ui.jobs import Job, Queue
@@ -263,6 +265,9 @@ def test_what_is_wrong_while_somebody_types_is_said_and_no_failure(page):
         (error,) = answer.json()["errors"]
         assert answer.status_code == 200 and (error["field"], told in error["message"]) == (field, True), error
     assert page.post("/api/check", json=asked(images, word="dog", what="")).json()["everyday"]
+    (error,) = page.post("/api/check", json=asked(images, word="zwx")).json()["errors"]  # its captions name another
+    assert error["field"] == "word" and error["message"].startswith("No caption contains 'zwx'")
+    assert str(page.folder) not in page.post("/api/check", json=asked(images, word="zwx"), headers={}).text
 
 
 # Settings
@@ -423,6 +428,28 @@ def test_bases_and_paths_of_the_machine_are_not_named_unless_they_may_be(page, t
         assert client.post("/api/train", json=asked(sample(client), **given)).status_code == 200
 
 
+def test_of_a_single_file_the_page_tells_family_and_licence_by_its_header(page):
+    def file(name, weights, told=None):
+        header = json.dumps({"__metadata__": told or {}} | {one: {} for one in weights}).encode()
+        path = page.folder / "bases" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(path, 600_000_000)  # without its weights, which nobody reads for this
+
+    unet = "model.diffusion_model.input_blocks.0.0.weight"
+    file("sd.safetensors", [unet, "cond_stage_model.x"], {"modelspec.license": "openrail"})
+    file("xl.safetensors", [unet, "conditioner.embedders.1.model.x"])
+    file("flux.safetensors", ["double_blocks.0.img_attn.proj.weight"])
+    (page.folder / "bases" / "broken.safetensors").write_bytes(b"\xff" * 64)
+    os.truncate(page.folder / "bases" / "broken.safetensors", 600_000_000)
+    told = {one["name"]: one for one in page.get("/api/bases").json()}
+    assert [told[f"{name}.safetensors"]["family"] for name in ("sd", "xl", "flux", "broken")] == [
+        "Stable Diffusion 1.x and 2.x", "Stable Diffusion XL", "FLUX.1", ""]  # fmt: skip
+    assert told["sd.safetensors"]["license"] == "openrail" and not told["broken.safetensors"]["usable"]
+    assert told["xl.safetensors"]["unet"] and not told["flux.safetensors"]["unet"]
+    assert set(dict(bases_here._MARKS)) <= {family.name for family in FAMILIES}
+
+
 def test_others_come_in_by_a_name_or_a_word_only(tmp_path):
     served = app.build(
         UiConfig(output_dir=str(tmp_path), host="0.0.0.0", auth="me:secret", token="letmein"), work=print
@@ -486,6 +513,26 @@ def test_the_queue_goes_on_where_an_earlier_server_was(tmp_path):
     queue.close(1)
     assert done == [("first", True), ("second", False)]
     assert Job(tmp_path / "runs" / "third").status["state"] == "stopped"
+
+
+def test_what_was_cancelled_goes_on_when_its_worker_has_ended(tmp_path):
+    """Before, it would take away from the worker what tells it to end, and two would be at one run."""
+    may_end = threading.Event()
+    queue = Queue(tmp_path, lambda folder: may_end.wait())
+    job = queue.add("train", "one", "me", {}, lambda folder: None)
+    while not queue.live() or job.status["state"] != jobs.QUEUED or queue.position(job):
+        time.sleep(0.01)
+    queue.cancel(job)
+    for what in (queue.resume, queue.remove):
+        with pytest.raises(ValueError, match="still ending"):
+            what(job)
+    assert (job.folder / jobs.CANCEL).exists() and job.status["state"] == jobs.CANCELLED
+    may_end.set()
+    while queue.live():
+        time.sleep(0.01)
+    queue.resume(job)
+    assert not (job.folder / jobs.CANCEL).exists()
+    queue.close()
 
 
 def test_a_job_that_ends_without_a_word_is_told_of_and_the_next_one_begins(tmp_path):
@@ -633,12 +680,12 @@ def test_a_subject_is_taught_and_drawn_and_taken_away(at_work):
     assert len(list((at_work.folder / "adapters").iterdir())) == 1
     wrong = [
         ({"prompt": ""}, "prompt", "“Prompt” is empty"),
-        ({"prompt": "a dog"}, "any_prompt", "does not name the subject"),
+        ({"prompt": "a dog"}, "prompt", "does not name the subject"),
         ({"num_images": 0}, "num_images", "1 to 64"),
         ({"num_images": None}, None, ""),
         ({"settings": {"guidance_scale": 1e39}}, "guidance_scale", "“Guidance (CFG)” must be a finite number"),
-        ({"strengths": ["x"]}, "scale", "must be a number"),
-        ({"strengths": [1000]}, "scale", "from -100 to 100"),
+        ({"strengths": ["x"]}, "strengths", "must be a number"),
+        ({"strengths": [1000]}, "strengths", "from -100 to 100"),
         ({"adapters": [{"id": card["id"], "region": "x"}]}, "region", "A region is a PNG"),
     ]
     before = sorted(at_work.folder.glob("pictures/*"))

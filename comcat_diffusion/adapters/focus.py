@@ -1,74 +1,131 @@
 """Adapters that act where in the picture their subject is, found by the model itself: the background stays the base's.
 
 A U-Net's cross-attentions on the way up look at a subject's words from where the subject is, from the first step on. So
-each step weighs an adapter at every place by how much that place looked at its words in the step before,
+at each step the base predicts first, and shows meanwhile where it looks; then the adapters predict, and
 
-    w = clamp((r - LOW) / (HIGH - LOW), 0, 1)        r = sum_j P_j / max over places of it        j: tokens of the words
+    prediction = base + w (adapters - base)        w: how much a place looks at the subject's words, see looking.py
 
-with P the base's own attention, a mean over heads and layers. Before the first step nothing has been looked at yet: the
-base takes it alone, only to look, and then it is taken again with the adapters. That is one more pass in a drawing.
+Pictures whose prompts have none of the words are the base's, and take no second pass: with guidance a step costs half
+as much again. Where several adapters have their words in one prompt, they share each place as it looks at their words.
 
-Letters: B batch, N = h*w tokens of one attention, M context tokens, H heads, D head width, C channels.
+Letters: B batch, N = h*w tokens of one attention, M context tokens, C channels.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from comcat_diffusion.adapters.call import Follower, here
+from comcat_diffusion.adapters.call import Follower, given, here
+from comcat_diffusion.adapters.gate import Heard
 from comcat_diffusion.adapters.layer import ComcatLayer
-from comcat_diffusion.adapters.looking import looks, on_the_way_up, shared_by, weights_of
+from comcat_diffusion.adapters.looking import divided, looks, on_the_way_up, placing, weights_of
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.regions import grid_of
+from comcat_diffusion.families.known import family_of_model
+from comcat_diffusion.words import says_more
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What the base has said of one step: its prediction (B, C, h, w), and where it looked at whose words."""
+
+    predicted: torch.Tensor
+    seen: Mapping[str, torch.Tensor]  # (B, 1, h, w) by adapter
+    rows: list[int]  # pictures that the adapters predict as well
+
+    def with_adapters(self, predicted: torch.Tensor) -> torch.Tensor:
+        """The prediction of all pictures, given that of `rows` with the adapters."""
+        weights = sum(weights_of(seen[self.rows]) for seen in self.seen.values()).clamp(max=1).to(predicted)
+        made = self.predicted.clone()
+        made[self.rows] = torch.lerp(made[self.rows], predicted, weights)
+        return made
 
 
 class Focus(Follower):
-    """The words of some adapters, and from where in a batch of pictures these have been looked at."""
+    """The words of some adapters, and what the base has said of the step that is being taken."""
 
     def __init__(self, words: Mapping[str, Sequence[str]], looking: Sequence[ComcatLayer] = ()) -> None:
         super().__init__()
         self.words, self.looking = words, looking
-        self._heard: object = None  # the text of the pictures that are being drawn
-        self._maps: dict[str, torch.Tensor] = {}  # (B, 1, h, w) by adapter, of the step before
-        self._seen: dict[str, list[torch.Tensor]] = {}  # of this step, layer by layer
+        self._base: _Base | None = None
+        self._seen: dict[str, list[torch.Tensor]] | None = None  # while the base predicts, layer by layer
+        self._heard: tuple[Heard | None, Heard | None] = None, None  # a text, and what it says of `rows` alone
+        self._picked: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of the step before, so that a text stays one
 
     def made_of(self) -> tuple:
         """See `Follower`."""
         return self.words, self.looking
 
     @torch.compiler.disable
-    def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """The hook before the denoiser: the shape of the picture, and of other pictures than before a first look."""
-        if here.focus is self:  # and not another thread's, which shares the denoiser
-            sample = args[0] if args else kwargs["sample"]
-            here.latent = tuple(sample.shape[-2:])
-            if self._heard is not here.heard:
-                self._heard, self._maps = here.heard, {}
-                if self._asked():
-                    self._look(model, args, kwargs)
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """The hook before the denoiser: the base predicts, and what follows is of pictures with the words alone."""
+        if here.focus is not self:  # another thread's, which shares the denoiser
+            return None
+        sample = args[0] if args else kwargs["sample"]
+        here.latent = tuple(sample.shape[-2:])
+        rows = [] if self._seen is not None else self._rows()
+        if not rows:
+            return None
+        self._base = self._predict(model, args, kwargs, rows)
+        if len(rows) == len(sample):
+            return None
+        before, self._picked = self._picked, {}
+        picked = self._pick((args, kwargs), rows, len(sample), before)
+        if self._heard[0] is not here.heard:
+            states = family_of_model(model).heard(given(model, *picked))
+            self._heard = here.heard, here.heard.of(rows, states)
+        here.heard = self._heard[1]
+        return picked
 
-    def _asked(self) -> bool:
-        """Whether any of the texts has any of the words."""
-        texts = here.heard.said if here.heard is not None and here.heard.said is not None else ()
-        return any(bool(said.placing(words).any()) for said in texts for words in self.words.values())
+    def _rows(self) -> list[int]:
+        """The pictures that have words of adapters; none, where no text asks for anything around a subject."""
+        said = (here.heard.said if here.heard is not None else None) or ()
+        if not any(one.within(words).any() and says_more(one.text, words) for one in said for words in self._all()):
+            return []
+        return [row for row, one in enumerate(said) if any(one.within(words).any() for words in self._all())]
 
-    def _look(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Let the base look: no adapter that is placed acts anywhere yet."""
+    def _all(self) -> list[Sequence[str]]:
+        return list(self.words.values())
+
+    def _predict(self, model: nn.Module, args: tuple, kwargs: dict, rows: list[int]) -> _Base:
+        """What the base says, with no adapter that is placed anywhere."""
         known = here.heard, here.latent
+        self._seen = {}
         try:
-            model(*args, **kwargs)
+            output = model(*args, **kwargs)
+            return _Base(output[0], {name: torch.stack(maps).mean(0) for name, maps in self._seen.items()}, rows)
         finally:
+            self._seen = None
             here.heard, here.latent = known  # which that pass took for its own, and forgot
 
+    def _pick(self, whole: object, rows: list[int], count: int, before: Mapping) -> object:
+        """Of what a denoiser is given, what is of these pictures; a text stays the same object from step to step."""
+        if isinstance(whole, torch.Tensor):
+            if whole.ndim == 0 or len(whole) != count:
+                return whole
+            known, part = before.get(id(whole), (None, None))
+            self._picked[id(whole)] = whole, part if known is whole else whole[rows]
+            return self._picked[id(whole)][1]
+        if isinstance(whole, dict):
+            return {name: self._pick(one, rows, count, before) for name, one in whole.items()}
+        if isinstance(whole, list | tuple):
+            return type(whole)([self._pick(one, rows, count, before) for one in whole])
+        return whole
+
     @torch.compiler.disable
-    def end(self, model: nn.Module, args: tuple, output: object) -> None:
-        """The hook after it: what was seen is where the next step acts."""
-        if here.focus is self:
-            self._maps = {name: torch.stack(maps).mean(0) for name, maps in self._seen.items()}
-            self._seen, here.latent = {}, None
+    def end(self, model: nn.Module, args: tuple, output: object) -> object:
+        """The hook after it: around the subjects the prediction is the base's."""
+        if here.focus is not self or self._seen is not None:
+            return None
+        base, self._base, here.latent = self._base, None, None
+        if base is None or output is None:  # nothing was placed, or the pass failed
+            return None
+        made = base.with_adapters(output[0])
+        return (made, *output[1:]) if isinstance(output, tuple) else type(output)(sample=made)
 
     def shares(
         self,
@@ -78,25 +135,27 @@ class Focus(Follower):
         text: torch.Tensor | None,
         masked: Mapping[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        """Every live adapter's share of each place of an attention, (B, N, 1), within its mask where it has one.
+        """Live adapters' shares of each place of an attention, (B, N, 1), within their masks where they have one.
 
-        Raises ValueError where the denoiser has not begun, or N tokens are no level of it.
+        While the base predicts that is nothing. Raises ValueError where the denoiser has not begun, or N tokens are no
+        level of it.
         """
         if here.latent is None:
             raise ValueError("Adapters act by place while the whole denoiser runs, which shows them the picture.")
         named = [name for name in live if name in self.words]
-        grid = grid_of(here.latent, hidden.shape[1])
-        if layer in self.looking and text is not None:
-            for name in named:
-                of_words = torch.stack([said.placing(self.words[name]) for said in here.heard.said]).to(hidden)
-                self._seen.setdefault(name, []).append(looks(layer.owner, hidden, text, of_words, here.latent))
-        return shared_by({name: self._weights(name, grid, hidden) for name in named}, masked, hidden)
+        if self._seen is not None:
+            if layer in self.looking and text is not None:
+                for name in named:
+                    self._seen.setdefault(name, []).append(self._looks(layer, name, hidden, text))
+            return {**masked, **{name: hidden.new_zeros(1, hidden.shape[1], 1) for name in named}}
+        if self._base is None or len(named) < 2:
+            return dict(masked)
+        seen = {name: self._base.seen[name][self._base.rows] for name in named}
+        return {**masked, **divided(seen, grid_of(here.latent, hidden.shape[1]), masked)}
 
-    def _weights(self, name: str, grid: tuple[int, int], hidden: torch.Tensor) -> torch.Tensor:
-        seen = self._maps.get(name)
-        if seen is None or len(seen) != len(hidden):
-            return hidden.new_zeros(len(hidden), hidden.shape[1], 1)
-        return weights_of(seen, grid).to(hidden)  # B, N, 1
+    def _looks(self, layer: ComcatLayer, name: str, hidden: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        of_words = torch.stack([placing(said, self.words[name]) for said in here.heard.said]).to(hidden)
+        return looks(layer.owner, hidden, text, of_words, here.latent)
 
 
 @contextmanager
@@ -104,8 +163,9 @@ def keep_background(pipe: object, words: Mapping[str, Sequence[str]]) -> Iterato
     """In this block, and thread, adapters of a U-Net act where in the picture their words are looked at.
 
     Everything else stays the base's. `words` are what each adapter's subject is called by, like {"dog": ["sks dog"]};
-    adapters that are not named act as ever. What one step has seen is for the next, so this is for drawing. Raises
-    ValueError for an adapter that is not there, waits for no trigger, or is in none of the attentions that look.
+    adapters that are not named act as ever, and so do those that are in pictures whose prompts say nothing else. Each
+    step takes the base as well, so this is for drawing. Raises ValueError for an adapter that is not there, waits for
+    no trigger, or is in none of the attentions that look.
     """
     layers = adapted_layers(denoiser(pipe))
     looking = [layers[name] for name in on_the_way_up({name: layer.owner for name, layer in layers.items()})]

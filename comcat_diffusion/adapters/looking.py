@@ -6,15 +6,16 @@ at words that it hardly knows. So
     looks = mean over those attentions and their heads of sum_j softmax(q k^T / sqrt(D))_j        j: tokens of the words
 
 is high on the subject and low around it. Masks are made of it (training/outline.py, evaluation), and in drawing the
-place where an adapter acts (focus.py, comfy/places.py):
+places whose prediction is an adapter's (focus.py, comfy/places.py):
 
     w = clamp((r - LOW) / (HIGH - LOW), 0, 1)        r = looks / max over places of it
 
 Letters: B batch, N = h*w tokens of one attention, M context tokens, H heads, D head width, C channels.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.regions import grid_of
 from comcat_diffusion.attentions import style_of
 from comcat_diffusion.heads import split_heads
+from comcat_diffusion.words import says_more
 
 WAY_UP = "up_blocks."
 LOW, HIGH = 0.15, 0.4  # of the place that looks most: below the one nothing of an adapter is seen, above the other all
@@ -67,20 +69,46 @@ def looks_of(
     return interpolate(looked.float(), size=latent, mode="bilinear", align_corners=False)
 
 
-def weights_of(seen: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """How much an adapter acts at each place of an attention, (B, N, 1), where this much was looked, (B, 1, h, w)."""
-    most = seen.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-8)
-    weights = ((seen / most - LOW) / (HIGH - LOW)).clamp(0, 1)
-    return adaptive_avg_pool2d(weights, grid).flatten(1).unsqueeze(-1)
+class Said(Protocol):
+    """A prompt as text encoders have read it; that of diffusers is in texts.py, that of ComfyUI in comfy/text.py."""
+
+    text: str
+
+    def within(self, words: Sequence[str]) -> torch.Tensor:
+        """(M,) of bool: the tokens of these words alone."""
 
 
-def shared_by(
-    found: Mapping[str, torch.Tensor], masked: Mapping[str, torch.Tensor], hidden: torch.Tensor
+def placing(said: Said, words: Sequence[str]) -> torch.Tensor:
+    """(M,) of bool: the tokens by which the place of these words' subject is found, if the prompt has any of them.
+
+    All of them, to which every place looks alike, where the prompt says nothing else: it asks for no background then
+    that could be kept, and the one that a base makes up from its noise is none that the subject was learned on.
+    """
+    found = said.within(words)
+    return found if says_more(said.text, words) else torch.ones_like(found) & found.any()
+
+
+def weights_of(seen: torch.Tensor) -> torch.Tensor:
+    """How much an adapter acts at each place, (B, 1, h, w), where this much was looked, (B, 1, h, w)."""
+    return ((_share_of_most(seen) - LOW) / (HIGH - LOW)).clamp(0, 1)
+
+
+def divided(
+    seen: Mapping[str, torch.Tensor], grid: tuple[int, int], masked: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Shares of adapters that are placed, (B, N, 1), beside those of others: at most one in sum at every place."""
-    within = {name: weights * masked.get(name, 1) for name, weights in found.items()}
-    crowd = sum(within.values(), hidden.new_zeros(1, 1, 1)).clamp(min=1)
-    return {**masked, **{name: weights / crowd for name, weights in within.items()}}
+    """Shares, (B, N, 1) and one in sum, of adapters in each place of an attention, by how much was looked for each.
+
+    An adapter with a mask, (N, 1), has its share of that.
+    """
+    found = {
+        name: adaptive_avg_pool2d(_share_of_most(one), grid).flatten(1).unsqueeze(-1) for name, one in seen.items()
+    }
+    all_of_it = sum(found.values()).clamp(min=1e-8)
+    return {name: one / all_of_it * masked.get(name, 1) for name, one in found.items()}
+
+
+def _share_of_most(seen: torch.Tensor) -> torch.Tensor:
+    return seen / seen.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-8)
 
 
 @contextmanager

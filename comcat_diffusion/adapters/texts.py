@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from comcat_diffusion.families.family import Reading, Segment
-from comcat_diffusion.words import places, says_more
+from comcat_diffusion.words import places
 
 States = torch.Tensor | list[torch.Tensor]  # (B, M, E), or of each prompt (M, E), of the tokens that it has alone
 _REMEMBERED = 1024  # prompts; the oldest are forgotten
@@ -54,15 +54,6 @@ class Said:
         for start, end in (place for word in words for place in places(word, self.text)):
             found |= (self.ends > start) & (self.ends <= end)
         return found
-
-    def placing(self, words: Sequence[str]) -> torch.Tensor:
-        """(M,) of bool: the tokens by which a base shows where these words' subject is, see adapters/looking.py.
-
-        All of them, to which every place looks alike, where the text says nothing else: then it asks for no background
-        that could be kept, and the base's own, made up from its noise, is not where the subject was learned.
-        """
-        found = self.within(words)
-        return found if says_more(self.text, words) else torch.ones_like(found) & found.any()
 
 
 class Texts:

@@ -15,12 +15,12 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from comcat_diffusion.adapters.blend import blended
-from comcat_diffusion.adapters.looking import shared_by
+from comcat_diffusion.adapters.looking import placing
 from comcat_diffusion.adapters.proportions import refuse_other_shape
 from comcat_diffusion.adapters.regions import grid_of
 from comcat_diffusion.adapters.seam import View
 from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, shared_out
-from comcat_diffusion.comfy.places import PLACES, WAY_UP, Course, Places
+from comcat_diffusion.comfy.places import PLACES, WAY_UP, Places
 from comcat_diffusion.comfy.text import SAID, Said
 
 _UNET = "diffusion_model"
@@ -66,7 +66,7 @@ class Guests:
 
     def told(self, said: Said) -> torch.Tensor:
         """What a text says to them, (M, T + P) of ones and zeros: where triggers act, and the words of P subjects."""
-        of_words = [said.placing(guest.subjects) for guest in self.placed]
+        of_words = [placing(said, guest.subjects) for guest in self.placed]
         return torch.stack([*map(said.acts, self.triggers), *of_words], dim=-1).float()
 
 
@@ -153,10 +153,6 @@ class _Passed(_OfGuests):
 
     own = "forward"
 
-    def __init__(self, guests: Guests, owner: nn.Module, foreign: Callable | None = None) -> None:
-        super().__init__(guests, owner, foreign)
-        self.course = Course()
-
     def __call__(self, *args: object, transformer_options: dict | None = None, **kwargs: object) -> torch.Tensor:
         options = dict(transformer_options or {})
         acts = kwargs.pop(SAID, None)
@@ -175,15 +171,17 @@ class _Passed(_OfGuests):
         if not any(own.any() for own in of_words.values()):
             return self.before(*args, transformer_options=options, **kwargs)
 
-        def run(options: dict, only_to_look: bool) -> torch.Tensor:
-            once = _for_a_look(kwargs) if only_to_look else kwargs
-            return self.before(*args, transformer_options=options, **once)
+        options[PLACES] = places = Places(of_words)
 
-        return self.course.step(args[0] if args else kwargs["x"], options, of_words, run)
+        def run(once_more: bool) -> torch.Tensor:
+            given = _for_another(kwargs) if once_more else kwargs
+            return self.before(*args, transformer_options=dict(options), **given)
+
+        return places.step(run)
 
 
-def _for_a_look(kwargs: dict) -> dict:
-    """What a pass takes, for one before it: ComfyUI takes what a ControlNet says out of its lists."""
+def _for_another(kwargs: dict) -> dict:
+    """What a pass takes before another one: ComfyUI takes what a ControlNet says out of its lists."""
     control = kwargs.get("control")
     return {**kwargs, "control": {name: list(own) for name, own in control.items()}} if control else kwargs
 
@@ -242,9 +240,9 @@ class Attended(_OfGuests):
     ) -> dict[str, torch.Tensor]:
         """Shares, (B, N, 1), of those too that act where they are looked at, within their masks; see focus.py."""
         named = [name for name in live if name in places.of_words]
-        for name in named if _looks(self.name) else ():
+        for name in named if places.looking and _looks(self.name) else ():
             places.look(name, self.attention, hidden, text, latent)
-        return shared_by({name: places.weights(name, latent, hidden) for name in named}, masked, hidden)
+        return {**masked, **places.shares(named, latent, hidden, masked)}
 
     def _view(self, names: list[str], said: Mapping[Trigger, torch.Tensor], device: torch.device) -> View:
         host, of_text = self.attention, self.name.endswith("attn2")

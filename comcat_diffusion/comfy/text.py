@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from comcat_diffusion.words import places, says_more
+from comcat_diffusion.words import places
 
 SAID = "comcat"  # key in a conditioning
 KEYS = {"text_encoder": ("l", "h"), "text_encoder_2": ("g",)}  # of ComfyUI's lists of tokens, by our encoders
@@ -46,11 +46,6 @@ class Said:
         spans = [span for word in words for span in places(word, self.text)]
         ends = [end for chunk in self.chunks for end in chunk]
         return torch.tensor([any(start < end <= stop for start, stop in spans) for end in ends], dtype=torch.bool)
-
-    def placing(self, words: Sequence[str]) -> torch.Tensor:
-        """(M,) of bool: the tokens by which a base shows where these words' subject is, as adapters/texts.py has it."""
-        found = self.within(words)
-        return found if says_more(self.text, words) else torch.ones_like(found) & found.any()
 
 
 class Tokens(dict):

@@ -51,7 +51,7 @@ class Asked:
     def bare(self, text: str, folder: Path | None = None) -> str:
         """A sentence without the machine's paths to a folder and to the page's own."""
         for known in filter(None, (folder, self.studio.folder)):
-            text = text.replace(f"{known}/", "")
+            text = text.replace(f"{known}/", "").replace(str(known), known.name)
         return text
 
     def images(self) -> ImageSet:
@@ -112,7 +112,7 @@ def route(path: str, method: str, function: Function, upload: str = "") -> Route
         except (ValueError, OSError, ImportError) as error:
             one = refused(error, language)
             folder = request.app.state.studio.folder
-            return told(422, one.message.replace(f"{folder}/", ""), one.field)
+            return told(422, one.message.replace(f"{folder}/", "").replace(str(folder), folder.name), one.field)
         return found if isinstance(found, Response) else JSONResponse(found)
 
     return Route(path, answer, methods=[method])

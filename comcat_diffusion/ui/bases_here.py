@@ -14,6 +14,16 @@ from comcat_diffusion.ui.settings import Refused
 
 FOLDER = "bases"  # inside the page's folder
 USUAL = 512, 64  # side and step of the pictures of Stable Diffusion; the step is one of every family
+LONGEST_HEADER = 20_000_000  # bytes of a safetensors header
+# Families by what some of a single file's weights are called, those first whose files hold what others' hold as well.
+_MARKS = (
+    ("Stable Diffusion XL", "conditioner.embedders."),
+    ("Stable Diffusion 3 and 3.5", "joint_blocks."),
+    ("Chroma", "distilled_guidance_layer."),
+    ("FLUX.2 [klein]", "double_stream_modulation_img."),
+    ("FLUX.1", "double_blocks."),
+    ("Stable Diffusion 1.x and 2.x", "model.diffusion_model.input_blocks."),
+)
 _LICENSE = re.compile(r"^license(?:_name)?:\s*[\"']?([\w.\- ]+)", re.MULTILINE)
 
 
@@ -39,7 +49,7 @@ def bases_here(folder: Path, allowed: list[Path]) -> list[Base]:
             if (path / "model_index.json").is_file():
                 found.append(_of_folder(path, f"folder:{path.name}", str(path)))
             elif path.suffix == ".safetensors" and path.stat().st_size > 500_000_000:  # smaller ones are adapters
-                found.append(Base(f"file:{path.name}", str(path), "", path.stat().st_size, ""))
+                found.append(_of_file(path))
         if (place / "model_index.json").is_file():
             found.append(_of_folder(place, f"folder:{place.name}", str(place)))
     return list({base.id: base for base in found}.values())
@@ -121,6 +131,21 @@ def _of_folder(path: Path, id: str, name: str) -> Base:
     license = "Apache-2.0" if id == EMBEDDED else _license(path)
     unet = family is None or family.part == UNET
     return Base(id, name, family.name if family else "", size, license, family is not None, unet)
+
+
+def _of_file(path: Path) -> Base:
+    """A single file by its header: its family by the names of its weights, its licence where it says one."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size <= LONGEST_HEADER else {}
+        told, names = header.pop("__metadata__", {}), tuple(header)
+        license = told.get("modelspec.license", "") if isinstance(told, dict) else ""
+    except (OSError, ValueError, RecursionError, AttributeError):
+        license, names = "", ()
+    family = next((family for family, mark in _MARKS if any(mark in name for name in names)), "")
+    unet = not family or family.startswith(("Stable Diffusion 1", "Stable Diffusion XL"))
+    return Base(f"file:{path.name}", str(path), family, path.stat().st_size, str(license)[:60], bool(names), unet)
 
 
 def _license(path: Path) -> str:

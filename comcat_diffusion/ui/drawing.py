@@ -128,7 +128,9 @@ def _public(request: dict) -> dict:
     """What was asked for as the page asks for it: ids, and no paths of the machine."""
     shown = [{"id": one["id"], "scale": one["scale"], "region": one["region"]} for one in request["adapters"]]
     names = ("prompt", "typed", "strengths", "num_images", "compare")
-    return {name: request[name] for name in names} | {"adapters": shown}
+    kind = request["typed"].get("scheduler")
+    sampler = {"sampler": sampler_name(kind, _ALGORITHM.get(kind, {}))} if kind else {}
+    return {name: request[name] for name in names} | {"adapters": shown} | sampler
 
 
 def read_back(asked: Asked) -> dict:
@@ -149,7 +151,8 @@ def read_back(asked: Asked) -> dict:
         typed["negative_prompt"] = about["negative_prompt"]
     typed |= {} if "keep_background" in about or "adapters" not in about else {"keep_background": False}
     settings.given(GenerateConfig, typed)  # a picture of somebody else may say anything
-    return {"prompt": str(about.get("prompt", "")), "typed": typed, "adapters": used, "missing": missing}
+    told = {"prompt": str(about.get("prompt", "")), "typed": typed, "adapters": used, "missing": missing}
+    return told | {"painted": bool(about.get("regions"))}
 
 
 def _about(content: bytes) -> dict:

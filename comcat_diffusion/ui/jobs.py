@@ -166,6 +166,7 @@ class Queue:
         with self._changed:
             if job.status["state"] not in (STOPPED, CANCELLED, FAILED):
                 raise ValueError("Only what was stopped can go on.")
+            self._refuse_ending(job)
         self._enqueue(job, {"resume": True})
 
     def remove(self, job: Job) -> None:
@@ -173,6 +174,7 @@ class Queue:
         with self._changed:
             if job.status["state"] in LIVE:
                 raise ValueError("It is not finished: stop or cancel it first.")
+            self._refuse_ending(job)
             shutil.rmtree(job.folder)
 
     def close(self, seconds: float = 30) -> None:
@@ -185,6 +187,11 @@ class Queue:
         self._thread.join(seconds if current is not None and current.asked.get("kind") == "train" else 2)
         self.end()
         self._thread.join(5)
+
+    def _refuse_ending(self, job: Job) -> None:
+        """Raise ValueError for a job that was cancelled and whose worker has not heard of it yet."""
+        if self._current is not None and self._current.folder == job.folder:
+            raise ValueError("It is still ending: try again in a moment.")
 
     def _enqueue(self, job: Job, more: dict) -> None:
         with self._changed:

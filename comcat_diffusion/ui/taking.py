@@ -76,11 +76,13 @@ def push(asked: Asked) -> dict:
     if not asked.studio.config.is_local:
         raise NotYours("Sharing uses the account of this machine, and so is offered on it alone.")
     path, repo = _path(asked), asked.value("repo_id", str, "")
+    told = "A name on the hub reads owner/name, with letters, digits, dashes and dots."
+    if repo.count("/") != 1:
+        raise Refused(told, "repo_id")
     sheet = next(iter(sorted(path.parent.glob("samples/step-??????.png"), reverse=True)), None)
     try:
         refuse_unshareable(repo, path, sheet)
     except ValueError as error:
-        told = "A name on the hub reads owner/name, with letters, digits, dashes and dots."
         raise Refused(told if isinstance(error, HFValidationError) else str(error), "repo_id") from error
     request = {"file": str(path), "repo_id": repo, "private": asked.value("private", bool, True),
                "sheet": str(sheet) if sheet else ""}  # fmt: skip

@@ -64,11 +64,12 @@ def check(asked: Asked) -> dict:
             lines = asdict(report)
     except (ValueError, OSError) as error:  # said like what the looking over finds: somebody is still typing
         one = settings.refused(error, asked.language)
+        one.message = asked.bare(one.message, folder)
         lines = {"facts": [], "doubts": [], "errors": []}
         return lines | {"errors": [vars(one) | {"images": []}], "sentence": sentence, "everyday": False}
     told = {}
     for kind, said in lines.items():
-        cleaned = [settings.refused(ValueError(line.replace(f"{folder}/", "")), asked.language) for line in said]
+        cleaned = [settings.refused(ValueError(asked.bare(line, folder)), asked.language) for line in said]
         told[kind] = [
             {
                 "message": one.message,

@@ -12,9 +12,10 @@ import secrets
 from http.cookies import SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from comcat_diffusion.ui import sentences, texts
 from comcat_diffusion.ui.config import UiConfig
 
 COOKIE, KEY = "studio", "studio_key"
@@ -67,10 +68,10 @@ class Visitors:
     def _refusal(self, scope: Scope, headers: dict[str, str], cookies: dict[str, str]) -> Response | None:
         host = headers.get("host", "")
         if self.config.is_local and _name(host) not in (*_HERE, self.config.host):
-            return _said(403, "This page is served to its own machine alone.")
+            return _said(headers, 403, "This page is served to its own machine alone.")
         origin = headers.get("origin")
         if scope["method"] not in ("GET", "HEAD") and (origin is None or urlsplit(origin).netloc != host):
-            return _said(403, "This was not asked by the page itself.")
+            return _said(headers, 403, "This was not asked by the page itself.")
         if self.config.auth and _is(_basic(headers.get("authorization", "")), self.config.auth):
             return None
         if self.config.token:
@@ -81,13 +82,18 @@ class Visitors:
                 answer.headers["set-cookie"] = _set_cookie(KEY, _key(self.config.token))[1].decode()
                 return answer
         if self.config.auth:
-            return Response("Name and password, please.", 401, {"WWW-Authenticate": 'Basic realm="studio"'})
+            return PlainTextResponse("Name and password, please.", 401, {"WWW-Authenticate": 'Basic realm="studio"'})
         if self.config.token:
-            return _said(403, "Open the address that comcat ui printed, with ?token= and its word.")
+            return _said(headers, 403, "Open the address that comcat ui printed, with ?token= and its word.")
         return None
 
 
-def _said(status: int, message: str) -> Response:
+def _said(headers: dict[str, str], status: int, message: str) -> Response:
+    """A sentence: as text to somebody who opens the page, as JSON to what asks in its name."""
+    language = texts.asked_language(headers.get("accept-language", ""))
+    message = sentences.said(message, language)
+    if "text/html" in headers.get("accept", ""):
+        return PlainTextResponse(message, status)
     return JSONResponse({"message": message}, status)
 
 

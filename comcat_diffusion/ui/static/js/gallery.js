@@ -22,10 +22,10 @@ export function show(one, ask = null) {
   const { job } = one;
   const own = api.fileOf(job.id, one.file);
   const scales = job.request.adapters.map((adapter) => `${adapter.id.split("/").at(-1).replace(".safetensors", "")} × ${number(adapter.scale * one.strength, 2)}`).join(", ");
-  const rows = [[t("prompt"), one.prompt], [t("seed"), one.seed], [t("adapters"), scales], ...Object.entries(job.request.typed).filter(([name]) => name !== "seed").map(([name, value]) => [about.labels[name] ?? name, value]), [t("asked_on"), when(job.number)]].filter(([, value]) => value !== "");
+  const rows = [[t("prompt"), one.prompt], [t("seed"), one.seed], [t("adapters"), scales], ...Object.entries(job.request.typed).filter(([name]) => name !== "seed").map(([name, value]) => [about.labels[name] ?? name, name === "scheduler" ? job.request.sampler : value]), [t("asked_on"), when(job.number)]].filter(([, value]) => value !== "");
   const again = (seed) => {
     const { prompt, typed, adapters } = job.request;
-    const wanted = { prompt, typed: { ...typed, ...(seed ? { seed: one.seed } : {}) }, adapters: adapters.map(({ id, scale }) => ({ id, scale: scale * one.strength })), num_images: seed ? 1 : job.request.num_images };
+    const wanted = { prompt, typed: { ...typed, ...(seed ? { seed: one.seed } : {}) }, adapters: adapters.map(({ id, scale, region }, n) => ({ id, scale: scale * one.strength, region: region ? api.fileOf(job.id, `region-${n}.png`) : null })), num_images: seed ? 1 : job.request.num_images };
     box.close();
     if (ask) ask(wanted);
     else { sessionStorage.setItem("again", JSON.stringify(wanted)); location.hash = "#/generate"; }

@@ -30,7 +30,7 @@ class GeneratePage {
     this.chosen = new Map(); // scale by the id of an adapter
     this.cardList = h("ul", { class: "cards small" });
     this.scales = h("div", { class: "scales" });
-    this.regions = h("div", { class: "regions" });
+    this.regions = h("div", { class: "regions", data: { field: "region" } });
     this.result = h("section", { class: "result", "aria-live": "polite", "aria-label": t("result") });
     this.element = h("form", { class: "generate-form", novalidate: true, onsubmit: (event) => { event.preventDefault(); this.draw(); } },
       h("header", { class: "intro" }, h("h1", {}, t("nav_generate")), h("p", {}, t("generate_text"))),
@@ -56,8 +56,8 @@ class GeneratePage {
     const again = take("again");
     const kept = JSON.parse(localStorage.getItem(KEPT) || "null");
     this.recalled = true;
-    if (kept) this.fill(kept, false);
-    if (again) this.fill(again, true);
+    if (kept) await this.fill(kept, false);
+    if (again) await this.fill(again, true);
     else if (chosen) { this.chosen = new Map(chosen.map((one) => [one, 1])); this.prompt.value = ""; this.drawCards(true); }
     if (!this.chosen.size && this.cards.length && !again) { this.chosen.set(this.cards[0].id, 1); this.drawCards(true); }
     if (kept?.job && !again && !chosen) this.follow(kept.job);
@@ -115,7 +115,7 @@ class GeneratePage {
     this.painter = null;
     if (cards.length < 2) { replace(this.regions); return; }
     this.painter = new Painter({ width, height, from: painted, label: t("regions"), layers: cards.map((card, n) => ({ name: card.phrase || card.name, colour: COLOURS[n % COLOURS.length] })) });
-    replace(this.regions, h("details", { class: "helper", open: Boolean(painted) }, h("summary", {}, t("regions")), h("p", { class: "help" }, t("regions_text")), this.painter.element));
+    replace(this.regions, h("details", { class: "helper", open: Boolean(this.regions.querySelector("details")?.open) }, h("summary", {}, t("regions")), h("p", { class: "help" }, t("regions_text")), this.painter.element));
   }
 
   promptPart() {
@@ -236,7 +236,7 @@ class GeneratePage {
     localStorage.setItem(KEPT, JSON.stringify({ prompt: this.prompt?.value, typed: this.values, adapters: [...this.chosen].map(([one, scale]) => ({ id: one, scale })), num_images: Number(this.count?.value) || 4, job: this.jobId }));
   }
 
-  fill(wanted, start) {
+  async fill(wanted, start) {
     this.chosen = new Map((wanted.adapters || []).map((one) => [one.id, one.scale]));
     this.jobId = wanted.job;
     Object.keys(this.values).forEach((name) => delete this.values[name]);
@@ -248,14 +248,24 @@ class GeneratePage {
     this.parts.forEach((one) => one.fill({}));
     this.sizedFor = null; // these sides are meant as they are
     this.drawCards();
-    if (start) this.draw();
+    await this.paint((wanted.adapters || []).map((one) => one.region));
+    if (start) await this.draw();
+  }
+
+  // What was painted for each adapter, from pictures of an earlier drawing.
+  async paint(regions) {
+    if (!this.painter) return;
+    this.painter.fill(false);
+    if (!regions.some(Boolean) || regions.length !== this.painter.layers.length) return;
+    await Promise.all(regions.map((region, n) => region && this.painter.load(region, n)));
+    this.regions.querySelector("details").open = true;
   }
 
   async readBack(file) {
     const told = file && (await attempt(() => api.postFile("/api/pictures/read", file), this.element));
     if (!told) return;
-    this.fill({ ...told, num_images: 1 }, false);
-    say(told.missing.length ? t("read_but_missing", { names: told.missing.join(", ") }) : t("read_back"));
+    await this.fill({ ...told, num_images: 1 }, false);
+    say(told.missing.length ? t("read_but_missing", { names: told.missing.join(", ") }) : t(told.painted ? "read_but_painted" : "read_back"));
   }
 
   async asked(one) {

@@ -115,11 +115,11 @@ export class Painter {
   }
 
   // A grey picture, white where it is painted, as a starting point.
-  load(source) {
+  load(source, n = 0) {
     return new Promise((done) => {
       const image = new Image();
       image.onload = () => {
-        const pen = this.layers[0].canvas.getContext("2d");
+        const pen = this.layers[n].canvas.getContext("2d");
         pen.drawImage(image, 0, 0, this.width, this.height);
         const pixels = pen.getImageData(0, 0, this.width, this.height);
         for (let i = 0; i < pixels.data.length; i += 4) {
