@@ -517,11 +517,10 @@ def test_the_queue_goes_on_where_an_earlier_server_was(tmp_path):
 
 def test_what_was_cancelled_goes_on_when_its_worker_has_ended(tmp_path):
     """Before, it would take away from the worker what tells it to end, and two would be at one run."""
-    may_end = threading.Event()
-    queue = Queue(tmp_path, lambda folder: may_end.wait())
+    begun, may_end = threading.Event(), threading.Event()
+    queue = Queue(tmp_path, lambda folder: (begun.set(), may_end.wait()))
     job = queue.add("train", "one", "me", {}, lambda folder: None)
-    while not queue.live() or job.status["state"] != jobs.QUEUED or queue.position(job):
-        time.sleep(0.01)
+    begun.wait()
     queue.cancel(job)
     for what in (queue.resume, queue.remove):
         with pytest.raises(ValueError, match="still ending"):
