@@ -70,7 +70,10 @@ class Focus(Follower):
         rows = [] if self._seen is not None else self._rows()
         if not rows:
             return None
-        self._base = self._predict(model, args, kwargs, rows)
+        base = self._predict(model, args, kwargs, rows)
+        if not base.seen:  # no adapter is at work
+            return None
+        self._base = base
         if len(rows) == len(sample):
             return None
         before, self._picked = self._picked, {}

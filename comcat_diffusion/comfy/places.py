@@ -50,6 +50,8 @@ class Places:
     def step(self, run: Callable[[bool], torch.Tensor]) -> torch.Tensor:
         """A prediction that is the base's around the subjects; `run` takes a pass, told whether another one follows."""
         base = run(True)
+        if not self._seen:  # no adapter is at work
+            return base
         self.looking = False
         weights = sum(map(weights_of, self.seen().values())).clamp(max=1).to(base)
         return torch.lerp(base, run(False), weights)
