@@ -190,7 +190,9 @@ def test_wide_pictures_are_what_its_own_pipeline_draws_and_other_steps_are_refus
     own |= {"precision": "fp32"}
     (path,) = generate(GenerateConfig(**own, **drawing, **size)).files
     noise = [torch.Generator("cpu").manual_seed(0)]
-    more = {"num_inference_steps": 2, "guidance_scale": 3.0, "generator": noise, **family_of(pipe).drawing(pipe)}
+    family = family_of(pipe)
+    more = {"num_inference_steps": 2, "generator": noise, **family.guided(3.0), **family.drawing(pipe)}
+    more |= family.negative(pipe, [family.nothing]) if family.nothing is not None else {}
     (alone,) = pipe(prompt=[OTHER], **size, **more).images
     assert alone.size == (2 * step, step) and not differs(Image.open(path), alone)
     taught_size = own | {"adapter": [str(file)], "prompt": [PROMPT]}
@@ -260,6 +262,14 @@ def test_what_a_family_cannot_do_is_refused_in_a_sentence_by_check_and_run(base,
     assert "\n" not in str(caught.value)
     errors = validate(ValidateConfig(**vars(asked))).errors
     assert any(re.search(message, error) for error in errors)
+
+
+def test_blocks_that_carry_no_adapter_are_refused_by_check_and_run(folders, tmp_path):
+    asked = settings(str(folders["z_image"]), tmp_path / "out", target_modules=["attention"])
+    message = "Cannot adapt '(noise|context)_refiner.0.attention'.*: adapters of this family are in the blocks"
+    with pytest.raises(ValueError, match=message):
+        customize(asked)
+    assert any(re.search(message, error) for error in validate(ValidateConfig(**vars(asked))).errors)
 
 
 def test_a_flow_has_no_signal_to_noise_ratio_and_samplers_of_its_own(folders, tmp_path):

@@ -220,10 +220,15 @@ def default_targets(model: nn.Module) -> list[str]:
 
 def _why_not(model: nn.Module, module: nn.Module, name: str) -> str | None:
     """Why a module of this name in a model cannot carry an adapter, or None if it can."""
+    return not_carried(model, module, name) or seam.why_not(module)
+
+
+def not_carried(model: nn.Module, module: nn.Module, name: str) -> str | None:
+    """Why an attention of this name is none that its family has adapters on, or None if it is."""
     carries = family_of_model(bare(model)).carries
     if carries and style_of(module) is not None and not re.fullmatch(carries, name):
         return "adapters of this family are in the blocks that see words and picture together"
-    return seam.why_not(module)
+    return None
 
 
 def adapted_layers(model: nn.Module) -> dict[str, ComcatLayer]:

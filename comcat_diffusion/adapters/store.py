@@ -23,6 +23,7 @@ from comcat_diffusion.adapters.model import (
     belongings_of,
     default_targets,
     factors,
+    not_carried,
     of_pattern,
     refuse_name,
 )
@@ -311,7 +312,7 @@ def plain_config(config: ComcatConfig) -> dict:
 def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[int, int]]:
     """Names and shapes of the factors that a file of this configuration has for this model.
 
-    Raises ValueError for a tied one whose attentions read different text.
+    Raises ValueError for a tied one whose attentions read different text, and for attentions that its family leaves be.
     """
     if config.target_modules is None:
         config.target_modules = default_targets(model)
@@ -321,6 +322,9 @@ def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[i
         matched = check_target_module_exists(config, key) if key else None
         if not matched or type(matched).__name__ == "_ExcludedModule" or seam.why_not(module) is not None:
             continue
+        reason = not_carried(model, module, key)
+        if reason is not None:
+            raise ValueError(f"Cannot adapt '{key}' ({type(module).__name__}): {reason}.")
         rank = of_pattern(config.rank_pattern, key, config.r)
         made = factor_shapes(module, rank, config.foldable, config.tied, config.cores)
         shapes |= {f"{key}.{name}": (outof, into) for name, (into, outof) in made.items()}
