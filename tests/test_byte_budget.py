@@ -112,7 +112,7 @@ def test_a_budget_that_holds_nothing_is_refused_before_the_first_step(config):
 @pytest.mark.parametrize(
     ("settings", "most"),
     [
-        ({}, 19_660),  # 98,304 numbers in fp16, and a tenth of them
+        ({}, 19_660),  # 196,608 numbers in fp16, and a twentieth of them
         ({"rank": 1}, 10_000),  # never less
         ({"rank": 1024}, 1_000_000),  # never more
         ({"max_bytes": 5_000}, 5_000),
@@ -122,7 +122,7 @@ def test_a_budget_that_holds_nothing_is_refused_before_the_first_step(config):
         ({"everywhere": True}, 0),
     ],
 )
-def test_what_is_free_is_shrunk_to_a_tenth_unless_it_is_asked_otherwise(settings, most):
+def test_what_is_free_is_shrunk_to_a_twentieth_unless_it_is_asked_otherwise(settings, most):
     unet = bases.load_base("embedded").unet
     assert budget(TrainConfig(**settings), unet) == most
 

@@ -12,7 +12,7 @@ from comcat_diffusion.families.known import family_of_denoiser
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learned import adapter_config
 
-SHRUNK, LEAST, MOST = 10, 10_000, 1_000_000  # a file is this part of what is learned, within these bytes
+SHRUNK, LEAST, MOST = 20, 10_000, 1_000_000  # a file is this part of what is learned, within these bytes
 Shapes = Mapping[str, tuple[int, int]]  # of factors by name, ATTENTION.FACTOR
 
 

@@ -169,7 +169,9 @@ class AdapterShape(Group):
         "Act on the whole of every prompt. Default: from the trigger on; without it, the base is as it was.",
     )
     target_modules: list[str] | None = option(
-        None, "Attentions to adapt, for instance attn1 attn2. Default: cross-attention."
+        None,
+        "Attentions to adapt, for instance attn2. Default: cross-attention, and of a free adapter on a U-Net "
+        "self-attention too.",
     )
     up_blocks_only: bool = option(
         False,
@@ -331,7 +333,7 @@ class RunSettings(Group):
     max_bytes: int | None = option(
         None,
         "The most bytes of the file. Late in the run it is shrunk to them; the last steps make up for it. Default: of "
-        "free adapters that wait for their trigger a tenth of what is learned, of others all of it. 0: all of it.",
+        "free adapters that wait for their trigger a twentieth of what is learned, of others all of it. 0: all of it.",
         usual=True,
     )
     thumbnail: bool = option(False, "Put a small sample into the file's header, where galleries look for one.")
