@@ -272,6 +272,7 @@ def test_a_base_comes_from_the_hub_and_the_page_shows_how_much_of_it_is_there(wi
         page.get_by_role("button", name="Download").click()
         bar = page.locator(".fetching progress")
         page.locator(".fetching", has_text="of 6.0 MB").wait_for(timeout=SECONDS)
+        until(lambda: bar.evaluate("(one) => one.value") > 0)
         first = bar.evaluate("(one) => one.value")
         here.look("04-download")
         page.reload()

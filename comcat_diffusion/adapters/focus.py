@@ -39,6 +39,8 @@ class _Base:
 
     def with_adapters(self, predicted: torch.Tensor) -> torch.Tensor:
         """The prediction of all pictures, given that of `rows` with the adapters."""
+        if not self.seen:  # every adapter is at scale zero, and none has looked
+            return self.predicted
         weights = sum(weights_of(seen[self.rows]) for seen in self.seen.values()).clamp(max=1).to(predicted)
         made = self.predicted.clone()
         made[self.rows] = torch.lerp(made[self.rows], predicted, weights)
