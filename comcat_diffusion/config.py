@@ -95,8 +95,8 @@ class BaseSettings(Group):
 
     pretrained_model_name_or_path: str | None = option(
         None,
-        "Base: hub id, diffusers folder, single .safetensors file, or 'embedded'. Default: that of the adapter, else "
-        "'embedded'.",
+        "Base: hub id, diffusers folder, single .safetensors file, 'embedded' or 'embedded-flow'. Default: that of the "
+        "adapter, else 'embedded'.",
         usual=True,
     )
     revision: str | None = option(None, "Branch, tag or commit of a hub base.")

@@ -149,3 +149,11 @@ def test_a_copy_without_the_flow_base_says_how_it_is_made(tmp_path, monkeypatch)
     for name in (places.EMBEDDED_FLOW, str(tmp_path / "assets" / "tiny-flow")):
         assert bases.is_embedded(name) and bases.default_guidance(name) == bases.EMBEDDED_GUIDANCE
     assert not bases.is_embedded(str(tmp_path / "assets"))
+
+
+@pytest.mark.slow
+def test_the_flow_base_trains_and_draws(tmp_path):
+    outcome = trained(places.EMBEDDED_FLOW, tmp_path / "out", kind="tied")
+    assert load_adapter(bases.load_base(places.EMBEDDED_FLOW), outcome.adapter).base_model == places.EMBEDDED_FLOW
+    (file,) = drawn(outcome, tmp_path / "drawn").files
+    assert Image.open(file).size == (64, 64)

@@ -81,7 +81,8 @@ def test_makefile_targets_of_the_readme_exist():
 def test_the_scores_of_the_readme_are_those_beside_the_weights():
     from recipe.score import table
 
-    assert table(json.loads((ROOT / "assets/tiny-sd/scores.json").read_text())) in README
+    for base in ("tiny-sd", "tiny-flow"):
+        assert table(json.loads((ROOT / "assets" / base / "scores.json").read_text())) in README
 
 
 def test_the_pages_show_the_results_as_they_are():

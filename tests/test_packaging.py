@@ -29,7 +29,10 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_carries_the_base_the_subject_and_the_console_script(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for path in ("tiny-sd/model_index.json", "tiny-sd/unet/diffusion_pytorch_model.safetensors", "subject/train/1.png"):
+    for path in (
+        "tiny-sd/model_index.json", "tiny-sd/unet/diffusion_pytorch_model.safetensors", "tiny-flow/model_index.json",
+        "subject/train/1.png",
+    ):  # fmt: skip
         assert f"comcat_diffusion/assets/{path}" in names
     assert not any(name.startswith(("tests/", "recipe/", "benchmarks/", "runs/")) for name in names)
     (script,) = [name for name in names if name.endswith("entry_points.txt")]
@@ -58,6 +61,19 @@ def test_the_embedded_base_is_small_enough_and_of_stock_classes():
     classes = {name: value[1] for name, value in index.items() if isinstance(value, list)}
     assert classes["unet"] == "UNet2DConditionModel" and classes["vae"] == "AutoencoderKL"
     assert classes["text_encoder"] == "CLIPTextModel" and classes["tokenizer"] == "CLIPTokenizer"
+
+
+def test_the_flow_base_is_small_enough_of_stock_classes_and_reached_its_goals():
+    import json
+
+    from recipe.score import GOALS
+
+    base = ROOT / "assets/tiny-flow"
+    assert sum(path.stat().st_size for path in base.rglob("*") if path.is_file()) <= 25_000_000
+    index = json.loads((base / "model_index.json").read_text())
+    assert index["_class_name"] == "Flux2KleinPipeline" and index["transformer"][1] == "Flux2Transformer2DModel"
+    scores = json.loads((base / "scores.json").read_text())["scores"]
+    assert all(scores[name] >= goal for name, (_, goal) in GOALS.items() if goal is not None)
 
 
 def test_every_requirement_has_a_floor_and_a_pin_that_reaches_it():

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 from comcat_diffusion import markdown
 from comcat_diffusion.adapters.header import Header, kind_of
-from comcat_diffusion.config import EMBEDDED, is_hub_id
+from comcat_diffusion.config import EMBEDDED, EMBEDDED_FLOW, is_hub_id
 from comcat_diffusion.export.fit import waits
 
 _CARD = """\
@@ -93,8 +93,8 @@ def public_base(header: Header) -> str:
 
 
 def _unpublished(header: Header) -> str:
-    embedded = header.base_model == EMBEDDED
-    return "the embedded base of comcat-diffusion" if embedded else "a base that is not on the hub"
+    known = {EMBEDDED: "embedded base", EMBEDDED_FLOW: "embedded flow-matching base"}.get(header.base_model)
+    return f"the {known} of comcat-diffusion" if known else "a base that is not on the hub"
 
 
 def _argument(words: str, always: bool = False) -> str:
