@@ -4,7 +4,7 @@
 
 One stage, which keeps a checkpoint every two minutes in the state folder and goes on from it; `--seconds` ends it where
 it is then, and exports what there is. Needs Debian's `fonts-noto-color-emoji`. A step of 32 pictures takes 0.7 s of a
-CPU core with bfloat16 instructions. The rate falls to a fiftieth at `--steps`. What is shipped was cut and gone on with:
+CPU core with bfloat16 instructions. The rate falls to a fiftieth at `--steps`. What is shipped was cut and went on:
 to step 3,000 of 3,000, to some 5,800 of 10,000, to 8,000 of 8,000. Not yet run on a GPU, where a step is of 256.
 """
 

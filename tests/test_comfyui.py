@@ -340,7 +340,8 @@ def test_a_background_is_kept_by_what_the_base_sees_of_the_words(files, model, c
         attention = unet.get_submodule(name)
         hidden = torch.ones(2, 16, attention.to_q.in_features) * torch.linspace(-1, 1, 16)[:, None]
         seen.append(looks_of(attention.to_q(hidden), attention.to_k(states), attention.heads, of_words, (4, 4)))
-    weights = weights_of(torch.stack(seen).mean(0)).flatten(2).movedim(1, -1)
+    seen = torch.stack(seen).mean(0)
+    weights = weights_of(seen / seen.amax((1, 2, 3), keepdim=True).clamp(min=1e-8)).flatten(2).movedim(1, -1)
     assert weights[0].min() < 0.5 < weights[0].max() and not weights[1].any()
     width = unet.get_submodule(list(names.values())[-1]).to_q.in_features
     grid = lambda t: t[:, -16 * width :].view(2, 16, width)  # of the last attention

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from comcat_diffusion import ComcatConfig, bases, keep_background, listen, save_adapter, set_regions
 from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.focus import placeable
-from comcat_diffusion.adapters.looking import HIGH, LOW, divided, looks, placing, watched, weights_of
+from comcat_diffusion.adapters.looking import HIGH, LOW, Course, divided, looks, placing, watched, weights_of
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.texts import texts_of
 from comcat_diffusion.generation.config import GenerateConfig
@@ -170,7 +170,8 @@ def test_how_much_a_place_looks_is_the_bases_own_attention_to_the_words(pipe, hi
     of_words = torch.stack([placing(one, WORDS["dog"]) for one in said])
     found = looks(attn, hidden, text, of_words, (high, wide))
     assert found.shape == (2, 1, high, wide) and not found[1].any()
-    weights = weights_of(found)
+    (share,) = Course().step(500, {"dog": found}).values()
+    weights = weights_of(share)
     tokens = [6, 7]  # begin, a, photo, of, a, big, sks, teddy
     q, k = (made.unflatten(-1, (layer.heads, -1)) for made in (attn.to_q(hidden)[0], attn.to_k(text)[0]))
     looked = torch.zeros(16).double()
@@ -188,11 +189,23 @@ def test_how_much_a_place_looks_is_the_bases_own_attention_to_the_words(pipe, hi
 
 def test_places_are_divided_among_adapters_by_how_much_is_looked_for_each():
     """One place: three quarters of the most that was looked for the dog, a quarter for the cat, who has a mask."""
-    seen = {"dog": torch.tensor([0.3, 0.4]).view(1, 1, 1, 2), "cat": torch.tensor([0.1, 0.4]).view(1, 1, 1, 2)}
+    seen = {"dog": torch.tensor([0.75, 1.0]).view(1, 1, 1, 2), "cat": torch.tensor([0.25, 1.0]).view(1, 1, 1, 2)}
     assert_close(
         divided(seen, (1, 2), {"cat": torch.tensor([[0.5], [1.0]])}),
         {"dog": torch.tensor([[[0.75], [0.5]]]), "cat": torch.tensor([[[0.125], [0.5]]])},
     )
+
+
+def test_where_was_looked_is_a_mean_over_the_steps_of_one_drawing():
+    first, second = torch.tensor([2.0, 1.0]).view(1, 1, 1, 2), torch.tensor([0.0, 4.0]).view(1, 1, 1, 2)
+    course = Course()
+    assert_close(course.step(900, {"dog": first})["dog"].flatten(), torch.tensor([1.0, 0.5]))
+    assert_close(course.step(500, {"dog": second})["dog"].flatten(), torch.tensor([0.5, 0.75]))
+    assert_close(course.step(100, {"dog": second})["dog"].flatten(), torch.tensor([1 / 3, 2.5 / 3]))
+    for noise in (900, 900, None):  # another drawing begins; who does not tell begins anew each time
+        assert_close(course.step(noise, {"dog": second})["dog"].flatten(), torch.tensor([0.0, 1.0]))
+    wide = torch.ones(1, 1, 1, 3)
+    assert_close(course.step(800, {"dog": wide})["dog"], wide)
 
 
 def test_what_has_no_words_or_looks_nowhere_is_refused(pipe, loaded):

@@ -21,7 +21,7 @@ from torch import nn
 from comcat_diffusion.adapters.call import Follower, given, here
 from comcat_diffusion.adapters.gate import Heard
 from comcat_diffusion.adapters.layer import ComcatLayer
-from comcat_diffusion.adapters.looking import divided, looks, on_the_way_up, placing, weights_of
+from comcat_diffusion.adapters.looking import Course, divided, looks, on_the_way_up, placing, weights_of
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.regions import grid_of
@@ -31,7 +31,7 @@ from comcat_diffusion.words import says_more
 
 @dataclass(frozen=True)
 class _Base:
-    """What the base has said of one step: its prediction (B, C, h, w), and where it looked at whose words."""
+    """What the base has said of one step: its prediction (B, C, h, w), and where words were looked at until now."""
 
     predicted: torch.Tensor
     seen: Mapping[str, torch.Tensor]  # (B, 1, h, w) by adapter
@@ -39,8 +39,6 @@ class _Base:
 
     def with_adapters(self, predicted: torch.Tensor) -> torch.Tensor:
         """The prediction of all pictures, given that of `rows` with the adapters."""
-        if not self.seen:  # every adapter is at scale zero, and none has looked
-            return self.predicted
         weights = sum(weights_of(seen[self.rows]) for seen in self.seen.values()).clamp(max=1).to(predicted)
         made = self.predicted.clone()
         made[self.rows] = torch.lerp(made[self.rows], predicted, weights)
@@ -56,6 +54,7 @@ class Focus(Follower):
         self._base: _Base | None = None
         self._seen: dict[str, list[torch.Tensor]] | None = None  # while the base predicts, layer by layer
         self._heard: tuple[Heard | None, Heard | None] = None, None  # a text, and what it says of `rows` alone
+        self._course = Course()  # of the drawing whose text that is
         self._picked: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of the step before, so that a text stays one
 
     def made_of(self) -> tuple:
@@ -72,6 +71,8 @@ class Focus(Follower):
         rows = [] if self._seen is not None else self._rows()
         if not rows:
             return None
+        if self._heard[0] is not here.heard:
+            self._heard, self._course = (here.heard, None), Course()
         base = self._predict(model, args, kwargs, rows)
         if not base.seen:  # no adapter is at work
             return None
@@ -80,10 +81,10 @@ class Focus(Follower):
             return None
         before, self._picked = self._picked, {}
         picked = self._pick((args, kwargs), rows, len(sample), before)
-        if self._heard[0] is not here.heard:
-            states = family_of_model(model).heard(given(model, *picked))
-            self._heard = here.heard, here.heard.of(rows, states)
-        here.heard = self._heard[1]
+        whole, part = self._heard
+        if part is None:
+            part = whole.of(rows, family_of_model(model).heard(given(model, *picked)))
+        self._heard, here.heard = (whole, part), part
         return picked
 
     def _rows(self) -> list[int]:
@@ -101,8 +102,10 @@ class Focus(Follower):
         known = here.heard, here.latent
         self._seen = {}
         try:
-            output = model(*args, **kwargs)
-            return _Base(output[0], {name: torch.stack(maps).mean(0) for name, maps in self._seen.items()}, rows)
+            predicted = model(*args, **kwargs)[0]
+            seen = {name: torch.stack(maps).mean(0) for name, maps in self._seen.items()}
+            noise = torch.as_tensor(given(model, args, kwargs)["timestep"]).max().item()
+            return _Base(predicted, self._course.step(noise, seen), rows)
         finally:
             self._seen = None
             here.heard, here.latent = known  # which that pass took for its own, and forgot

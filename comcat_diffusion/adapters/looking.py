@@ -8,7 +8,9 @@ at words that it hardly knows. So
 is high on the subject and low around it. Masks are made of it (training/outline.py, evaluation), and in drawing the
 places whose prediction is an adapter's (focus.py, comfy/places.py):
 
-    w = clamp((r - LOW) / (HIGH - LOW), 0, 1)        r = looks / max over places of it
+    w = clamp((r - LOW) / (HIGH - LOW), 0, 1)        r = looks / max over places of it, a mean over the steps so far
+
+A mean, since a base that has no word for a thing looks at its words from everywhere once the thing is drawn.
 
 Letters: B batch, N = h*w tokens of one attention, M context tokens, H heads, D head width, C channels.
 """
@@ -88,27 +90,44 @@ def placing(said: Said, words: Sequence[str]) -> torch.Tensor:
     return found if says_more(said.text, words) else torch.ones_like(found) & found.any()
 
 
+class Course:
+    """Where in the pictures of one drawing words were looked at, r, step by step."""
+
+    def __init__(self) -> None:
+        self._noise: float | None = None  # timestep, or sigma, of the last step
+        self._count, self._means = 0, {}
+
+    def step(self, noise: float | None, seen: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The mean of r of the steps so far, (B, 1, h, w) by adapter, the one with these looks included.
+
+        Where there is no less noise than before another drawing begins, or a step is taken twice, and then it begins
+        anew; so it does where nobody tells the noise.
+        """
+        begins = self._noise is None or noise is None or noise >= self._noise
+        if begins or {name: one.shape for name, one in seen.items()} != {n: m.shape for n, m in self._means.items()}:
+            self._count, self._means = 0, {}
+        self._noise, self._count = noise, self._count + 1
+        for name, one in seen.items():
+            share = one / one.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-8)
+            self._means[name] = torch.lerp(self._means.get(name, share), share, 1 / self._count)
+        return dict(self._means)
+
+
 def weights_of(seen: torch.Tensor) -> torch.Tensor:
-    """How much an adapter acts at each place, (B, 1, h, w), where this much was looked, (B, 1, h, w)."""
-    return ((_share_of_most(seen) - LOW) / (HIGH - LOW)).clamp(0, 1)
+    """How much an adapter acts at each place, w, by where its words were looked at, r; both (B, 1, h, w)."""
+    return ((seen - LOW) / (HIGH - LOW)).clamp(0, 1)
 
 
 def divided(
     seen: Mapping[str, torch.Tensor], grid: tuple[int, int], masked: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Shares, (B, N, 1) and one in sum, of adapters in each place of an attention, by how much was looked for each.
+    """Shares, (B, N, 1) and one in sum, of adapters in each place of an attention, by r of each, (B, 1, h, w).
 
     An adapter with a mask, (N, 1), has its share of that.
     """
-    found = {
-        name: adaptive_avg_pool2d(_share_of_most(one), grid).flatten(1).unsqueeze(-1) for name, one in seen.items()
-    }
+    found = {name: adaptive_avg_pool2d(one, grid).flatten(1).unsqueeze(-1) for name, one in seen.items()}
     all_of_it = sum(found.values()).clamp(min=1e-8)
     return {name: one / all_of_it * masked.get(name, 1) for name, one in found.items()}
-
-
-def _share_of_most(seen: torch.Tensor) -> torch.Tensor:
-    return seen / seen.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-8)
 
 
 @contextmanager

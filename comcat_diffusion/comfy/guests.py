@@ -20,7 +20,7 @@ from comcat_diffusion.adapters.proportions import refuse_other_shape
 from comcat_diffusion.adapters.regions import grid_of
 from comcat_diffusion.adapters.seam import View
 from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, shared_out
-from comcat_diffusion.comfy.places import PLACES, WAY_UP, Places
+from comcat_diffusion.comfy.places import PLACES, WAY_UP, Courses, Places
 from comcat_diffusion.comfy.text import SAID, Said
 
 _UNET = "diffusion_model"
@@ -153,6 +153,10 @@ class _Passed(_OfGuests):
 
     own = "forward"
 
+    def __init__(self, guests: Guests, owner: nn.Module, foreign: Callable | None = None) -> None:
+        super().__init__(guests, owner, foreign)
+        self.courses = Courses()
+
     def __call__(self, *args: object, transformer_options: dict | None = None, **kwargs: object) -> torch.Tensor:
         options = dict(transformer_options or {})
         acts = kwargs.pop(SAID, None)
@@ -177,7 +181,7 @@ class _Passed(_OfGuests):
             given = _for_another(kwargs) if once_more else kwargs
             return self.before(*args, transformer_options=dict(options), **given)
 
-        return places.step(run)
+        return self.courses.step(args[0] if args else kwargs["x"], options, places, run)
 
 
 def _for_another(kwargs: dict) -> dict:

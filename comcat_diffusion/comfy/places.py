@@ -1,6 +1,7 @@
 """Where in the picture adapters act, found by the model itself, in ComfyUI: as adapters/focus.py does it in diffusers.
 
-Each step takes the base first, to know what it predicts and where it looks; then the adapters.
+Each step takes the base first, to know what it predicts and where it looks; then the adapters. Where it looked before in
+the same drawing is known by the conditionings.
 
 Letters: B batch, N = h*w tokens of one attention, M context tokens, C channels.
 """
@@ -10,11 +11,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from comcat_diffusion.adapters.looking import divided, looks_of, weights_of
+from comcat_diffusion.adapters.looking import Course, divided, looks_of, weights_of
 from comcat_diffusion.adapters.regions import grid_of
 
 PLACES = "comcat_places"  # key in a model's options
 WAY_UP = "diffusion_model.output_blocks."
+_REMEMBERED = 8  # groups of conditionings that are drawn together; the oldest are forgotten
 
 
 class Places:
@@ -23,6 +25,7 @@ class Places:
     def __init__(self, of_words: Mapping[str, torch.Tensor]) -> None:
         self.of_words = of_words
         self.looking = True  # until the base has predicted
+        self._means: dict[str, torch.Tensor] = {}
         self._seen: dict[str, list[torch.Tensor]] = {}
 
     def look(
@@ -40,18 +43,32 @@ class Places:
             return {name: hidden.new_zeros(1, hidden.shape[1], 1) for name in named}
         if len(named) < 2:
             return {}
-        seen = self.seen()
-        return divided({name: seen[name] for name in named}, grid_of(latent, hidden.shape[1]), masked)
+        return divided({name: self._means[name] for name in named}, grid_of(latent, hidden.shape[1]), masked)
 
-    def seen(self) -> dict[str, torch.Tensor]:
-        """How much each place looked at each adapter's words, (B, 1, h, w)."""
-        return {name: torch.stack(maps).mean(0) for name, maps in self._seen.items()}
-
-    def step(self, run: Callable[[bool], torch.Tensor]) -> torch.Tensor:
+    def step(self, course: Course, noise: float | None, run: Callable[[bool], torch.Tensor]) -> torch.Tensor:
         """A prediction that is the base's around the subjects; `run` takes a pass, told whether another one follows."""
         base = run(True)
         if not self._seen:  # no adapter is at work
             return base
         self.looking = False
-        weights = sum(map(weights_of, self.seen().values())).clamp(max=1).to(base)
+        self._means = course.step(noise, {name: torch.stack(maps).mean(0) for name, maps in self._seen.items()})
+        weights = sum(map(weights_of, self._means.values())).clamp(max=1).to(base)
         return torch.lerp(base, run(False), weights)
+
+
+class Courses:
+    """The drawings that a model is in, by the conditionings that are drawn together."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple, Course] = {}
+
+    def step(
+        self, latents: torch.Tensor, options: Mapping, places: Places, run: Callable[[bool], torch.Tensor]
+    ) -> torch.Tensor:
+        """One step of one of them; see `Places`."""
+        key = (*options.get("uuids", ()), *options.get("cond_or_uncond", ()), *latents.shape)
+        course = self._known[key] = self._known.pop(key, None) or Course()
+        while len(self._known) > _REMEMBERED:
+            del self._known[next(iter(self._known))]
+        noise = float(options["sigmas"].max()) if options.get("sigmas") is not None else None
+        return places.step(course, noise, run)
