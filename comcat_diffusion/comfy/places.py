@@ -1,7 +1,7 @@
 """Where in the picture adapters act, found by the model itself, in ComfyUI: as adapters/focus.py does it in diffusers.
 
-Each step takes the base first, to know what it predicts and where it looks; then the adapters. Where it looked before in
-the same drawing is known by the conditionings.
+Each step takes the base first, to know what it predicts and where it looks; then the adapters. Where it looked before
+in the same drawing is known by the conditionings.
 
 Letters: B batch, N = h*w tokens of one attention, M context tokens, C channels.
 """
