@@ -111,7 +111,7 @@ def train(parsed: argparse.Namespace) -> int:
     if outcome.samples:
         print(f"Samples: {outcome.samples}")
     file = shlex.quote(str(outcome.adapter))
-    print(f'Try: comcat generate --adapter {file} --prompt "a photo of {outcome.subject.phrase}"')
+    print(f"Try: comcat generate --adapter {file} --prompt {shlex.quote(outcome.prompt)}")
     return 0
 
 

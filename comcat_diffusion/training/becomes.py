@@ -10,7 +10,7 @@ from comcat_diffusion.bases import PRECISIONS
 from comcat_diffusion.families.family import UNET, Family, Native
 from comcat_diffusion.families.known import family_of_denoiser
 from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.training.learned import adapter_config
+from comcat_diffusion.training.learned import adapter_config, targets
 
 SHRUNK, LEAST, MOST = 20, 10_000, 1_000_000  # a file is this part of what is learned, within these bytes
 Shapes = Mapping[str, tuple[int, int]]  # of factors by name, ATTENTION.FACTOR
@@ -39,7 +39,8 @@ def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
     if family is None:  # see export/fit.py
         return f"This adapter is for this tool (about {size})."
     tools = "this tool and its ComfyUI node" if family.part == UNET and config.kind != "cores" else "this tool"
-    lora = expected_shapes(denoiser, replace(shape, tied=False, cores=False, foldable=True))
+    exact = replace(shape, tied=False, cores=False, foldable=True, target_modules=targets(config, denoiser))
+    lora = expected_shapes(denoiser, exact)
     larger = f"{lora_bytes(lora, config.rank, family) / 1000:,.0f} kB"
     if config.kind == "free":
         return (

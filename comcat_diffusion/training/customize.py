@@ -82,6 +82,7 @@ class Outcome:
     steps: int
     interrupted: bool
     parameters: int
+    prompt: str  # of the first picture: what is like those that were learned is drawn best
     samples: Path | None = None
 
     @property
@@ -257,7 +258,8 @@ def _run(
             judge.draw(done)
             if config.thumbnail and accelerator.is_main_process:
                 judge.save(target, done)
-    return Outcome(target, dataset.subjects, done, interrupted, count, judge.sheet), witness
+    taught = dataset.examples[0].prompt
+    return Outcome(target, dataset.subjects, done, interrupted, count, taught, judge.sheet), witness
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
