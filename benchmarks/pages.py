@@ -20,6 +20,7 @@ MAKERS = {
     "compression": "compression_report:tables",
     "customization": "customization_report:table",
     "features": "features:table",
+    "pace": "pace:table",
     "speed": "usage:tables",
     "subjects": "subjects:tables",
     "training": "training:tables",

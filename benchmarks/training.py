@@ -47,10 +47,10 @@ from comcat_diffusion.training.config import TrainConfig
 
 PARTS = ("recipe", "pictures")
 WHOLE_RUN = 400  # steps of the run that is extrapolated: our default
-TARGETS = {  # of our adapter; `cross` is its default
-    "cross": {},
+TARGETS = {  # of our adapter; `self+cross` is its default
+    "cross": {"target_modules": ["attn2"]},
     "up": {"up_blocks_only": True},
-    "self+cross": {"target_modules": ["attn1", "attn2"]},
+    "self+cross": {},
 }
 # Slow to import, so imported once for all processes; what a run loads of the libraries only when it needs it is left.
 MODULES = ("comcat_diffusion.training.customize", "benchmarks.variants", "diffusers.pipelines.stable_diffusion")
