@@ -89,11 +89,13 @@ class Batching:
 
 
 def made(crops: Sequence[Crop], objective: Objective, generators: Sequence[torch.Generator]) -> Batch:
-    """Latents, noise and timestep of every crop from its own generator."""
-    drawn = []
+    """Latents, noise, timestep and prompt of every crop from its own generator."""
+    drawn, prompts = [], []
     for crop, generator in zip(crops, generators, strict=True):
         latents = crop.latents(generator)
         drawn.append((latents, *objective.draw(latents, generator)))
+        plainly = crop.plain_rate and torch.rand((), generator=generator) < crop.plain_rate
+        prompts.append(crop.plain if plainly else crop.prompt)
     clean, noise, timesteps = map(torch.stack, zip(*drawn, strict=True))  # B, C, h, w twice; B
     weights = None
     if any(crop.weight is not None for crop in crops):
@@ -104,6 +106,6 @@ def made(crops: Sequence[Crop], objective: Objective, generators: Sequence[torch
         timesteps=timesteps,
         frames=torch.tensor([crop.frame for crop in crops], dtype=torch.float32),
         weights=weights,
-        prompts=[crop.prompt for crop in crops],
+        prompts=prompts,
         names=[crop.name for crop in crops],
     )

@@ -124,6 +124,11 @@ class PictureSettings(Group):
         "is not learned as the subject's.",
     )
     unmasked_weight: float = option(0.1, "Weight of what the mask leaves out, where the mask has weight 1.")
+    caption_dropout_rate: float = option(
+        0.5,
+        "How often a picture with a caption is learned by the prompt of all instead, like 'a photo of sks dog', so "
+        "that it can be drawn by that one too.",
+    )
     skip_broken: bool = option(False, "Leave out pictures that cannot be read, instead of refusing the folder.")
     cache_dir: str | None = option(None, "Keep latents in this folder, so that the next run starts faster.")
 
@@ -132,6 +137,8 @@ class PictureSettings(Group):
         _require_said(self.instance_prompt)
         require_at_least(self, 1, "resolution", "repeats")
         require_finite(self, "unmasked_weight")
+        rate = self.caption_dropout_rate
+        require(0 <= rate <= 1, f"--caption_dropout_rate must be 0 to 1, not {rate}.")
         require(0 <= self.unmasked_weight <= 1, f"--unmasked_weight must be 0 to 1, not {self.unmasked_weight}.")
         require(
             not (self.subjects and self.instance_data_dir),

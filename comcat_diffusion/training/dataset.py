@@ -24,6 +24,7 @@ class Example:
     alpha_mask: bool = False
     repeats: int = 1
     captioned: bool = False  # or the prompt is that of all the subject's pictures
+    plain: str | None = None  # the prompt of all, of a picture with a caption of its own
 
     @property
     def name(self) -> str:
@@ -94,7 +95,8 @@ def _example(shot: folder.Shot, one: SubjectConfig, subject: Subject, config: Tr
     prompt = shot.caption or one.prompt
     if not prompt:
         raise ValueError(f"{shown(shot.path)} has no caption and there is no --instance_prompt: write one of the two.")
-    return Example(shot.path, prompt, subject, shot.mask, config.alpha_mask, one.repeats, bool(shot.caption))
+    plain = (one.prompt or f"a photo of {subject.phrase}") if shot.caption else None
+    return Example(shot.path, prompt, subject, shot.mask, config.alpha_mask, one.repeats, bool(shot.caption), plain)
 
 
 def _split(config: TrainConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:

@@ -5,7 +5,7 @@ Letters: C latent channels, h x w latent size, B batch.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ class Crop:
     frame: tuple[int, ...]  # SDXL's micro-conditioning: original h, w, top, left, target h, w
     weight: torch.Tensor | None = None  # 1, h, w: how much each place counts, mean one
     repeats: int = 1
+    plain: str | None = None  # a prompt that stands for its own now and then
+    plain_rate: float = 0.0  # how often
 
     def latents(self, generator: torch.Generator) -> torch.Tensor:
         """A sample of the posterior, (C, h, w)."""
@@ -58,7 +60,8 @@ class Material:
     def prompts(self) -> list[str]:
         """Every prompt that a step or a judgement may need."""
         crops = (*self.crops, *self.held_out, *self.class_crops)
-        return list(dict.fromkeys([crop.prompt for crop in crops] + list(self.class_prompts.values())))
+        plain = [crop.plain for crop in crops if crop.plain_rate]
+        return list(dict.fromkeys([*(crop.prompt for crop in crops), *plain, *self.class_prompts.values()]))
 
 
 def encode_all(
@@ -79,12 +82,16 @@ def encode_all(
         class_examples = class_pictures(config, pipe, dataset.subjects, note)
     class_prompts = {}
     if config.prior_kind == "teacher":
-        class_prompts = {e.prompt: class_prompt_of(config, e.subject, dataset.subjects) for e in dataset.examples}
+        class_prompts = {
+            prompt: class_prompt_of(config, e.subject, dataset.subjects)
+            for e in dataset.examples
+            for prompt in filter(None, (e.prompt, e.plain))
+        }
     square = [(config.resolution, config.resolution)]
     outliner = _outliner(config, pipe, dataset, objective, note)
     return Material(
         encode(config, pipe, dataset.examples, options, cache, outliner),
-        encode(config, pipe, dataset.held_out, options, cache, outliner),
+        [replace(crop, plain_rate=0.0) for crop in encode(config, pipe, dataset.held_out, options, cache, outliner)],
         encode(config, pipe, class_examples, square, cache),
         class_prompts,
         class_examples,
@@ -118,7 +125,9 @@ def encode(
                 weight = _weight(cut, mean.shape[-2:], config, example)
             elif outliner and is_thing(example.subject):
                 weight = weighed(outliner.share(mean, example.subject, frame), config.unmasked_weight)
-            crops.append(Crop(mean, std, example.prompt, example.name, frame, weight, example.repeats))
+            rate = config.caption_dropout_rate if example.plain else 0.0
+            told = example.prompt, example.name, frame, weight, example.repeats, example.plain, rate
+            crops.append(Crop(mean, std, *told))
     return crops
 
 
