@@ -107,7 +107,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--targets",
         choices=TARGETS,
-        default="cross",
+        default="self+cross",
         help="what ours adapts (default: %(default)s-attention, its own; up is that in the way up)",
     )
     parser.add_argument("--gradient_checkpointing", action="store_true", help="in ours, which then recomputes")

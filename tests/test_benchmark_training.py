@@ -39,7 +39,7 @@ def test_the_json_says_what_was_measured_and_where(report):
         "resolution": 64,
         "batch": 1,
         "steps": STEPS,
-        "targets": "cross",
+        "targets": "self+cross",
     }
     assert {"commit", "dtype", "threads", "versions"} <= set(report["circumstances"])
     assert {row["part"] for row in report["rows"]} == {"recipe"}
@@ -163,13 +163,13 @@ def test_a_cache_that_changes_what_is_learned_is_no_result(tmp_path):
 
 def test_flags_reach_both_runs(tmp_path):
     flags = ["--device", "cuda", "--dtype", "bfloat16", "--threads", "2", "--batch", "2", "--pictures", "9", "3"]
-    more = ["--targets", "self+cross", "--gradient_checkpointing"]
+    more = ["--targets", "cross", "--gradient_checkpointing"]
     settings = training.settings_of(training.command_line().parse_args([*flags, *more]))
     assert (settings.device.type, settings.dtype, settings.threads) == ("cuda", torch.bfloat16, 2)
     assert (settings.resolution, settings.batch, settings.steps, settings.tiny) == (512, 2, 6, False)
     assert settings.pictures == (3, 9) and settings.parts == training.PARTS
     config = training.config_of(settings, tmp_path, tmp_path / "out", max_train_steps=2)
-    assert config.target_modules == ["attn1", "attn2"] and config.mixed_precision == "bf16"
+    assert config.target_modules == ["attn2"] and config.mixed_precision == "bf16"
     assert config.gradient_checkpointing
     default = training.settings_of(training.command_line().parse_args([]))
     assert training.config_of(default, tmp_path, tmp_path / "out").target_modules is None
