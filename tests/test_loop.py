@@ -160,13 +160,13 @@ def test_the_held_out_loss_has_fixed_noise_and_sees_what_is_learned(tiny_unet):
 
 
 def test_a_caption_is_left_out_now_and_then_and_nothing_else_changes():
-    crops = [replace(crop, plain="plain", plain_rate=0.5) for crop in data(4)]
-    batching, objective = Batching.of(crops, 0, 4), Objective(DDPMScheduler())
+    crops = [replace(crop, plain="plain") for crop in data(4)]
+    batching, objective = Batching.of(crops, 0, 4, caption_dropout=0.5), Objective(DDPMScheduler())
     told, whole = ([b.batch(c, objective, n) for n in range(50)] for b, c in ((batching, crops), (batching, data(4))))
     share = sum(batch.prompts.count("plain") for batch in told) / 200
     assert 0.35 < share < 0.65  # of 200 draws, four standard deviations
     for one, other in zip(told, whole, strict=True):
         assert torch.equal(one.noisy, other.noisy) and torch.equal(one.timesteps, other.timesteps)
         assert all(a in (b, "plain") for a, b in zip(one.prompts, other.prompts, strict=True))
-    never = [replace(crop, plain_rate=0.0) for crop in crops]
-    assert all("plain" not in batching.batch(never, objective, n).prompts for n in range(9))
+    never = Batching.of(crops, 0, 4)
+    assert all("plain" not in never.batch(crops, objective, n).prompts for n in range(9))

@@ -208,6 +208,22 @@ def test_options_change_what_is_trained(config, tmp_path):
     assert header.config["unet"]["target_modules"] == ["attn1", "attn2"] and header.config["unet"]["alpha"] == 1.0
 
 
+def test_captions_that_are_always_left_out_teach_what_none_teach(config, tmp_path):
+    """All but what a file says of its prompts, by the losses of each step; left out now and then they are others."""
+    shutil.copytree(SUBJECT / "train", tmp_path / "plain", ignore=shutil.ignore_patterns("*.txt"))
+
+    def losses(folder, rate, name):
+        listener, own = Listener(), {"instance_data_dir": str(folder), "instance_prompt": "a photo of sks teddy"}
+        customize(
+            config(max_train_steps=2, caption_dropout_rate=rate, output_dir=str(tmp_path / name), **own), listener
+        )
+        return [step.loss for step in listener.steps]
+
+    without = losses(tmp_path / "plain", 0.5, "none")
+    assert losses(SUBJECT / "train", 1, "always") == without
+    assert losses(SUBJECT / "train", 0, "never") != without
+
+
 def test_in_the_way_up_no_step_goes_back_through_the_way_down(config, monkeypatch):
     """Where adapters are there alone, what the way down and the middle give needs no gradient."""
     given, prepare = {}, learned.prepare

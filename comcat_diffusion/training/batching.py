@@ -44,14 +44,15 @@ class Batching:
     seed: int
     batch_size: int
     buckets: tuple[tuple[int, ...], ...]  # indices of crops; a crop that is repeated stands there several times
+    caption_dropout: float = 0.0  # how often a crop's plain prompt, if it has one, stands for its own
 
     @classmethod
-    def of(cls, crops: Sequence[Crop], seed: int, batch_size: int) -> Self:
+    def of(cls, crops: Sequence[Crop], seed: int, batch_size: int, caption_dropout: float = 0.0) -> Self:
         """Buckets by the crops' sizes."""
         buckets: dict[tuple, list[int]] = {}
         for index, crop in enumerate(crops):
             buckets.setdefault(tuple(crop.mean.shape), []).extend([index] * crop.repeats)
-        return cls(seed, batch_size, tuple(map(tuple, buckets.values())))
+        return cls(seed, batch_size, tuple(map(tuple, buckets.values())), caption_dropout)
 
     def generator(self, *key: int) -> torch.Generator:
         """Randomness that belongs to a key."""
@@ -85,16 +86,19 @@ class Batching:
         overall = number * processes + process
         picked = [crops[index] for index in self.chosen(overall)]
         samples = range(overall * self.batch_size, (overall + 1) * self.batch_size)
-        return made(picked, objective, [self.generator(NOISE, sample) for sample in samples])
+        generators = [self.generator(NOISE, sample) for sample in samples]
+        return made(picked, objective, generators, self.caption_dropout)
 
 
-def made(crops: Sequence[Crop], objective: Objective, generators: Sequence[torch.Generator]) -> Batch:
+def made(
+    crops: Sequence[Crop], objective: Objective, generators: Sequence[torch.Generator], caption_dropout: float = 0.0
+) -> Batch:
     """Latents, noise, timestep and prompt of every crop from its own generator."""
     drawn, prompts = [], []
     for crop, generator in zip(crops, generators, strict=True):
         latents = crop.latents(generator)
         drawn.append((latents, *objective.draw(latents, generator)))
-        plainly = crop.plain_rate and torch.rand((), generator=generator) < crop.plain_rate
+        plainly = caption_dropout and crop.plain and torch.rand((), generator=generator) < caption_dropout
         prompts.append(crop.plain if plainly else crop.prompt)
     clean, noise, timesteps = map(torch.stack, zip(*drawn, strict=True))  # B, C, h, w twice; B
     weights = None

@@ -343,7 +343,7 @@ def _loop(
         prepared,
         material.crops,
         objective,
-        Batching.of(material.crops, config.seed, config.train_batch_size),
+        Batching.of(material.crops, config.seed, config.train_batch_size, config.caption_dropout_rate),
         optimizer,
         schedule,
         accelerator,

@@ -5,7 +5,7 @@ Letters: C latent channels, h x w latent size, B batch.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -38,8 +38,7 @@ class Crop:
     frame: tuple[int, ...]  # SDXL's micro-conditioning: original h, w, top, left, target h, w
     weight: torch.Tensor | None = None  # 1, h, w: how much each place counts, mean one
     repeats: int = 1
-    plain: str | None = None  # a prompt that stands for its own now and then
-    plain_rate: float = 0.0  # how often
+    plain: str | None = None  # a prompt that may stand for its own, see batching.py
 
     def latents(self, generator: torch.Generator) -> torch.Tensor:
         """A sample of the posterior, (C, h, w)."""
@@ -60,7 +59,7 @@ class Material:
     def prompts(self) -> list[str]:
         """Every prompt that a step or a judgement may need."""
         crops = (*self.crops, *self.held_out, *self.class_crops)
-        plain = [crop.plain for crop in crops if crop.plain_rate]
+        plain = [crop.plain for crop in self.crops if crop.plain]
         return list(dict.fromkeys([*(crop.prompt for crop in crops), *plain, *self.class_prompts.values()]))
 
 
@@ -91,7 +90,7 @@ def encode_all(
     outliner = _outliner(config, pipe, dataset, objective, note)
     return Material(
         encode(config, pipe, dataset.examples, options, cache, outliner),
-        [replace(crop, plain_rate=0.0) for crop in encode(config, pipe, dataset.held_out, options, cache, outliner)],
+        encode(config, pipe, dataset.held_out, options, cache, outliner),
         encode(config, pipe, class_examples, square, cache),
         class_prompts,
         class_examples,
@@ -125,8 +124,7 @@ def encode(
                 weight = _weight(cut, mean.shape[-2:], config, example)
             elif outliner and is_thing(example.subject):
                 weight = weighed(outliner.share(mean, example.subject, frame), config.unmasked_weight)
-            rate = config.caption_dropout_rate if example.plain else 0.0
-            told = example.prompt, example.name, frame, weight, example.repeats, example.plain, rate
+            told = example.prompt, example.name, frame, weight, example.repeats, example.plain
             crops.append(Crop(mean, std, *told))
     return crops
 
