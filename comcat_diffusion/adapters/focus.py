@@ -13,7 +13,8 @@ Letters: B batch, N = h*w tokens of one attention, M context tokens, C channels.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import nn
@@ -45,17 +46,53 @@ class _Base:
         return made
 
 
+@dataclass
+class _Drawing:
+    """What is known of pictures as long as their texts stay the same objects, from step to step."""
+
+    heard: Heard
+    rows: list[int]  # pictures that have words of adapters; none, where no text asks for anything around a subject
+    of_words: Mapping[str, torch.Tensor]  # (B, M) of bool by adapter, see `placing`
+    course: Course = field(default_factory=Course)
+    of_rows: Heard | None = None  # what the texts of `rows` say
+    picked: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # what was given, and of `rows`
+
+    @classmethod
+    def of(cls, heard: Heard, words: Mapping[str, Sequence[str]]) -> Self:
+        """Of texts that were heard, for adapters that are called by these words."""
+        asked = any(one.within(own).any() and says_more(one.text, own) for one in heard.said for own in words.values())
+        of_words = {name: torch.stack([placing(one, own) for one in heard.said]) for name, own in words.items()}
+        called = torch.stack([found.any(1) for found in of_words.values()]).any(0)  # B
+        return cls(heard, called.nonzero().flatten().tolist() if asked else [], of_words)
+
+    def pick(self, whole: object, count: int) -> object:
+        """Of what a denoiser is given for `count` pictures, what is of `rows`; one object stays one object."""
+        before, self.picked = self.picked, {}
+        return self._pick(whole, count, before)
+
+    def _pick(self, whole: object, count: int, before: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> object:
+        if isinstance(whole, torch.Tensor):
+            if whole.ndim == 0 or len(whole) != count:
+                return whole
+            known, part = before.get(id(whole), (None, None))
+            self.picked[id(whole)] = whole, part if known is whole else whole[self.rows]
+            return self.picked[id(whole)][1]
+        if isinstance(whole, dict):
+            return {name: self._pick(one, count, before) for name, one in whole.items()}
+        if isinstance(whole, list | tuple):
+            return type(whole)([self._pick(one, count, before) for one in whole])
+        return whole
+
+
 class Focus(Follower):
     """The words of some adapters, and what the base has said of the step that is being taken."""
 
     def __init__(self, words: Mapping[str, Sequence[str]], looking: Sequence[ComcatLayer] = ()) -> None:
         super().__init__()
         self.words, self.looking = words, looking
+        self._drawing: _Drawing | None = None
         self._base: _Base | None = None
         self._seen: dict[str, list[torch.Tensor]] | None = None  # while the base predicts, layer by layer
-        self._heard: tuple[Heard | None, Heard | None] = None, None  # a text, and what it says of `rows` alone
-        self._course = Course()  # of the drawing whose text that is
-        self._picked: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of the step before, so that a text stays one
 
     def made_of(self) -> tuple:
         """See `Follower`."""
@@ -68,36 +105,25 @@ class Focus(Follower):
             return None
         sample = args[0] if args else kwargs["sample"]
         here.latent = tuple(sample.shape[-2:])
-        rows = [] if self._seen is not None else self._rows()
-        if not rows:
+        if self._seen is not None or here.heard is None or here.heard.said is None:
             return None
-        if self._heard[0] is not here.heard:
-            self._heard, self._course = (here.heard, None), Course()
-        base = self._predict(model, args, kwargs, rows)
-        if not base.seen:  # no adapter is at work
+        if self._drawing is None or self._drawing.heard is not here.heard:
+            self._drawing = _Drawing.of(here.heard, self.words)
+        drawing = self._drawing
+        base = self._predict(model, args, kwargs) if drawing.rows else None
+        if base is None or not base.seen:  # nothing is asked for, or no adapter is at work
             return None
         self._base = base
-        if len(rows) == len(sample):
+        if len(drawing.rows) == len(sample):
             return None
-        before, self._picked = self._picked, {}
-        picked = self._pick((args, kwargs), rows, len(sample), before)
-        whole, part = self._heard
-        if part is None:
-            part = whole.of(rows, family_of_model(model).heard(given(model, *picked)))
-        self._heard, here.heard = (whole, part), part
-        return picked
+        args, kwargs = drawing.pick((args, kwargs), len(sample))
+        if drawing.of_rows is None:
+            states = family_of_model(model).heard(given(model, args, kwargs))
+            drawing.of_rows = drawing.heard.of(drawing.rows, states)
+        here.heard = drawing.of_rows
+        return args, kwargs
 
-    def _rows(self) -> list[int]:
-        """The pictures that have words of adapters; none, where no text asks for anything around a subject."""
-        said = (here.heard.said if here.heard is not None else None) or ()
-        if not any(one.within(words).any() and says_more(one.text, words) for one in said for words in self._all()):
-            return []
-        return [row for row, one in enumerate(said) if any(one.within(words).any() for words in self._all())]
-
-    def _all(self) -> list[Sequence[str]]:
-        return list(self.words.values())
-
-    def _predict(self, model: nn.Module, args: tuple, kwargs: dict, rows: list[int]) -> _Base:
+    def _predict(self, model: nn.Module, args: tuple, kwargs: dict) -> _Base:
         """What the base says, with no adapter that is placed anywhere."""
         known = here.heard, here.latent
         self._seen = {}
@@ -105,24 +131,10 @@ class Focus(Follower):
             predicted = model(*args, **kwargs)[0]
             seen = {name: torch.stack(maps).mean(0) for name, maps in self._seen.items()}
             noise = torch.as_tensor(given(model, args, kwargs)["timestep"]).max().item()
-            return _Base(predicted, self._course.step(noise, seen), rows)
+            return _Base(predicted, self._drawing.course.step(noise, seen), self._drawing.rows)
         finally:
             self._seen = None
             here.heard, here.latent = known  # which that pass took for its own, and forgot
-
-    def _pick(self, whole: object, rows: list[int], count: int, before: Mapping) -> object:
-        """Of what a denoiser is given, what is of these pictures; a text stays the same object from step to step."""
-        if isinstance(whole, torch.Tensor):
-            if whole.ndim == 0 or len(whole) != count:
-                return whole
-            known, part = before.get(id(whole), (None, None))
-            self._picked[id(whole)] = whole, part if known is whole else whole[rows]
-            return self._picked[id(whole)][1]
-        if isinstance(whole, dict):
-            return {name: self._pick(one, rows, count, before) for name, one in whole.items()}
-        if isinstance(whole, list | tuple):
-            return type(whole)([self._pick(one, rows, count, before) for one in whole])
-        return whole
 
     @torch.compiler.disable
     def end(self, model: nn.Module, args: tuple, output: object) -> object:
@@ -154,16 +166,14 @@ class Focus(Follower):
         if self._seen is not None:
             if layer in self.looking and text is not None:
                 for name in named:
-                    self._seen.setdefault(name, []).append(self._looks(layer, name, hidden, text))
+                    of_words = self._drawing.of_words[name].to(hidden)
+                    found = looks(layer.owner, hidden, text, of_words, here.latent)
+                    self._seen.setdefault(name, []).append(found)
             return {**masked, **{name: hidden.new_zeros(1, hidden.shape[1], 1) for name in named}}
         if self._base is None or len(named) < 2:
             return dict(masked)
         seen = {name: self._base.seen[name][self._base.rows] for name in named}
         return {**masked, **divided(seen, grid_of(here.latent, hidden.shape[1]), masked)}
-
-    def _looks(self, layer: ComcatLayer, name: str, hidden: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        of_words = torch.stack([placing(said, self.words[name]) for said in here.heard.said]).to(hidden)
-        return looks(layer.owner, hidden, text, of_words, here.latent)
 
 
 @contextmanager
