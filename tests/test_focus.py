@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from comcat_diffusion import ComcatConfig, bases, keep_background, listen, save_adapter, set_regions
 from comcat_diffusion.adapters.call import here
-from comcat_diffusion.adapters.focus import placeable
+from comcat_diffusion.adapters.focus import Focus, placeable
 from comcat_diffusion.adapters.looking import HIGH, LOW, Course, divided, looks, placing, watched, weights_of
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.texts import texts_of
@@ -194,6 +194,32 @@ def test_places_are_divided_among_adapters_by_how_much_is_looked_for_each():
         divided(seen, (1, 2), {"cat": torch.tensor([[0.5], [1.0]])}),
         {"dog": torch.tensor([[[0.75], [0.5]]]), "cat": torch.tensor([[[0.125], [0.5]]])},
     )
+
+
+@torch.no_grad()
+def test_where_one_adapter_is_alone_in_an_attention_it_leaves_the_others_their_places(pipe, randomize, monkeypatch):
+    """Both are told of; the second is on cross-attention alone, as files of before are, the first on both."""
+    pipe.unet.add_adapter(ComcatConfig(r=2, trigger=["zwx"], target_modules=["attn2"]), "cat")
+    pipe.unet.add_adapter(ComcatConfig(r=2, trigger=["sks"], target_modules=["attn1", "attn2"]), "bear")
+    pipe.unet.set_adapter(["bear", "cat"])
+    for name in ("bear", "cat"):
+        randomize(pipe.unet, name, std=0.2)
+    listen(pipe)
+    found, shares = [], Focus.shares
+
+    def keep(self, layer, live, *args):
+        found.append((list(live), self._seen is None, shares(self, layer, live, *args)))
+        return found[-1][-1]
+
+    monkeypatch.setattr(Focus, "shares", keep)
+    with keep_background(pipe, {"bear": ["sks teddy"], "cat": ["zwx cat"]}):
+        drawn(pipe, "sks teddy on the left, zwx cat on the right", steps=1)
+    alone = [own["bear"] for live, placed, own in found if placed and live == ["bear"]]
+    both = [own for live, placed, own in found if placed and len(live) == 2]
+    assert len(alone) == len(both) == 7  # block by block
+    for one, own in zip(alone, both, strict=True):
+        assert torch.equal(one, own["bear"]) and one.max() < 1
+        assert_close(own["bear"] + own["cat"], torch.ones_like(one))
 
 
 def test_where_was_looked_is_a_mean_over_the_steps_of_one_drawing():

@@ -170,10 +170,11 @@ class Focus(Follower):
                     found = looks(layer.owner, hidden, text, of_words, here.latent)
                     self._seen.setdefault(name, []).append(found)
             return {**masked, **{name: hidden.new_zeros(1, hidden.shape[1], 1) for name in named}}
-        if self._base is None or len(named) < 2:
+        if self._base is None or len(self._base.seen) < 2:
             return dict(masked)
-        seen = {name: self._base.seen[name][self._base.rows] for name in named}
-        return {**masked, **divided(seen, grid_of(here.latent, hidden.shape[1]), masked)}
+        seen = {name: one[self._base.rows] for name, one in self._base.seen.items()}  # also of who is not in this one
+        found = divided(seen, grid_of(here.latent, hidden.shape[1]), masked)
+        return {**masked, **{name: found[name] for name in named}}
 
 
 @contextmanager

@@ -41,9 +41,10 @@ class Places:
         """Shares of each place of an attention, (B, N, 1), of those adapters that are placed, within their masks."""
         if self.looking:
             return {name: hidden.new_zeros(1, hidden.shape[1], 1) for name in named}
-        if len(named) < 2:
+        if len(self._means) < 2:
             return {}
-        return divided({name: self._means[name] for name in named}, grid_of(latent, hidden.shape[1]), masked)
+        found = divided(self._means, grid_of(latent, hidden.shape[1]), masked)  # also of who is not in this one
+        return {name: found[name] for name in named}
 
     def step(self, course: Course, noise: float | None, run: Callable[[bool], torch.Tensor]) -> torch.Tensor:
         """A prediction that is the base's around the subjects; `run` takes a pass, told whether another one follows."""
