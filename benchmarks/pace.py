@@ -9,20 +9,15 @@ import statistics
 import time
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from peft import LoraConfig
 
 from benchmarks import circumstances as shared
-from benchmarks.by_script import BATCH
+from benchmarks.by_script import started
 from benchmarks.customization_runs import crop_of
 from comcat_diffusion import ComcatConfig, bases, listen
 from comcat_diffusion.attentions import DIFFUSERS
-from comcat_diffusion.training.batching import Batching
 from comcat_diffusion.training.learned import SELF_AND_CROSS
-from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import Loop
-from comcat_diffusion.training.objective import objective_of
 from recipe.subject import TRAIN, TRIGGER, picture
 
 NAME, STEPS = "subject", 5  # a turn
@@ -34,27 +29,20 @@ ADAPTERS = {
 }
 
 
-def started(config: LoraConfig | ComcatConfig) -> Loop:
+def taught(config: LoraConfig | ComcatConfig) -> Loop:
     """A training on a base of its own, before its first step."""
     pipe, prompt = bases.load_base(bases.EMBEDDED), f"a photo of {TRIGGER} robot"
     crops = [crop_of(pipe, picture("robot", pose), prompt) for pose in TRAIN]
     pipe.unet.requires_grad_(False)
-    bare = {id(parameter) for parameter in pipe.unet.parameters()}
     pipe.unet.add_adapter(config, NAME)
     if isinstance(config, ComcatConfig):
         listen(pipe)
-    learned = [parameter.requires_grad_(True) for parameter in pipe.unet.parameters() if id(parameter) not in bare]
-    optimizer = torch.optim.AdamW(learned, lr=1e-3)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
-    learner = accelerator.prepare(Learner(pipe, [prompt], train_text=False).train())
-    return Loop(learner, crops, objective_of(pipe), Batching.of(crops, 0, BATCH), optimizer, schedule, accelerator)
+    return started(pipe, crops, rate=1e-3, seed=0)
 
 
 def measured(rounds: int) -> list[dict]:
     """Each adapter's CPU milliseconds of a step, and its ratio to the LoRA's."""
-    loops = {name: started(config) for name, config in ADAPTERS.items()}
+    loops = {name: taught(config) for name, config in ADAPTERS.items()}
     times: dict[str, list[float]] = {name: [] for name in loops}
     for turn in range(rounds + 1):
         for name, loop in loops.items():

@@ -228,6 +228,21 @@ def test_processors_that_are_not_known_are_refused_by_name(tiny_sd3):
     assert isinstance(get_peft_model(tiny_sd3(), ComcatConfig(r=1)).base_model, ComcatModel)
 
 
+def _with_terms(
+    adapters: tuple, h: int, heads: int, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float, torch.Tensor | float]:
+    """One head's keys and values, its more logits and its more outputs, of tokens (B, N, C) that look at themselves."""
+    more_logits, more_values = 0.0, 0.0
+    for a in adapters:
+        ak, av = (x @ rows_of_head(f, h, heads).T * a.scale for f in (a.k_down, a.v_down))
+        if isinstance(a, FreeFactors):
+            more_logits = more_logits + x @ rows_of_head(a.q_down, h, heads).T @ ak.mT
+            more_values = more_values + av @ rows_of_head(a.out_up.T, h, heads)
+        else:
+            k, v = k + ak @ rows_of_head(a.q_core, h, heads), v + av @ rows_of_head(a.out_core, h, heads)
+    return k, v, more_logits, more_values
+
+
 def stream(host: nn.Module, x: torch.Tensor, adapters: tuple, angles: torch.Tensor) -> torch.Tensor:
     """Words and then a picture, (B, N, C), with a feed-forward beside, from the rows and columns of two Linears."""
     made, inner = x @ host.to_qkv_mlp_proj.weight.T, host.heads * host.head_dim
@@ -236,15 +251,7 @@ def stream(host: nn.Module, x: torch.Tensor, adapters: tuple, angles: torch.Tens
     for h in range(host.heads):
         own = slice(h * host.head_dim, (h + 1) * host.head_dim)
         q, k, v = (made[..., n * inner : (n + 1) * inner][..., own] for n in range(3))
-        more_logits, more_values = 0.0, 0.0
-        for a in adapters:
-            ak, av = (x @ rows_of_head(f, h, host.heads).T * a.scale for f in (a.k_down, a.v_down))
-            if isinstance(a, FreeFactors):
-                more_logits = more_logits + x @ rows_of_head(a.q_down, h, host.heads).T @ ak.mT
-                more_values = more_values + av @ rows_of_head(a.out_up.T, h, host.heads)
-            else:
-                k = k + ak @ rows_of_head(a.q_core, h, host.heads)
-                v = v + av @ rows_of_head(a.out_core, h, host.heads)
+        k, v, more_logits, more_values = _with_terms(adapters, h, host.heads, x, k, v)
         q, k = _rotated(_normed(host.norm_q, q), angles), _rotated(_normed(host.norm_k, k), angles)
         weights = ((q @ k.mT + more_logits) * host.head_dim**-0.5).softmax(-1)
         result = result + weights @ (v @ host.to_out.weight[:, own].T + more_values)
@@ -313,15 +320,7 @@ def test_an_attention_over_one_stream_alone_matches_the_slow_formula(kind, tiny_
         made = 0.0
         for h in range(host.heads):
             q, k, v = (_heads(p, h, host.heads, x) for p in (host.to_q, host.to_k, host.to_v))
-            more_logits, more_values = 0.0, 0.0
-            for a in used:
-                ak, av = (x @ rows_of_head(f, h, host.heads).T * a.scale for f in (a.k_down, a.v_down))
-                if isinstance(a, FreeFactors):
-                    more_logits = more_logits + x @ rows_of_head(a.q_down, h, host.heads).T @ ak.mT
-                    more_values = more_values + av @ rows_of_head(a.out_up.T, h, host.heads)
-                else:
-                    k = k + ak @ rows_of_head(a.q_core, h, host.heads)
-                    v = v + av @ rows_of_head(a.out_core, h, host.heads)
+            k, v, more_logits, more_values = _with_terms(used, h, host.heads, x, k, v)
             q, k = _rotated(_normed(host.norm_q, q), angles), _rotated(_normed(host.norm_k, k), angles)
             logits = (q @ k.mT + more_logits) * q.shape[-1] ** -0.5
             weights = logits.masked_fill(~there[:, None], -torch.inf).softmax(-1)
