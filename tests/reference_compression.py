@@ -71,21 +71,48 @@ def ridge_regression(x: torch.Tensor, y: torch.Tensor, prior: torch.Tensor, ridg
     return weight, goal - middle @ weight if biased else None
 
 
+def token_sensitivity(model, blocks, pixels, draws: int, seed: int):
+    """Of a picture's random output direction, one picture and draw after the other: mean square gradients by block and
+    token (L, N), and second moments by block (L, C, C)."""
+    chance, total, second = torch.Generator().manual_seed(seed), 0.0, 0.0
+    for _ in range(draws):
+        for picture in pixels.split(1):
+            kept = []
+            handles = [b.register_forward_hook(lambda *a, kept=kept: kept.append(a[2])) for b in blocks]
+            features = model(picture).last_hidden_state[0]  # N, C
+            for handle in handles:
+                handle.remove()
+            loss = 0.0
+            for place, feature in enumerate(features):
+                share = 0.5 if place == 0 else 0.5 / (len(features) - 1)
+                step = torch.randn(len(feature), generator=chance, dtype=torch.float64)
+                unit = (feature / feature.norm()).detach()
+                step = step - (step @ unit) * unit
+                loss = loss + share**0.5 * (step @ feature) / feature.norm().detach()
+            gradients = [g[0] for g in torch.autograd.grad(loss, kept)]
+            total = total + torch.stack([g.square().sum(-1) for g in gradients])
+            second = second + torch.stack([g.T @ g for g in gradients])
+    return total / (draws * len(pixels)), second / (draws * len(pixels))
+
+
 def greedy_neurons(covariance: torch.Tensor, gains: torch.Tensor, ridge: float):
-    """Neurons one by one, what is left unexplained computed anew from the Schur complement each time."""
+    """Neurons one by one, what is left of the output (E, M) gains computed anew from the Schur complement each time."""
     covariance = covariance + ridge * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
-    picked, lost = [], [float(covariance.diagonal() @ gains)]
+
+    def left(picked: list[int]) -> float:
+        return float((gains @ unexplained(covariance, picked) @ gains.T).trace())
+
+    picked, lost = [], [left([])]
     for _ in range(len(covariance)):
-        left = unexplained(covariance, picked)
         free = [i for i in range(len(covariance)) if i not in picked]
-        picked.append(max(free, key=lambda i: float(left[i] * gains[i])))
-        lost.append(float(unexplained(covariance, picked) @ gains))
+        picked.append(min(free, key=lambda i: left([*picked, i])))
+        lost.append(left(picked))
     return picked, lost
 
 
 def unexplained(covariance: torch.Tensor, picked: list[int]) -> torch.Tensor:
-    """(M,): variance of each neuron given the picked ones."""
+    """(M, M): covariance of the neurons given the picked ones."""
     if not picked:
-        return covariance.diagonal()
+        return covariance
     inner = torch.linalg.inv(covariance[picked][:, picked])
-    return covariance.diagonal() - (covariance[:, picked] @ inner @ covariance[picked]).diagonal()
+    return covariance - covariance[:, picked] @ inner @ covariance[picked]

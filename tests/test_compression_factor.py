@@ -56,6 +56,17 @@ def test_moments_are_those_of_all_tokens_together(activations):
         assert_close(root @ root.T, second + ridge, rtol=1e-12, atol=1e-10)
 
 
+def test_a_token_of_weight_three_counts_as_three(activations):
+    counts = torch.arange(N) % 4
+    weighed, repeated = Moments.zero(C, activations), seen(activations.repeat_interleave(counts, 0))
+    for part, weights in zip(activations.split(70), counts.double().split(70), strict=True):
+        weighed.add(part.unsqueeze(0), weights)
+    assert weighed.tokens == repeated.tokens == counts.sum()
+    assert_close(weighed.mean, repeated.mean, **EXACT)
+    assert_close(weighed.second(True), repeated.second(True), rtol=1e-10, atol=1e-10)
+    assert (weighed.mean - activations.mean(0)).abs().max() > 1e-2
+
+
 def test_sums_in_float32_know_the_spread_of_activations_far_from_zero(noise):
     far = noise(N, C) + 1000
     single = far.float()

@@ -23,7 +23,7 @@ def loop(student, teacher, distillation=None, data=None, rate=1e-3, accumulate=1
 
 def pair(reduction=0.5):
     teacher = built("vit")
-    return compress(teacher, reduction, batches())[0], teacher
+    return compress(teacher, reduction, batches(), settings=Settings(method="energy"))[0], teacher
 
 
 @pytest.mark.parametrize("distillation", [Distillation(hard=0, soft=1.0), Distillation(hard=0, align=1.0)])

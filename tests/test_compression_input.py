@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import Data2VecVisionConfig, Data2VecVisionModel
 
 from comcat_diffusion.compression import SearchSettings, Settings, compress, search_ranks
 from tests.compression_models import batches, built, out, pictures
@@ -156,3 +157,10 @@ def test_settings_that_make_no_sense(wrong, told):
 def test_a_search_is_pointed_to_search_ranks():
     with pytest.raises(ValueError, match="search_ranks"):
         compress(built("vit"), 0.3, settings=Settings(method="search"))
+
+
+def test_blocks_that_hand_on_more_than_one_tensor_are_refused_with_what_to_do():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Data2VecVisionModel(Data2VecVisionConfig(image_size=8, patch_size=4, **sizes)).eval()
+    with pytest.raises(ValueError, match="Data2VecVisionModel do not hand on one tensor.* choose the method energy"):
+        compress(model, 0.1, batches(1, dtype=torch.float32))

@@ -17,7 +17,7 @@ from tests.compression_models import batches, built, out, pictures
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 EAGER = {"rtol": 0.0, "atol": 1e-5}  # transformers' eager attention takes its softmax in float32
-FAMILIES = ["vit", "vit-nobias", "deit", "deit-nobias", "clip"]
+FAMILIES = ["vit", "vit-nobias", "deit", "deit-nobias", "clip", "beit"]
 
 
 def at(model, widths, moments=(), folded=True):

@@ -1,5 +1,6 @@
 """Compression by what the output loses: its maths against slow formulas, its budget, its models, its files."""
 
+import copy
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from comcat_diffusion.compression import (
     choices,
     compress,
     cost,
+    importance,
     load_compressed,
     losses,
     mixtures,
@@ -27,7 +29,7 @@ from tests import reference_compression as slow
 from tests.compression_models import batches, built, out, pictures
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
-KINDS = ["vit", "vit-nobias", "deit", "clip", "siglip", "dinov2", "dinov2-swiglu", "registers"]
+KINDS = ["vit", "vit-nobias", "deit", "clip", "siglip", "beit", "dinov2", "dinov2-swiglu", "registers"]
 
 
 def noise(*shape, seed=0):
@@ -56,6 +58,45 @@ def test_the_regression_is_the_stacked_least_squares_problem(biased):
             assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+def test_tokens_that_weigh_more_are_fitted_as_if_they_came_more_often():
+    x, y, _ = problem(groups=2, tokens=12)
+    counts, groups = torch.arange(12) % 3, torch.arange(2)
+    weighed, repeated = Regression(2), Regression(2)
+    shaped = [part.unflatten(0, (2, 12)) for part in (x, y)]
+    weighed.add(*shaped, groups, counts.double())
+    repeated.add(*(part.repeat_interleave(counts, 1) for part in shaped), groups)
+    prior = noise(6, 4, seed=4)
+    for ours, theirs in zip(weighed.solve(prior, True), repeated.solve(prior, True), strict=True):
+        assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    alike = Regression(2)
+    alike.add(*shaped, groups)
+    assert (alike.solve(prior, True)[0] - weighed.solve(prior, True)[0]).abs().max() > 1e-2
+
+
+def test_weights_are_the_mean_squares_of_the_outputs_gradients():
+    model, _, blocks, calls, _, _ = streams("dinov2")
+    state = torch.get_rng_state()
+    draws = [importance.measured(model, blocks, calls, seed) for seed in range(100)]
+    assert torch.equal(torch.get_rng_state(), state)
+    pixels = torch.cat([call.batch["pixel_values"] for call in calls])
+    places = torch.linspace(0, len(pixels) - 1, importance.PICTURES).round().long()
+    sizes, seconds = slow.token_sensitivity(model, blocks, pixels[places], draws=20, seed=1)
+    for place, (size, second) in enumerate(zip(sizes, seconds, strict=True)):
+        first, rest = (sum(getattr(draw[place], name) for draw in draws) / 100 for name in ("first", "rest"))
+        assert first / rest == pytest.approx(float(size[0] / size[1:].mean()), rel=0.1)  # chance: 1,600 and 320 draws
+        assert first / rest > 1.5
+        metric = sum(draw[place].root @ draw[place].root.mT for draw in draws) / 100
+        wanted = 0.9 * second / second.diagonal().mean() + 0.1 * torch.eye(len(second))
+        assert (metric - wanted).norm() < 0.25 * wanted.norm()
+        assert place or (wanted - torch.eye(len(second))).norm() > 0.4 * wanted.norm()
+
+
+def test_tokens_that_a_classifier_does_not_look_at_still_count_a_little():
+    last = streams("vit")[-1][-1]
+    assert last.rest == pytest.approx(importance.LEAST * last.first / 4)
+    assert last.of(5).mean() == pytest.approx(1) and last.of(5)[0] == pytest.approx(1 / 0.22, rel=1e-6)
+
+
 def test_fewer_channels_and_a_basis_are_the_regression_on_what_they_give():
     x, y, sums = problem()
     kept, basis = torch.tensor([1, 4, 5]), noise(6, 3, seed=5)
@@ -81,13 +122,18 @@ def test_the_ridge_is_the_one_that_predicts_the_groups_left_out():
     assert len(set(errors)) == len(RIDGES)
 
 
-def test_neurons_are_picked_as_the_schur_complements_say():
-    factor = noise(9, 9)
-    covariance, gains = factor @ factor.T, noise(9, seed=1).square()
+def test_neurons_are_picked_by_what_they_explain_of_the_output():
+    factor, gains = noise(9, 9), noise(4, 9, seed=1)
+    covariance = factor @ factor.T
     picked, lost = neurons.order(covariance, gains)
     wanted, left = slow.greedy_neurons(covariance, gains, neurons.RIDGE)
     assert picked.tolist() == wanted and wanted != sorted(wanted)
     assert_close(lost, torch.tensor(left, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    few, begun = neurons.order(covariance, gains, 4)
+    assert torch.equal(few, picked[:4]) and torch.equal(begun, lost[:5])
+    weight, root = noise(5, 9, seed=2), noise(5, 5, seed=3)
+    metric = neurons.gains(weight, root)
+    assert_close(metric.T @ metric, weight.T @ root @ root.T @ weight, rtol=1e-9, atol=1e-9)
 
 
 def test_a_basis_of_all_mixtures_loses_nothing_and_a_narrow_one_the_least_of_its_head():
@@ -107,21 +153,21 @@ def streams(kind):
     sites = cost.sites(model, cost.BLOCK_PARTS)
     blocks = chain.blocks_of(model, every_unit(sites))[1]
     calls = chain.recorded(model, blocks, batches(4))
-    return model, sites, blocks, calls, losses.groups_of(calls, 4)
+    return model, sites, blocks, calls, losses.groups_of(calls, 4), importance.measured(model, blocks, calls)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fit_at_full_widths_is_the_dense_model(kind):
-    model, sites, blocks, calls, groups = streams(kind)
+    model, sites, blocks, calls, groups, weights = streams(kind)
     for alternative in (0, -1):
         units = [unit for site in sites for unit in site[alternative]]
         full = {unit.name: unit.full for unit in units}
-        whole = sequential.fitted(model, blocks, units, full, calls, groups)
+        whole = sequential.fitted(model, blocks, units, full, calls, groups, weights)
         assert_close(
             out(whole, pictures()), out(model, pictures()), rtol=0.0, atol=1e-5
         )  # ridges that mend singular sums
         half = {unit.name: max(1 + unit.key_bias, unit.full // 2) for unit in units}
-        low = sequential.fitted(model, blocks, units, half, calls, groups)
+        low = sequential.fitted(model, blocks, units, half, calls, groups, weights)
         assert (out(low, pictures()) - out(model, pictures())).abs().max() > 1e-2
 
 
@@ -146,11 +192,11 @@ def test_the_budget_holds_and_the_folder_gives_the_model_back(kind, tmp_path):
 
 def test_random_choices_of_all_kinds_cost_what_their_plan_says():
     chance = random.Random(0)
-    model, sites, blocks, calls, groups = streams("dinov2-swiglu")
+    model, sites, blocks, calls, groups, weights = streams("dinov2-swiglu")
     for _ in range(4):
         units = [unit for site in sites for unit in chance.choice(site)]
         widths = {unit.name: chance.choice(unit.options()) for unit in units}
-        low = sequential.fitted(model, blocks, units, widths, calls, groups)
+        low = sequential.fitted(model, blocks, units, widths, calls, groups, weights)
         fixed = count(model) - sum(unit.dense for unit in units)
         assert count(low) == fixed + cost.parameters(units, widths)
 
@@ -211,10 +257,10 @@ def test_a_budget_of_multiply_adds_holds_and_every_unit_is_counted_as_it_runs(ki
     whole = cost.multiply_adds(model, one)
     small, plan = compress(model, 0.3, batches(4), settings=Settings(budget="multiply-adds"))
     assert plan.budget == "multiply-adds" and cost.multiply_adds(small, one) <= 0.7 * whole
-    model, sites, blocks, calls, groups = streams(kind)
+    model, sites, blocks, calls, groups, weights = streams(kind)
     units = [unit for site in sites for unit in site[0]]
     for widths in ({u.name: None for u in units}, {u.name: max(2, u.full // 2) for u in units}):
-        low = sequential.fitted(model, blocks, units, widths, calls, groups)
+        low = sequential.fitted(model, blocks, units, widths, calls, groups, weights)
         more = sum(cost.work(model, u, widths[u.name], 5) - cost.work(model, u, None, 5) for u in units)
         assert cost.multiply_adds(low, one) == whole + more
 
@@ -230,3 +276,36 @@ def test_a_budget_of_time_makes_a_faster_model_and_says_what_cannot_be_had():
         compress(built("vit", hidden_size=96).float(), 0.95, seen, settings=few)
     with pytest.raises(ValueError, match="energy counts parameters"):
         Settings(method="energy", budget="latency")
+
+
+def test_what_keeps_its_widths_repairs_what_does_not():
+    model, seen = built("dinov2"), batches(8, 16)
+    settings = Settings(parts=("attention",), counted="parts")
+    small, plan = compress(model, 0.5, seen, settings=settings)
+    assert not any("mlp" in name for name in plan.widths)
+    alone = copy.deepcopy(small)
+    for ours, theirs in zip(alone.encoder.layer, model.encoder.layer, strict=True):
+        ours.mlp = copy.deepcopy(theirs.mlp)
+    one = torch.cat([batch["pixel_values"] for batch in batches(2, 16)]) * 0.9
+    off = [float((out(m, one) - out(model, one)).square().mean()) for m in (small, alone)]
+    assert off[0] < 0.9 * off[1]
+
+
+@torch.no_grad()
+def test_layers_read_the_dense_stream_out_of_a_noisy_one():
+    model, _, blocks, calls, groups, weights = streams("dinov2")
+    wanted = [call.hidden for call in calls]
+    noisy = [hidden + 0.5 * noise(*hidden.shape, seed=n) for n, hidden in enumerate(wanted)]
+    name = next(name for name, module in model.named_modules() if module is blocks[0])
+    for have in (wanted, noisy):
+        small = copy.deepcopy(model)
+        block = sequential.Block(small, name, [], {}, calls, groups, weights[0])
+        given = block.dense(wanted)[1]["mlp"]
+        end, off = block._ends()["mlp"], []
+        dense = copy.deepcopy(end.into[0])
+        for _ in range(2):
+            fed = [chain.inputs_to(block.small, end.into[0], *pair) for pair in zip(calls, have, strict=True)]
+            pairs = [(end.into[0](x), dense(one.entered)) for x, one in zip(fed, given, strict=True)]
+            off.append(float(sum((found - target).square().mean() for found, target in pairs)))
+            block._denoise(end, have, given)
+        assert off[1] < 1e-12 if have is wanted else 0 < off[1] < 0.8 * off[0]

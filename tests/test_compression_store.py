@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 
 from comcat_diffusion.compression import Plan, Settings, compress, load_compressed, save_compressed
+from comcat_diffusion.compression.modelling import CONFIG, MODELLING
 from comcat_diffusion.compression.store import PLAN, TENSORS
 from tests.compression_models import batches, built, out, pictures
 
@@ -28,7 +29,7 @@ def test_a_model_comes_back_bit_for_bit(kind, method, tmp_path):
     with torch.no_grad():
         low.train().vit.layernorm.weight.mul_(1.5) if "vit" in kind else None  # as after training
     save_compressed(low, plan, tmp_path / "low")
-    assert sorted(path.name for path in (tmp_path / "low").iterdir()) == [TENSORS, PLAN]
+    assert sorted(path.name for path in (tmp_path / "low").iterdir()) == [TENSORS, CONFIG, MODELLING, PLAN]
     state = torch.random.get_rng_state()
     again, read = load_compressed(tmp_path / "low")
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -12,12 +12,11 @@ from torch import nn
 
 from comcat_diffusion import timing
 from comcat_diffusion.compression import allocate, cost
-from comcat_diffusion.compression.chain import Call, run
+from comcat_diffusion.compression.chain import Call, outputs, run
 from comcat_diffusion.compression.choices import Cost
 from comcat_diffusion.compression.config import LATENCY, PARAMETERS
 from comcat_diffusion.compression.cost import Unit
 from comcat_diffusion.compression.decompose import decomposed, put
-from comcat_diffusion.compression.losses import outputs
 from comcat_diffusion.compression.plan import Settings
 from comcat_diffusion.compression.planning import counted
 

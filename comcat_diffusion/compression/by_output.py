@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from comcat_diffusion.compression import budgets, chain, choices, cost, hosts, losses
+from comcat_diffusion.compression import budgets, chain, choices, cost, hosts, importance, losses
 from comcat_diffusion.compression.calibrate import Batch
 from comcat_diffusion.compression.chain import Call
 from comcat_diffusion.compression.config import BY_OUTPUT
@@ -73,6 +73,7 @@ class Measured:
             self.calls = chain.recorded(model, self.blocks, batches)
             _refuse_few(self.calls)
             self.groups = losses.groups_of(self.calls, GROUPS)
+            self.weights = importance.measured(model, self.blocks, self.calls)
 
     @functools.cached_property
     def curves(self) -> dict[str, torch.Tensor]:
@@ -95,7 +96,7 @@ class Measured:
         """A copy of the model that follows the plan."""
         with evaluating(self.model):
             units = units_of(self.model, plan)
-            small = fitted(self.model, self.blocks, units, plan.widths, self.calls, self.groups)
+            small = fitted(self.model, self.blocks, units, plan.widths, self.calls, self.groups, self.weights)
         return small.train(self.model.training)
 
 

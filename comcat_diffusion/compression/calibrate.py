@@ -21,7 +21,7 @@ Seen = dict[str, Moments | Narrowing]  # by path of a Linear
 
 def inputs_of(model: nn.Module, unit: Unit) -> tuple[str, ...]:
     """Paths of the Linears whose input counts: for queries and for the context, or of the one layer."""
-    return tuple(path for path, _ in watched(model, unit))
+    return tuple(path for path, *_ in watched(model, unit))
 
 
 def calibrate(model: nn.Module, units: Sequence[Unit], batches: Iterable[Batch]) -> Seen:

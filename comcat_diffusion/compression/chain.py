@@ -56,7 +56,7 @@ def recorded(model: nn.Module, blocks: Sequence[nn.Module], batches: Iterable[Ba
             for block in blocks:
                 found = run(block, calls[0], found)
             if not torch.allclose(found, last, rtol=1e-4, atol=1e-5 * float(last.abs().max())):
-                raise ValueError(f"The blocks of this {type(model).__name__} are not run one after the other.")
+                raise _unfit(model, "are not run one after the other")
     return calls
 
 
@@ -80,8 +80,21 @@ def _ends(model: nn.Module, blocks: Sequence[nn.Module], inputs: dict, whole: bo
         with suppress(Reached):
             model(**inputs)
     if whole and not isinstance(seen.get("last"), torch.Tensor):
-        raise ValueError(f"The blocks of this {type(model).__name__} do not hand on one tensor.")
+        raise _unfit(model, "do not hand on one tensor")
     return seen["first"], seen.get("last")
+
+
+def _unfit(model: nn.Module, why: str) -> ValueError:
+    return ValueError(
+        f"The blocks of this {type(model).__name__} {why}, so what its output loses is not measured block by block: "
+        "choose the method energy."
+    )
+
+
+def outputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What counts of a model's output: logits (B, K), or features (B, N, C)."""
+    found = model(**batch)
+    return found.logits if hasattr(found, "logits") else found[0]
 
 
 def run(block: nn.Module, call: Call, hidden: torch.Tensor) -> torch.Tensor:

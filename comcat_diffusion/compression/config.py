@@ -16,8 +16,8 @@ class ModelSettings(Group):
 
     model: str | None = option(
         None,
-        "Vision model of transformers, classifier or feature extractor (ViT, DeiT, DINOv2, the picture half of CLIP or "
-        "SigLIP) as hub id or folder; or a Stable Diffusion base: hub id, folder, or 'embedded'.",
+        "Vision model of transformers, classifier or feature extractor (ViT, DeiT, BEiT, DINOv2, the picture half of "
+        "CLIP or SigLIP) as hub id or folder; or a Stable Diffusion base: hub id, folder, or 'embedded'.",
         required="name the model to compress",
     )
     revision: str | None = option(None, "Branch, tag or commit of a hub model.")
@@ -108,11 +108,19 @@ class FinetuneSettings(Group):
     """The fine-tuning"""
 
     finetune_epochs: int = option(0, "Passes over the training data, the dense model being the teacher.", usual=True)
+    random_crop: bool = option(
+        False,
+        "Learn from squares cut at random out of the training pictures, others every pass: few go further.",
+    )
     learning_rate: float | None = option(None, "Peak learning rate. Default: 1e-4; of a Stable Diffusion base 1e-5.")
 
     def check(self) -> None:
         """Numbers make sense."""
         require_at_least(self, 0, "finetune_epochs")
+        require(
+            self.finetune_epochs or not self.random_crop,
+            "--random_crop is for the fine-tuning: say how many passes with --finetune_epochs.",
+        )
         require_finite(self, "learning_rate", above=0)
 
 
@@ -139,6 +147,10 @@ class CompressConfig(RunSettings, FinetuneSettings, DataSettings, RankSettings, 
             require(
                 not by_output,
                 f"{asked} is for vision models, whose blocks follow one another: of a base take --method energy.",
+            )
+            require(
+                not self.random_crop,
+                "--random_crop is for vision models: a Stable Diffusion base learns from its own latents.",
             )
             require(
                 not folders and self.calibration_pictures is None,

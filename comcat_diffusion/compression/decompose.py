@@ -12,20 +12,26 @@ from comcat_diffusion.compression.cost import Unit
 from comcat_diffusion.compression.factor import Moments, Narrowing, Product, linear_product, qk_product, vo_product
 from comcat_diffusion.compression.hosts import mlp_of
 
-Seen = Mapping[tuple[str, bool], Moments | Narrowing]  # by path of a Linear, and whether it is truncated by itself
+# Of a Linear's input: its path, whether the layer is truncated by itself, and whether an error of a token counts where
+# it is made (in keys and values it counts wherever it is looked at).
+Key = tuple[str, bool, bool]
+Seen = Mapping[Key, Moments | Narrowing]
 
 
-def watched(model: nn.Module, unit: Unit) -> tuple[tuple[str, bool], ...]:
+def watched(model: nn.Module, unit: Unit) -> tuple[Key, ...]:
     """The Linears whose inputs say what a unit may lose: for queries and for the context, or of the one layer."""
     if unit.product == "linear":
-        return ((unit.module, True),)
+        owner, _, name = unit.module.rpartition(".")
+        style = style_of(model.get_submodule(owner))
+        return ((unit.module, True, style is None or name not in (style.k, style.v)),)
     module = model.get_submodule(unit.module)
     if unit.product == "neurons":
-        return ((f"{unit.module}.{mlp_of(module).names[-1]}", False),)
+        return ((f"{unit.module}.{mlp_of(module).names[-1]}", False, True),)
     style = style_of(module)
     if not style.diffusers:  # self-attention: queries, keys and values are made of the same
-        return ((f"{unit.module}.{style.q}", False),)
-    return ((f"{unit.module}.{style.q}", False), (f"{unit.module}.{style.k}", False))
+        query, context = ((f"{unit.module}.{style.q}", False, weighed) for weighed in (True, False))
+        return {"qk": (query, context), "vo": (context,)}[unit.product]
+    return ((f"{unit.module}.{style.q}", False, True), (f"{unit.module}.{style.k}", False, False))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Moments:
     They are sums of deviations from a pivot, the mean of the first tokens: so float32 is enough to hold them.
     """
 
-    tokens: int
+    tokens: float  # their weights together
     pivot: torch.Tensor  # C
     total: torch.Tensor  # C
     square: torch.Tensor  # C, C; or its diagonal, C
@@ -40,14 +40,20 @@ class Moments:
         pivot, total = torch.zeros(2, channels, **about)
         return cls(0, pivot, total, torch.zeros((channels,) if diagonal else (channels, channels), **about))
 
-    def add(self, activations: torch.Tensor) -> None:
-        """Count (..., C) activations in."""
+    def add(self, activations: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Count (..., C) activations in; `weights`, which broadcast to (...), say how much each token counts."""
         tokens = activations.detach().reshape(-1, activations.shape[-1]).to(self.pivot.dtype)  # N, C
         if not self.tokens:
             self.pivot = tokens.mean(0)
         tokens = tokens - self.pivot
-        self.tokens += len(tokens)
-        self.total += tokens.sum(0)
+        if weights is None:
+            self.tokens += len(tokens)
+            self.total += tokens.sum(0)
+        else:
+            weights = weights.to(tokens).expand(activations.shape[:-1]).reshape(-1, 1)  # N, 1
+            self.tokens += float(weights.sum())
+            self.total += (weights * tokens).sum(0)
+            tokens = weights.sqrt() * tokens
         if self.square.ndim == 1:
             self.square += tokens.square_().sum(0)
         else:
@@ -99,10 +105,10 @@ class Narrowing:
         """No tokens seen yet."""
         return cls(Moments.zero(into, like, diagonal=True), Moments.zero(outof, like))
 
-    def add(self, activations: torch.Tensor, results: torch.Tensor) -> None:
+    def add(self, activations: torch.Tensor, results: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Count (..., C) activations and what the layer makes of them, (..., E), in."""
-        self.inputs.add(activations)
-        self.outputs.add(results)
+        self.inputs.add(activations, weights)
+        self.outputs.add(results, weights)
 
     @property
     def mean(self) -> torch.Tensor:

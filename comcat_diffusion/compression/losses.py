@@ -13,21 +13,16 @@ import torch
 from torch import nn
 
 from comcat_diffusion.compression.calibrate import refuse_unseen
-from comcat_diffusion.compression.chain import Call, Reached, run, starting_at
+from comcat_diffusion.compression.chain import Call, Reached, outputs, run, starting_at
 from comcat_diffusion.compression.cost import Unit
-from comcat_diffusion.compression.decompose import Decomposed, Seen, decomposed, lost, put, watched
+from comcat_diffusion.compression.decompose import Decomposed, Key, Seen, decomposed, lost, put, watched
 from comcat_diffusion.compression.factor import Moments, Narrowing
+from comcat_diffusion.compression.importance import Weights
 
 PROBED = (0.25, 0.6)  # of the widths that are cheaper than dense
 PROBED_ALONE = (0.5,)  # of a matrix by itself: there are many, and each is part of a choice only
 TINY = 1e-9  # of a curve: below it nothing is left to lose
 PICTURES = 8  # that losses are measured on
-
-
-def outputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What counts of a model's output: logits (B, K), or features (B, N, C)."""
-    found = model(**batch)
-    return found.logits if hasattr(found, "logits") else found[0]
 
 
 def change(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -92,15 +87,22 @@ class Probe:
 
 @torch.no_grad()
 def curves(
-    model: nn.Module, blocks: nn.ModuleList, units: Sequence[Unit], calls: Sequence[Call], groups: list[torch.Tensor]
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    units: Sequence[Unit],
+    calls: Sequence[Call],
+    groups: list[torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """(full + 1,) by unit: the loss at every width. The units lie in the blocks; the model is left as it was."""
+    """(full + 1,) by unit: the loss at every width. The units lie in the blocks; the model is left as it was.
+
+    Tokens count alike here: plans by weighed ones were no better on photographs kept apart (docs/log.md).
+    """
     probe, found = Probe(model, blocks, calls, groups), {}
     names = {id(block): f"{name}." for name, block in model.named_modules()}
     hidden = [call.hidden for call in calls]
     for place, block in enumerate(blocks):
         inside = [unit for unit in units if unit.module.startswith(names[id(block)])]
-        seen = seen_by(model, inside, block, calls, hidden, [~taken for taken in probe.taken])
+        seen = seen_by(model, inside, block, calls, hidden, [~taken for taken in probe.taken], Weights())
         for unit in inside:
             parts = decomposed(model, unit, {key: seen[key] for key in watched(model, unit)})
             found[unit.name] = _measured(model, blocks, place, unit, parts, probe, hidden)
@@ -109,15 +111,17 @@ def curves(
 
 
 def seen_by(
-    model: nn.Module, units: Sequence[Unit], block: nn.Module, calls: Sequence[Call], hidden: list, rows: list
-) -> Seen:
+    model: nn.Module, units: Sequence[Unit], block: nn.Module, calls: Sequence[Call], hidden: list, rows: list,
+    weights: Weights,
+) -> Seen:  # fmt: skip
     """What the layers of a block are given by these rows of each batch (B,); the block is run no further than that."""
     keys = dict.fromkeys(key for unit in units for key in watched(model, unit))
     seen, handles, keep, waiting = {}, [], [None], set()
 
-    def look(key: tuple[str, bool], arguments: tuple, output: torch.Tensor | None = None) -> None:
+    def look(key: Key, arguments: tuple, output: torch.Tensor | None = None) -> None:
         given = arguments[0][keep[0]]
-        seen[key].add(given) if output is None else seen[key].add(given, output[keep[0]])
+        counted = weights.of(given.shape[1]) if key[2] else None
+        seen[key].add(given, *(() if output is None else (output[keep[0]],)), counted)
         waiting.discard(key)
         if not waiting:
             raise Reached
@@ -139,7 +143,7 @@ def seen_by(
     finally:
         for handle in handles:
             handle.remove()
-    refuse_unseen({path: moments for (path, _), moments in seen.items()})
+    refuse_unseen({path: moments for (path, *_), moments in seen.items()})
     return seen
 
 

@@ -17,6 +17,7 @@ from comcat_diffusion.training.folder import SUFFIXES
 if typing.TYPE_CHECKING:
     import torch
 
+LEAST = 0.5  # of the shorter side that a square cut at random has
 Processor = Callable[..., Mapping[str, "torch.Tensor"]]  # of transformers
 
 
@@ -99,18 +100,26 @@ def refuse_unreadable(shots: Sequence[Shot]) -> None:
             images.read(shot.path)  # which says what is wrong
 
 
+def square(picture: Image.Image, chance: random.Random) -> Image.Image:
+    """A square of half to all of the shorter side, anywhere in the picture."""
+    side = max(1, round(min(picture.size) * chance.uniform(LEAST, 1)))
+    left, top = (chance.randint(0, length - side) for length in picture.size)
+    return picture.crop((left, top, left + side, top + side))
+
+
 class Batches(Sequence):
     """Batches of pictures, and labels where they are known, made when they are asked for; `epochs` passes of them.
 
-    With a seed, every pass has its own order.
+    With a seed, every pass has its own order and, `cropped`, its own square of every picture.
     """
 
     def __init__(
-        self, shots: Sequence[Shot], size: int, processor: Processor, epochs: int = 1, seed: int | None = None
-    ) -> None:
+        self, shots: Sequence[Shot], size: int, processor: Processor, epochs: int = 1, seed: int | None = None,
+        cropped: bool = False,
+    ) -> None:  # fmt: skip
         self.shots, self.size, self.processor, self.epochs, self.seed = list(shots), size, processor, epochs, seed
         self.each = -(-len(self.shots) // size)  # batches a pass
-        self._order = (None, [])
+        self.cropped, self._order = cropped, (None, [])
 
     def __len__(self) -> int:
         return self.epochs * self.each
@@ -122,8 +131,13 @@ class Batches(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(index)
         epoch, place = divmod(index, self.each)
-        part = [self.shots[number] for number in self._ordered(epoch)[place * self.size : (place + 1) * self.size]]
-        pixels = self.processor([images.read(shot.path)[0] for shot in part], return_tensors="pt")["pixel_values"]
+        numbers = self._ordered(epoch)[place * self.size : (place + 1) * self.size]
+        part = [self.shots[number] for number in numbers]
+        pictures = [images.read(shot.path)[0] for shot in part]
+        if self.cropped:
+            chances = [random.Random(f"{self.seed} {epoch} {number}") for number in numbers]
+            pictures = [square(*pair) for pair in zip(pictures, chances, strict=True)]
+        pixels = self.processor(pictures, return_tensors="pt")["pixel_values"]
         labelled = part[0].label is not None
         return {"pixel_values": pixels} | ({"labels": torch.tensor([s.label for s in part])} if labelled else {})
 

@@ -13,6 +13,7 @@ import torch
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean variance of a channel
 UNTESTED = 1e-2  # the ridge where there is one group only, so that none can be left out
+DIRECTIONS = 64  # of the output, at random, that a ridge is chosen by where there are more: they cost a solution each
 
 
 class Regression:
@@ -23,8 +24,11 @@ class Regression:
         self.pivots: tuple[torch.Tensor, torch.Tensor] | None = None  # C; E. So float32 is enough for the products
         self.sums: tuple[torch.Tensor, ...] = ()  # x (G, C), y (G, E), xx (G, C, C), xy (G, C, E)
 
-    def add(self, x: torch.Tensor, y: torch.Tensor, groups: torch.Tensor) -> None:
-        """Count in the activations (B, ..., C), what is wanted of them (B, ..., E), and the pictures' groups (B,)."""
+    def add(self, x: torch.Tensor, y: torch.Tensor, groups: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Count in the activations (B, ..., C), what is wanted of them (B, ..., E), and the pictures' groups (B,).
+
+        `weights` (...) say how much each token of a picture counts; all alike if they are not given.
+        """
         each = x[0].numel() // x.shape[-1]  # tokens of a picture
         x, y = (_precise(values) for values in (x, y))  # N, C; N, E
         if self.pivots is None:
@@ -33,11 +37,15 @@ class Regression:
             shapes = ((into,), (outof,), (into, into), (into, outof))
             self.sums = tuple(torch.zeros(size, *shape, dtype=torch.float64) for shape in shapes)
         x, y = x - self.pivots[0].to(x.dtype), y - self.pivots[1].to(y.dtype)
+        root = (torch.ones(each) if weights is None else weights.flatten().cpu()).to(x.dtype).sqrt()
+        root = root.repeat(len(groups)).unsqueeze(-1)  # N, 1
+        x, y, root = root * x, root * y, root
         belongs = groups.cpu().repeat_interleave(each)  # N
         for group in groups.unique().tolist():
             mine, wanted = x[belongs == group], y[belongs == group]
-            self.tokens[group] += len(mine)
-            parts = (mine.sum(0), wanted.sum(0), mine.mT @ mine, mine.mT @ wanted)
+            counted = root[belongs == group]  # n, 1
+            self.tokens[group] += float(counted.square().sum())
+            parts = ((counted * mine).sum(0), (counted * wanted).sum(0), mine.mT @ mine, mine.mT @ wanted)
             for total, part in zip(self.sums, parts, strict=True):
                 total[group] += part.double()
 
@@ -80,12 +88,15 @@ class Regression:
         present = self.tokens > 0
         if int(present.sum()) < 2:
             return UNTESTED
-        losses = torch.zeros(len(RIDGES), dtype=torch.float64)
+        losses, some = torch.zeros(len(RIDGES), dtype=torch.float64), _some(prior.shape[1])
+        prior = prior @ some
         for group in present.nonzero().flatten().tolist():
             out = torch.zeros_like(present)
             out[group] = True
-            x, y, xx, xy = self.moments(present & ~out, biased)
-            other_x, other_y, other_xx, other_xy = self.moments(out, biased)
+            (x, y, xx, xy), (other_x, other_y, other_xx, other_xy) = (
+                (of_x, of_y @ some, of_xx, of_xy @ some)
+                for of_x, of_y, of_xx, of_xy in (self.moments(chosen, biased) for chosen in (present & ~out, out))
+            )
             for place, ridge in enumerate(RIDGES):
                 weight = _fit(xx, xy, prior, ridge)
                 error = (weight * (other_xx @ weight - 2 * other_xy)).sum()  # but for the variance of y, always there
@@ -95,6 +106,13 @@ class Regression:
         return RIDGES[int(losses.argmin())]
 
 
+def _some(size: int) -> torch.Tensor:
+    """(E, E), or (E, DIRECTIONS) with columns at random, always the same."""
+    if size <= DIRECTIONS:
+        return torch.eye(size, dtype=torch.float64)
+    return torch.randn(size, DIRECTIONS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
 def _precise(values: torch.Tensor) -> torch.Tensor:
     """(B, ..., C) as (N, C) on the CPU, in at least float32."""
     return values.detach().flatten(0, -2).to("cpu", torch.promote_types(values.dtype, torch.float32))
@@ -102,4 +120,8 @@ def _precise(values: torch.Tensor) -> torch.Tensor:
 
 def _fit(xx: torch.Tensor, xy: torch.Tensor, prior: torch.Tensor, ridge: float) -> torch.Tensor:
     amount = ridge * xx.diagonal().mean().clamp_min(torch.finfo(xx.dtype).tiny)
-    return torch.linalg.solve(xx + amount * torch.eye(len(xx), dtype=xx.dtype), xy + amount * prior)
+    raised, wanted = xx + amount * torch.eye(len(xx), dtype=xx.dtype), xy + amount * prior
+    root, failed = torch.linalg.cholesky_ex(raised)
+    if failed:  # rounding of the batches' sums can leave eigenvalues below zero
+        return torch.linalg.solve(raised, wanted)
+    return torch.cholesky_solve(wanted, root)

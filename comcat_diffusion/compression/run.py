@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from comcat_diffusion import atomic
@@ -18,7 +17,8 @@ from comcat_diffusion.compression import allocate, cost
 from comcat_diffusion.compression.compress import compress, refuse_other_functions, refuse_unfit, resolved
 from comcat_diffusion.compression.config import BY_OUTPUT, PARAMETERS, VISION, CompressConfig
 from comcat_diffusion.compression.diffusion import Diffusion
-from comcat_diffusion.compression.finetune import Distillation, Finetune
+from comcat_diffusion.compression.finetune import Distillation, Step
+from comcat_diffusion.compression.learning import learned, refuse_other
 from comcat_diffusion.compression.plan import Plan, Settings
 from comcat_diffusion.compression.planning import count, counted, parts_of, units_of
 from comcat_diffusion.compression.rank_search import SearchSettings, search_ranks
@@ -30,7 +30,6 @@ from comcat_diffusion.compression.vision import Vision
 from comcat_diffusion.config import to_toml
 from comcat_diffusion.generation.pictures import save_png
 
-WEIGHT_DECAY = 0.005  # of the fine-tuning, as in the paper's code
 Note = Callable[[str], None]
 
 
@@ -72,7 +71,8 @@ def run(config: CompressConfig, note: Note = lambda text: None) -> Report:
     """
     with atomic.whole_folder(config.output_dir) as folder:
         report = _run(config, folder, note)
-    search_state(config).unlink(missing_ok=True)
+    for stage in ("search", "finetune"):
+        beside(config, stage).unlink(missing_ok=True)
     return replace(report, folder=Path(config.output_dir).expanduser())
 
 
@@ -85,6 +85,7 @@ def _run(config: CompressConfig, folder: Path, note: Note) -> Report:
     settings = Settings(config.method, task.parts, task.counted, config.multiple, name, config.budget)
     settings = resolved(dense, settings, bool(getattr(task, "seen", ())))
     total = _refuse_unplanable(dense, config.reduction, settings)
+    _refuse_other_state(config, task)
 
     # What the data use of the weights, and the ranks that follow from it.
     with clock("compress"):
@@ -150,12 +151,19 @@ def _refuse_unplanable(model: nn.Module, reduction: float, settings: Settings) -
     return total
 
 
+def _refuse_other_state(config: CompressConfig, task: Task) -> None:
+    """Raises ValueError if a fine-tuning was cut, but not one of these steps, this rate and seed."""
+    state = beside(config, "finetune")
+    if config.finetune_epochs and state.exists():  # a U-Net's steps are those of its drawings, not made yet
+        refuse_other(state, config.peak_rate, config.seed, len(task.training()) or None)
+
+
 def _smaller(
     config: CompressConfig, task: Task, seen: Sequence | None, settings: Settings, note: Note
 ) -> tuple[nn.Module, Plan]:
     if config.method != "search":
         return compress(task.model, config.reduction, seen, settings=settings)
-    state = search_state(config)
+    state = beside(config, "search")
     if state.exists():
         note(f"Going on with the search that was cut ({state}).")
     state.parent.mkdir(parents=True, exist_ok=True)
@@ -164,33 +172,39 @@ def _smaller(
     return compress(task.model, calibration=seen, plan=plan)
 
 
-def search_state(config: CompressConfig) -> Path:
-    """Where a search keeps what it needs to go on: beside the folder to be, named by the settings it belongs to."""
+def beside(config: CompressConfig, stage: str) -> Path:
+    """Where a stage keeps what it needs to go on: beside the folder to be, named by the settings it belongs to."""
     folder, settings = Path(config.output_dir).expanduser().absolute(), replace(config, output_dir="")
     mark = hashlib.sha256(to_toml(settings).encode()).hexdigest()[:8]
-    return folder.with_name(f".{folder.name}.search-{mark}.safetensors")
+    return folder.with_name(f".{folder.name}.{stage}-{mark}.safetensors")
 
 
 def finetuned(small: nn.Module, task: Task, config: CompressConfig, note: Note) -> tuple[nn.Module, Finetuning]:
-    """The smaller model after the passes asked for. The global random numbers (dropout) are left as they were.
+    """The smaller model after the passes asked for; a fine-tuning that was cut goes on, and one that harms is told.
 
     Raises ValueError at a loss or gradient that is no number.
     """
-    batches = task.training()
-    accelerator = Accelerator()
-    optimizer = torch.optim.AdamW(small.parameters(), lr=config.peak_rate, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
-    small, optimizer, schedule = accelerator.prepare(small, optimizer, schedule)
-    loop = Finetune(small, task.model, batches, task.distillation, optimizer, schedule, accelerator)
+    batches, state = task.training(), beside(config, "finetune")
+    if state.exists():
+        note(f"Going on with the fine-tuning that was cut ({state}).")
+    state.parent.mkdir(parents=True, exist_ok=True)
     each, losses = len(batches) // config.finetune_epochs, []
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        for step in loop.steps(len(batches)):
-            losses.append(step.loss)
-            if step.step % each == 0:
-                mean = sum(losses[-each:]) / each
-                note(f"Fine-tuning: pass {step.step // each} of {config.finetune_epochs}, mean loss {mean:.4g}.")
-    return accelerator.unwrap_model(small).eval(), Finetuning(len(losses), losses[0], losses[-1])
+
+    def told(step: Step) -> None:
+        losses.append(step.loss)
+        if step.step % each == 0:
+            mean = sum(losses[-each:]) / len(losses[-each:])
+            note(f"Fine-tuning: pass {step.step // each} of {config.finetune_epochs}, mean loss {mean:.4g}.")
+
+    rate, seed = config.peak_rate, config.seed
+    small, every = learned(small, task.model, batches, task.distillation, rate, seed, state, told)
+    later = every[len(every) // 2 :]
+    if (mean := sum(later) / len(later)) > every[0]:
+        note(
+            f"The fine-tuning has made the model worse: its loss was {every[0]:.4g} and is {mean:.4g}. Do it again "
+            f"with a --learning_rate far below {rate:g}, or with --finetune_epochs 0."
+        )
+    return small, Finetuning(len(every), every[0], every[-1])
 
 
 def _write(config: CompressConfig, task: Task, small: nn.Module, units: list[cost.Unit], report: Report) -> None:

@@ -1,6 +1,7 @@
 """A compressed model as a folder: `compressed.safetensors` and `plan.json`, which together need nothing else.
 
-The names are not those that `from_pretrained` looks for: it would fill what it does not find with random weights.
+The names are not those that `from_pretrained` looks for: it would fill what it does not find with random weights. Of a
+model of transformers there are two files besides, by which it loads the folder where its user allows it (modelling.py).
 Loading is strict and gives the model back bit for bit; writing is atomic, `plan.json` comes last with the other's hash.
 """
 
@@ -20,6 +21,7 @@ from comcat_diffusion.compression.cost import Unit, linears_of
 from comcat_diffusion.compression.decompose import put
 from comcat_diffusion.compression.factor import Product
 from comcat_diffusion.compression.hosts import mlp_of
+from comcat_diffusion.compression.modelling import files_for_transformers
 from comcat_diffusion.compression.plan import Plan, refuse_bad_weights, refuse_other_model
 from comcat_diffusion.compression.planning import count, units_of
 
@@ -46,6 +48,9 @@ def save_compressed(model: nn.Module, plan: Plan, folder: str | Path) -> None:
     whole = {"plan": json.loads(plan.to_json()), "model": described, "sha256": hashlib.sha256(content).hexdigest()}
     folder.mkdir(parents=True, exist_ok=True)
     atomic.write_bytes(folder / TENSORS, content)
+    if described["library"] == "transformers":
+        for name, text in files_for_transformers(model, described["config"]).items():
+            atomic.write_bytes(folder / name, text)
     atomic.write_bytes(folder / PLAN, (json.dumps(whole, indent=1) + "\n").encode())
 
 

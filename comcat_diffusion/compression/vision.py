@@ -14,6 +14,7 @@ from comcat_diffusion.compression.calibrate import checked
 from comcat_diffusion.compression.classifier import is_classifier, load_classifier
 from comcat_diffusion.compression.config import CompressConfig
 from comcat_diffusion.compression.finetune import Distillation
+from comcat_diffusion.compression.modelling import auto_class
 from comcat_diffusion.compression.pictures import Batches, Shot, chosen, find, find_labelled, refuse_unreadable
 from comcat_diffusion.compression.report import Quality
 
@@ -71,7 +72,7 @@ class Vision:
     def training(self) -> Sequence:
         """All passes of the fine-tuning."""
         epochs, seed = self.config.finetune_epochs, self.config.seed
-        return Batches(self.train_shots, self.config.at_once, self.processor, epochs, seed)
+        return Batches(self.train_shots, self.config.at_once, self.processor, epochs, seed, self.config.random_crop)
 
     def timed(self) -> dict[str, torch.Tensor]:
         """What speed is measured on; it does not depend on what is in the pictures. (B, channels, h, w)."""
@@ -99,10 +100,16 @@ class Vision:
 
     def usage(self, folder: str) -> str:
         """How the result is loaded, in Python."""
+        auto = auto_class(self.model)
         lines = [
             "from comcat_diffusion.compression import load_compressed",
             "",
             f'model, plan = load_compressed("{folder}")',
+            "",
+            "# or by transformers, beside this package:",
+            f"from transformers import {auto}",
+            "",
+            f'model = {auto}.from_pretrained("{folder}", trust_remote_code=True)',
         ]
         return "\n".join(lines)
 
