@@ -208,12 +208,16 @@ def _measures(features: Features, judge: Features, run: Run, folder: Path) -> di
 def apart(
     made: list[Image.Image], held_out: list[Image.Image], base: list[Image.Image], judge: Features
 ) -> dict[str, torch.Tensor]:
-    """The shape of the cut-outs to `judge`, how far their colour is off, and how far what is around has moved."""
+    """What the cut-outs are like, and how far what is around them has moved."""
+    return {**cut_out(made, held_out, judge), "background_moved": background_moved(made, base, world.outline)}
+
+
+def cut_out(made: list[Image.Image], held_out: list[Image.Image], judge: Features) -> dict[str, torch.Tensor]:
+    """The shape of the cut-outs to `judge`, and how far their colour is off."""
     cut, wanted = ([centred(one, world.outline(one), SIDE, SPAN) for one in some] for some in (made, held_out))
     return {
         "shape": metrics.subject_fidelity(judge.images(cut), judge.images(wanted)),
         "colour_off": colour_off(made, held_out, world.outline),
-        "background_moved": background_moved(made, base, world.outline),
     }
 
 

@@ -1,12 +1,14 @@
-"""What a training step of the default costs beside one of a LoRA: `python -m benchmarks.pace`, two minutes on one core.
+"""What a step of training costs beside a LoRA's, and of drawing beside the base's: `python -m benchmarks.pace`.
 
 The embedded base, four pictures a step, float32, one thread. All take turns, five steps each, and what is counted is
-CPU time, so that other work on the machine makes little difference; the ratio to the LoRA is a median over rounds.
+CPU time, so that other work on the machine makes little difference; ratios are medians over rounds.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from peft import LoraConfig
@@ -14,19 +16,23 @@ from peft import LoraConfig
 from benchmarks import circumstances as shared
 from benchmarks.by_script import started
 from benchmarks.customization_runs import crop_of
-from comcat_diffusion import ComcatConfig, bases, listen
+from comcat_diffusion import ComcatConfig, bases, keep_background, listen
 from comcat_diffusion.attentions import DIFFUSERS
-from comcat_diffusion.training.learned import SELF_AND_CROSS
 from comcat_diffusion.training.loop import Loop
 from recipe.subject import TRAIN, TRIGGER, picture
 
 NAME, STEPS = "subject", 5  # a turn
+BOTH = ["attn1", "attn2"]
 LORA = "LoRA r=16 on all projections"
 ADAPTERS = {
     LORA: LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian", target_modules=DIFFUSERS.names),
-    "free, rank 8, both attentions (the default)": ComcatConfig(r=8, trigger=[TRIGGER], target_modules=SELF_AND_CROSS),
+    "free, rank 8, both attentions (the default)": ComcatConfig(r=8, trigger=[TRIGGER], target_modules=BOTH),
     "free, rank 8, cross-attention": ComcatConfig(r=8, trigger=[TRIGGER]),
 }
+
+
+PROMPT = f"a photo of a big {TRIGGER} robot on the left, red background"
+FREELY, KEPT = "the default's adapter, drawn freely", "the same, background kept"
 
 
 def taught(config: LoraConfig | ComcatConfig) -> Loop:
@@ -40,22 +46,50 @@ def taught(config: LoraConfig | ComcatConfig) -> Loop:
     return started(pipe, crops, rate=1e-3, seed=0)
 
 
-def measured(rounds: int) -> list[dict]:
-    """Each adapter's CPU milliseconds of a step, and its ratio to the LoRA's."""
+def learning(rounds: int) -> list[dict]:
+    """Each adapter's CPU milliseconds of a training step, and its ratio to the LoRA's."""
     loops = {name: taught(config) for name, config in ADAPTERS.items()}
-    times: dict[str, list[float]] = {name: [] for name in loops}
-    for turn in range(rounds + 1):
-        for name, loop in loops.items():
+
+    def turn(name: str, number: int) -> None:
+        for _ in loops[name].steps((number + 1) * STEPS, number * STEPS):
+            pass
+
+    return in_turns({name: partial(turn, name) for name in loops}, rounds)
+
+
+def drawing(rounds: int) -> list[dict]:
+    """CPU milliseconds of a step of drawing four pictures with guidance, and ratios to the base's."""
+    base, pipe = bases.load_base(bases.EMBEDDED), bases.load_base(bases.EMBEDDED)
+    pipe.unet.add_adapter(ComcatConfig(r=8, trigger=[TRIGGER], target_modules=BOTH), NAME)
+    listen(pipe)
+
+    def turn(call: Callable, number: int) -> None:
+        seeds = [torch.Generator().manual_seed(number + one) for one in range(4)]
+        call(prompt=[PROMPT] * 4, num_inference_steps=STEPS, guidance_scale=bases.EMBEDDED_GUIDANCE, generator=seeds)
+
+    for one in (base, pipe):
+        one.set_progress_bar_config(disable=True)
+    kept = partial(keep_background, pipe, {NAME: [f"{TRIGGER} robot", TRIGGER]})
+    return in_turns(
+        {name: partial(turn, call) for name, call in (("the base", base), (FREELY, pipe), (KEPT, kept))}, rounds
+    )
+
+
+def in_turns(turns: Mapping[str, Callable[[int], None]], rounds: int) -> list[dict]:
+    """CPU milliseconds of a step of each, and its ratio to the first's; a turn is `STEPS` of them."""
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for number in range(rounds + 1):
+        for name, turn in turns.items():
             start = time.process_time()
-            for _ in loop.steps((turn + 1) * STEPS, turn * STEPS):
-                pass
+            turn(number)
             times[name].append((time.process_time() - start) / STEPS)
     warm = {name: found[1:] for name, found in times.items()}  # the first turn makes what the others find
+    first = next(iter(warm.values()))
     return [
         {
-            "adapter": name,
+            "what": name,
             "milliseconds": round(1000 * statistics.median(found), 1),
-            "ratio": round(statistics.median(own / lora for own, lora in zip(found, warm[LORA], strict=True)), 3),
+            "ratio": round(statistics.median(own / one for own, one in zip(found, first, strict=True)), 3),
         }
         for name, found in warm.items()
     ]
@@ -63,9 +97,11 @@ def measured(rounds: int) -> list[dict]:
 
 def table(report: dict) -> str:
     """The rows, and where they were measured."""
-    cells = [(row["adapter"], f"{row['milliseconds']:.0f}", f"{row['ratio']:.2f}") for row in report["rows"]]
-    made = shared.markdown_table(["a training step", "CPU ms", "of the LoRA's"], cells)
-    return f"{made}\n\n{shared.circumstances_text(report['circumstances'])}"
+    made = []
+    for what, beside in (("training", "LoRA's"), ("drawing", "base's")):
+        cells = [(row["what"], f"{row['milliseconds']:.0f}", f"{row['ratio']:.2f}") for row in report[what]]
+        made.append(shared.markdown_table([f"a step of {what}", "CPU ms", f"of the {beside}"], cells))
+    return "\n\n".join([*made, shared.circumstances_text(report["circumstances"])])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,7 +110,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=8)
     asked = parser.parse_args(arguments)
     shared.use_threads(1)
-    report = {"circumstances": shared.circumstances(torch.device("cpu"), torch.float32), "rows": measured(asked.rounds)}
+    report = {
+        "circumstances": shared.circumstances(torch.device("cpu"), torch.float32),
+    }
+    report |= {"training": learning(asked.rounds), "drawing": drawing(asked.rounds)}
     shared.write_json(shared.results_path("pace", torch.device("cpu")), report)
     print(table(report))
 

@@ -15,11 +15,13 @@ from benchmarks import circumstances as shared
 PAGES = [shared.ROOT / "README.md", *sorted((shared.ROOT / "docs").glob("*.md"))]
 # The beginning of a result's name -> the function that makes its tables
 MAKERS = {
+    "alone": "subjects:alone",
     "attention": "attention:tables",
     "bytes": "bytes:table",
     "compression": "compression_report:tables",
     "customization": "customization_report:table",
     "features": "features:table",
+    "joint": "joint:table",
     "pace": "pace:table",
     "speed": "usage:tables",
     "subjects": "subjects:tables",

@@ -4,7 +4,8 @@
     python -m benchmarks.subjects --show            # the table of what is there
 
 Four pictures each of an owl, a car and a rocket (recipe/characters.py; the base knows owls and cars and has no word for
-rockets), 400 steps of four pictures, three prompts that name place and background, two seeds of pictures. The LoRAs are
+rockets), 400 steps of four pictures, three prompts that name place and background, two seeds of pictures; and a prompt
+that names the subject alone, six seeds. With captions the default learns once more, with and without dropout. LoRAs are
 those of diffusers' `train_dreambooth_lora.py`: its targets, start, loss and constant rate, here at the rates and ranks
 that are named. Judged by who did not write this: DINOv2-small on cut-outs (`shape`), and pixels (colour, background);
 and by this project's own likeness of details (`evaluation/world.py`), which a LoRA of rank 16 is to be met in.
@@ -13,7 +14,7 @@ and by this project's own likeness of details (`evaluation/world.py`), which a L
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -29,16 +30,18 @@ from benchmarks import circumstances as shared
 from benchmarks.by_command import taught, words
 from benchmarks.by_script import learned
 from benchmarks.customization_report import shown
-from benchmarks.customization_runs import apart, crop_of, obeyed_share, strip_of
+from benchmarks.customization_runs import crop_of, cut_out, obeyed_share, strip_of
 from benchmarks.dinov2 import FOLDER as DINOV2
 from comcat_diffusion import bases
 from comcat_diffusion.attentions import DIFFUSERS
 from comcat_diffusion.evaluation import metrics, world
+from comcat_diffusion.evaluation.cutout import background_moved
 from comcat_diffusion.evaluation.features import Features, load_features
 from comcat_diffusion.evaluation.metrics import interval
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw, slug
+from comcat_diffusion.training.backgrounds import before, others
 from recipe.characters import UNSEEN
-from recipe.subject import HELD_OUT, TRAIN, TRIGGER, picture
+from recipe.subject import HELD_OUT, TRAIN, TRIGGER, caption, picture
 
 NAME, STEPS = "subject", 400
 PROMPTS = (
@@ -48,7 +51,11 @@ PROMPTS = (
 )
 SEEDS = (0, 1)  # of the pictures that are drawn
 DRAWING_STEPS = 25
-FREE, KEPT = "free", "kept"  # strips of pictures: drawn as a pipeline does, and with the background kept
+ALONE = ("a photo of {subject}",)  # what names no background, so that none is kept
+SEEDS_ALONE = tuple(range(6))
+# Strips of pictures: drawn as a pipeline does, with the background kept, and of prompts that name the subject alone
+FREE, KEPT, BARE = "free", "kept", "alone"
+LIKENESS = ("shape", "colour_off", "likeness")
 MEASURES = ("shape", "colour_off", "background_moved", "likeness", "obeyed")
 
 
@@ -61,32 +68,40 @@ class Method:
     once: bool = False  # whether one training is enough
 
 
-def _comcat(**settings: object) -> Callable:
+def _comcat(captioned: bool = False, **settings: object) -> Callable:
     def learn(subject: str, seed: int, folder: Path) -> tuple[DiffusionPipeline, int, float]:
-        made = taught(subject, seed, folder, NAME, **settings)
+        captions = [caption(subject, pose) for pose in TRAIN] if captioned else None
+        made = taught(subject, seed, folder, NAME, captions, **settings)
         return made.pipe, made.file.stat().st_size, made.seconds
 
     return learn
 
 
-def _lora(rank: int, rate: float) -> Callable:
+def _lora(rank: int, rate: float, augmented: bool = False) -> Callable:
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=DIFFUSERS.names)
 
     def start(pipe: DiffusionPipeline) -> None:
         pipe.unet.requires_grad_(False)
         pipe.unet.add_adapter(config, NAME)
 
-    return _by_script(start, rate, lambda pipe: get_peft_model_state_dict(pipe.unet, adapter_name=NAME))
+    return _by_script(start, rate, lambda pipe: get_peft_model_state_dict(pipe.unet, adapter_name=NAME), augmented)
 
 
 def _dreambooth(rate: float) -> Callable:
     return _by_script(lambda pipe: pipe.unet.requires_grad_(True), rate, lambda pipe: pipe.unet.state_dict())
 
 
-def _by_script(start: Callable, rate: float, kept: Callable) -> Callable:
+def _by_script(start: Callable, rate: float, kept: Callable, augmented: bool = False) -> Callable:
     def learn(subject: str, seed: int, folder: Path) -> tuple[DiffusionPipeline, int, float]:
         pipe, prompt = bases.load_base(bases.EMBEDDED), f"a photo of {TRIGGER} {subject}"
-        crops = [crop_of(pipe, picture(subject, pose), prompt) for pose in TRAIN]
+        shown = [(picture(subject, pose), prompt) for pose in TRAIN]
+        if augmented:
+            shown += [
+                (before(one, name)[0], f"{prompt}, {name} background")
+                for number, (one, _) in enumerate(shown)
+                for name in others(one, number)
+            ]
+        crops = [crop_of(pipe, *one) for one in shown]
         return pipe, *learned(pipe, crops, start, rate, seed, STEPS, kept, folder / "learned.safetensors")
 
     return learn
@@ -95,9 +110,20 @@ def _by_script(start: Callable, rate: float, kept: Callable) -> Callable:
 METHODS = {
     "comcat train": Method(_comcat(), kept=True),
     "comcat train, 150 steps": Method(_comcat(max_train_steps=150), kept=True),
+    # What was the default before backgrounds were made for what stands on a plain one
+    "comcat train, 3e-3, without other backgrounds": Method(
+        _comcat(learning_rate=3e-3, background_augmentation=False), kept=True
+    ),
     "diffusers' script, LoRA r=4, 5e-4": Method(_lora(4, 5e-4)),
     "diffusers' script, LoRA r=16, 1e-3": Method(_lora(16, 1e-3)),
+    # What the other backgrounds do for it
+    "diffusers' script, LoRA r=16, 1e-3, other backgrounds too": Method(_lora(16, 1e-3, augmented=True), once=True),
     "DreamBooth, the whole U-Net, 2e-4": Method(_dreambooth(2e-4), once=True),  # the base's own limit
+    # How often a picture is learned by the prompt of all instead of its caption
+    "comcat train, with captions": Method(_comcat(captioned=True), kept=True, once=True),
+    "comcat train, with captions, dropout 0": Method(
+        _comcat(captioned=True, caption_dropout_rate=0.0), kept=True, once=True
+    ),
 }
 
 
@@ -112,17 +138,24 @@ def do(name: str, subject: str, seed: int, root: Path) -> None:
     strip_of([_drawn(pipe, subject)]).save(folder / f"{FREE}.png")
     if METHODS[name].kept:
         strip_of([_drawn(pipe, subject, words(pipe, subject, NAME))]).save(folder / f"{KEPT}.png")
+    strip_of([_drawn(pipe, subject, prompts=ALONE, seeds=SEEDS_ALONE)]).save(folder / f"{BARE}.png")
     shared.write_json(folder / "cost.json", {"bytes": size, "seconds": seconds})
 
 
-def _drawn(pipe: DiffusionPipeline, subject: str, placed: dict | None = None) -> list[Image.Image]:
+def _drawn(
+    pipe: DiffusionPipeline,
+    subject: str,
+    placed: dict | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    seeds: Sequence[int] = SEEDS,
+) -> list[Image.Image]:
     pipe.set_progress_bar_config(disable=True)
-    drawings = [Drawing(prompt, seed) for prompt in _prompts(subject) for seed in SEEDS]
+    drawings = [Drawing(prompt, seed) for prompt in _prompts(subject, prompts) for seed in seeds]
     return list(draw(pipe, drawings, Sampling(DRAWING_STEPS, bases.EMBEDDED_GUIDANCE, batch_size=6), placed))
 
 
-def _prompts(subject: str) -> list[str]:
-    return [prompt.format(subject=f"{TRIGGER} {subject}") for prompt in PROMPTS]
+def _prompts(subject: str, prompts: Sequence[str] = PROMPTS) -> list[str]:
+    return [prompt.format(subject=f"{TRIGGER} {subject}") for prompt in prompts]
 
 
 def _cut(path: Path) -> list[Image.Image]:
@@ -130,31 +163,33 @@ def _cut(path: Path) -> list[Image.Image]:
     return [strip.crop((x, 0, x + strip.height, strip.height)) for x in range(0, strip.width, strip.height)]
 
 
-def measured(root: Path, seeds: int) -> Iterator[dict]:
+def measured(root: Path, seeds: int, strips: Sequence[str] = (KEPT, FREE)) -> Iterator[dict]:
     """What there is of every method, in means over subjects, trainings, prompts and seeds, with intervals."""
     judge = load_features(str(DINOV2))
-    for name, strip in ((name, strip) for name in METHODS for strip in (KEPT, FREE)):
-        values: dict[str, list] = {measure: [] for measure in MEASURES}
-        costs = []
+    for name, strip in ((name, strip) for name in METHODS for strip in strips):
+        found, costs = [], []
         for subject in UNSEEN:
             held_out = [picture(subject, pose) for pose in HELD_OUT]
-            base = _base(root, subject)
             for folder in (root / f"{slug(name)}-{subject}-{seed}" for seed in range(seeds)):
                 if (folder / "cost.json").exists() and (folder / f"{strip}.png").exists():
                     costs.append(json.loads((folder / "cost.json").read_text()))
-                    found = _measures(_cut(folder / f"{strip}.png"), held_out, base, _prompts(subject), judge)
-                    for measure, value in found.items():
-                        values[measure].append(value.view(len(PROMPTS), len(SEEDS)))
+                    made = _cut(folder / f"{strip}.png")
+                    if strip == BARE:
+                        found.append(_likeness(made, held_out, judge))
+                    else:
+                        found.append(_measures(made, held_out, _base(root, subject), _prompts(subject), judge))
         if costs:
-            told = {measure: vars(interval(torch.cat(found))) for measure, found in values.items()}
-            seconds = min(cost["seconds"] for cost in costs)  # another process may have slowed the others
             drawn = ", drawn with --no-keep_background" if METHODS[name].kept and strip == FREE else ""
+            prompts = len(ALONE if strip == BARE else PROMPTS)
             yield {
                 "method": name + drawn,
                 "runs": len(costs),
                 "bytes": max(c["bytes"] for c in costs),
-                "seconds": seconds,
-            } | told
+                "seconds": min(c["seconds"] for c in costs),  # another process may have slowed the others
+            } | {
+                measure: vars(interval(torch.cat([one[measure].view(prompts, -1) for one in found])))
+                for measure in found[0]
+            }
 
 
 def _base(root: Path, subject: str) -> list[Image.Image]:
@@ -170,9 +205,16 @@ def _measures(
     each = [prompt for prompt in prompts for _ in SEEDS]
     obeyed = [obeyed_share(prompt, one) for prompt, one in zip(each, made, strict=True)]
     return {
-        **apart(made, held_out, base, judge),
-        "likeness": metrics.subject_fidelity(world.details(made), world.details(held_out)),
+        **_likeness(made, held_out, judge),
+        "background_moved": background_moved(made, base, world.outline),
         "obeyed": torch.tensor(obeyed),
+    }
+
+
+def _likeness(made: list[Image.Image], held_out: list[Image.Image], judge: Features) -> dict[str, torch.Tensor]:
+    return {
+        **cut_out(made, held_out, judge),
+        "likeness": metrics.subject_fidelity(world.details(made), world.details(held_out)),
     }
 
 
@@ -181,8 +223,10 @@ OURS, LESS, MORE = "comcat train", "diffusers' script, LoRA r=4, 5e-4", "diffuse
 SHOWN = {
     OURS: "`comcat train`",
     f"{OURS}, drawn with --no-keep_background": "the same, drawn with `--no-keep_background`",
+    f"{OURS}, 3e-3, without other backgrounds": "`comcat train --no-background_augmentation --learning_rate 3e-3`",
     LESS: LESS,
     MORE: MORE,
+    f"{MORE}, other backgrounds too": f"{MORE}, learned from our other backgrounds too, one training each",
     "DreamBooth, the whole U-Net, 2e-4": "DreamBooth, the whole U-Net, 2e-4, one training each",
     f"{OURS}, 150 steps": "`comcat train`, 150 steps",
 }
@@ -214,9 +258,15 @@ def tables(report: dict) -> str:
     cells = [
         (label, f"{rows[name]['bytes']:,}", *(mean(name, measure) for measure in MEASURES))
         for name, label in SHOWN.items()
+        if name in rows
     ]
     measured = shared.markdown_table(["", "bytes", *(measure.replace("_", " ") for measure in MEASURES)], cells)
     return f"{versus}\n\n{measured}\n\n{shared.circumstances_text(report['circumstances'])}"
+
+
+def alone(report: dict) -> str:
+    """The same methods by prompts that name the subject and nothing else."""
+    return f"{shown(report['rows'], LIKENESS)}\n\n{shared.circumstances_text(report['circumstances'])}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -225,6 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/subjects"), help="where every run is kept")
     parser.add_argument("--seeds", type=int, default=1, help="of the training")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument("--show", action="store_true", help="only the table of what is there")
     asked = parser.parse_args(arguments)
     asked.folder.mkdir(parents=True, exist_ok=True)
@@ -232,8 +283,8 @@ def main(arguments: list[str] | None = None) -> None:
         (name, subject, seed)
         for seed in range(asked.seeds)
         for subject in UNSEEN
-        for name, method in METHODS.items()
-        if not (method.once and seed)
+        for name in asked.methods
+        if not (METHODS[name].once and seed)
     ]
     with ProcessPoolExecutor(asked.processes, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(do, *job, asked.folder) for job in jobs if not asked.show]
@@ -241,11 +292,13 @@ def main(arguments: list[str] | None = None) -> None:
             done.result()
             print(f"{time.strftime('%H:%M:%S')} {' '.join(map(str, job))}", flush=True)
     shared.use_threads(1)  # as every run does
-    rows = list(measured(asked.folder, asked.seeds))
-    report = {"circumstances": shared.circumstances(torch.device("cpu"), torch.float32), "rows": rows}
-    if not asked.show:
-        shared.write_json(shared.results_path("subjects", torch.device("cpu")), report)
-    print(shown(rows, MEASURES))
+    taken = shared.circumstances(torch.device("cpu"), torch.float32)
+    for name, strips, measures in (("subjects", (KEPT, FREE), MEASURES), ("alone", (BARE,), LIKENESS)):
+        rows = list(measured(asked.folder, asked.seeds, strips))
+        if not asked.show:
+            path = shared.results_path(name, torch.device("cpu"))
+            shared.write_json(path, {"circumstances": taken, "rows": rows})
+        print(shown(rows, measures))
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def export(parsed: argparse.Namespace) -> int:
     from comcat_diffusion.adapters.header import read_adapter
     from comcat_diffusion.export.beside import files_beside
     from comcat_diffusion.export.clients import CLIENTS, format_of
-    from comcat_diffusion.export.fit import is_free, needs_base, refuse_exact, refuse_inexpressible, waits
+    from comcat_diffusion.export.fit import family_in, is_free, needs_base, refuse_exact, refuse_inexpressible, waits
 
     header = read_adapter(config.adapter)
     if config.approximate:
@@ -269,6 +269,7 @@ def export(parsed: argparse.Namespace) -> int:
         place_of(asked_name(config, header.base_model))
     else:
         refuse_inexpressible(header, config.adapter)
+    format = format_of(config.for_, config.format, family_in(header).name)
     beside = files_beside(config.output, header, config.for_, config.preview)
     for file in beside:
         atomic.refuse_bad_target(file, config.overwrite, "Beside --output,")
@@ -295,7 +296,7 @@ def export(parsed: argparse.Namespace) -> int:
                 freed = act_everywhere(pipe, waiting, source, prompts, config.adapter, least)
                 print(freed.told)
         models = shells(config, header, config.adapter) if needs_base(header) else None
-        precision, format = bases.PRECISIONS[config.save_precision], format_of(config.for_, config.format)
+        precision = bases.PRECISIONS[config.save_precision]
         made = export_adapter(source, config.output, format, precision, models)
     for file, content in beside.items():
         atomic.write_bytes(file, content)

@@ -137,6 +137,11 @@ def is_style(class_word: str) -> bool:
     return bool(_STYLES.intersection(class_word.lower().split()[-1:]))
 
 
+def is_thing(subject: Subject) -> bool:
+    """Whether a subject has a name and a place in a picture: a style has all of the picture."""
+    return bool(subject.class_word) and not is_style(subject.class_word)
+
+
 @functools.cache
 def _everyday() -> frozenset[str]:
     lines = Path(__file__).with_name("everyday.txt").read_text("utf-8").splitlines()

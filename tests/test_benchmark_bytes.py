@@ -14,6 +14,7 @@ def test_every_adapter_can_be_trained(kind):
     assert TrainConfig(**benchmark.ADAPTERS[kind]).kind == kind
 
 
+@pytest.mark.slow
 def test_fewer_bytes_change_more(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "FOLDER", tmp_path / "runs")
     monkeypatch.setattr(benchmark, "ADAPTERS", {"tied": {"kind": "tied", "max_train_steps": 2}})

@@ -23,6 +23,7 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setattr(subjects, "UNSEEN", {"owl": UNSEEN["owl"]})
     monkeypatch.setattr(subjects, "DRAWING_STEPS", 2)
     monkeypatch.setattr(subjects, "PROMPTS", subjects.PROMPTS[:1])
+    monkeypatch.setattr(subjects, "SEEDS_ALONE", (0,))
     monkeypatch.setattr(subjects, "load_features", lambda name: load_features(bases.EMBEDDED))
     monkeypatch.setattr(subjects.torch, "set_num_threads", lambda count: None)
     subjects.do("nothing", "owl", 0, tmp_path)
@@ -41,6 +42,11 @@ def test_what_learns_nothing_moves_no_background_and_every_measure_is_told(root)
         assert row["background_moved"]["mean"] == 0 and 0 < row["shape"]["mean"] < 1
     told = subjects.shown(rows, subjects.MEASURES)
     assert all(measure.replace("_", " ") in told for measure in subjects.MEASURES) and told.count("\n") == 3
+
+
+def test_prompts_that_name_the_subject_alone_are_measured_apart(root):
+    (row,) = subjects.measured(root, 1, (subjects.BARE,))
+    assert row["method"] == "nothing" and set(subjects.LIKENESS) < set(row) and "background_moved" not in row
 
 
 def test_what_is_there_is_not_learned_again_and_what_is_not_is_not_told(root, monkeypatch):

@@ -209,6 +209,7 @@ def test_an_adapter_becomes_every_other_file(tmp_path, capsys, monkeypatch):
     assert "holds something already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_free_adapter_is_not_exported_as_if_it_were_foldable(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     steps = ["--max_train_steps", "3", "--skip_final_inference", "--learning_rate", "1e-2"]

@@ -7,10 +7,11 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from comcat_diffusion import bases
+from comcat_diffusion.evaluation.cutout import by_attention
 from comcat_diffusion.training.encode import posterior, weighed
 from comcat_diffusion.training.objective import objective_of
-from comcat_diffusion.training.outline import Outliner, can_outline, is_thing, otsu
-from comcat_diffusion.words import Subject
+from comcat_diffusion.training.outline import Outliner, can_outline, otsu
+from comcat_diffusion.words import Subject, is_thing
 
 TRAIN = bases.assets() / "subject" / "train"
 SIDE = 64
@@ -77,3 +78,18 @@ def test_around_the_subject_places_weigh_as_little_as_a_mask_leaves_them():
 @pytest.mark.parametrize("class_word, found", [("dog", True), ("toy car", True), ("", False), ("oil Painting", False)])
 def test_a_style_and_what_has_no_name_have_all_of_the_picture(class_word, found):
     assert is_thing(Subject("sks", class_word)) is found
+
+
+def test_a_judged_picture_larger_than_the_bases_own_is_looked_at_in_that_size(pipe, monkeypatch):
+    asked = []
+
+    def share(self, mean, subject, frame):
+        asked.append(tuple(mean.shape[-2:]))
+        return torch.ones_like(mean[:1])
+
+    monkeypatch.setattr(Outliner, "share", share)
+    outline = by_attention(pipe, Subject("sks", "teddy"))
+    latent = bases.native_resolution(pipe) // pipe.vae_scale_factor
+    for size in ((256, 128), (48, 64)):
+        assert outline(Image.new("RGB", size)).size == size
+    assert asked == [(latent // 2, latent), (64 // pipe.vae_scale_factor, 48 // pipe.vae_scale_factor)]

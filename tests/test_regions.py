@@ -20,7 +20,7 @@ from comcat_diffusion import (
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
-from tests import reference
+from tests import reference, tiny_families
 from tests.test_adapter_file import pipeline
 
 CLEAR = 0.01  # an effect on the output this large cannot be rounding
@@ -48,6 +48,27 @@ def half(height, width, left=True):
     mask = torch.zeros(height, width)
     mask[:, slice(0, width // 2) if left else slice(width // 2, None)] = 1
     return mask
+
+
+@torch.no_grad()
+def test_a_free_adapter_has_a_region_where_the_last_block_gives_no_text(randomize):
+    """Stable Diffusion 3's: the heads of its text are not projected, and are wider where the adapter acts."""
+    transformer, made = tiny_families.sd3_transformer().double(), torch.Generator().manual_seed(2)
+    latents, words = (torch.randn(*size, generator=made).double() for size in ((1, 4, 8, 8), (1, 5, 48)))
+
+    def run():
+        more = {"encoder_hidden_states": words, "pooled_projections": words[:, 0], "timestep": torch.tensor([500.0])}
+        return transformer(latents, **more).sample
+
+    base = run()
+    transformer.add_adapter(ComcatConfig(r=2), "dog")
+    randomize(transformer, "dog", 0)
+    whole = run()
+    set_regions(transformer, {"dog": torch.ones(8, 8)})
+    assert_close(run(), whole, **SAME)
+    set_regions(transformer, {"dog": half(8, 8)})
+    part = run()
+    assert all((part - other).abs().max() > CLEAR for other in (whole, base))
 
 
 @torch.no_grad()

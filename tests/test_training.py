@@ -57,9 +57,9 @@ def digest(path):
 
 def test_a_run_leaves_exactly_these_files_and_says_what_it_did(config, tmp_path):
     listener = Listener()
-    outcome = customize(config(max_train_steps=4, skip_final_inference=False), listener)
+    outcome = customize(config(max_train_steps=4, skip_final_inference=False, num_validation_images=2), listener)
     left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
-    samples = [f"out/samples/step-000004-00-{seed}.png" for seed in range(4)] + ["out/samples/step-000004.png"]
+    samples = [f"out/samples/step-000004-00-{seed}.png" for seed in range(2)] + ["out/samples/step-000004.png"]
     assert left == ["out/metrics.jsonl", "out/run.toml", *samples, "out/sks-teddy.safetensors"]
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4] == [step.step for step in listener.steps]
@@ -208,6 +208,7 @@ def test_options_change_what_is_trained(config, tmp_path):
     assert header.config["unet"]["target_modules"] == ["attn1", "attn2"] and header.config["unet"]["alpha"] == 1.0
 
 
+@pytest.mark.slow
 def test_captions_that_are_always_left_out_teach_what_none_teach(config, tmp_path):
     """All but what a file says of its prompts, by the losses of each step; left out now and then they are others."""
     shutil.copytree(SUBJECT / "train", tmp_path / "plain", ignore=shutil.ignore_patterns("*.txt"))
@@ -249,11 +250,13 @@ def test_in_the_way_up_no_step_goes_back_through_the_way_down(config, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_compiled_unet_learns_the_same(config, tmp_path):
+def test_a_compiled_unet_learns_the_same(config, tmp_path, monkeypatch):
+    # torch's cache does not know ATEN_CPU_CAPABILITY and would hand out what was compiled with other instructions.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     torch.compiler.reset()  # torch 2.13 cannot compile again, for all sizes, what an earlier test compiled for one
     # A large epsilon makes AdamW's step a smooth function of the gradient: otherwise the sign of a gradient that is
     # zero up to the compiler's rounding decides about a whole step.
-    smooth = {"learning_rate": 1e-1, "adam_epsilon": 1e-1, "lr_scheduler": "constant", "kind": "tied"}
+    smooth = {"learning_rate": 3e-2, "adam_epsilon": 1e-1, "lr_scheduler": "constant", "kind": "tied"}
     losses = {}
     for compiled in (False, True):
         listener = Listener()
@@ -308,6 +311,7 @@ def test_a_device_that_is_fast_in_bfloat16_trains_in_it_unless_another_is_asked_
     assert story.with_precision(config).mixed_precision == taken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launched", "asked", "taken", "told"),
     [
@@ -359,7 +363,7 @@ def test_a_launchers_precision_that_is_none_is_refused_and_one_that_nobody_asked
 def test_each_part_is_on_the_accelerator_while_it_works_and_the_denoiser_in_the_precision_of_its_steps(
     config, monkeypatch
 ):
-    moves, read, encoded = [], learner_module._read, story.encode_all
+    moves, read, encoded = [], learner_module.read, story.encode_all
 
     def noted(self, *arguments, **more):
         where = [str(a) for a in (*arguments, *more.values())]
@@ -376,7 +380,7 @@ def test_each_part_is_on_the_accelerator_while_it_works_and_the_denoiser_in_the_
     moved = torch.nn.Module.to
     monkeypatch.setattr(torch.nn.Module, "to", noted)
     monkeypatch.setattr(story, "encode_all", marked("encode", encoded))
-    monkeypatch.setattr(learner_module, "_read", marked("read", read))
+    monkeypatch.setattr(learner_module, "read", marked("read", read))
     customize(config(max_train_steps=1, mixed_precision="bf16"))
     before, rest = moves[: moves.index("encode")], moves[moves.index("encode") :]
     assert ("AutoencoderKL", "cpu") in before and not {move[0] for move in before} & {"UNet2DConditionModel"}

@@ -49,10 +49,15 @@ def test_what_a_run_would_refuse_is_an_error(pictures, tmp_path, settings, messa
 
 
 def test_the_size_told_of_an_adapter_that_is_learned_on_is_its_own(pictures, tmp_path):
-    settings = {"rank": 2, "kind": "free", "max_train_steps": 1, "skip_final_inference": True}
+    settings = {"rank": 2, "kind": "free", "max_train_steps": 1, "skip_final_inference": True, "max_bytes": 0}
     first = customize(TrainConfig(output_dir=str(tmp_path / "first"), **settings))
     told = found(pictures, init_adapter=str(first.adapter)).facts
     assert any(f"{first.parameters:,} parameters" in fact for fact in told)
+
+
+def test_it_says_which_pictures_are_learned_from_before_other_backgrounds(pictures):
+    assert any(fact.startswith("4 of 4 pictures have a plain background") for fact in found(pictures).facts)
+    assert not any("background" in fact for fact in found(pictures, background_augmentation=False).facts)
 
 
 def found(pictures, **settings):

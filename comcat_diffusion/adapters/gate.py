@@ -34,10 +34,6 @@ class Heard:
         for trigger in gate.triggers if said is not None else ():
             self.find(trigger)  # before the attentions ask, so that a compiled denoiser need not stop for it
 
-    def of(self, rows: Sequence[int], states: States) -> "Heard":
-        """What it says of these prompts alone, whose states are given."""
-        return Heard(self.gate, states, [self.said[row] for row in rows])
-
     def is_of(self, gate: "Gate", states: States) -> bool:
         """Whether these are the very states that were heard: a pipeline gives the same objects at every step.
 

@@ -261,15 +261,16 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         held = next(by_name[name] for by_name in (self.comcat_k_down, self.comcat_k_mix) if name in by_name)
         return torch.is_grad_enabled() and held.weight.requires_grad
 
-    def shares(
-        self, live: list[str], hidden: torch.Tensor, text: torch.Tensor | None
-    ) -> dict[str, torch.Tensor] | None:
+    def shares(self, live: list[str], args: tuple, kwargs: dict[str, object]) -> dict[str, torch.Tensor] | None:
         """What part of each place's output which live adapter makes, for those that act by place; None: nobody does.
 
-        hidden (B, N, C), text (B, M, C') -> (N, 1) or (B, N, 1) by adapter.
+        (N, 1) or (B, N, 1) by adapter; `args` and `kwargs` are those that the attention is called with.
         """
-        shares = self.regions.shares(live, hidden.shape[1], self.style.stream) if self.regions is not None else None
-        return shares if here.focus is None else here.focus.shares(self, live, hidden, text, shares or {})
+        shares = None
+        if self.regions is not None:
+            hidden = args[0] if args else kwargs["hidden_states"]  # B, N, C
+            shares = self.regions.shares(live, hidden.shape[1], self.style.stream)
+        return shares if here.focus is None else here.focus.shares(self, live, args, kwargs, shares or {})
 
     def view(self, names: list[str], tokens: int) -> seam.View:
         """The attention as its own forward should see it while these adapters act, on so many tokens."""

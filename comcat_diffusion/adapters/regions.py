@@ -12,7 +12,7 @@ Letters: N = h*w tokens of one attention, C channels.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -65,10 +65,9 @@ class Regions(Follower):
         In a stream words come before or behind, and padding, which have no place: their share is the mean of the
         picture's.
         """
-        words = tokens - math.prod(here.latent) if stream and here.latent is not None else 0
-        found = {name: share for name, share in self._of_grid(tokens - words).items() if name in live}
-        order = -1 if here.words_at else 1
-        return {name: torch.cat([share.mean().expand(words, 1), share][::order]) for name, share in found.items()}
+        around = words_in(here.latent, tokens, here.words_at) if stream and here.latent is not None else (0, 0)
+        found = self._of_grid(tokens - sum(around))
+        return {name: beside_words(share, *around) for name, share in found.items() if name in live}
 
     def _of_grid(self, tokens: int) -> dict[str, torch.Tensor]:
         """Every adapter's share of each of N places: (N, 1)."""
@@ -76,10 +75,15 @@ class Regions(Follower):
             raise ValueError("Regions act while the whole denoiser runs, which shows them the shape of the picture.")
         if (here.latent, tokens) not in self._shares:
             grid = grid_of(here.latent, tokens)
-            areas = {name: adaptive_avg_pool2d(mask[None], grid).view(-1, 1) for name, mask in self.masks.items()}
-            crowd = sum(areas.values()).clamp(min=1)
-            self._shares[here.latent, tokens] = {name: area / crowd for name, area in areas.items()}
+            self._shares[here.latent, tokens] = shares_of(self.masks, grid)
         return self._shares[here.latent, tokens]
+
+
+def shares_of(masks: Mapping[str, torch.Tensor], grid: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Each adapter's share of each place of a grid, (h*w, 1), by masks: at most one in sum."""
+    areas = {name: adaptive_avg_pool2d(mask[None], grid).view(-1, 1) for name, mask in masks.items()}
+    crowd = sum(areas.values(), torch.zeros(())).clamp(min=1)
+    return {name: area / crowd for name, area in areas.items()}
 
 
 def grid_of(latent: tuple[int, int], tokens: int) -> tuple[int, int]:
@@ -90,6 +94,19 @@ def grid_of(latent: tuple[int, int], tokens: int) -> tuple[int, int]:
     if height * width != tokens:
         raise ValueError(f"{tokens} tokens are no level of latents of {latent}, so no region fits them.")
     return height, width
+
+
+def words_in(latent: tuple[int, int], tokens: int, words_at: Sequence[int]) -> tuple[int, int]:
+    """Of a stream's N tokens, how many stand before the picture's and behind; latents are as large as it has tokens."""
+    words = tokens - math.prod(latent)
+    return (0, words) if words_at else (words, 0)
+
+
+def beside_words(share: torch.Tensor, before: int, behind: int) -> torch.Tensor:
+    """Shares of a picture's places, (..., h*w, 1), as those of a stream, (..., N, 1); words have the mean."""
+    mean = share.mean(dim=-2, keepdim=True)
+    first, last = (mean.expand(*mean.shape[:-2], count, 1) for count in (before, behind))
+    return torch.cat([first, share, last], dim=-2)
 
 
 def set_regions(pipe: object, masks: Mapping[str, Image.Image | torch.Tensor]) -> None:

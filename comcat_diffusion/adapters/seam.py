@@ -190,6 +190,7 @@ def _joint(
         "add_k_proj": key,
         "add_v_proj": value,
         "to_out": [output, *attention.to_out[1:]],
+        "heads": wide.heads,
         "inner_dim": wide.heads * wide.wide,
     }
     if getattr(attention, "to_add_out", None) is not None:
@@ -241,7 +242,7 @@ def adapted(host: type) -> type:
             return host_forward(view, *args, **view.asked(kwargs))
 
         hidden = args[0] if args else kwargs["hidden_states"]
-        shares = layer.shares(live, hidden, kwargs.get("encoder_hidden_states")) if live else None
+        shares = layer.shares(live, args, kwargs) if live else None
         return attend(live) if shares is None else blended(shares, live, hidden, attend)
 
     def __setattr__(self: nn.Module, name: str, value: object) -> None:

@@ -70,16 +70,26 @@ class WideHeads:
         normed: bool = False,
         rotated: bool = False,
     ):
-        self.heads, self.width = heads, width
+        self.heads, self.width, self.inner = heads, width, heads * width
         self.free = [a for a in adapters if isinstance(a, Free)]
         self.foldable = [a for a in adapters if isinstance(a, Foldable)]
         self.ranks = [a.k_down.out_features // heads for a in self.free]
         multiple = WIDTH_MULTIPLE.get(device, 2 if rotated else 1) if self.free else 1  # columns are rotated in pairs
-        self.wide = -(-(width + sum(self.ranks)) // multiple) * multiple
+        self._scales_by_width, self._normed = scales_by_width, normed
+        self.fill(-(-(width + sum(self.ranks)) // multiple) * multiple)
+
+    def fill(self, wide: int) -> None:
+        """Make heads so wide, if by columns of zeros."""
+        self.wide = wide
         # Processors that scale by the width they see would scale by wide^-1/2; the gain makes it width^-1/2 again.
-        gain = maths.logit_gain(width, self.wide) if scales_by_width else 1.0
+        gain = maths.logit_gain(self.width, wide) if self._scales_by_width else 1.0
         # A norm of keys would swallow it: there it stands behind the norm.
-        self.gain, self.norm_gain = (1.0, gain) if normed else (gain, 1.0)
+        self.gain, self.norm_gain = (1.0, gain) if self._normed else (gain, 1.0)
+
+    @property
+    def as_the_host(self) -> bool:
+        """Whether heads are as many and as wide as the host's own."""
+        return self.wide == self.width
 
     def query(self, project: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """(B, N, C) -> (B, N, H*wide)."""
@@ -102,7 +112,7 @@ class WideHeads:
 
     def output(self, project: nn.Module, mixed: torch.Tensor) -> torch.Tensor:
         """(B, N, H*wide) -> (B, N, C)."""
-        if not self.free:
+        if self.wide == self.width:
             return project(mixed)
         blank = self.wide - self.width - sum(self.ranks)
         base, *extras, _ = maths.separate(mixed, self.width, *self.ranks, blank, heads=self.heads)
@@ -118,7 +128,7 @@ class WideHeads:
 
     def stream(self, project: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values, and what a feed-forward beside has in the same Linear: (B, N, C) -> (B, N, ...)."""
-        made, inner = project(hidden), self.heads * self.width
+        made, inner = project(hidden), self.inner
         query, key, value, rest = made.split((inner, inner, inner, made.shape[-1] - 3 * inner), dim=-1)
         own = self.query(lambda _: query, hidden), self.key(lambda _: key, hidden), self.value(lambda _: value, hidden)
         return torch.cat([*own, rest], dim=-1)

@@ -17,8 +17,8 @@ from comcat_diffusion import bases
 from comcat_diffusion.training.encode import posterior
 from comcat_diffusion.training.images import content_of
 from comcat_diffusion.training.objective import objective_of
-from comcat_diffusion.training.outline import Outliner, can_outline, is_thing
-from comcat_diffusion.words import Subject
+from comcat_diffusion.training.outline import Outliner, can_outline
+from comcat_diffusion.words import Subject, is_thing
 
 NEUTRAL = (128, 128, 128)
 MARGIN = 1 / 32  # of a picture's shorter side: what is as near to a subject as this is not background yet
@@ -28,10 +28,13 @@ Outline = Callable[[Image.Image], Image.Image]  # of a picture, a grey one of it
 
 
 def by_attention(pipe: DiffusionPipeline, subject: Subject) -> Outline | None:
-    """As the bare base of a pipeline finds a subject; None if it shows no such thing, or the subject is none."""
+    """As the bare base of a pipeline finds a subject; None if it shows no such thing, or the subject is none.
+
+    Pictures larger than those that the base was trained on are looked at in that size, longer side to side.
+    """
     if not is_thing(subject) or not can_outline(pipe):
         return None
-    outliner, grain = Outliner(pipe, objective_of(pipe)), bases.grain(pipe)
+    outliner, grain, most = Outliner(pipe, objective_of(pipe)), bases.grain(pipe), bases.native_resolution(pipe)
     known: dict[str, Image.Image] = {}  # every measure asks, and each answer takes the base
 
     def outline(picture: Image.Image) -> Image.Image:
@@ -41,7 +44,8 @@ def by_attention(pipe: DiffusionPipeline, subject: Subject) -> Outline | None:
         return known[key]
 
     def looked_for(picture: Image.Image) -> Image.Image:
-        width, height = (max(grain, side // grain * grain) for side in picture.size)
+        scale = min(1, most / max(picture.size))
+        width, height = (max(grain, int(side * scale) // grain * grain) for side in picture.size)
         mean = posterior(pipe, picture.convert("RGB").resize((width, height)))["mean"]
         share = outliner.share(mean, subject, (height, width, 0, 0, height, width))[0]
         return Image.fromarray((share.numpy() * WHITE).astype(np.uint8)).resize(picture.size, Image.Resampling.NEAREST)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 from torch.nn.functional import normalize
 
 from comcat_diffusion import bases
 from comcat_diffusion.evaluation.cutout import centred
+from comcat_diffusion.training.backgrounds import reached
 
 OFF_BORDER = 40  # of 255: a pixel that differs more from the border's colour in any channel belongs to the thing
 LEAST = 20  # pixels; fewer are stray ones
@@ -131,7 +132,4 @@ def _filled(thing: np.ndarray) -> Image.Image:
     without_strays = Image.fromarray(thing.astype(np.uint8) * 255).filter(ImageFilter.MedianFilter(3))
     if without_strays.histogram()[255] < LEAST:
         return Image.new("L", without_strays.size)
-    ringed = Image.new("L", (without_strays.width + 2, without_strays.height + 2))
-    ringed.paste(without_strays, (1, 1))
-    ImageDraw.floodfill(ringed, (0, 0), 128)
-    return ringed.crop((1, 1, ringed.width - 1, ringed.height - 1)).point(lambda value: 0 if value == 128 else 255)
+    return Image.fromarray(~reached(np.asarray(without_strays) == 0)).convert("L")

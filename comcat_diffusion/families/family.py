@@ -111,7 +111,12 @@ class Family:
     # negative prompt.
     states_at: tuple[int, ...] = (0, 1)
     architecture = ""  # in the headers of files (modelspec); default: by the width of a U-Net's text states
+    has_node = True  # whether the ComfyUI nodes put its adapters on
     lora_prefix = ""  # of LoRA files that diffusers loads; default: the component's name
+
+    def usual_targets(self, kind: str) -> list[str] | None:
+        """The attentions that a new adapter of a kind is on where none are named; None: all that see words."""
+        return None
 
     # Sizes; `denoiser` and `vae` are configurations, `factor` the pixels of one latent place
 
@@ -138,6 +143,10 @@ class Family:
     def heard(self, call: Mapping[str, object]) -> torch.Tensor | list[torch.Tensor]:
         """The text states that a denoiser is called with, its arguments by name."""
         return call["encoder_hidden_states"]
+
+    def time(self, call: Mapping[str, object]) -> torch.Tensor | float:
+        """The time, or noise, that a denoiser is called with, its arguments by name."""
+        return call["timestep"]
 
     def words_at(self, call: Mapping[str, object]) -> tuple[int, ...]:
         """Where in its blocks of one stream the words of each sample begin, behind the picture; empty: before it."""

@@ -33,6 +33,7 @@ class PixArt(Family):
     guidance = 4.5
     states_at = (0, 2)
     architecture = "pixart"
+    has_node = False
     lora_prefix = "base_model.model"  # PEFT's, which ComfyUI reads as well: the pipelines load no LoRA
 
     def encode(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:

@@ -61,6 +61,10 @@ class ZImage(Family):
         """See `Family`."""
         return call["cap_feats"]
 
+    def time(self, call: Mapping[str, object]) -> torch.Tensor:
+        """See `Family`."""
+        return call["t"]
+
     def words_at(self, call: Mapping[str, object]) -> tuple[int, ...]:
         """Behind the tokens of the picture, filled up."""
         square = call.get("patch_size", 2) ** 2

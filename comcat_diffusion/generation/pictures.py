@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -115,8 +116,9 @@ def draw(
         subtracted = sampling.negative_prompt or family.nothing
         away = [] if subtracted is None else [subtracted] * len(batch)
         once = text_once() if family.same_text else nullcontext()
-        with once, keep_background(pipe, words) if words else nullcontext():
-            drawn = pipe(
+        call = partial(keep_background, pipe, words) if words else pipe
+        with once:
+            drawn = call(
                 prompt=[drawing.prompt for drawing in batch],
                 **(family.negative(pipe, away) if away else {}),
                 height=height,

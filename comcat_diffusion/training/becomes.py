@@ -38,7 +38,8 @@ def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
     family = family_of_denoiser(type(denoiser).__name__, denoiser.config)
     if family is None:  # see export/fit.py
         return f"This adapter is for this tool (about {size})."
-    tools = "this tool and its ComfyUI node" if family.part == UNET and config.kind != "cores" else "this tool"
+    noded = family.has_node and not (family.part == UNET and config.kind == "cores")
+    tools = "this tool and its ComfyUI node" if noded else "this tool"
     exact = replace(shape, tied=False, cores=False, foldable=True, target_modules=targets(config, denoiser))
     lora = expected_shapes(denoiser, exact)
     larger = f"{lora_bytes(lora, config.rank, family) / 1000:,.0f} kB"

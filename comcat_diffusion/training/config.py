@@ -23,7 +23,7 @@ PRIORS = ("none", "images", "teacher")
 KINDS = {
     "tied": 1e-2,
     "foldable": 1e-2,
-    "free": 3e-3,
+    "free": 5e-3,
     "cores": 5e-2,
 }  # with the learning rates that suit them, see docs/results.md
 # Settings that change what a run leaves beside its weights; a resumed run may have others.
@@ -122,6 +122,11 @@ class PictureSettings(Group):
         True,
         "Where a picture has no mask, let the base find the subject in it by its class word, so that what is around it "
         "is not learned as the subject's.",
+    )
+    background_augmentation: bool = option(
+        True,
+        "Also learn from pictures that have a plain background before others, which the prompt names, so that the "
+        "subject is not learned together with its own.",
     )
     unmasked_weight: float = option(0.1, "Weight of what the mask leaves out, where the mask has weight 1.")
     caption_dropout_rate: float = option(
@@ -272,7 +277,7 @@ class PaceSettings(Group):
         None, "Pictures a step. Default: 1; on the embedded base, all up to 4.", usual=True
     )
     gradient_accumulation_steps: int = option(1, "Batches whose gradients are added up before a step.")
-    learning_rate: float | None = option(None, "Peak learning rate. Default: 1e-2; of free adapters 3e-3.", usual=True)
+    learning_rate: float | None = option(None, "Peak learning rate. Default: 1e-2; of free adapters 5e-3.", usual=True)
     text_encoder_lr: float | None = option(None, "That of the text encoders' adapters. Default: a tenth of the other.")
     token_lr: float | None = option(None, "That of a new token. Default: the learning rate.")
     lr_scheduler: str = option("linear", "Course of the learning rate.", choices=SCHEDULES)

@@ -1,16 +1,16 @@
 """What is to be learned: the pictures of every subject with their prompts, read and checked before a base is loaded."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops
 
-from comcat_diffusion.training import folder, images
+from comcat_diffusion.training import backgrounds, folder, images
 from comcat_diffusion.training.config import SubjectConfig, TrainConfig
 from comcat_diffusion.training.names import shown
-from comcat_diffusion.words import Subject, calls, subject_of
+from comcat_diffusion.words import Subject, calls, is_thing, subject_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Example:
     repeats: int = 1
     captioned: bool = False  # or the prompt is that of all the subject's pictures
     plain: str | None = None  # the prompt of all, of a picture with a caption of its own
+    background: str | None = None  # that it is set before, see backgrounds.py; None: its own
 
     @property
     def name(self) -> str:
@@ -42,9 +43,17 @@ class Example:
     def read(self) -> tuple[Image.Image, Image.Image | None, list[str]]:
         """The picture, its mask, and what had to be done to it. Raises ValueError, naming the file."""
         picture, notes = images.read(self.path)
+        mask = self._mask(picture.size)
+        if self.background:
+            picture, found = backgrounds.before(backgrounds.reduced(picture), self.background)
+            mask = ImageChops.multiply(found, backgrounds.reduced(mask)) if mask else found
+        return picture, mask, notes
+
+    def _mask(self, size: tuple[int, int]) -> Image.Image | None:
+        """What somebody has masked of the picture, which has this size."""
         if self.mask:
-            return picture, images.read_mask(self.mask, picture.size), notes
-        return picture, images.read_alpha(self.path) if self.alpha_mask else None, notes
+            return images.read_mask(self.mask, size)
+        return images.read_alpha(self.path) if self.alpha_mask else None
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,19 @@ def _example(shot: folder.Shot, one: SubjectConfig, subject: Subject, config: Tr
         raise ValueError(f"{shown(shot.path)} has no caption and there is no --instance_prompt: write one of the two.")
     plain = (one.prompt or f"a photo of {subject.phrase}") if shot.caption else None
     return Example(shot.path, prompt, subject, shot.mask, config.alpha_mask, one.repeats, bool(shot.caption), plain)
+
+
+def before_others(examples: Sequence[Example]) -> list[Example]:
+    """The examples of things on plain backgrounds once more, before others that their prompts name.
+
+    Raises ValueError, naming the file, for a picture that cannot be read.
+    """
+    found = []
+    for number, example in enumerate(examples):
+        names = backgrounds.others(example.read()[0], number) if is_thing(example.subject) else []
+        said = example.plain or example.prompt  # a caption may tell of the background that is there no more
+        found += [replace(example, prompt=f"{said}, {n} background", plain=None, background=n) for n in names]
+    return found
 
 
 def _split(config: TrainConfig, examples: list[Example]) -> tuple[list[Example], list[Example]]:

@@ -20,11 +20,12 @@ from comcat_diffusion.training.cache import Cache
 from comcat_diffusion.training.class_pictures import class_pictures, class_prompt_of
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.crops import Cut, cuts, sizes
-from comcat_diffusion.training.dataset import Dataset, Example
+from comcat_diffusion.training.dataset import Dataset, Example, before_others
 from comcat_diffusion.training.flow import FlowObjective
 from comcat_diffusion.training.names import shown
 from comcat_diffusion.training.objective import Objective
-from comcat_diffusion.training.outline import Outliner, can_outline, is_thing
+from comcat_diffusion.training.outline import Outliner, can_outline
+from comcat_diffusion.words import is_thing
 
 
 @dataclass(frozen=True)
@@ -72,24 +73,25 @@ def encode_all(
 ) -> Material:
     """Encode a dataset with a pipeline's VAE, after the base has drawn the class pictures that are missing.
 
-    Where pictures without a mask are to be outlined, the whole bare pipeline goes where its VAE is.
+    Where pictures without a mask are to be outlined, the bare denoiser goes where its VAE is.
     """
     options = sizes(config.resolution, config.aspect_ratio_buckets, bases.grain(pipe))
     cache = Cache(config.cache_dir, pipe.vae)
     class_examples = []
     if config.prior_kind == "images":
         class_examples = class_pictures(config, pipe, dataset.subjects, note)
+    examples = (*dataset.examples, *_before_others(config, dataset.examples, note))
     class_prompts = {}
     if config.prior_kind == "teacher":
         class_prompts = {
             prompt: class_prompt_of(config, e.subject, dataset.subjects)
-            for e in dataset.examples
+            for e in examples
             for prompt in filter(None, (e.prompt, e.plain))
         }
     square = [(config.resolution, config.resolution)]
     outliner = _outliner(config, pipe, dataset, objective, note)
     return Material(
-        encode(config, pipe, dataset.examples, options, cache, outliner),
+        encode(config, pipe, examples, options, cache, outliner),
         encode(config, pipe, dataset.held_out, options, cache, outliner),
         encode(config, pipe, class_examples, square, cache),
         class_prompts,
@@ -129,6 +131,17 @@ def encode(
     return crops
 
 
+def _before_others(config: TrainConfig, examples: Sequence[Example], note: Callable[[str], None]) -> list[Example]:
+    """The examples on other backgrounds, where that is wanted and can be; notes that it is so."""
+    found = before_others(examples) if config.background_augmentation else []
+    if found:
+        note(
+            "Pictures on a plain background are also learned from before others, which their prompts name "
+            "(--no-background_augmentation: before their own alone)."
+        )
+    return found
+
+
 def _outliner(
     config: TrainConfig,
     pipe: DiffusionPipeline,
@@ -143,14 +156,16 @@ def _outliner(
     if not can_outline(pipe):
         note("This base does not show where a subject is, so all of a picture without a mask counts alike.")
         return None
-    wanted = [example for example in without if is_thing(example.subject)]
-    if wanted:
-        note(
-            f"The base looks for the subject in pictures without a mask; what is around it weighs "
-            f"{config.unmasked_weight:g} (--no-auto_mask: all counts alike)."
-        )
-        pipe.to(pipe.vae.device)
-    return Outliner(pipe, objective) if wanted else None
+    wanted = [example.subject for example in without if is_thing(example.subject)]
+    if not wanted:
+        return None
+    note(
+        f"The base looks for the subject in pictures without a mask; what is around it weighs "
+        f"{config.unmasked_weight:g} (--no-auto_mask: all counts alike)."
+    )
+    outliner = Outliner(pipe, objective)
+    outliner.bring(wanted, pipe.vae.device)
+    return outliner
 
 
 def _weight(cut: Cut, size: tuple[int, int], config: TrainConfig, example: Example) -> torch.Tensor:

@@ -29,13 +29,12 @@ from comcat_diffusion.adapters.token import (
 )
 from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.attentions import style_of
-from comcat_diffusion.families.known import family_of
+from comcat_diffusion.families.known import family_of, family_of_model
 from comcat_diffusion.training import initial
 from comcat_diffusion.training.config import AdapterShape, TrainConfig
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.words import Subject
 
-SELF_AND_CROSS = ["attn1", "attn2"]  # as diffusers calls a U-Net's attentions
 ADAPTER = "subject"  # name of the adapter inside the models while it is trained
 
 
@@ -114,7 +113,7 @@ def adapter_config(shape: AdapterShape, model: nn.Module, words: Sequence[str]) 
         tied=shape.kind == "tied",
         cores=shape.kind == "cores",
         trigger=None if shape.everywhere else list(words),
-        target_modules=targets(shape, model) or usual_targets(shape, model),
+        target_modules=targets(shape, model) or family_of_model(model).usual_targets(shape.kind),
     )
 
 
@@ -127,14 +126,6 @@ def targets(shape: AdapterShape, model: nn.Module) -> list[str] | str | None:
         return shape.target_modules
     names = map(re.escape, shape.target_modules or default_targets(model))
     return rf"up_blocks\..*\.({'|'.join(names)})"
-
-
-def usual_targets(shape: AdapterShape, model: nn.Module) -> list[str] | None:
-    """Those of an adapter that asks for none: of a free one on a U-Net self-attention too; None: a model's default.
-
-    Self-attention carries shapes that are far from the base's own; docs/log.md, 2026-11-29.
-    """
-    return SELF_AND_CROSS if shape.kind == "free" and hasattr(model, "up_blocks") else None
 
 
 def add_tokens(pipe: DiffusionPipeline, learner: Learner) -> None:

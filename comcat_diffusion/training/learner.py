@@ -30,7 +30,7 @@ class Learner(nn.Module):
         self._pipe = pipe
         self._known: dict[str, Condition] = {}
         if not train_text:
-            self._known = _read(pipe, prompts, device)
+            self._known = read(pipe, prompts, device)
 
     def forward(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, prompts: list[str], frames: torch.Tensor
@@ -55,8 +55,8 @@ class Learner(nn.Module):
 
 
 @torch.no_grad()
-def _read(pipe: DiffusionPipeline, prompts: Iterable[str], device: torch.device | None) -> dict[str, Condition]:
-    """What the denoiser hears of every prompt, on the CPU."""
+def read(pipe: DiffusionPipeline, prompts: Iterable[str], device: torch.device | None = None) -> dict[str, Condition]:
+    """What the denoiser hears of every prompt, on the CPU; text encoders are on `device` for as long as they read."""
     family = family_of(pipe)
     homes = [(encoder, encoder.device) for encoder in family.encoders(pipe).values()]
     for encoder, home in homes:

@@ -1,7 +1,7 @@
 """Samples of a run, drawn in place: no second pipeline, fixed seeds, always as PNG files; a failing one ends no run."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,9 +65,9 @@ class Preview:
         condition = learner.condition([drawing.prompt, ""], denoiser.device)
         remember_prompts(self.pipe, condition["states"], [drawing.prompt, ""])
         # As its steps are: where text is trained, the pipeline hands the denoiser the encoders' float32.
-        placed = keep_background(self.pipe, self.words) if self.words else nullcontext()
-        with placed, torch.autocast(denoiser.device.type, denoiser.dtype, enabled=denoiser.dtype != torch.float32):
-            latents = self.pipe(
+        call = partial(keep_background, self.pipe, self.words) if self.words else self.pipe
+        with torch.autocast(denoiser.device.type, denoiser.dtype, enabled=denoiser.dtype != torch.float32):
+            latents = call(
                 **family.conditions(self.pipe, condition),
                 **family.drawing(self.pipe),
                 height=self.side,

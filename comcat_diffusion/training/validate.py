@@ -13,7 +13,7 @@ from comcat_diffusion.training.becomes import becomes
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 from comcat_diffusion.training.crops import fitted, sizes
 from comcat_diffusion.training.customize import Silent, customize, default_batch
-from comcat_diffusion.training.dataset import Dataset, read_dataset
+from comcat_diffusion.training.dataset import Dataset, before_others, read_dataset
 from comcat_diffusion.training.learned import adapter_config, awaited
 from comcat_diffusion.training.order import planned, with_initial, with_sample
 from comcat_diffusion.training.precision import launched_precision, refuse_precision, with_precision
@@ -76,6 +76,8 @@ def validate(config: ValidateConfig) -> Report:
     except ValueError as error:
         report.errors.append(str(error))
     report.facts += _pace_facts(config, dataset)
+    if config.background_augmentation and not report.errors:
+        report.facts += _background_facts(dataset)
     report.doubts += _pace_doubts(config, dataset)
     if config.aspect_ratio_buckets and not report.errors:
         report.doubts += _bucket_doubts(config, dataset, found, options)
@@ -119,6 +121,15 @@ def _pace_facts(config: TrainConfig, dataset: Dataset) -> Iterator[str]:
     seen = config.max_train_steps * config.train_batch_size * config.gradient_accumulation_steps
     count = sum(example.repeats for example in dataset.examples)
     yield f"{config.max_train_steps} steps show every picture about {seen / count:.0f} times."
+
+
+def _background_facts(dataset: Dataset) -> Iterator[str]:
+    plain = {example.path for example in before_others(dataset.examples)}
+    if plain:
+        yield (
+            f"{len(plain)} of {len(dataset.examples)} pictures have a plain background: they are learned from before "
+            "others too."
+        )
 
 
 def _pace_doubts(config: TrainConfig, dataset: Dataset) -> Iterator[str]:

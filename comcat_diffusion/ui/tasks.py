@@ -101,7 +101,8 @@ def draw(job: Job) -> dict:
 def outline(job: Job) -> dict:
     """Let the base find the subject in images that have no mask."""
     from comcat_diffusion import bases
-    from comcat_diffusion.training.outline import can_outline
+    from comcat_diffusion.training.objective import objective_of
+    from comcat_diffusion.training.outline import Outliner, can_outline
     from comcat_diffusion.ui.outlines import outlined
     from comcat_diffusion.words import Subject
 
@@ -109,12 +110,15 @@ def outline(job: Job) -> dict:
     pipe = bases.load_base(request["base"], to_train=True)
     if not can_outline(pipe):
         raise ValueError("This base does not show where it sees a subject: draw the masks by hand.")
-    pipe.to(bases.fastest_device())
+    subject, device = Subject(request["word"], request["what"]), bases.fastest_device()
+    outliner = Outliner(pipe, objective_of(pipe))
+    outliner.bring([subject], device)
+    pipe.vae.to(device)
     images = ImageSet(job.folder.parent.parent / "images" / request["set"])
     numbers = [one.number for one in images.pictures if one.number in request["numbers"]]
     progress.phase("drawing")
     for done, number in enumerate(numbers, start=1):
-        mask = outlined(pipe, images.upright(number), Subject(request["word"], request["what"]))
+        mask = outlined(outliner, images.upright(number), subject)
         images.set_part_of_mask(number, mask, "base")
         progress.count(done, len(numbers))
     return {"numbers": numbers}
