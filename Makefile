@@ -8,7 +8,7 @@ DEMO := out/demo
 # Of the packages' modules a small part is ever imported: each is compiled and kept when it is, and not at the install.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-kernels test-browser test-comfyui test-forge lint base flow-base subject benchmarks dinov2 photographs
+.PHONY: demo test test-kernels test-browser test-comfyui test-forge test-clients lint base flow-base subject benchmarks dinov2 photographs
 .PHONY: clean
 
 demo: .venv/installed
@@ -37,7 +37,8 @@ test-browser: .venv/installed
 
 # The nodes in a real ComfyUI, whose checkout is named: make test-comfyui COMFYUI=../ComfyUI. It runs headless, on the CPU and
 # in its own Python (COMFYUI_PYTHON=.../python, which has this package's requirements too); nothing is written there. PARTS="xl fp8"
-# asks for some of its parts: one, two and xl are the kinds of Stable Diffusion, fp8 is weights of 8 bits.
+# asks for some of its parts: one, two and xl are the kinds of Stable Diffusion, fp8 is weights of 8 bits; klein,
+# flux1, sd3, z_image, qwen_image and chroma are transformers, for a ComfyUI that knows them; editor is its page, in Chromium.
 test-comfyui: .venv/installed
 	test -f "$(COMFYUI)/main.py" || { echo "Name the folder of a ComfyUI: make test-comfyui COMFYUI=..."; exit 2; }
 	$(BIN)/python -m tests.comfyui_check "$(COMFYUI)" $(PARTS)
@@ -46,6 +47,11 @@ test-comfyui: .venv/installed
 test-forge: .venv/installed
 	test -f "$(FORGE)/backend/nn/unet.py" || { echo "Name the folder of a Forge: make test-forge FORGE=..."; exit 2; }
 	$(or $(FORGE_PYTHON),$(BIN)/python) -m tests.forge_check "$(FORGE)"
+
+# What other programs' own loaders make of exports: make test-clients INVOKEAI=../InvokeAI A1111=../webui SDNEXT=../sdnext, or some.
+# Their code is imported; what else it wants is stood in for, but pydantic-settings, picklescan and gguf are needed.
+test-clients: .venv/installed
+	$(BIN)/python -m tests.clients_check $(foreach one,INVOKEAI SDNEXT A1111,$(if $($(one)),"$(one)=$($(one))"))
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

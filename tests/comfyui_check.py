@@ -3,7 +3,8 @@
 Small random bases of each kind of Stable Diffusion are written as checkpoints (comfyui_bases.py); ComfyUI is started on
 a folder of its own and asked through its HTTP API; latents are compared with diffusers and `load_adapter` on the same
 base, seed and sampler. Nothing is written into ComfyUI's folder. It takes its Python from COMFYUI_PYTHON, or this one;
-PARTS="one two xl fp8" asks for some of its parts.
+PARTS="one two xl fp8" asks for some of its parts; those of transformers are in comfyui_families.py, and want a ComfyUI
+that knows them (tried: 0.29); its page, in a browser, is in comfyui_editor.py.
 """
 
 import contextlib
@@ -15,7 +16,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -26,14 +28,16 @@ from comcat_diffusion import ComcatConfig, keep_background, load_adapter, rememb
 from comcat_diffusion.adapters.header import Notes
 from comcat_diffusion.adapters.merge import unload_adapters
 from comcat_diffusion.adapters.model import factors
+from tests import comfyui_editor, comfyui_families
 from tests.comfyui_bases import LAYERS, SIDE, checkpoint, one, two, xl
+from tests.comfyui_families import FAMILIES, with_adapters
 
 ROOT = Path(__file__).parents[1]
 CLOSE = 1e-5  # of the largest latent, after four steps in float32: the same sums in another order
 STEPS, GUIDANCE, SEED = 4, 2.0, 5  # 999 is a multiple of 3, so the timesteps are whole numbers
 WORDS = {"tied": ["sks dog", "sks"], "free": ["ohwx dog", "ohwx"]}  # as the notes of the files say
 BASES = {"one": one, "two": two, "xl": xl}
-PARTS = (*BASES, "fp8")
+PARTS = (*BASES, "fp8", *FAMILIES, "editor")
 PROBE = """
 import comfy.sd, folder_paths, os, safetensors.torch
 
@@ -85,6 +89,7 @@ def adapters(pipe: StableDiffusionPipeline, folder: Path) -> dict[str, Path]:
         "tied": {"foldable": True, "tied": True, "trigger": ["sks"]},
         "free": {"trigger": ["ohwx"]},
         "everywhere": {"foldable": True},
+        "cores": {"foldable": True, "cores": True, "trigger": ["sks"]},
     }
     files = {}
     for number, (name, options) in enumerate(kinds.items()):
@@ -100,7 +105,7 @@ def adapters(pipe: StableDiffusionPipeline, folder: Path) -> dict[str, Path]:
         noise = torch.Generator().manual_seed(number)
         for model in models:
             for factor in factors(model, name).values():
-                factor.data = torch.randn(factor.shape, generator=noise) * 0.15
+                factor.data = torch.randn(factor.shape, generator=noise) * (1.0 if name == "cores" else 0.15)
         files[name] = folder / f"{name}.safetensors"
         notes = Notes((options.get("trigger") or ["sks"])[0], "a photo of sks dog", "dog")
         save_adapter(pipe, files[name], name, "somebody/base", notes, tokens=tokens)
@@ -111,20 +116,16 @@ def adapters(pipe: StableDiffusionPipeline, folder: Path) -> dict[str, Path]:
 class ComfyUI:
     """A running one."""
 
-    def __init__(self, folder: Path, base: Path, weights: str = "--fp32-unet") -> None:
+    def __init__(self, folder: Path, base: Path, weights: str = "--fp32-unet", page: bool = False) -> None:
         with contextlib.closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.base = base
         flags = ["--cpu", "--base-directory", str(base), "--port", str(self.port), weights, "--fp32-text-enc"]
-        flags += [
-            "--disable-api-nodes",
-            "--front-end-root",
-            str(base / "front"),
-            "--database-url",
-            "sqlite:///:memory:",
-        ]
-        (base / "front").mkdir(exist_ok=True)
+        flags += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+        if not page:
+            (base / "front").mkdir(exist_ok=True)
+            flags += ["--front-end-root", str(base / "front")]
         around = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
         self.log = base / "log.txt"
         python = os.environ.get("COMFYUI_PYTHON", sys.executable)
@@ -172,6 +173,16 @@ class ComfyUI:
                 return found[number]
             time.sleep(0.1)
 
+    def finished(self, before: Iterable[str], seconds: float = 300) -> dict:
+        """What becomes of a workflow that a page has sent, beside those that were there before."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            found = {number: one for number, one in self._ask("/history").items() if number not in before}
+            if found:
+                return next(iter(found.values()))
+            time.sleep(0.5)
+        raise SystemExit(f"Nothing was drawn:\n{self.log.read_text()[-9000:]}")
+
     def error(self, graph: dict) -> str:
         """What a workflow that must fail says."""
         for kind, told in self.run(graph)["status"]["messages"]:
@@ -196,11 +207,7 @@ def graph(
     if base != "one":
         few = {"ckpt_name": f"{base}.safetensors", "layers": LAYERS}
         nodes["base"] = {"class_type": "LoadFewLayers", "inputs": few}
-    model, clip = ["base", 0], ["base", 1]
-    for name, strength in loaded:
-        inputs = {"model": model, "clip": clip, "adapter": f"{base}/{name}.safetensors", "strength": strength}
-        nodes[name] = {"class_type": "ComcatLoadAdapter", "inputs": inputs}
-        model, clip = [name, 0], [name, 1]
+    model, clip = with_adapters(nodes, base, loaded, ["base", 1])
     for name, text in (("positive", prompt), ("negative", "")):
         nodes[name] = {"class_type": encode, "inputs": {"clip": clip, "text": text}}
     nodes["empty"] = {"class_type": "EmptyLatentImage", "inputs": {"width": SIDE, "height": SIDE, "batch_size": 1}}
@@ -222,18 +229,23 @@ def graph(
     return {name: {key: node[key] for key in ("class_type", "inputs")} for name, node in nodes.items()}
 
 
-def drawn(pipe: StableDiffusionPipeline, prompt: str | None, **more: object) -> torch.Tensor:
-    """The latents that diffusers draws, as ComfyUI saves them."""
+def drawn(
+    pipe: StableDiffusionPipeline, prompt: str | None, kept: dict[str, list[str]] | None = None, **more: object
+) -> torch.Tensor:
+    """The latents that diffusers draws, as ComfyUI saves them; `kept`: around what these words call, the base's."""
     how = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "height": SIDE, "width": SIDE}
     noise = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(SEED))
     most = float(pipe.scheduler.sigmas.max())  # ComfyUI begins with noise of sqrt(1 + most^2), diffusers with `most`
     if isinstance(pipe, StableDiffusionXLPipeline):
         more["negative_prompt"] = ""  # without one its states would be zeros
-    found = pipe(prompt, latents=noise * (1 + most**-2) ** 0.5, output_type="latent", **how, **more).images
+    call = partial(keep_background, pipe, kept) if kept else pipe
+    found = call(prompt, latents=noise * (1 + most**-2) ** 0.5, output_type="latent", **how, **more).images
     return found / (0.13025 if isinstance(pipe, StableDiffusionXLPipeline) else 0.18215)
 
 
-def check(name: str, found: torch.Tensor, expected: torch.Tensor, other: torch.Tensor | None = None) -> None:
+def check(
+    name: str, found: torch.Tensor, expected: torch.Tensor, other: torch.Tensor | None = None, close: float = CLOSE
+) -> None:
     """Compare, and say how close it was and how far another picture is."""
     off = float((found - expected).abs().max())
     effect = float("inf") if other is None else float((expected - other).abs().max())
@@ -241,7 +253,7 @@ def check(name: str, found: torch.Tensor, expected: torch.Tensor, other: torch.T
         f"{name:<52} off by {off:.1e} of {float(expected.abs().max()):.1f}; without the adapter {effect:.1e}",
         flush=True,
     )
-    if not (off < CLOSE * float(expected.abs().max()) and effect > 20 * off):
+    if not (off < close * float(expected.abs().max()) and effect > 20 * off):
         raise SystemExit(f"{name}: ComfyUI draws something else.")
 
 
@@ -252,7 +264,7 @@ def main(comfyui: Path, parts: tuple[str, ...] = PARTS) -> None:
     with tempfile.TemporaryDirectory() as place, torch.no_grad():
         base, pipes, files = Path(place), {}, {}
         for name in BASES:
-            if name in parts or (name == "one" and "fp8" in parts):
+            if name in parts or (name == "one" and {"fp8", "editor"} & set(parts)):
                 pipes[name] = BASES[name](comfyui / "comfy" / "sd1_tokenizer")
                 checkpoint(pipes[name], base / "models" / "checkpoints" / f"{name}.safetensors")
                 files[name] = adapters(pipes[name], base / "models" / "comcat" / name)
@@ -264,20 +276,30 @@ def main(comfyui: Path, parts: tuple[str, ...] = PARTS) -> None:
         (nodes / "current" / "__init__.py").write_text(CURRENT.format(path=path))
         (nodes / "comcat").symlink_to(ROOT / "integrations" / "comfyui")
         (base / "input").mkdir(), (base / "output").mkdir()
-        if parts != ("fp8",):
+        families = comfyui_families.prepare(comfyui, base, tuple(name for name in FAMILIES if name in parts))
+        if families:
+            near = partial(check, close=comfyui_families.CLOSE)
+            with started(comfyui, base, "--fp32-unet") as running:
+                for name, own in families.items():
+                    comfyui_families.compare(running, name, *own, near, expect)
+        if set(parts) & set(BASES):
             with started(comfyui, base, "--fp32-unet") as running:
                 for name in (name for name in BASES if name in parts):
                     (compare if name == "one" else other_kind)(running, pipes[name], files[name], name)
         if "fp8" in parts:
             with started(comfyui, base, "--fp8_e4m3fn-unet") as running:
                 eight_bits(running, pipes["one"], files["one"])
+        if "editor" in parts:
+            comfyui_editor.prepare(base, pipes["one"], files["one"]["tied"])
+            with started(comfyui, base, "--fp32-unet", page=True) as running:
+                comfyui_editor.compare(running, expect)
     print("ComfyUI draws what diffusers draws.")
 
 
 @contextlib.contextmanager
-def started(comfyui: Path, base: Path, weights: str) -> Iterator[ComfyUI]:
-    """A ComfyUI that is ended afterwards."""
-    running = ComfyUI(comfyui, base, weights)
+def started(comfyui: Path, base: Path, weights: str, page: bool = False) -> Iterator[ComfyUI]:
+    """A ComfyUI that is ended afterwards, with its page or without."""
+    running = ComfyUI(comfyui, base, weights, page)
     try:
         yield running
     finally:
@@ -291,7 +313,7 @@ def other_kind(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str,
     own, base = drawn(pipe, said), drawn(pipe, word.replace("<dog>", "dog"))
     plain = ask(said)
     check(f"{kind}: the base alone", plain, own)
-    for name in ("tied", "free"):
+    for name in ("tied", "free", "cores"):
         load_adapter(pipe, files[name], name)
         check(f"{kind}: {name}, from its trigger on", ask(said, (name, 1.0)), drawn(pipe, said), own)
         without = "a photo of a cat"
@@ -328,6 +350,8 @@ def eight_bits(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str,
         told = f"8 bits: {name}, {off:.1f} from its picture in 32 bits, {effect:.1f} from the base's in 8 bits"
         expect(told, off < effect / 2, True)
         unload_adapters(pipe)
+    told = running.error(graph(said, ("cores", 1.0)))
+    expect(f"8 bits: {told.strip()[:90]}...", "and here these are quantized" in told, True)
     pipe.unet.load_state_dict(exact)
 
 
@@ -336,7 +360,7 @@ def compare(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Pa
     said = "a photo of sks dog, ohwx cat"
     plain, own = running.latent(graph(said)), drawn(pipe, said)
     check("the base alone", plain, own)
-    for name in ("tied", "free"):
+    for name in ("tied", "free", "cores"):
         load_adapter(pipe, files[name], name)
         check(f"{name}, from its trigger on", running.latent(graph(said, (name, 1.0))), drawn(pipe, said), own)
         without = "a photo of a cat"
@@ -363,6 +387,7 @@ def compare(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Pa
     unload_adapters(pipe)
     in_places(running, pipe, files, said, own)
     backgrounds(running, pipe, files, said, kind)
+    samplers(running)
     with_weights(running, pipe, files)
     as_lora(running, pipe, files)
     mistakes(running, pipe, files)
@@ -391,15 +416,14 @@ def in_places(
 
 
 def backgrounds(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path], said: str, kind: str) -> None:
-    """Adapters that act where their subjects are looked at, by a look of the base before the first step."""
+    """Adapters that act where their subjects are looked at, beside the base's own picture of the same noise."""
     kept = {"class_type": "ComcatKeepBackground", "inputs": {"keep": True}, "gives_model": True}
     for names in (["tied"], ["free"], ["tied", "free"]):
         for name in names:
             load_adapter(pipe, files[name], name)
         pipe.unet.set_adapters(names)
         everywhere = drawn(pipe, said)
-        with keep_background(pipe, {name: WORDS[name] for name in names}):
-            expected = drawn(pipe, said)
+        expected = drawn(pipe, said, {name: WORDS[name] for name in names})
         asked = graph(said, *((name, 1.0) for name in names), base=kind, kept=kept)
         check(f"{kind}: background kept, {' and '.join(names)}", running.latent(asked), expected, everywhere)
         asked["draw"]["inputs"]["seed"] = SEED + 1
@@ -408,6 +432,30 @@ def backgrounds(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str
         asked["draw"]["inputs"]["cfg"] = GUIDANCE + 1e-12  # so that nothing comes from a cache
         check("the same, after another drawing", running.latent(asked), expected, everywhere)
         unload_adapters(pipe)
+
+
+def samplers(running: ComfyUI) -> None:
+    """Backgrounds with a sampler that adds noise and one that chooses its own steps, and where none is asked for."""
+    tied, node = ("tied", 1.0), {"class_type": "ComcatKeepBackground", "inputs": {"keep": True}, "gives_model": True}
+
+    def asked(said: str, *loaded: tuple[str, float], sampler: str = "euler", **more: dict) -> dict:
+        made = graph(said, *loaded, **more)
+        made["draw"]["inputs"] |= {"sampler_name": sampler, "steps": 2}
+        return made
+
+    said, bare = "a photo of sks dog, ohwx cat", "a photo of sks dog"
+    own, kept = (
+        running.latent(asked(said, *loaded, sampler="euler_ancestral", **more))
+        for loaded, more in (((), {}), ([tied], {"kept": {**node, "inputs": {"keep": True}}}))
+    )
+    off, close = (kept - own).abs().amax(1), CLOSE * float(own.abs().max())
+    told = f"euler_ancestral: {int((off < close).sum())} of {off.numel()} places are the base's, off by {off.min():.1e}"
+    expect(f"{told} to {off.max():.1e}", bool(off.min() < close and off.max() > 100 * close), True)
+    same = torch.equal(running.latent(asked(bare, tied, kept=node)), running.latent(asked(bare, tied)))
+    expect("a prompt that says nothing else is drawn as ever", same, True)
+    node["inputs"] = {"keep": True}
+    told = running.error(asked(said, tied, sampler="dpm_adaptive", kept=node))
+    expect(told.strip()[:90] + "...", "takes other steps than without" in told, True)
 
 
 def with_weights(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path]) -> None:
@@ -459,16 +507,20 @@ def as_lora(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Pa
     check("as a LoRA, by ComfyUI's own loader", running.latent(asked), drawn(pipe, said))
     expect("every weight of the LoRA is read", "NOT LOADED" in running.log.read_text()[before:], False)
     own = drawn(pipe, "a photo of sks dog")
-    load_adapter(pipe, files["tied"], "tied")
-    expected = drawn(pipe, "a photo of sks dog")
-    for order, first, then in (("before", "loader", "tied"), ("after", "tied", "loader")):
-        asked = graph("a photo of sks dog", ("tied", 1.0), loader=loader)
-        asked[first]["inputs"] |= {"model": ["base", 0], "clip": ["base", 1]}
-        asked[then]["inputs"] |= {"model": [first, 0], "clip": [first, 1]}
-        asked["draw"]["inputs"]["model"] = [then, 0]
-        for name in ("positive", "negative"):
-            asked[name]["inputs"]["clip"] = [then, 1]
-        check(f"a LoRA {order} the adapter", running.latent(asked), expected, own)
+    for adapter in ("tied", "cores"):
+        load_adapter(pipe, files[adapter], adapter)
+        pipe.unet.set_adapters(["everywhere", adapter])
+        expected = drawn(pipe, "a photo of sks dog")
+        for order, first, then in (("before", "loader", adapter), ("after", adapter, "loader")):
+            asked = graph("a photo of sks dog", (adapter, 1.0), loader=loader)
+            asked[first]["inputs"] |= {"model": ["base", 0], "clip": ["base", 1]}
+            asked[then]["inputs"] |= {"model": [first, 0], "clip": [first, 1]}
+            asked["draw"]["inputs"]["model"] = [then, 0]
+            for name in ("positive", "negative"):
+                asked[name]["inputs"]["clip"] = [then, 1]
+            check(f"a LoRA {order} the adapter ({adapter})", running.latent(asked), expected, own)
+        unload_adapters(pipe)
+        load_adapter(pipe, files["everywhere"], "everywhere")
     unload_adapters(pipe)
 
 
@@ -488,8 +540,7 @@ def mistakes(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, P
 
 def example(running: ComfyUI, files: dict[str, Path]) -> None:
     """The workflow that comes with the nodes runs, with names of files that are here."""
-    folder = ROOT / "integrations" / "comfyui" / "example_workflows"
-    asked = json.loads((folder / "comcat-api.json").read_text())
+    asked = json.loads((ROOT / "integrations" / "comfyui" / "comcat-api.json").read_text())
     for node in asked.values():
         node["inputs"] |= {"ckpt_name": "one.safetensors"} if "ckpt_name" in node["inputs"] else {}
         node["inputs"] |= {"adapter": "one/tied.safetensors"} if "adapter" in node["inputs"] else {}

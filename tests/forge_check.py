@@ -15,6 +15,7 @@ from comcat_diffusion import load_adapter, remember_prompts
 from comcat_diffusion.adapters.header import AdapterFileError
 from comcat_diffusion.adapters.merge import unload_adapters
 from comcat_diffusion.comfy import forge
+from comcat_diffusion.comfy.load import keep_background
 from tests.comfyui_bases import one, original_names
 from tests.comfyui_check import CLOSE, adapters, expect
 
@@ -101,7 +102,7 @@ def main(folder: Path) -> None:
             return x - sigma * (other + GUIDANCE * (own - other))
 
         base = by_diffusers()
-        for names in ((), ("tied",), ("free",), ("tied", "free")):
+        for names in ((), ("tied",), ("free",), ("cores",), ("tied", "free")):
             made = unet
             for name in names:
                 load_adapter(pipe, files[name], name)
@@ -120,7 +121,9 @@ def main(folder: Path) -> None:
         expect("a prompt without the trigger is drawn as the base draws it", same, True)
         long = engine.get_learned_conditioning(["a " * 80 + "sks dog"])
         expect("a long prompt is two chunks", denoised(sampling, made, long, uncond, x).isfinite().all().item(), True)
+        kept, _ = forge.load(unet, memory, files["tied"])
         for told, act in (
+            ("has no place to ask for that", lambda: keep_background(kept)),
             ("does not know the prompt", lambda: denoised(sampling, made, cond + 1, uncond, x)),
             ("use ComfyUI's nodes", lambda: forge.load(unet, memory, files["everywhere"])),
             ("wrong base", lambda: denoised(sampling, forge.refuse(unet, ValueError("wrong base")), cond, uncond, x)),

@@ -23,6 +23,7 @@ from comcat_diffusion.export.fit import is_exact, needs_base
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.export.space import build_space
 from comcat_diffusion.export.spread import shells
+from comcat_diffusion.families.known import FAMILIES
 from comcat_diffusion.families.stable_diffusion import StableDiffusion
 from comcat_diffusion.training.becomes import becomes, lora_bytes
 from comcat_diffusion.training.config import TrainConfig
@@ -59,6 +60,14 @@ def test_every_program_gets_the_names_that_it_reads(adapters, tmp_path):
         assert all(end.startswith("lora_unet_") for end in ends) or (client == "diffusers" and ends == {"unet"})
     for client, format in (("all", "diffusers-lora"), ("diffusers", "kohya"), ("comfyui", "kohya")):
         assert format_of(client, format) == format
+    assert format_of("invokeai", None, "FLUX.1") == format_of("all", None, "Z-Image") == "kohya"
+    assert {format_of("invokeai", None, name) for name in ("FLUX.2 [klein]", "Z-Image")} == {"diffusers-lora"}
+    told = {name for client in CLIENTS.values() for name in (*client.others, *client.lacks)}
+    assert told <= {family.name for family in FAMILIES}
+    with pytest.raises(ValueError, match="--format kohya is not what InvokeAI reads"):
+        format_of("invokeai", "kohya", "Z-Image")
+    with pytest.raises(ValueError, match=r"InvokeAI reads no LoRAs of Stable Diffusion 3 and 3\.5"):
+        format_of("invokeai", None, "Stable Diffusion 3 and 3.5")
     with pytest.raises(ValueError, match="--format diffusers-lora is not what ComfyUI reads"):
         ExportConfig(adapter="a", output="b", for_="comfyui", format="diffusers-lora")
 
@@ -205,6 +214,7 @@ def test_what_an_adapter_becomes_is_known_before(adapters, tmp_path):
     assert "say --as lora" in becomes(TrainConfig(), unet) and "20 kB at most" in becomes(TrainConfig(), unet)
     assert "exactly, a LoRA" in becomes(TrainConfig(as_="lora"), unet)
     assert "node (about" in becomes(TrainConfig(kind="free"), unet)
+    assert "for this tool (about" in becomes(TrainConfig(kind="cores"), unet)
 
 
 # The hub

@@ -22,15 +22,18 @@ from comcat_diffusion.adapters.looking import looks_of, weights_of
 from comcat_diffusion.adapters.same_base import difference
 from comcat_diffusion.bases import load_base
 from comcat_diffusion.comfy import forge
-from comcat_diffusion.comfy.guests import Guests, guests_of, seated
+from comcat_diffusion.comfy.guests import Guests, guests_of
 from comcat_diffusion.comfy.load import encode, keep_background, load, regions, save_lora
 from comcat_diffusion.comfy.names import fingerprint_of, unet_as_diffusers, unet_names
+from comcat_diffusion.comfy.places import PLACES, Called, Drawing
+from comcat_diffusion.comfy.seated import seated
 from comcat_diffusion.comfy.text import SAID, Said, Tokenizer, joined
 from comcat_diffusion.config import BaseSettings
 from comcat_diffusion.export.lora import _original_name, export_adapter
 from comcat_diffusion.export.spread import shells
 
 PACK = Path(__file__).parents[1] / "integrations" / "comfyui"
+EXAMPLES = {"comcat-api": PACK / "comcat-api.json", "comcat": PACK / "example_workflows" / "comcat.json"}
 NOTES = Notes("sks", "a photo of sks teddy", "teddy")
 
 
@@ -48,6 +51,12 @@ class Attention(nn.Module):
         split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # by the width that it sees
         mixed = nn.functional.scaled_dot_product_attention(split(q), split(k), split(v))
         return self.to_out(mixed.transpose(1, 2).flatten(2))
+
+
+def like_a_picture(attention, x):
+    """What the attentions of the U-Net are given, (B, 16, C)."""
+    scale = 1 + x.flatten(1).mean(1).view(-1, 1, 1)
+    return torch.ones(len(x), 16, attention.to_q.in_features) * torch.linspace(-1, 1, 16)[:, None] * scale
 
 
 class UNet(nn.Module):
@@ -72,7 +81,7 @@ class UNet(nn.Module):
         for name in self.places.values():
             attention = self.get_submodule(name)
             if isinstance(attention, Attention):
-                hidden = torch.ones(len(x), 16, attention.to_q.in_features) * torch.linspace(-1, 1, 16)[:, None]
+                hidden = like_a_picture(attention, x)
                 own = context if name.endswith("attn2") else None
                 found.append(attention(hidden, context=own, transformer_options=options))
         self.widths = [one.shape[-1] for one in found]
@@ -97,12 +106,20 @@ class Patcher:
     """ComfyUI's `ModelPatcher`."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.object_patches, self.backup = model, {}, {}
+        self.model, self.object_patches, self.backup, self.wrappers = model, {}, {}, {}
+        self.load_device = torch.device("cpu")
 
     def clone(self):
         made = type(self)(self.model)
         made.object_patches, made.backup = dict(self.object_patches), self.backup
+        made.wrappers = {key: list(own) for key, own in self.wrappers.items()}
         return made
+
+    def add_wrapper_with_key(self, kind, key, wrapper):
+        self.wrappers.setdefault((kind, key), []).append(wrapper)
+
+    def remove_wrappers_with_key(self, kind, key):
+        self.wrappers.pop((kind, key), None)
 
     def add_object_patch(self, name, patch):
         self.object_patches[name] = patch
@@ -216,11 +233,12 @@ def files(base, tmp_path_factory, randomize):
         "free": {"trigger": ["ohwx"]},
         "both": {"target_modules": ["attn1", "attn2"]},
         "everywhere": {"foldable": True, "tied": True},
+        "cores": {"foldable": True, "cores": True, "trigger": ["sks"]},
     }
     for name, options in kinds.items():
         pipe = load_base("embedded")
         pipe.unet.add_adapter(ComcatConfig(r=2, alpha=3.0, **options), name)
-        randomize(pipe.unet, name, 1, std=0.3)
+        randomize(pipe.unet, name, 1, std=1.0 if name == "cores" else 0.3)
         found[name] = folder / f"{name}.safetensors"
         save_adapter(pipe, found[name], name, "embedded", NOTES)
         found[name].with_suffix(".pipe").touch()
@@ -240,6 +258,61 @@ def outputs(patcher, texts, clip, **options):
     patcher.unpatch()
     by_attention = found.flatten(2).movedim(1, -1).split(model.diffusion_model.widths, dim=-1)
     return torch.cat([one.flatten(1) for one in by_attention], dim=1)
+
+
+class Guider:
+    """ComfyUI's guider and sampler: a step is what is predicted of each conditioning, and the latents go on from it."""
+
+    def __init__(self, patcher, positive, clip, schedules, together=True, follow=None):
+        self.model_patcher, self.schedules, self.together, self.follow = patcher, iter(schedules), together, follow
+        self.model_options, self.passes = {"transformer_options": {}}, []
+        texts = {"positive": positive, "negative": ["a ball"]}
+        made = {kind: [encode(clip, text)[0] for text in own] for kind, own in texts.items()}
+        self.conds = {
+            kind: [{**more, "cross_attn": states, "uuid": f"{kind} {n}"} for n, (states, more) in enumerate(own)]
+            for kind, own in made.items()
+        }
+
+    def sample(self, count=2):
+        """The predictions and latents of every step of all times that it was taken."""
+        torch.manual_seed(3)
+        noise = torch.randn(count, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+        around = [wrapper for own in self.model_patcher.wrappers.values() for wrapper in own]
+        assert len(around) < 2
+        Executor = type("Executor", (), {"class_obj": self, "__call__": lambda _, *given: self.outer_sample(*given)})
+        found = around[0](Executor(), noise) if around else self.outer_sample(noise)
+        assert self.model_options == {"transformer_options": {}} and found is self.passes[-1]
+        return self.passes
+
+    def outer_sample(self, noise):
+        model, x, steps = self.model_patcher.patched(), noise, []
+        for kind, own in self.conds.items():
+            assert all("model_conds" not in one for one in own)
+            self.conds[kind] = [
+                one | {"model_conds": model.extra_conds(prompt_type=kind, **one)} for one in own
+            ]  # as the real one does
+        chunks = [(n, one) for n, own in enumerate(self.conds.values()) for one in own]
+        try:
+            for number, sigma in enumerate(next(self.schedules)):
+                x = x if self.follow is None else self.follow[number]["x"]
+                found, groups = {}, [chunks] if self.together else [[one] for one in chunks[:: -1 + 2 * (number % 2)]]
+                for group in groups:
+                    found |= self.predicted(model.diffusion_model, group, x, sigma)
+                steps.append({"x": x, "noise": torch.randn(1), **found})
+                x = x * 0.9 + sigma * 0.2 * steps[-1]["noise"] + found["positive 0"].mean(1, keepdim=True)
+        finally:
+            self.model_patcher.unpatch()
+        self.passes.append(steps)
+        return steps
+
+    def predicted(self, unet, group, x, sigma):
+        cat = lambda key: torch.cat([one["model_conds"][key].cond.expand(len(x), -1, -1) for _, one in group])
+        options = {"uuids": [one["uuid"] for _, one in group], "cond_or_uncond": [n for n, _ in group]}
+        options |= {"sigmas": torch.full((len(x),), sigma), **self.model_options["transformer_options"]}
+        acts = {SAID: cat(SAID)} if SAID in group[0][1]["model_conds"] else {}
+        many = torch.cat([x] * len(group))
+        made = unet(many, context=cat("c_crossattn"), transformer_options=options, **acts)
+        return dict(zip(options["uuids"], made.split(len(x)), strict=True))
 
 
 def by_diffusers(files, name, places, states, said):
@@ -262,7 +335,7 @@ def by_diffusers(files, name, places, states, said):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["tied", "free", "both"])
+@pytest.mark.parametrize("name", ["tied", "free", "both", "cores"])
 def test_attentions_do_what_they_do_in_diffusers_each_row_from_its_trigger_on(name, files, model, clip, places):
     texts = ["a photo of sks teddy, ohwx cat", "a photo of a ball"]
     base = outputs(model, texts, clip)
@@ -316,39 +389,94 @@ def test_several_subjects_in_one_file_are_several_files(files, model, clip, tmp_
     assert (found - outputs(model, texts, heard)).abs().amax(dim=1).gt(0.05).tolist() == [True, True, True, False]
 
 
+STEPS = [[3.0, 2.0, 1.0]] * 2  # sigmas, both times
+ASKS, NONE = "a photo of sks teddy, ohwx cat", "a blue ball"  # begin, a, photo, of, sks, teddy
+
+
 @torch.no_grad()
-def test_a_background_is_kept_by_what_the_base_sees_of_the_words(files, model, clip, monkeypatch):
-    texts, passes, forward = ["a photo of sks teddy, ohwx cat", "a ball"], [], UNet.forward
-    monkeypatch.setattr(UNet, "forward", lambda *given, **named: passes.append(1) or forward(*given, **named))
-    for name, value in (("LOW", 0.7), ("HIGH", 0.95)):  # places that are no picture's look much alike
+@pytest.mark.parametrize("together", [True, False])
+def test_a_background_is_that_of_the_bases_own_picture(files, model, clip, monkeypatch, together):
+    """Each conditioning is mixed with what the base predicted of it, also where they come one by one, in any order."""
+    for name, value in (("LOW", 0.4), ("HIGH", 0.7)):  # of places that are no picture's
         monkeypatch.setattr(looking, name, value)
     loaded, heard, _ = load(model, clip, files["tied"])
-    kept = keep_background(loaded)
-    found = outputs(kept, texts, heard)
-    assert len(passes) == 2  # the first is the base's
-    outputs(kept, texts[1:], heard)
-    assert len(passes) == 3  # nothing to look for
-    base, everywhere = outputs(model, texts, heard), outputs(loaded, texts, heard)
-    assert torch.equal(found[1], base[1])
+    alone, found = Guider(keep_background(loaded), [ASKS, NONE], heard, STEPS, together).sample()
+    (base,) = Guider(model, [ASKS, NONE], heard, STEPS).sample()
+    (everywhere,) = Guider(loaded, [ASKS, NONE], heard, STEPS, follow=found).sample()
     unet = model.model.diffusion_model
-    names = {own: name for own, name in unet_names(unet).items() if name.endswith("attn2")}
-    states = torch.cat([encode(heard, text)[0][0] for text in texts])
-    of_words = torch.zeros(2, 16)
-    of_words[0, 4:6] = 1  # begin, a, photo, of, sks, teddy
-    seen = []
-    for name in (name for name in names.values() if name.startswith("output_blocks")):
-        attention = unet.get_submodule(name)
-        hidden = torch.ones(2, 16, attention.to_q.in_features) * torch.linspace(-1, 1, 16)[:, None]
-        seen.append(looks_of(attention.to_q(hidden), attention.to_k(states), attention.heads, of_words, (4, 4)))
+    names = [name for name in unet_names(unet).values() if name.endswith("attn2") and name.startswith("output_blocks")]
+    states, of_words = encode(heard, ASKS)[0][0].expand(2, -1, -1), torch.zeros(2, 16)
+    of_words[:, 4:6], seen = 1, []
+    for step in base:
+        for attention in map(unet.get_submodule, names):
+            query = attention.to_q(like_a_picture(attention, step["x"]))
+            seen.append(looks_of(query, attention.to_k(states), attention.heads, of_words, (4, 4)))
     seen = torch.stack(seen).mean(0)
-    weights = weights_of(seen / seen.amax((1, 2, 3), keepdim=True).clamp(min=1e-8)).flatten(2).movedim(1, -1)
-    assert weights[0].min() < 0.5 < weights[0].max() and not weights[1].any()
-    width = unet.get_submodule(list(names.values())[-1]).to_q.in_features
-    grid = lambda t: t[:, -16 * width :].view(2, 16, width)  # of the last attention
-    assert_close(grid(found), weights * grid(everywhere) + (1 - weights) * grid(base), rtol=1e-5, atol=1e-5)
-    assert_close(outputs(keep_background(kept, keep=False), texts, heard), everywhere)
+    least, most = seen.amin((1, 2, 3), keepdim=True), seen.amax((1, 2, 3), keepdim=True)
+    weights = weights_of((seen - least) / (most - least))
+    assert (weights == 0).any() and (weights == 1).any()
+    for before, own, made, then in zip(base, alone, found, everywhere, strict=True):
+        for key in before:
+            assert_close(own[key], before[key], rtol=1e-5, atol=1e-5)
+            if key != "x":  # the noise is that of all
+                assert_close(
+                    made[key],
+                    torch.lerp(own[key], then[key], weights if made[key].ndim > 1 else 0),
+                    rtol=1e-5,
+                    atol=1e-5,
+                )
+    assert (found[0]["positive 0"] - base[0]["positive 0"]).abs().max() > 0.05
+    assert (found[2]["negative 0"] - base[2]["negative 0"]).abs().max() > 1e-3  # of a picture that has changed
+    (off,) = Guider(keep_background(keep_background(loaded), keep=False), [ASKS], heard, STEPS).sample()
+    (as_ever,) = Guider(loaded, [ASKS], heard, STEPS).sample()
+    assert_close(off, as_ever, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("said", ["a photo of sks teddy", "a ball"])
+def test_nothing_is_drawn_twice_where_no_prompt_asks_for_a_background(files, model, clip, said):
+    loaded, heard, _ = load(model, clip, files["tied"])
+    once = Guider(keep_background(loaded), [said], heard, STEPS).sample()
+    assert_close(once, Guider(loaded, [said], heard, STEPS).sample(), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_background_that_cannot_be_kept_is_told_of(files, model, clip):
     with pytest.raises(ValueError, match="no COMCAT adapter whose background"):
         keep_background(model)
+    loaded, heard, _ = load(model, clip, files["tied"])
+    kept = keep_background(loaded)
+    adaptive = Guider(kept, [ASKS], heard, [[3.0, 2.0], [3.0, 1.9]])
+    with pytest.raises(ValueError, match="takes other steps than without"):
+        adaptive.sample()
+    assert adaptive.model_options == {"transformer_options": {}}  # nothing stays
+    with pytest.raises(ValueError, match="needs ComfyUI's own sampling"):
+        outputs(kept, [ASKS], heard)
+    with pytest.raises(ValueError, match="has no place to ask for that"):
+        keep_background(types.SimpleNamespace(object_patches=loaded.object_patches))  # a patcher like Forge's
+
+
+def test_areas_of_a_picture_have_places_of_their_own():
+    drawing, at = Drawing(1, (4, 4)), torch.arange(8.0).view(1, 1, 2, 4)
+    called = {"dog": Called(torch.ones(2, 3), torch.zeros(2, dtype=torch.bool))}
+
+    def run(side, value, options):
+        if side == 2 and options[PLACES].at is None:
+            options[PLACES].seen["dog"] = [torch.cat([at, at.flip(-1)])]
+        return torch.full((2, 4, side, 4), value)
+
+    def step(side, ids, value):
+        options = {"uuids": ids, "cond_or_uncond": [0, 0], "sigmas": torch.ones(1)}
+        own = called if side == 2 else {}
+        return drawing.step(torch.zeros(2, 4, side, 4), options, own, lambda options: run(side, value, options))
+
+    step(2, "ab", 1.0), step(4, "cd", 1.0)
+    drawing.place()
+    left, right = step(2, "ab", 3.0)
+    assert_close(left[0], 1 + 2 * weights_of(at / 7)[0, 0])
+    assert torch.equal(right, left.flip(-1)) and step(4, "cd", 3.0).eq(3).all()
+    with pytest.raises(ValueError, match="parts of a batch"):
+        drawing.step(torch.zeros(1, 4, 4, 4), {"uuids": "ab"}, {}, None)
 
 
 @torch.no_grad()
@@ -572,6 +700,33 @@ def test_eight_bits_of_the_base_are_the_base(base, files, model):
     assert difference(other, fingerprint_of(shell, "v_prediction", other)) == "it has the same shape but other weights"
 
 
+@torch.no_grad()
+def test_cores_are_of_the_weights_without_loras_and_of_none_of_8_bits(files, model, clip):
+    texts = ["a photo of sks teddy"]
+    made, heard, _ = load(model, clip, files["cores"])
+    expected = outputs(made, texts, heard)
+    unet, changed = model.model.diffusion_model, {}
+    for name in unet_names(unet).values():
+        for projection in ("to_k", "to_v"):
+            weight = unet.get_submodule(f"{name}.{projection}").weight
+            changed[weight] = weight.data
+            model.backup[f"diffusion_model.{name}.{projection}.weight"] = types.SimpleNamespace(weight=weight.data)
+            weight.data = weight.data + torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.1
+    again, heard, _ = load(model, clip, files["cores"])
+    for weight, before in changed.items():
+        weight.data = before
+    assert torch.equal(outputs(again, texts, heard), expected)
+    model.backup.clear()
+    for weight in changed:
+        weight.data = weight.data.to(torch.float8_e4m3fn)
+    try:
+        with pytest.raises(ValueError, match="and here these are quantized"):
+            load(model, clip, files["cores"])
+    finally:
+        for weight, before in changed.items():
+            weight.data = before
+
+
 # Forge
 
 
@@ -642,8 +797,8 @@ def test_the_nodes_in_both_forms_and_the_example(monkeypatch, tmp_path):
         inputs = node.INPUT_TYPES()
         names = {name for fields in inputs.values() for name in fields}
         assert {*node.run.__code__.co_varnames[1 : node.run.__code__.co_argcount]} <= names
-    for name in ("comcat-api", "comcat"):
-        content = json.loads((PACK / "example_workflows" / f"{name}.json").read_text())
+    for name, file in EXAMPLES.items():
+        content = json.loads(file.read_text())
         kinds = {node["class_type"] for node in content.values()} if name == "comcat-api" else {
             node["type"] for node in content["nodes"]}  # fmt: skip
         assert {"ComcatLoadAdapter", "ComcatTextEncode", "ComcatKeepBackground"} <= kinds
@@ -653,9 +808,7 @@ def test_the_nodes_in_both_forms_and_the_example(monkeypatch, tmp_path):
 
 
 def test_the_example_of_the_editor_is_that_of_the_api():
-    api, editor = (
-        json.loads((PACK / "example_workflows" / f"{name}.json").read_text()) for name in ("comcat-api", "comcat")
-    )
+    api, editor = (json.loads(EXAMPLES[name].read_text()) for name in ("comcat-api", "comcat"))
     kinds = {str(node["id"]): node["type"] for node in editor["nodes"]}
     assert kinds == {name: node["class_type"] for name, node in api.items()}
     found, links = {}, {number: (*places, kind) for number, *places, kind in editor["links"]}
@@ -673,6 +826,10 @@ def test_the_example_of_the_editor_is_that_of_the_api():
 def test_the_picture_has_the_workflow_inside():
     with Image.open(PACK / "example_workflows" / "comcat.png") as picture:
         for key, name in (("workflow", "comcat"), ("prompt", "comcat-api")):
-            assert json.loads(picture.text[key]) == json.loads(
-                (PACK / "example_workflows" / f"{name}.json").read_text()
-            )
+            assert json.loads(picture.text[key]) == json.loads(EXAMPLES[name].read_text())
+
+
+def test_a_damaged_file_is_told_of_before_anything_is_read_of_it(files, model, clip, tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(files["tied"].read_bytes()[:5000])
+    with pytest.raises(AdapterFileError, match="is damaged or cut short"):
+        load(model, clip, tmp_path / "cut.safetensors")

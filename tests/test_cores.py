@@ -19,9 +19,8 @@ from comcat_diffusion.adapters.header import AdapterFileError, read_adapter
 from comcat_diffusion.adapters.model import adapted_layers, factors
 from comcat_diffusion.adapters.placing import add_adapter
 from comcat_diffusion.adapters.shrink import shrink
-from comcat_diffusion.adapters.store import expected_shapes, present_base, read_fitting
+from comcat_diffusion.adapters.store import expected_shapes
 from comcat_diffusion.cli import main
-from comcat_diffusion.comfy.load import _guest
 from comcat_diffusion.commands import _told
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.training.config import TrainConfig
@@ -144,13 +143,6 @@ def test_what_they_are_not_for_is_refused_in_a_sentence(saved, base, tmp_path, c
     with pytest.raises(ValueError, match="are quantized"):
         basis_of(torch.ones(8, 8, dtype=torch.uint8), 2, 1)
     assert "choose another kind" in QUANTIZED
-
-
-def test_no_comfyui_node_takes_them(saved):
-    pipe, file = saved
-    fitting = read_fitting({"unet": pipe.unet}, present_base(pipe), file)
-    with pytest.raises(AdapterFileError, match="holds cores, which no ComfyUI node can put in place: make a LoRA"):
-        _guest(file, "unet", fitting, pipe.unet, {}, 1.0)
 
 
 def test_of_another_base_a_file_is_refused(saved, tmp_path):

@@ -302,7 +302,7 @@ def test_the_size_that_is_told_before_training_is_what_is_written(exported, tmp_
     said = becomes(
         TrainConfig(pretrained_model_name_or_path=base, instance_prompt=PROMPT, instance_data_dir="."), model
     )
-    assert "say --as lora" in said and "ComfyUI" not in said
+    assert "say --as lora" in said and ("its ComfyUI node" in said) == family_of(pipe).has_node
 
 
 def test_files_say_of_what_architecture_they_are(exported):

@@ -322,17 +322,22 @@ def schnell(folder: Path) -> Path:
     return flux1(folder, guidance_embeds=False)
 
 
+def chroma_transformer(**more) -> ChromaTransformer2DModel:
+    """Two blocks of two streams and one of one, two heads of 8, three axes."""
+    settings = {
+        "in_channels": 16, "num_layers": 2, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
+        "joint_attention_dim": WIDTH, "axes_dims_rope": (2, 2, 4), "approximator_num_channels": 16,
+        "approximator_hidden_dim": 16, "approximator_layers": 1,
+    }  # fmt: skip
+    return lively(ChromaTransformer2DModel(**settings | more))
+
+
 def chroma(folder: Path) -> Path:
     """Chroma: pictures of 32x32 as 8x8 tokens."""
     with torch.random.fork_rng():
         torch.manual_seed(9)
-        transformer = ChromaTransformer2DModel(
-            in_channels=16, num_layers=2, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-            joint_attention_dim=WIDTH, axes_dims_rope=(2, 2, 4), approximator_num_channels=16,
-            approximator_hidden_dim=16, approximator_layers=1,
-        )  # fmt: skip
         pipe = ChromaPipeline(
-            **flux_parts(), text_encoder=t5(), tokenizer=short_t5_tokenizer(), transformer=lively(transformer)
+            **flux_parts(), text_encoder=t5(), tokenizer=short_t5_tokenizer(), transformer=chroma_transformer()
         )
     pipe.save_pretrained(folder)
     return folder

@@ -39,7 +39,7 @@ class Memory:
             self._said.popitem(last=False)
 
     def acts(self, states: torch.Tensor, guests: Guests) -> torch.Tensor:
-        """(B, M, T + P): what these states say to adapters, see `Guests.told`.
+        """(B, M, T + 2P): what these states say to adapters, see `Guests.told`.
 
         Raises ValueError for states that nobody has made here.
         """

@@ -9,25 +9,32 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from comcat_diffusion.adapters.fingerprint import layout_of
+from comcat_diffusion.adapters import cores
+from comcat_diffusion.adapters.config import ComcatConfig
+from comcat_diffusion.adapters.fingerprint import fingerprint_as, layout_of
 from comcat_diffusion.adapters.header import AdapterFileError, Header, called_by, read_adapter
 from comcat_diffusion.adapters.model import of_pattern
 from comcat_diffusion.adapters.regions import checked_mask
 from comcat_diffusion.adapters.store import Fitting, expected_shapes, read_fitting
 from comcat_diffusion.adapters.tied import scattered, sides_of
-from comcat_diffusion.comfy.guests import Guest, guests_of, invited, seated
+from comcat_diffusion.comfy.guests import Guest, guests_of, invited
 from comcat_diffusion.comfy.names import (
     ENCODERS,
     fingerprint_of,
+    is_rough,
     prediction_of,
+    rounded,
     text_as_transformers,
     text_names,
     unet_as_diffusers,
     unet_names,
 )
+from comcat_diffusion.comfy.seated import seated
 from comcat_diffusion.comfy.text import SAID, Tokenizer, Tokens, joined
+from comcat_diffusion.comfy.transformers import Kind, as_diffusers, attention_names, kind_of
 from comcat_diffusion.config import require_scale
 from comcat_diffusion.export.lora import export_adapter
+from comcat_diffusion.families.family import DENOISERS, TRANSFORMER, UNET
 
 
 def load(
@@ -40,19 +47,20 @@ def load(
     """
     require_scale(strength, "The strength")
     path = Path(path)
-    unet, roots = model.model.diffusion_model, _roots(clip)
     trained = read_adapter(path).fingerprint
-    encoders = {part: _encoder(clip, part, root, path) for part, root in roots.items()}
-    parts = {"unet": unet_as_diffusers(model)} | {part: text_as_transformers(*own) for part, own in encoders.items()}
-    present = fingerprint_of(parts["unet"], prediction_of(model), trained)
+    kind = kind_of(model.model.diffusion_model)
+    parts, names = _of_unet(model, clip, path) if kind is None else _of_transformer(model, kind)
+    present = _present(model, parts, names, trained)
     fitting = read_fitting(parts, present, path, any_weights, "the model of this node")
-    names = {"unet": {own: f"diffusion_model.{name}" for own, name in unet_names(unet).items()}}
-    for part, encoder in encoders.items():
-        names[part] = {own: f"{roots[part]}.{name}" for own, name in text_names(*encoder).items()}
-    own = {part: _guest(path, part, fitting, parts[part], names[part], strength) for part in fitting.configs}
+    if kind is not None and fitting.tokens:
+        raise AdapterFileError(f"{path} brings new words, which no text encoder of {kind.denoiser} can be given here.")
+    own = {}
+    for part in fitting.configs:
+        _refuse_rough(model if part in DENOISERS else clip.patcher, fitting.configs[part], names[part])
+        own[part] = _guest(path, part, fitting, parts[part], names[part], strength)
     made_model, made_clip = model.clone(), clip.clone()
-    if "unet" in own:
-        made_model = seated(model, invited(guests_of(model), own.pop("unet")))
+    if own.keys() & DENOISERS:
+        made_model = seated(model, invited(guests_of(model), own.pop(UNET if kind is None else TRANSFORMER)))
     if own:
         first, *others = own.values()
         for other in others:
@@ -67,21 +75,59 @@ def load_unet(
     """A clone of a model alone with an adapter of its U-Net; see `load`."""
     require_scale(strength, "The strength")
     path, shell = Path(path), unet_as_diffusers(patcher)
-    present = fingerprint_of(shell, prediction_of(patcher), read_adapter(path).fingerprint)
-    fitting = read_fitting({"unet": shell}, present, path, any_weights, "this model")
     names = {own: f"diffusion_model.{name}" for own, name in unet_names(patcher.model.diffusion_model).items()}
+    present = _present(patcher, {UNET: shell}, {}, read_adapter(path).fingerprint)
+    fitting = read_fitting({UNET: shell}, present, path, any_weights, "this model")
+    _refuse_rough(patcher, fitting.configs[UNET], names)
     guest = _guest(path, "unet", fitting, shell, names, strength)
     return seated(patcher, invited(guests_of(patcher), guest)), fitting.header
 
 
 def save_lora(model: object, path: str | Path, output: str | Path, half: bool = False) -> list[Path]:
     """Write an adapter file as a LoRA that every program reads; `model` is its base. Raises as exporting does."""
-    unet = {"unet": unet_as_diffusers(model)}
+    kind = kind_of(model.model.diffusion_model)
+    parts = {UNET: unet_as_diffusers(model)} if kind is None else {TRANSFORMER: as_diffusers(model, kind)}
     trained = read_adapter(path)
-    if layout_of(unet["unet"]) != trained.fingerprint.get("layout"):
+    if layout_of(next(iter(parts.values()))) != trained.fingerprint.get("layout"):
         raise AdapterFileError(f"{path} was trained on '{trained.base_model}', which this model is not.")
-    made = export_adapter(path, output, dtype=torch.float16 if half else torch.float32, models=unet)
+    made = export_adapter(path, output, dtype=torch.float16 if half else torch.float32, models=parts)
     return list(made.files)
+
+
+def _of_unet(model: object, clip: object, path: Path) -> tuple[dict[str, nn.Module], dict[str, dict[str, str]]]:
+    """A U-Net and its text encoders as diffusers has them, by part, and the names of their attentions here."""
+    parts = {UNET: unet_as_diffusers(model)}
+    names = {UNET: {own: f"diffusion_model.{name}" for own, name in unet_names(model.model.diffusion_model).items()}}
+    for part, root in _roots(clip).items():
+        encoder, within = clip.patcher.model.get_submodule(root), _within(path, part)
+        parts[part] = text_as_transformers(clip.patcher, root, within)
+        here = text_names(encoder, root.partition(".")[0], within)
+        names[part] = {own: f"{root}.{name}" for own, name in here.items()}
+    return parts, names
+
+
+def _of_transformer(model: object, kind: Kind) -> tuple[dict[str, nn.Module], dict[str, dict[str, str]]]:
+    """The same of a transformer, whose text encoders carry no adapters."""
+    there = attention_names(model.model.diffusion_model, kind)
+    names = {TRANSFORMER: {own: f"diffusion_model.{name}" for own, name in there.items()}}
+    return {TRANSFORMER: as_diffusers(model, kind)}, names
+
+
+def _refuse_rough(patcher: object, config: ComcatConfig, names: Mapping[str, str]) -> None:
+    """Raise ValueError for cores on quantized weights."""
+    if config.cores and is_rough(patcher, names.values()):
+        raise ValueError(cores.QUANTIZED)
+
+
+def _present(
+    model: object, parts: Mapping[str, nn.Module], names: Mapping[str, Mapping[str, str]], trained: dict
+) -> dict:
+    """The fingerprint of a model, seen as diffusers has it, beside that of an adapter's base."""
+    if UNET in parts:
+        return fingerprint_of(parts[UNET], prediction_of(model), trained)
+    shell = parts[TRANSFORMER]
+    found = fingerprint_as(type(shell).__name__, None, shell, "flow")
+    return rounded(found, trained) if is_rough(model, names[TRANSFORMER].values()) else found
 
 
 def _roots(clip: object) -> dict[str, str]:
@@ -91,12 +137,10 @@ def _roots(clip: object) -> dict[str, str]:
     return {part: f"{names[0]}.transformer" for part, names in found.items() if names}
 
 
-def _encoder(clip: object, part: str, root: str, path: Path) -> tuple[nn.Module, str, str]:
-    """A text encoder, its kind, and what names of its modules in a file begin with: some classes have it, some not."""
+def _within(path: Path, part: str) -> str:
+    """What names of a text encoder's modules in a file begin with: of some classes they have it, of some not."""
     with safe_open(path, "pt") as file:
-        names = list(file.keys())
-    within = "text_model." if any(name.startswith(f"{part}.text_model.") for name in names) else ""
-    return clip.cond_stage_model.get_submodule(root), root.partition(".")[0], within
+        return "text_model." if any(name.startswith(f"{part}.text_model.") for name in file.keys()) else ""  # noqa: SIM118
 
 
 def _guest(
@@ -105,12 +149,13 @@ def _guest(
     config = fitting.configs[part]
     if config.modules_to_save:
         raise AdapterFileError(f"{path} trains whole modules, which no ComfyUI node can put in place.")
-    if config.cores:
-        raise AdapterFileError(f"{path} holds cores, which no ComfyUI node can put in place: make a LoRA of it first.")
     own = {n.removeprefix(f"{part}."): t for n, t in fitting.tensors.items() if n.startswith(f"{part}.")}
+    if config.tied or config.cores:
+        shapes = expected_shapes(shell, replace(config, tied=False, cores=False))
     if config.tied:
-        shapes = expected_shapes(shell, replace(config, tied=False))
         own = scattered(own, shapes, sides_of(shell, shapes))
+    if config.cores:
+        own = _unfolded(own, shapes, shell, config.r)
     factors: dict[str, dict[str, nn.Linear]] = {}
     for name, tensor in own.items():
         attention, _, factor = name.rpartition(".")
@@ -123,6 +168,21 @@ def _guest(
     factors = {names[attention]: own for attention, own in factors.items()}
     subjects = tuple(called_by(fitting.header))
     return Guest(path.stem, path.resolve(), tuple(config.trigger or ()), waits, factors, scales, subjects)
+
+
+def _unfolded(own: dict, shapes: Mapping[str, tuple], shell: nn.Module, rank: int) -> dict[str, torch.Tensor]:
+    """Cores as the foldable adapter that they are on a base."""
+    mixes = {}
+    for name, (across, _) in shapes.items():
+        attention, _, factor = name.rpartition(".")
+        if factor == "q_core":
+            mixes |= dict.fromkeys((f"{attention}.{mix}" for mix in cores.MIXES), (across, rank))
+    own, found = cores.scattered(own, mixes), {}
+    for attention in sorted({name.rpartition(".")[0] for name in mixes}):
+        k_mix, v_mix = (own[f"{attention}.{mix}"] for mix in cores.MIXES)
+        made = cores.factors_of(shell.get_submodule(attention), rank, k_mix, v_mix)
+        found |= {f"{attention}.{factor}": tensor for factor, tensor in made.items()}
+    return found
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:
@@ -156,7 +216,8 @@ class _Encoding:
     def __call__(self, tokens: Tokens) -> tuple:
         states, pooled, *more = self.before(tokens)
         said = getattr(tokens, "said", None)
-        return states, pooled, (more[0] if more else {}) | ({SAID: said} if said is not None else {})
+        told = {SAID: said.of_states(states.shape[1])} if said is not None else {}
+        return states, pooled, (more[0] if more else {}) | told
 
 
 def encode(clip: object, text: str) -> list:
@@ -187,8 +248,14 @@ def regions(model: object, masks: Sequence[tuple[str, torch.Tensor]]) -> object:
 def keep_background(model: object, keep: bool = True) -> object:
     """A clone of a model whose adapters act only where their subjects' words are looked at; see comfy/places.py.
 
-    Adapters that wait for no word act as ever. Raises ValueError where none is loaded.
+    Adapters that wait for no word act as ever. Raises ValueError where none is loaded, and for a model whose sampling
+    cannot be taken twice.
     """
+    if not hasattr(model, "add_wrapper_with_key"):
+        raise ValueError(
+            "Keeping a background draws twice, and this program (Forge, or an old ComfyUI) has no place to ask for "
+            "that: take a newer ComfyUI, or `comcat generate`."
+        )
     guests = guests_of(model)
     if not guests.all:
         raise ValueError("There is no COMCAT adapter whose background could be kept: load one before this node.")

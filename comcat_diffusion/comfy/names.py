@@ -5,6 +5,7 @@ next halves (`op`) or doubles (`conv`) the picture.
 """
 
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -22,14 +23,14 @@ _PLACES = ("down_blocks", "up_blocks", "mid_block")  # the order in which diffus
 
 
 class Attention(nn.Module):
-    """One attention with the attributes of diffusers'; its projections are those of the other, not copies."""
+    """One attention with the attributes of diffusers'; its projections are those of the other, not copies.
 
-    def __init__(self, attention: nn.Module, crossed: bool, keys: torch.Tensor | None) -> None:
+    Keys and values have the weights that they had without LoRAs.
+    """
+
+    def __init__(self, attention: nn.Module, crossed: bool, keys: nn.Module, values: nn.Module) -> None:
         super().__init__()
-        self.to_q, self.to_k, self.to_v = attention.to_q, attention.to_k, attention.to_v
-        if keys is not None:
-            self.to_k = nn.Linear(keys.shape[1], keys.shape[0], bias=False, device="meta")
-            self.to_k.weight = nn.Parameter(keys, requires_grad=False)
+        self.to_q, self.to_k, self.to_v = attention.to_q, keys, values
         self.to_out, self.heads = attention.to_out, attention.heads
         self.is_cross_attention, self.scale_qk = crossed, True
 
@@ -37,9 +38,9 @@ class Attention(nn.Module):
 class TextAttention(nn.Module):
     """The same of a text encoder, with the attributes of transformers'."""
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: nn.Module, keys: nn.Module, values: nn.Module) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
+        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, keys, values
         self.out_proj, self.num_heads = attention.out_proj, attention.heads
 
 
@@ -68,23 +69,56 @@ def _level(modules: dict[str, nn.Module], side: str, number: int) -> tuple[int, 
 
 
 def unet_as_diffusers(patcher: object) -> nn.Module:
-    """The attentions of a `ModelPatcher`'s U-Net under diffusers' names, keys as they are without LoRAs.
+    """The attentions of a `ModelPatcher`'s U-Net under diffusers' names, keys and values as they are without LoRAs.
 
-    While a model is loaded ComfyUI keeps LoRAs in its weights, and the weights that were there in `backup`. Raises
-    ValueError for a model without attentions that are known.
+    Raises ValueError for a model without attentions that are known.
     """
     unet = patcher.model.diffusion_model
     names = unet_names(unet)
     if not names:
         raise ValueError(
-            f"This model ({type(unet).__name__}) is no U-Net of Stable Diffusion 1.x, 2.x or XL, for which COMCAT "
-            "adapters are read here."
+            f"This model ({type(unet).__name__}) is no U-Net of Stable Diffusion 1.x, 2.x or XL, nor a transformer of "
+            "a kind for which COMCAT adapters are read here."
         )
-    modules = dict(unet.named_modules())
+    modules, found = dict(unet.named_modules()), {}
+    for own, name in names.items():
+        kept = [_as_it_was(patcher, f"diffusion_model.{name}.{projection}") for projection in ("to_k", "to_v")]
+        found[own] = Attention(modules[name], own.endswith("attn2"), *kept)
+    return tree(found)
+
+
+def kept_weight(patcher: object, name: str) -> torch.Tensor | None:
+    """The weight that a Linear of a `ModelPatcher`'s model has without LoRAs, if there are some in it.
+
+    While a model is loaded, ComfyUI keeps LoRAs in its weights, and the weights that were there in `backup`.
+    """
     backup = patcher.backup if hasattr(patcher, "backup") else patcher.model.lora_loader.backup  # ComfyUI's, Forge's
-    kept = {name: backup.get(f"diffusion_model.{name}.to_k.weight") for name in names.values()}
-    keys = {name: getattr(weight, "weight", weight) for name, weight in kept.items()}
-    return _tree({own: Attention(modules[name], own.endswith("attn2"), keys[name]) for own, name in names.items()})
+    kept = backup.get(f"{name}.weight")
+    return getattr(kept, "weight", kept)
+
+
+def _as_it_was(patcher: object, name: str) -> nn.Module:
+    """A Linear, or, where LoRAs are in it, one with the weight that was there."""
+    kept = kept_weight(patcher, name)
+    return patcher.model.get_submodule(name) if kept is None else linear_of(kept)
+
+
+def is_rough(patcher: object, attentions: Iterable[str]) -> bool:
+    """Whether weights of these attentions of a `ModelPatcher`'s model are of 8 bits or fewer."""
+    modules = (module for name in attentions for module in patcher.model.get_submodule(name).modules())
+    weights = (getattr(module, "weight", None) for module in modules)
+    return any(
+        weight.dtype.itemsize == 1 or type(weight) not in (torch.Tensor, nn.Parameter)
+        for weight in weights
+        if weight is not None and weight.ndim == 2
+    )
+
+
+def linear_of(weight: torch.Tensor) -> nn.Linear:
+    """A Linear of a weight (out, in) that is not copied."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    return made
 
 
 def text_names(encoder: nn.Module, kind: str, within: str = "") -> dict[str, str]:
@@ -99,14 +133,18 @@ def text_names(encoder: nn.Module, kind: str, within: str = "") -> dict[str, str
     return {f"{within}{name[name.index('encoder.layers.') :]}": name for name in names[:read]}
 
 
-def text_as_transformers(encoder: nn.Module, kind: str, within: str = "") -> nn.Module:
-    """The attentions of a text encoder under transformers' names."""
-    modules = dict(encoder.named_modules())
-    return _tree({own: TextAttention(modules[name]) for own, name in text_names(encoder, kind, within).items()})
+def text_as_transformers(patcher: object, root: str, within: str = "") -> nn.Module:
+    """The attentions of a text encoder, `root` in a `ModelPatcher`'s model, under transformers' names."""
+    encoder, found = patcher.model.get_submodule(root), {}
+    for own, name in text_names(encoder, root.partition(".")[0], within).items():
+        kept = [_as_it_was(patcher, f"{root}.{name}.{projection}") for projection in ("k_proj", "v_proj")]
+        found[own] = TextAttention(encoder.get_submodule(name), *kept)
+    return tree(found)
 
 
-def _tree(leaves: dict[str, nn.Module]) -> nn.Module:
-    root = nn.Module()
+def tree(leaves: dict[str, nn.Module], root: nn.Module | None = None) -> nn.Module:
+    """Modules by their names, under one that holds them all."""
+    root = nn.Module() if root is None else root
     for name, leaf in leaves.items():
         *path, last = name.split(".")
         here = root
@@ -136,11 +174,14 @@ def fingerprint_of(shell: nn.Module, prediction: str, trained: dict) -> dict:
     crossed = [module for module in shell.modules() if getattr(module, "is_cross_attention", False)]
     width = crossed[0].to_k.in_features if crossed else None
     found = fingerprint_as("UNet2DConditionModel", width, shell, prediction)
-    if crossed and crossed[0].to_k.weight.dtype.itemsize == 1:
-        before, now = sketch_of(trained), found["sketch"]
-        floor = sum(map(abs, now)) / max(len(now), 1) * _ROUGH
-        if len(before) == len(now) and all(
-            abs(b - n) <= floor + _ROUGH * abs(b) for b, n in zip(before, now, strict=True)
-        ):
-            found["sketch"] = before
-    return found
+    return rounded(found, trained) if crossed and crossed[0].to_k.weight.dtype.itemsize == 1 else found
+
+
+def rounded(found: dict, trained: dict) -> dict:
+    """The fingerprint of weights of 8 bits: that of the weights they are the rounding of, if these were trained on."""
+    before, now = sketch_of(trained), found["sketch"]
+    floor = sum(map(abs, now)) / max(len(now), 1) * _ROUGH
+    near = len(before) == len(now) and all(
+        abs(b - n) <= floor + _ROUGH * abs(b) for b, n in zip(before, now, strict=True)
+    )
+    return {**found, "sketch": before} if near else found

@@ -1,14 +1,15 @@
 """What prompts say to adapters in ComfyUI: where a trigger stands among the tokens, and words that an adapter brings.
 
-ComfyUI's tokens are lists of (token, weight) by encoder and by chunk of 77; a token is a number or, of a
+ComfyUI's tokens are lists of (token, weight) by encoder and by chunk, of CLIP's of 77; a token is a number or, of a
 textual-inversion word, a vector. What they say travels with the conditioning, under `SAID`. Chunks are encoded one by
-one, so in each of them an adapter acts from the first of its words on that stands in it.
+one, so in each of them an adapter acts from the first of its words on that stands in it. A T5 and a language model read
+a prompt in one chunk, the latter within a template of a chat.
 """
 
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +17,11 @@ from comcat_diffusion.words import places
 
 SAID = "comcat"  # key in a conditioning
 KEYS = {"text_encoder": ("l", "h"), "text_encoder_2": ("g",)}  # of ComfyUI's lists of tokens, by our encoders
+CLIP = ("l", "h", "g")  # those of CLIPs
+# ComfyUI's tokenizers, and keys of their tokens; those of one model are here in the order of their states
+_READERS = {"clip_l": "l", "clip_h": "h", "clip_g": "g", "t5xxl": "t5xxl", "clip_t5xxl": "t5xxl"}
+_READERS |= {name: name for name in ("qwen3_4b", "qwen3_8b", "qwen25_7b")}
+_LEAD = "\N{LOWER ONE EIGHTH BLOCK}"  # of a T5: what is a token of its own before a word belongs to the word
 _END = "</w>"  # of a piece of CLIP's vocabulary that ends a word
 Vectors = Mapping[str, torch.Tensor]  # of a word: (n, E) by text encoder
 Marks = Mapping[str, tuple[str, int]]  # by word: what stands for it while the text is read, and its token
@@ -27,6 +33,17 @@ class Said:
 
     text: str
     chunks: tuple[tuple[int, ...], ...]  # where in the text each token ends; 0 of those that are no word
+    behind: "Said | None" = None  # the same text as another encoder has read it, whose states stand behind
+
+    def of_states(self, count: int) -> "Said":
+        """That of so many states: without an encoder that is not there, and without a template's begin."""
+        own = sum(map(len, self.chunks))
+        if self.behind is not None and own < count:
+            return replace(self, behind=self.behind.of_states(count - own))
+        chunks = self.chunks
+        if len(chunks) == 1 and own > count:
+            chunks = (chunks[0][own - count :],)
+        return replace(self, chunks=chunks, behind=None)
 
     def acts(self, words: Sequence[str]) -> torch.Tensor:
         """(M,) of bool: in each chunk the tokens from the first of these words on that stands there."""
@@ -39,13 +56,15 @@ class Said:
                 begun = begun or (bool(own) and end > own[0])
                 found.append(begun)
             before = max((before, *ends))
-        return torch.tensor(found, dtype=torch.bool)
+        own = torch.tensor(found, dtype=torch.bool)
+        return own if self.behind is None else torch.cat([own, self.behind.acts(words)])
 
     def within(self, words: Sequence[str]) -> torch.Tensor:
         """(M,) of bool: the tokens of these words themselves."""
         spans = [span for word in words for span in places(word, self.text)]
         ends = [end for chunk in self.chunks for end in chunk]
-        return torch.tensor([any(start < end <= stop for start, stop in spans) for end in ends], dtype=torch.bool)
+        own = torch.tensor([any(start < end <= stop for start, stop in spans) for end in ends], dtype=torch.bool)
+        return own if self.behind is None else torch.cat([own, self.behind.within(words)])
 
 
 class Tokens(dict):
@@ -61,7 +80,7 @@ class Tokenizer:
         known = inner.words if isinstance(inner, Tokenizer) else {}
         self.inner = inner.inner if isinstance(inner, Tokenizer) else inner
         self.words = {**known, **words}
-        self.plain = _plain(self.inner)
+        self.readers = _readers(self.inner)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.__dict__["inner"], name)
@@ -69,11 +88,13 @@ class Tokenizer:
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: object) -> Tokens:
         """As the inner one's."""
         text = unicodedata.normalize("NFC", text)
-        marks = _marks(self.plain, text, self.words)
+        plain = next(iter(self.readers.values()))
+        marks = _marks(plain, text, self.words)
         made = self.inner.tokenize_with_weights(_marked(text, self.words, marks), return_word_ids, **kwargs)
         tokens, words = Tokens(made), {number: word for word, (_, number) in marks.items()}
-        first = next(key for keys in KEYS.values() for key in keys if key in made)
-        tokens.said = Said(text, ends_of(made[first], text, self.plain, words))
+        template = kwargs.get("llama_template") or getattr(self.inner, "llama_template", "{}")
+        if not kwargs.get("images"):  # which stand among the words, by another template
+            tokens.said = _said(made, text, self.readers, words, template)
         for encoder, keys in KEYS.items():
             vectors = {number: self.words[word].get(encoder) for number, word in words.items()}
             for key in keys:
@@ -82,8 +103,26 @@ class Tokenizer:
         return tokens
 
 
+def _said(
+    made: Mapping[str, Sequence], text: str, readers: Mapping[str, object], words: Mapping[int, str], template: str
+) -> Said:
+    """What tokens say, encoder by encoder in the order of their states."""
+    before = template.partition("{}")[0]
+    said = None
+    for key, plain in reversed(readers.items()):
+        ends = ends_of(made[key], template.replace("{}", text, 1), plain, words)
+        own = tuple(tuple(max(end - len(before), 0) for end in chunk) for chunk in ends)
+        said = Said(text, own, said)
+    return said
+
+
 def joined(parts: Sequence[Tokens]) -> Tokens:
-    """The chunks of several texts, one after the other, as BREAK asks for."""
+    """The chunks of several texts, one after the other, as BREAK asks for.
+
+    Raises ValueError for what encoders other than CLIP have to read.
+    """
+    if not all(key in CLIP for part in parts for key in part):
+        raise ValueError("BREAK parts prompts for CLIP alone, and this text encoder reads them whole: leave it out.")
     whole = Tokens({key: [chunk for part in parts for chunk in part[key]] for key in parts[0]})
     text, chunks = "", []
     for part in parts:
@@ -94,12 +133,19 @@ def joined(parts: Sequence[Tokens]) -> Tokens:
     return whole
 
 
-def _plain(tokenizer: object) -> object:
-    """transformers' tokenizer inside of ComfyUI's."""
-    for name in ("clip_l", "clip_h", "clip_g"):
-        if hasattr(tokenizer, name):
-            return getattr(tokenizer, name).tokenizer
-    raise ValueError("This CLIP is none of Stable Diffusion 1.x, 2.x or XL, whose prompts are read here.")
+def _readers(tokenizer: object) -> dict[str, object]:
+    """transformers' tokenizers inside of ComfyUI's, by keys of its tokens, whose encoders make the text states."""
+    there = {name: getattr(tokenizer, name, None) for name in _READERS}
+    found = {_READERS[name]: own.tokenizer for name, own in there.items() if own is not None}
+    if "t5xxl" in found and "g" not in found:  # FLUX.1 takes no more than a pooled text of its CLIP
+        return {"t5xxl": found["t5xxl"]}
+    clips = {key: found[key] for key in CLIP if key in found}
+    found = dict(list(clips.items())[:1]) | {key: own for key, own in found.items() if key not in CLIP}
+    if not found:
+        raise ValueError(
+            f"The text encoder of this CLIP ({type(tokenizer).__name__}) is none whose prompts are read here."
+        )
+    return found
 
 
 def _marks(tokenizer: object, text: str, words: Mapping[str, Vectors]) -> Marks:
@@ -144,7 +190,8 @@ def ends_of(
                 piece = tokenizer.decode([token]).strip().lower()
                 at = low.find(piece, here) if piece else -1
                 here = here if at < 0 else at + len(piece)
-                own.append(here)
+                lead = tokenizer.convert_ids_to_tokens(token) == _LEAD
+                own.append(len(low) - len(low[here:].lstrip()) + 1 if lead else here)
             before = token if isinstance(token, int) else None
         found.append(tuple(own))
     return tuple(found)

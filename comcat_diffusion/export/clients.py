@@ -3,7 +3,9 @@
 Nothing here imports torch, so that the help and the settings can name them.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 FORMATS = ("diffusers-lora", "kohya")
 
@@ -16,27 +18,58 @@ class Client:
     format: str
     loras: str  # where it looks for LoRAs
     words: str = ""  # and for the embeddings of new words; their file's name is the word there
+    others: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # format by family, if another
+    lacks: tuple[str, ...] = ()  # families of whose LoRAs it reads none
 
 
 # Checked by loaders: ComfyUI's own and Forge's leave most of a U-Net's tensors unread under diffusers' names, and
-# diffusers reads kohya's; so kohya's is what one file for all of them has. See docs/guide.md.
+# diffusers reads kohya's; so kohya's is what one file for all of them has. InvokeAI takes a FLUX.2 [klein] of native
+# names for a FLUX.1 and changes nothing with it, and knows no such Z-Image; SD.Next gives what Stable Diffusion 3 does
+# to its text to the picture instead (tests/clients_check.py). See docs/guide.md.
+_INVOKEAI = MappingProxyType(dict.fromkeys(("FLUX.2 [klein]", "Z-Image"), "diffusers-lora"))
+_RARE = ("Chroma", "PixArt-alpha and PixArt-Sigma", "Sana 1.x")
 CLIENTS = {
     "all": Client("every program", "kohya", "the program's folder of LoRAs"),
     "comfyui": Client("ComfyUI", "kohya", "ComfyUI/models/loras", "ComfyUI/models/embeddings"),
     "forge": Client("Forge", "kohya", "webui/models/Lora", "webui/embeddings"),
-    "a1111": Client("A1111", "kohya", "stable-diffusion-webui/models/Lora", "stable-diffusion-webui/embeddings"),
+    "a1111": Client(
+        "A1111",
+        "kohya",
+        "stable-diffusion-webui/models/Lora",
+        "stable-diffusion-webui/embeddings",
+        lacks=("FLUX.2 [klein]", "FLUX.1", "Z-Image", "Qwen-Image", *_RARE),
+    ),
     "kohya": Client("kohya's sd-scripts", "kohya", "--network_weights of its scripts"),
-    "invokeai": Client("InvokeAI", "kohya", "the model manager, which scans or imports it"),
+    "invokeai": Client(
+        "InvokeAI",
+        "kohya",
+        "the model manager, which scans or imports it",
+        others=_INVOKEAI,
+        lacks=("Stable Diffusion 3 and 3.5", *_RARE),
+    ),
+    "sdnext": Client(
+        "SD.Next",
+        "kohya",
+        "models/Lora",
+        others=MappingProxyType({"Sana 1.x": "diffusers-lora"}),  # which it leaves to diffusers
+        lacks=("Stable Diffusion 3 and 3.5", "PixArt-alpha and PixArt-Sigma"),
+    ),
     "diffusers": Client("diffusers", "diffusers-lora", "pipe.load_lora_weights(FILE)"),
 }
 GALLERIES = ("forge", "a1111")  # which read NAME.json beside the LoRA: what to write in the prompt
 
 
-def format_of(client: str, format: str | None) -> str:
-    """Whose names the tensors get: the client's, or those asked for. Raises ValueError if the client reads others."""
+def format_of(client: str, format: str | None, family: str = "") -> str:
+    """Whose names the tensors get: the client's for a family of bases, called as there, or those asked for.
+
+    Raises ValueError if the client reads others, or no LoRAs of the family.
+    """
     told = CLIENTS[client]
+    own = told.others.get(family, told.format)
+    if family in told.lacks:
+        raise ValueError(f"{told.name} reads no LoRAs of {family}: choose another program, or --for all.")
     if format is None or client == "all":
-        return format or told.format
-    if format != told.format and client != "diffusers":  # which reads both
+        return format or own
+    if format != own and client != "diffusers" and (family or not told.others):  # diffusers reads both
         raise ValueError(f"--format {format} is not what {told.name} reads: leave --format out.")
     return format

@@ -33,8 +33,8 @@ class ExportConfig(BaseSettings, OneAdapter):
 
     for_: str = option(
         "all",
-        "The program that will read the LoRA. all: one file that each of them reads, ComfyUI, Forge, A1111, kohya's "
-        "scripts, InvokeAI and diffusers.",
+        "The program that will read the LoRA. all: one file for ComfyUI, Forge, A1111, kohya's scripts, SD.Next and "
+        "diffusers, and, but for FLUX.2 [klein] and Z-Image, InvokeAI.",
         choices=tuple(CLIENTS),
     )
     format: str | None = option(

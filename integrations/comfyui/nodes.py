@@ -93,8 +93,8 @@ class KeepBackground:
     """COMCAT keep background"""
 
     DESCRIPTION = (
-        "Lets adapters act only where the model looks at their subject's words: all around it stays the base's. "
-        "Put it after the adapters; it costs one more pass in a drawing."
+        "Lets adapters act only where the model looks at their subject's words: all around it is the base's own "
+        "picture. Put it after the adapters; it draws twice, first the base alone, in twice the time."
     )
     CATEGORY, FUNCTION, RETURN_TYPES = _CATEGORY, "run", ("MODEL",)
 
