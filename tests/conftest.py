@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
 
 import copy
 import gc
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,13 @@ from comcat_diffusion.adapters.model import factors
 from tests.adapter_cases import CASES, TARGETS, Case
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Weights that a test draws without a seed are the same in every order, worker and run."""
+    torch.manual_seed(0)
+    random.seed(0)
 
 
 def pytest_collection_finish() -> None:

@@ -901,7 +901,7 @@ def test_a_description_calls_the_subject_by_its_words():
 
 @pytest.mark.slow
 def test_images_without_a_caption_are_described_by_a_model_that_is_at_hand(at_work):
-    """BLIP with random weights and few words: what it says is nonsense, and becomes captions."""
+    """BLIP with random weights, but it says "dog" to every picture: that becomes captions."""
     images = brought(at_work, ("1.png", picture(1)), ("2.png", picture(2)))
     body = {"word": "sks", "what": "dog"}
     assert at_work.get("/api/train").json()["captioner"] is False
@@ -912,7 +912,8 @@ def test_images_without_a_caption_are_described_by_a_model_that_is_at_hand(at_wo
     job = ended(at_work, at_work.post(f"/api/images/{images}/caption", json=body).json()["id"])
     assert job["state"] == "done", job
     first, second = (one["caption"] for one in shown(at_work, images))
-    assert first == "sks dog, asleep" and "sks dog" in second and len(second) > len("a photo of sks dog, ")
+    assert first == "sks dog, asleep"
+    assert second.split()[:2] == ["sks", "dog"] and set(second.split()[2:]) == {"dog"}
 
 
 def tiny_blip(folder):
@@ -952,9 +953,10 @@ def tiny_blip(folder):
     }
     vision = small | {"image_size": 32, "patch_size": 16}
     model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision, projection_dim=16))
+    model.text_decoder.cls.predictions.bias.data[words.index("dog")] = 100.0
     model.save_pretrained(folder)
     size = {"height": 32, "width": 32}
-    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), additional_special_tokens=["[DEC]", "[ENC]"])
     BlipProcessor(BlipImageProcessor(size=size), tokenizer).save_pretrained(folder)
 
 
