@@ -264,12 +264,13 @@ def export(parsed: argparse.Namespace) -> int:
     from comcat_diffusion.export.fit import family_in, is_free, needs_base, refuse_exact, refuse_inexpressible, waits
 
     header = read_adapter(config.adapter)
+    if (family := family_in(header)) is not None:  # before a training is advised that ends here again
+        format = format_of(config.for_, config.format, family.name)
     if config.approximate:
         refuse_exact(header, config.adapter)
         place_of(asked_name(config, header.base_model))
     else:
         refuse_inexpressible(header, config.adapter)
-    format = format_of(config.for_, config.format, family_in(header).name)
     beside = files_beside(config.output, header, config.for_, config.preview)
     for file in beside:
         atomic.refuse_bad_target(file, config.overwrite, "Beside --output,")

@@ -72,6 +72,20 @@ def test_every_program_gets_the_names_that_it_reads(adapters, tmp_path):
         ExportConfig(adapter="a", output="b", for_="comfyui", format="diffusers-lora")
 
 
+def test_nobody_is_sent_to_train_what_a_program_or_a_family_has_not(adapters, tmp_path, capsys):
+    pipe = bases.load_base("embedded-flow")
+    pipe.transformer.add_adapter(ComcatConfig(r=2, trigger=["sks"]), "dog")
+    save_adapter(pipe, tmp_path / "flow.safetensors", "dog", "embedded-flow", NOTES)
+    ask = ["export", "--output", str(tmp_path / "lora.safetensors"), "--adapter"]
+    assert main([*ask, str(tmp_path / "flow.safetensors"), "--for", "a1111"]) == 2
+    assert "A1111 reads no LoRAs of FLUX.2 [klein]" in capsys.readouterr().err
+    assert main([*ask, str(tmp_path / "flow.safetensors")]) == 2
+    assert capsys.readouterr().err.endswith("its ComfyUI node, or train it again with --as lora.\n")
+    assert main([*ask, str(adapters["waiting"])]) == 2
+    assert "--as lora, or take the closest LoRA (export --approximate)." in capsys.readouterr().err
+    assert not (tmp_path / "lora.safetensors").exists()
+
+
 def test_a_tied_adapter_exports_exactly_from_its_base_s_configuration(adapters, tmp_path):
     file, header = adapters["everywhere"], read_adapter(adapters["everywhere"])
     assert is_exact(header) and needs_base(header)
