@@ -126,7 +126,8 @@ def _works(header: Header, shared: Shared) -> str:
 
 def _programs(header: Header) -> list[str]:
     """Those with a page that read the LoRA, whose names are those of most."""
-    able = readers(family_in(header).name, CLIENTS["all"].format)
+    family = family_in(header)
+    able = readers(family.name if family else "", CLIENTS["all"].format)
     return [client.name for key, client in able.items() if key not in ("diffusers", "kohya")]
 
 
