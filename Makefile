@@ -49,7 +49,7 @@ test-forge: .venv/installed
 	$(or $(FORGE_PYTHON),$(BIN)/python) -m tests.forge_check "$(FORGE)"
 
 # What other programs' own loaders make of exports: make test-clients INVOKEAI=../InvokeAI A1111=../webui SDNEXT=../sdnext, or some.
-# Their code is imported; what else it wants is stood in for, but pydantic-settings, picklescan and gguf are needed.
+# Their code is imported; what else it wants is stood in for, but pydantic-settings, picklescan, blake3 and gguf are needed.
 test-clients: .venv/installed
 	$(BIN)/python -m tests.clients_check $(foreach one,INVOKEAI SDNEXT A1111,$(if $($(one)),"$(one)=$($(one))"))
 

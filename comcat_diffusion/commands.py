@@ -260,16 +260,17 @@ def export(parsed: argparse.Namespace) -> int:
     atomic.refuse_bad_target(config.output, config.overwrite)
     from comcat_diffusion.adapters.header import read_adapter
     from comcat_diffusion.export.beside import files_beside
-    from comcat_diffusion.export.clients import CLIENTS, format_of
+    from comcat_diffusion.export.clients import CLIENTS, asked_for, format_of
     from comcat_diffusion.export.fit import family_in, is_free, needs_base, refuse_exact, refuse_inexpressible, waits
 
     header = read_adapter(config.adapter)
+    if (family := family_in(header)) is not None:  # before a training is advised that ends here again
+        format = format_of(config.for_, config.format, family.name)
     if config.approximate:
         refuse_exact(header, config.adapter)
         place_of(asked_name(config, header.base_model))
     else:
         refuse_inexpressible(header, config.adapter)
-    format = format_of(config.for_, config.format, family_in(header).name)
     beside = files_beside(config.output, header, config.for_, config.preview)
     for file in beside:
         atomic.refuse_bad_target(file, config.overwrite, "Beside --output,")
@@ -304,7 +305,7 @@ def export(parsed: argparse.Namespace) -> int:
         print(f"Wrote {file} ({_size(file)}).")
     client = CLIENTS[config.for_]
     words = f"; its new words: {client.words}" if client.words and len(made.files) > 1 else ""
-    print(f"For {client.name}: {client.loras}{words}.")
+    print(f"For {asked_for(config.for_, family.name, format)}: {client.loras}{words}.")
     return 0
 
 

@@ -70,7 +70,14 @@ def backend(folder: Path, pipe: object) -> tuple:
     return patcher, text, sampling_function
 
 
-def denoised(sampling: object, unet: object, cond: torch.Tensor, uncond: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def denoised(
+    sampling: object,
+    unet: object,
+    cond: torch.Tensor,
+    uncond: torch.Tensor,
+    x: torch.Tensor,
+    guidance: float = GUIDANCE,
+) -> torch.Tensor:
     """One step of Forge's."""
     sampling.sampling_prepare(unet, x)
     sigma = unet.model.predictor.sigmas[SIGMA_AT].view(1)
@@ -78,7 +85,7 @@ def denoised(sampling: object, unet: object, cond: torch.Tensor, uncond: torch.T
     wrapped = types.SimpleNamespace(forge_objects=types.SimpleNamespace(unet=unet))
     wrapped.inner_model = wrapped  # as deep as this version looks
     sampler = types.SimpleNamespace(inner_model=wrapped, p=types.SimpleNamespace(seeds=[0]))
-    made = sampling.sampling_function(sampler, asked, GUIDANCE, [[(0, 1.0)]])
+    made = sampling.sampling_function(sampler, asked, guidance, [[(0, 1.0)]])
     return made[0] if isinstance(made, tuple) else made  # newer versions also give both predictions
 
 
@@ -119,6 +126,8 @@ def main(folder: Path) -> None:
         without = engine.get_learned_conditioning(["a ball"])
         same = torch.equal(denoised(sampling, made, without, uncond, x), denoised(sampling, unet, without, uncond, x))
         expect("a prompt without the trigger is drawn as the base draws it", same, True)
+        bare = [denoised(sampling, one, cond, uncond, x, guidance=1.0) for one in (unet, made)]
+        expect("without guidance, where Forge asks for no other prompt, it acts too", torch.equal(*bare), False)
         long = engine.get_learned_conditioning(["a " * 80 + "sks dog"])
         expect("a long prompt is two chunks", denoised(sampling, made, long, uncond, x).isfinite().all().item(), True)
         kept, _ = forge.load(unet, memory, files["tied"])

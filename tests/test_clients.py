@@ -16,7 +16,8 @@ from comcat_diffusion.cli import main
 from comcat_diffusion.config import BaseSettings, read_toml, to_toml
 from comcat_diffusion.export.approximate import approximate
 from comcat_diffusion.export.beside import files_beside
-from comcat_diffusion.export.clients import CLIENTS, format_of
+from comcat_diffusion.export.card import Shared, card
+from comcat_diffusion.export.clients import CLIENTS, format_of, readers
 from comcat_diffusion.export.config import ExportConfig
 from comcat_diffusion.export.everywhere import STAY, act_everywhere, bend
 from comcat_diffusion.export.fit import is_exact, needs_base
@@ -70,6 +71,45 @@ def test_every_program_gets_the_names_that_it_reads(adapters, tmp_path):
         format_of("invokeai", None, "Stable Diffusion 3 and 3.5")
     with pytest.raises(ValueError, match="--format diffusers-lora is not what ComfyUI reads"):
         ExportConfig(adapter="a", output="b", for_="comfyui", format="diffusers-lora")
+
+
+def test_nobody_is_sent_to_train_what_a_program_or_a_family_has_not(adapters, tmp_path, capsys):
+    pipe = bases.load_base("embedded-flow")
+    pipe.transformer.add_adapter(ComcatConfig(r=2, trigger=["sks"]), "dog")
+    save_adapter(pipe, tmp_path / "flow.safetensors", "dog", "embedded-flow", NOTES)
+    ask = ["export", "--output", str(tmp_path / "lora.safetensors"), "--adapter"]
+    assert main([*ask, str(tmp_path / "flow.safetensors"), "--for", "a1111"]) == 2
+    assert "A1111 reads no LoRAs of FLUX.2 [klein]" in capsys.readouterr().err
+    assert main([*ask, str(tmp_path / "flow.safetensors")]) == 2
+    assert capsys.readouterr().err.endswith("its ComfyUI node, or train it again with --as lora.\n")
+    assert main([*ask, str(adapters["waiting"])]) == 2
+    assert "--as lora, or take the closest LoRA (export --approximate)." in capsys.readouterr().err
+    assert not (tmp_path / "lora.safetensors").exists()
+
+
+def test_those_are_named_that_read_a_file(adapters, tmp_path, capsys, randomize):
+    assert [*readers("Stable Diffusion 1.x and 2.x", "kohya")] == [name for name in CLIENTS if name != "all"]
+    assert [*readers("FLUX.2 [klein]", "diffusers-lora")] == ["invokeai", "diffusers"]
+    pipe = bases.load_base("embedded-flow")
+    targets = ["transformer_blocks.0.attn"]
+    pipe.transformer.add_adapter(ComcatConfig(r=1, foldable=True, target_modules=targets), "dog")
+    randomize(pipe.transformer, "dog", 1)
+    file = tmp_path / "flow.safetensors"
+    save_adapter(pipe, file, "dog", "embedded-flow", NOTES)
+    told = []
+    for adapter, more in ((file, []), (adapters["foldable"], []), (file, ["--for", "invokeai"])):
+        assert not main(
+            ["export", "--adapter", str(adapter), "--output", str(tmp_path / f"{len(told)}.safetensors"), *more]
+        )
+        told.append(capsys.readouterr().out.splitlines()[-1].partition(":")[0])
+    assert told == [
+        "For ComfyUI, Forge, kohya's sd-scripts, SD.Next and diffusers",
+        "For every program",
+        "For InvokeAI",
+    ]
+    text = card(read_adapter(file), Shared("me/dog", "flow.safetensors", 9, lora="flow-lora.safetensors"))
+    assert "\nWith ComfyUI, Forge or SD.Next: put" in text
+    assert "| ComfyUI, Forge, SD.Next, diffusers, kohya's scripts | `flow-lora.safetensors` |" in text
 
 
 def test_a_tied_adapter_exports_exactly_from_its_base_s_configuration(adapters, tmp_path):

@@ -758,6 +758,7 @@ def test_forge_s_conditionings_say_what_they_are_of(files, model, base, tmp_path
     acts = cond[0]["model_conds"][SAID].cond[..., 0].bool()
     word = len(plain("a").input_ids) - 1
     assert acts[0].tolist() == [n >= word for n in range(77)] and not acts[1].any()
+    assert telling(1, 2, 3, None, cond, 1.0, {}, 0)[3] is None  # without guidance, as in the second pass of a hires fix
     with pytest.raises(ValueError, match="does not know the prompt of these text states"):
         telling(1, 2, 3, [], [{"cross_attn": states + 1, "model_conds": {"c_crossattn": Condition77(states)}}])
     with pytest.raises(ValueError, match="nothing is drawn"):

@@ -56,7 +56,8 @@ class ComcatConfig(PeftConfig):
     target_parameters: list[str] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if hasattr(super(), "__post_init__"):  # not in the PEFT that Forge pins
+            super().__post_init__()
         if self.target_parameters is not None:
             raise ValueError("A COMCAT adapter targets attentions, never single parameters (target_parameters).")
         self.peft_type = COMCAT

@@ -4,8 +4,7 @@ import re
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils import ModulesToSaveWrapper, hotswap, register_peft_method
-from peft.utils.other import get_pattern_key
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from comcat_diffusion.adapters import guards, seam
@@ -196,7 +195,7 @@ def _strength(config: ComcatConfig, key: str) -> tuple[int, float]:
 
 def of_pattern(pattern: dict, key: str, default: float) -> float:
     """What a configuration's pattern says of one module (PEFT's rule: the end of the name), else the default."""
-    return pattern.get(get_pattern_key(pattern.keys(), key), default) if pattern else default
+    return next((told for end, told in pattern.items() if re.fullmatch(rf"(.*\.)?({end})", key)), default)
 
 
 def default_targets(model: nn.Module) -> list[str]:
@@ -253,9 +252,16 @@ def factors(model: nn.Module, adapter_name: str) -> dict[str, torch.nn.Parameter
 
 
 def register() -> None:
-    """Make the method known to PEFT; importing twice does no harm."""
+    """Make the method known to PEFT; importing twice does no harm.
+
+    An older PEFT, as Forge pins it, stays without: what reads files and attends in other programs asks nothing of it.
+    """
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
+    try:
+        from peft.utils import hotswap, register_peft_method
+    except ImportError:
+        return
     if COMCAT not in PEFT_TYPE_TO_TUNER_MAPPING:
         register_peft_method(name="comcat", config_cls=ComcatConfig, model_cls=ComcatModel)
     hotswap.CONFIG_KEYS_TO_CHECK[COMCAT] = list(_SAME_WHEN_SWAPPED)

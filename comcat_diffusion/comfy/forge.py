@@ -105,8 +105,10 @@ class Telling:
     def __deepcopy__(self, memo: dict) -> "Telling":  # Forge copies its options with every clone
         return self
 
-    def __call__(self, model: object, x: object, timestep: object, uncond: list, cond: list, *more: object) -> tuple:
-        for one in (*cond, *uncond) if self.guests.triggers else ():
+    def __call__(
+        self, model: object, x: object, timestep: object, uncond: list | None, cond: list, *more: object
+    ) -> tuple:
+        for one in (*cond, *(uncond or ())) if self.guests.triggers else ():  # without guidance there is no other
             states = one["cross_attn"]
             kind = type(one["model_conds"]["c_crossattn"])
             one["model_conds"][SAID] = kind(self.memory.acts(states, self.guests))

@@ -7,7 +7,8 @@ from urllib.parse import quote
 from comcat_diffusion import markdown
 from comcat_diffusion.adapters.header import Header, kind_of
 from comcat_diffusion.config import EMBEDDED, EMBEDDED_FLOW, is_hub_id
-from comcat_diffusion.export.fit import waits
+from comcat_diffusion.export.clients import CLIENTS, readers
+from comcat_diffusion.export.fit import family_in, waits
 
 _CARD = """\
 ---
@@ -45,7 +46,6 @@ With diffusers alone:
 _CLIENTS = """
 With {clients}: put {file} into the folder of LoRAs, choose it with strength 1, and write {phrase}.
 """
-_OTHERS = "ComfyUI, Forge, A1111, InvokeAI or SD.Next"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ def card(header: Header, shared: Shared) -> str:
     others = ""
     if shared.lora:
         named = {"base": base or "BASE", "repo_id": shared.repo_id, "file": shared.lora, "prompt": notes.example}
-        others += _CLIENTS.format(clients=_OTHERS, file=markdown.code(shared.lora), phrase=phrase)
+        *most, last = _programs(header)
+        others += _CLIENTS.format(
+            clients=f"{', '.join(most)} or {last}", file=markdown.code(shared.lora), phrase=phrase
+        )
         others += _DIFFUSERS.format(**{name: markdown.quoted(value) for name, value in named.items()})
     if shared.words:
         others += f"\nIts new words are embeddings of their own: {', '.join(map(markdown.code, shared.words))}.\n"
@@ -107,8 +110,10 @@ def _argument(words: str, always: bool = False) -> str:
 
 def _works(header: Header, shared: Shared) -> str:
     """A table of which program reads which file."""
-    rows = [("comcat-diffusion, its ComfyUI node", shared.adapter)]
-    rows += [(f"{_OTHERS.replace(' or', ',')}, diffusers, kohya's scripts", shared.lora)] if shared.lora else []
+    family = family_in(header)
+    node = ", its ComfyUI node" if family is None or family.has_node else ""
+    rows = [(f"comcat-diffusion{node}", shared.adapter)]
+    rows += [(", ".join([*_programs(header), "diffusers", "kohya's scripts"]), shared.lora)] if shared.lora else []
     lines = ["| program | file |", "| --- | --- |"]
     lines += [f"| {program} | {markdown.code(file, in_table=True)} |" for program, file in rows]
     if waits(header):
@@ -117,6 +122,13 @@ def _works(header: Header, shared: Shared) -> str:
             "It acts from its trigger on alone, which no LoRA can: a prompt without it draws the base's picture.",
         ]
     return "\n".join(lines)
+
+
+def _programs(header: Header) -> list[str]:
+    """Those with a page that read the LoRA, whose names are those of most."""
+    family = family_in(header)
+    able = readers(family.name if family else "", CLIENTS["all"].format)
+    return [client.name for key, client in able.items() if key not in ("diffusers", "kohya")]
 
 
 def _front(header: Header, base: str) -> str:

@@ -73,3 +73,17 @@ def format_of(client: str, format: str | None, family: str = "") -> str:
     if format != own and client != "diffusers" and (family or not told.others):  # diffusers reads both
         raise ValueError(f"--format {format} is not what {told.name} reads: leave --format out.")
     return format
+
+
+def readers(family: str, format: str) -> dict[str, Client]:
+    """The programs that read all of a LoRA of the family whose tensors have these names; diffusers takes both."""
+    able = {key: client for key, client in CLIENTS.items() if key != "all" and family not in client.lacks}
+    return {key: one for key, one in able.items() if key == "diffusers" or one.others.get(family, one.format) == format}
+
+
+def asked_for(client: str, family: str, format: str) -> str:
+    """The name of a client; of all, the names of those that read such a file, unless these are all."""
+    able = [one.name for one in readers(family, format).values()]
+    if client != "all" or len(able) == len(CLIENTS) - 1:
+        return CLIENTS[client].name
+    return " and ".join(filter(None, (", ".join(able[:-1]), able[-1])))

@@ -27,20 +27,23 @@ def refuse_trigger(header: Header, adapter: str | Path) -> None:
     """Raise AdapterFileError if an adapter acts on some tokens only: weights act on all."""
     waiting = [config["trigger"][0] for config in header.config.values() if config.get("trigger")]
     if waiting:
-        raise AdapterFileError(
-            f"{adapter} acts from '{waiting[0]}' on, which weights cannot tell: use it as it is with comcat-diffusion "
-            "or its ComfyUI node, train it again with --as lora, or take the closest LoRA (export --approximate)."
-        )
+        raise AdapterFileError(f"{adapter} acts from '{waiting[0]}' on, which weights cannot tell: {_ways_out(header)}")
+
+
+def _ways_out(header: Header) -> str:
+    """What to do with an adapter that is no LoRA; the closest one is offered where there is one."""
+    family, again = family_in(header), "train it again with --as lora"
+    near = family is not None and (family.same_text or not waits(header))
+    node = " or its ComfyUI node" if family is not None and family.has_node else ""
+    ways = f", {again}, or take the closest LoRA (export --approximate)" if near else f", or {again}"
+    return f"use it as it is with comcat-diffusion{node}{ways}."
 
 
 def refuse_inexpressible(header: Header, adapter: str | Path) -> None:
     """Raise AdapterFileError for an adapter that is no LoRA of a model that other tools know."""
     refuse_trigger(header, adapter)
     if is_free(header):
-        raise AdapterFileError(
-            f"{adapter} is a free adapter, which no LoRA can express: use it as it is with comcat-diffusion or its "
-            "ComfyUI node, train it again with --as lora, or take the closest LoRA (export --approximate)."
-        )
+        raise AdapterFileError(f"{adapter} is a free adapter, which no LoRA can express: {_ways_out(header)}")
     refuse_other_models(header, adapter)
 
 

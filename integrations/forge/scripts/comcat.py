@@ -50,7 +50,7 @@ class Comcat(scripts.Script):
         try:
             for name in files or ():
                 unet, _ = forge.load(unet, forge.listen(p.sd_model), FOLDER / name, strength)
-        except (ValueError, OSError) as error:
+        except Exception as error:  # whatever it is: no picture without what was asked for
             unet = forge.refuse(unet, error)
         p.sd_model.forge_objects.unet = unet
         if files:
