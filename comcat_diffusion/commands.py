@@ -345,6 +345,9 @@ def combine(parsed: argparse.Namespace) -> int:
     for doubt in made.doubts:
         print(doubt)
     print(f"Wrote {config.output} ({_size(config.output)}, rank {made.rank}, {made.energy_kept:.2%} of the energy).")
+    apart = sum(Path(file).stat().st_size for file, _ in files)
+    if Path(config.output).stat().st_size > 2 * apart:  # all heads have one rank here, and what was shrunk has not
+        print(f"As they are, the files have {apart / 1000:.1f} kB: this tool and its nodes take them side by side.")
     return 0
 
 

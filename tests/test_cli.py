@@ -198,6 +198,10 @@ def test_an_adapter_becomes_every_other_file(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "small.safetensors").stat().st_size <= 30_000
     assert main(["info", "small.safetensors"]) == 0
     said = capsys.readouterr().out
+    assert "side by side" not in said
+    twice = ["small.safetensors", "small.safetensors"]
+    assert main(["combine", "--adapter", *twice, "--output", "dense.safetensors"]) == 0
+    assert "side by side" in capsys.readouterr().out
     assert "Wrote kohya.safetensors" in said and "rank 16, 100.00% of the energy" in said and "by head" in said
     pipe = bases.load_base("embedded")
     pipe.load_lora_weights("diffusers-lora.safetensors")
