@@ -70,5 +70,7 @@ def test_the_table_has_a_line_for_one_and_for_two(drawn, monkeypatch):
     monkeypatch.setattr(together, "load_features", lambda name: load_features(bases.EMBEDDED))
     rows = together.rows_of(1, drawn)
     assert [(row["method"], row["pictures"]) for row in rows] == [("one subject", 18), ("two subjects", 36)]
-    table = together.table({"rows": rows, "circumstances": together.shared.circumstances(torch.device("cpu"), "float32")})
+    table = together.table(
+        {"rows": rows, "circumstances": together.shared.circumstances(torch.device("cpu"), "float32")}
+    )
     assert table.startswith("|  | pictures | shape | colour off | likeness | of the other | background moved |")
