@@ -7,12 +7,12 @@ Owl, car and rocket (recipe/characters.py), four captioned pictures each under a
 its defaults. Then every two of them in one prompt that says who is on the left, who on the right, and the background,
 in both orders; and each by itself, small, in the same places. A subject is measured in its half of the picture, the
 other half painted over with the border's colour. Measures are those of `benchmarks.subjects`; `of the other` is the
-likeness to the subject that stands beside it, or, where it is alone, to the other two.
+likeness to the other one of the two.
 """
 
 import argparse
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import numpy as np
@@ -100,50 +100,45 @@ def half(picture: Image.Image, side: str) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def of_subject(pictures: list[Image.Image], subject: str, others: Sequence[str], judge: Features) -> dict:
-    """What a subject is like in pictures, (N,) each; `others` stand beside it in them, one in each picture."""
-    held_out = [picture(subject, pose) for pose in HELD_OUT]
+def of_subject(pictures: list[Image.Image], subject: str, other: str, judge: Features) -> dict[str, torch.Tensor]:
+    """What a subject is like in pictures, and how much like the other, (N,) each."""
+    wanted, beside = ([picture(one, pose) for pose in HELD_OUT] for one in (subject, other))
     made = world.details(pictures)
-    beside = [
-        metrics.subject_fidelity(one[None], world.details([picture(other, pose) for pose in HELD_OUT]))
-        for one, other in zip(made, others, strict=True)
-    ]
     return {
-        **cut_out(pictures, held_out, judge),
-        "likeness": metrics.subject_fidelity(made, world.details(held_out)),
-        "of_the_other": torch.cat([one.flatten() for one in beside]),
+        **cut_out(pictures, wanted, judge),
+        "likeness": metrics.subject_fidelity(made, world.details(wanted)),
+        "of_the_other": metrics.subject_fidelity(made, world.details(beside)),
     }
 
 
-def measured(subject: str, seed: int, root: Path, judge: Features) -> dict[str, dict[str, torch.Tensor]]:
-    """A subject's measures alone, and beside each of the others."""
-    others = [other for other in TRIGGERS if other != subject]
+def alone(subject: str, other: str, seed: int, root: Path, judge: Features) -> dict[str, torch.Tensor]:
+    """Measures of a subject by itself, left and right."""
     base, made = drawn([subject], seed, root)
     sides = [side for side in SIDES for _ in BACKGROUNDS]
-    own = [half(one, side) for one, side in zip(made, sides, strict=True)]
-    alone = [of_subject(own, subject, [other] * len(own), judge) for other in others]
+    halves = [half(one, side) for one, side in zip(made, sides, strict=True)]
     moved = background_moved(made, base, world.outline)
-    found = {"alone": alone[0] | {"of_the_other": torch.cat([one["of_the_other"] for one in alone])}}
-    found["alone"]["background_moved"] = moved
-    pictures, beside, gone = [], [], []
-    for other in others:
-        for pair, side in (((subject, other), "left"), ((other, subject), "right")):
-            base, made = drawn(pair, seed, root)
-            pictures += [half(one, side) for one in made]
-            beside += [other] * len(made)
-            gone.append(background_moved(made, base, world.outline))
-    found["together"] = of_subject(pictures, subject, beside, judge) | {"background_moved": torch.cat(gone)}
-    return found
+    return of_subject(halves, subject, other, judge) | {"background_moved": moved}
+
+
+def beside(subject: str, other: str, seed: int, root: Path, judge: Features) -> dict[str, torch.Tensor]:
+    """The same of the subject on the left and on the right of the other."""
+    halves, moved = [], []
+    for pair, side in (((subject, other), "left"), ((other, subject), "right")):
+        base, made = drawn(pair, seed, root)
+        halves += [half(one, side) for one in made]
+        moved.append(background_moved(made, base, world.outline))
+    return of_subject(halves, subject, other, judge) | {"background_moved": torch.cat(moved)}
 
 
 def rows_of(seeds: int, root: Path) -> list[dict]:
-    """Means over subjects, trainings and prompts, with intervals: alone, together."""
-    judge = load_features(str(DINOV2))
-    found = [measured(subject, seed, root, judge) for seed in range(seeds) for subject in TRIGGERS]
-    rows = []
-    for how, name in (("alone", "one subject"), ("together", "two subjects")):
-        told = {one: vars(interval(torch.cat([own[how][one].view(-1, 1) for own in found]))) for one in MEASURES}
-        rows.append({"method": name, "pictures": sum(len(own[how]["shape"]) for own in found)} | told)
+    """Of every two subjects the means of both, with intervals: each alone, and together."""
+    judge, rows = load_features(str(DINOV2)), []
+    for pair in combinations(TRIGGERS, 2):
+        for how, measure in (("each alone", alone), ("together", beside)):
+            found = [measure(*one, seed, root, judge) for seed in range(seeds) for one in (pair, pair[::-1])]
+            told = {one: vars(interval(torch.cat([own[one].view(-1, 1) for own in found]))) for one in MEASURES}
+            count = sum(len(own["shape"]) for own in found)
+            rows.append({"method": f"{' and '.join(pair)}, {how}", "pictures": count} | told)
     return rows
 
 

@@ -58,18 +58,19 @@ def drawn(tmp_path):
 
 def test_each_is_like_itself_and_not_like_its_neighbour(drawn):
     judge = load_features(bases.EMBEDDED)
-    for subject in together.TRIGGERS:
-        found = together.measured(subject, 0, drawn, judge)
-        assert {how: len(own["shape"]) for how, own in found.items()} == {"alone": 6, "together": 12}
-        for own in found.values():
+    for pair in together.permutations(together.TRIGGERS, 2):
+        for measure in (together.alone, together.beside):
+            own = measure(*pair, 0, drawn, judge)
+            assert {len(own[one]) for one in together.MEASURES} == {6}
             assert own["likeness"].min() > 0.5 > 0.3 > own["of_the_other"].max()
             assert own["background_moved"].max() < 1
 
 
-def test_the_table_has_a_line_for_one_and_for_two(drawn, monkeypatch):
+def test_the_table_has_a_line_for_each_alone_and_for_two_together(drawn, monkeypatch):
     monkeypatch.setattr(together, "load_features", lambda name: load_features(bases.EMBEDDED))
     rows = together.rows_of(1, drawn)
-    assert [(row["method"], row["pictures"]) for row in rows] == [("one subject", 18), ("two subjects", 36)]
+    assert [row["method"] for row in rows][:2] == ["owl and car, each alone", "owl and car, together"]
+    assert len(rows) == 6 and {row["pictures"] for row in rows} == {12}
     table = together.table(
         {"rows": rows, "circumstances": together.shared.circumstances(torch.device("cpu"), "float32")}
     )
