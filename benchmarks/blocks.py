@@ -5,13 +5,14 @@
 Random weights in float32 on one thread: of klein a block of two streams and one of one, of 3.5 medium two blocks. A
 step of drawing is a forward pass; one of training also goes back to the adapter, and of the frozen model as far: to
 the text that comes into the first block. Adapters are where they are by default, rank 4, free ones 8. Seconds are one
-core's (`time.process_time`), the least of some rounds in which all kinds take turns, since other programs share the
-machine; ratios are to the bare model.
+core's (`time.process_time`), in rounds in which all kinds take turns, since other programs share the machine; ratios
+are to the bare model's in the same round. Both are medians.
 """
 
 import argparse
 import copy
 import json
+import statistics
 import time
 from collections.abc import Callable
 
@@ -113,17 +114,18 @@ def rows_of(name: str, rounds: int) -> list[dict]:
         for kind, work in found:
             seconds = seconds_of(lambda kind=kind, work=work: work(models[kind], call))
             found[kind, work] += [seconds] if number else []  # the first one warms up
-    least = {key: min(values) for key, values in found.items()}
-    return [
-        {"base": name, "kind": kind, "what": work.__name__, "seconds": own, "ratio": own / least["bare", work]}
-        for (kind, work), own in least.items()
-    ]
+    rows = []
+    for (kind, work), own in found.items():
+        ratio = statistics.median(one / bare for one, bare in zip(own, found["bare", work], strict=True))
+        told = {"base": name, "kind": kind, "what": work.__name__}
+        rows.append(told | {"seconds": statistics.median(own), "ratio": ratio})
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--results", default="blocks", help="name of the JSON (default: %(default)s)")
     asked = parser.parse_args(arguments)
     shared.use_threads(1)
