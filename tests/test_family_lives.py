@@ -847,7 +847,7 @@ def test_half_precision_is_refused_where_a_family_overflows_in_it(folders, tmp_p
     with pytest.raises(ValueError, match="--mixed_precision fp16"):
         customize(settings(base, tmp_path / "out", mixed_precision="fp16"))
     for name in BASES:
-        half = "fp16" if name in ("pixart", "sd3", "sd35") else "bf16"
+        half = "fp16" if name in ("pixart", "sd3", "sd35", "kolors") else "bf16"
         assert bases.asked_precision(None, "cuda", str(folders[name])) == half
 
 
