@@ -6,7 +6,8 @@ Random weights in float32 on one thread: of klein a block of two streams and one
 step of drawing is a forward pass; one of training also goes back to the adapter, and of the frozen model as far: to
 the text that comes into the first block. Adapters are where they are by default, rank 4, free ones 8. Seconds are one
 core's (`time.process_time`), in rounds in which all kinds take turns, since other programs share the machine; ratios
-are to the bare model's in the same round. Both are medians.
+are to the bare model's in the same round. Both are medians. `operations` are counted and not timed, a ratio too, and
+all that `--rounds 0` prints.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Callable
 import torch
 from diffusers import Flux2Transformer2DModel, SD3Transformer2DModel
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import circumstances as shared
 from comcat_diffusion import ComcatConfig
@@ -110,16 +112,26 @@ def rows_of(name: str, rounds: int) -> list[dict]:
     model.requires_grad_(False)
     models = {"bare": model} | {kind: adapted(model, kind) for kind in KINDS}
     found = {(kind, work): [] for work in (forward, step) for kind in models}
-    for number in range(rounds + 1):
+    for number in range(rounds + 1) if rounds else ():
         for kind, work in found:
             seconds = seconds_of(lambda kind=kind, work=work: work(models[kind], call))
             found[kind, work] += [seconds] if number else []  # the first one warms up
     rows = []
     for (kind, work), own in found.items():
-        ratio = statistics.median(one / bare for one, bare in zip(own, found["bare", work], strict=True))
         told = {"base": name, "kind": kind, "what": work.__name__}
-        rows.append(told | {"seconds": statistics.median(own), "ratio": ratio})
+        told["operations"] = operations(models[kind], work, call) / operations(model, work, call)
+        if own:
+            ratios = [one / bare for one, bare in zip(own, found["bare", work], strict=True)]
+            told |= {"seconds": statistics.median(own), "ratio": statistics.median(ratios)}
+        rows.append(told)
     return rows
+
+
+def operations(model: nn.Module, work: Callable[[nn.Module, dict], None], call: dict) -> int:
+    """Of the matrix products and attentions of a step, as torch counts them."""
+    with FlopCounterMode(display=False) as counted:
+        work(model, call)
+    return counted.get_total_flops()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -131,7 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
     shared.use_threads(1)
     report = {"circumstances": shared.circumstances(torch.device("cpu"), torch.float32)}
     report["rows"] = [row for name in BASES for row in rows_of(name, asked.rounds)]
-    shared.write_json(shared.results_path(asked.results, torch.device("cpu")), report)
+    if asked.rounds:
+        shared.write_json(shared.results_path(asked.results, torch.device("cpu")), report)
     print(json.dumps(report["rows"], indent=1))
 
 

@@ -28,6 +28,8 @@ def test_every_kind_takes_its_steps_on_one_base(monkeypatch):
         (kind, what) for what in ("forward", "step") for kind in ("bare", *blocks.KINDS)
     ]
     assert all(row["seconds"] > 0 for row in rows) and [r["ratio"] for r in rows if r["kind"] == "bare"] == [1, 1]
+    (bare, *others) = blocks.rows_of("tiny", 0)[:4]
+    assert bare["operations"] == 1 and all(1 < row["operations"] < 2 and "seconds" not in row for row in others)
     model, call = tiny()
     model.requires_grad_(False)
     for kind in blocks.KINDS:
