@@ -31,9 +31,13 @@ def taught(
     name: str,
     captions: Sequence[str] | None = None,
     base: str = bases.EMBEDDED,
+    trigger: str = TRIGGER,
     **settings: object,
 ) -> Taught:
-    """Train on the pictures of a made-up subject in a folder; with captions, or from their folder's prompt alone."""
+    """Train on the pictures of a made-up subject in a folder; with captions, or from their folder's prompt alone.
+
+    Captions name it by its trigger.
+    """
     pictures = folder / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     for number, pose in enumerate(TRAIN, start=1):
@@ -43,7 +47,7 @@ def taught(
     clock = _Clock()
     config = TrainConfig(
         instance_data_dir=str(pictures),
-        instance_prompt=f"a photo of {TRIGGER} {subject}",
+        instance_prompt=f"a photo of {trigger} {subject}",
         seed=seed,
         output_dir=str(folder),
         overwrite=True,

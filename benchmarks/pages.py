@@ -25,6 +25,7 @@ MAKERS = {
     "pace": "pace:table",
     "speed": "usage:tables",
     "subjects": "subjects:tables",
+    "together": "together:table",
     "training": "training:tables",
 }
 _BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)

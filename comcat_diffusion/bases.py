@@ -147,6 +147,8 @@ def _from_hub(name: str, settings: dict) -> DiffusionPipeline:
             pipe = DiffusionPipeline.from_pretrained(name, **settings)
         except _NOT_GIVEN as error:
             raise _nowhere(name) from error
+    except ImportError as error:
+        raise ValueError(f"The base '{name}' wants a package that is not installed: {error}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

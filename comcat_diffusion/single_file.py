@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from comcat_diffusion.families.family import UNET, Family
 from comcat_diffusion.families.known import family_in
 
-CONFIG_FILES = ("*.json", "*.txt")  # of a diffusers folder: everything but its weights
+CONFIG_FILES = ("*.json", "*.txt", "*.model")  # of a diffusers folder: everything but its weights
 _AUTOENCODER = "first_stage_model."  # what names of its weights begin with
 
 
@@ -78,7 +78,9 @@ def loaded(load: Callable[[], DiffusionPipeline], path: Path) -> DiffusionPipeli
     """What is loaded from a path, without progress bars. Raises ValueError, in a sentence, for whatever went wrong."""
     try:
         pipe = load()
-    except (OSError, ValueError, LookupError, RuntimeError, AttributeError, SingleFileComponentError) as error:
+    except (
+        OSError, ValueError, LookupError, RuntimeError, AttributeError, ImportError, SingleFileComponentError,
+    ) as error:  # fmt: skip
         raise ValueError(f"{path} could not be loaded as a Stable Diffusion base: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -91,6 +91,80 @@ def test_a_base_has_the_same_directions_in_either_precision():
     assert torch.equal(basis_of(weight, 3, 2), basis_of(weight.bfloat16(), 3, 2))
 
 
+def test_every_machine_finds_the_same_directions():
+    """Whatever the order in which it sums, and whichever signs and order its singular vectors have."""
+    weight = 0.02 * torch.randn(256, 3072, generator=torch.Generator().manual_seed(1))  # heads of klein's
+    order = torch.randperm(3072, generator=torch.Generator().manual_seed(2))
+    made = basis_of(weight, 2, 4)
+    assert_close(made, basis_of(weight[:, order], 2, 4), rtol=0, atol=1e-11)
+    rows = weight.bfloat16().double().unflatten(0, (2, -1))
+    left = torch.linalg.svd(rows, full_matrices=False)[0][..., :4]  # by another way
+    for signs in ([1, 1, 1, 1], [-1, 1, -1, -1]):
+        for turned in (left, left.flip(-1)):
+            own = turned * torch.tensor(signs, dtype=torch.float64)
+            places, waves = torch.arange(128, dtype=torch.float64), torch.arange(4, dtype=torch.float64)
+            u, _, vh = torch.linalg.svd(own.mT @ torch.cos(torch.pi * (places[:, None] + 0.5) * waves / 128))
+            assert_close(made, own @ u @ vh, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_loading_looks_for_no_directions_and_the_first_use_does(saved, base, monkeypatch):
+    pipe, file = saved
+    sample, states = torch.randn(1, 4, 8, 8), torch.randn(1, 7, pipe.unet.config.cross_attention_dim)
+    fresh, found, own = bases.load_base(base), [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: found.append(1) or own(matrix))
+    load_adapter(fresh, file, "dog")
+    assert not found
+    assert torch.equal(fresh.unet(sample, 5, states).sample, pipe.unet(sample, 5, states).sample)
+    count = len(found)
+    assert count >= 2 * len(adapted_layers(fresh.unet))  # the other model's, which was saved only, among them
+    fresh.unet(sample, 5, states)
+    assert len(found) == count
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_they_are_found_after_a_change_of_precision_but_of_no_other_weights(saved, base, dtype):
+    pipe, file = saved
+    fresh = bases.load_base(base)
+    load_adapter(fresh, file, "dog")
+    sample, states = torch.randn(1, 4, 8, 8), torch.randn(1, 7, pipe.unet.config.cross_attention_dim)
+    weights = [module.to_k.weight for module in adapted_attentions(fresh.unet)]
+    for weight in weights:  # as a fused LoRA leaves them
+        weight.data += 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * weight.std()
+    with pytest.raises(ValueError, match="The base's weights are others than when this adapter of cores was loaded"):
+        fresh.unet(sample, 5, states)
+    for weight, module in zip(weights, adapted_attentions(pipe.unet), strict=True):
+        weight.data = module.to_k.weight.data.clone()
+    half = fresh.unet.to(dtype)(sample.to(dtype), 5, states.to(dtype)).sample
+    assert half.isfinite().all()
+    for layer, other in zip(*(adapted_layers(one.unet).values() for one in (fresh, pipe)), strict=True):
+        for mine, its in zip(layer._ends_of(2), other._ends_of(2), strict=True):
+            ours, theirs = mine.basis.float(), its.basis.float()
+            assert_close(ours @ ours.mT, theirs @ theirs.mT, rtol=0.05, atol=0.05)
+            if dtype == torch.bfloat16:  # half precision rounds twice, see the module
+                assert_close(ours, theirs, rtol=0.05, atol=0.05)
+
+
+def adapted_attentions(unet) -> list:
+    return [layer.owner for layer in adapted_layers(unet).values()]
+
+
+def test_what_was_drawn_first_can_be_trained_on(saved, base):
+    """Directions that were found while torch kept no gradients can be part of a step that does."""
+    _, file = saved
+    fresh = bases.load_base(base)
+    load_adapter(fresh, file, "dog")
+    sample, states = torch.randn(1, 4, 8, 8), torch.randn(1, 7, fresh.unet.config.cross_attention_dim)
+    with torch.inference_mode():
+        fresh.unet(sample, 5, states)
+    own = factors(fresh.unet, "dog")
+    for factor in own.values():
+        factor.requires_grad_(True)
+    fresh.unet.train()(sample, 5, states).sample.square().mean().backward()
+    assert all(factor.grad.abs().max() > 0 for factor in own.values())
+
+
 def test_equal_singular_values_do_not_turn_directions():
     """Of a head whose two leading ones are equal every basis of the same plane is right; one is taken."""
     generator = torch.Generator().manual_seed(1)

@@ -75,6 +75,29 @@ def test_a_step_on_a_u_net_is_that_of_the_paper(build, tmp_path):
         torch.testing.assert_close(loss, (answer - wanted).square().mean(), rtol=1e-4, atol=1e-6)  # float32 schedules
 
 
+def test_a_step_on_kolors_is_that_of_stable_diffusion_xls_script(tmp_path):
+    """|noise - eps|^2 over its 1100 times, with the last states but one of a ChatGLM and the last of the last token."""
+    pipe = load_base(str(tiny_families.kolors(tmp_path)))
+    losses, drawn = stepped(pipe)
+    betas = torch.linspace(0.00085**0.5, 0.014**0.5, 1100, dtype=torch.float64).square()
+    alphas, times = (1 - betas).cumprod(0), []
+    for loss, (clean, noise, generator, prompt) in zip(losses, drawn, strict=True):
+        time = torch.randint(1100, (), generator=generator)
+        times.append(int(time))
+        noisy = alphas[time].sqrt().float() * clean + (1 - alphas[time]).sqrt().float() * noise
+        ids = [*pipe.tokenizer.get_prefix_tokens(), *pipe.tokenizer.tokenizer.encode(prompt)]
+        gone = 256 - len(ids)
+        mask = torch.cat([torch.zeros(1, gone), torch.ones(1, len(ids))], dim=1).long()
+        places = torch.tensor([[0] * gone + list(range(len(ids)))])
+        with torch.no_grad():
+            read = pipe.text_encoder(torch.tensor([[0] * gone + ids]), places, mask, output_hidden_states=True)
+            states, pooled = read.hidden_states[-2][:, 0][None], read.hidden_states[-1][-1]  # 1, M, E and 1, E
+            added = {"text_embeds": pooled, "time_ids": torch.tensor([[40.0, 32, 3, 1, 16, 24]])}
+            answer = pipe.unet(noisy[None], time[None], states, added_cond_kwargs=added).sample[0]
+        torch.testing.assert_close(loss, (answer - noise).square().mean(), rtol=1e-4, atol=1e-6)
+    assert len(times) == 2
+
+
 @pytest.mark.parametrize("alpha", [False, True])
 def test_a_step_on_a_pixart_is_that_of_its_script(alpha, tmp_path):
     """|noise - eps|^2 with eps the first half of the answer, as PixArt's own training of LoRAs has it."""
@@ -333,7 +356,11 @@ def test_every_family_is_found_by_its_classes():
         "Stable Diffusion 1.x and 2.x",
         "Stable Diffusion XL",
     ]
-    assert family_of_denoiser("UNet2DConditionModel", {"encoder_hid_dim_type": "text_proj"}) is None
+    floyd = {"encoder_hid_dim_type": "text_proj", "addition_embed_type": "text"}
+    assert family_of_denoiser("UNet2DConditionModel", floyd) is None
+    told = {"encoder_hid_dim_type": "text_proj"}
+    for config in (xl | told, told | {"cross_attention_dim": 2048}):  # of a base, and what a file says of one
+        assert family_of_denoiser("UNet2DConditionModel", config).name == "Kolors"
 
 
 def test_another_family_is_refused_by_its_class_beside_those_that_are_known():

@@ -32,7 +32,7 @@ from tests import tiny_families
 
 PROMPT = "a photo of sks teddy"
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
-BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "qwen_image", "flux1", "chroma")
+BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "qwen_image", "flux1", "kolors", "chroma")
 
 
 def _mostly(case: str) -> object:
@@ -102,7 +102,7 @@ def test_the_lora_does_what_the_adapter_does(exported, tmp_path):
 def test_it_draws_beside_an_adapter_where_diffusers_loads_it(exported, tmp_path):
     _, file, pipe, _ = exported
     lora = tmp_path / "lora.safetensors"
-    export_adapter(file, lora, "diffusers-lora", models={"transformer": denoiser(pipe)})
+    export_adapter(file, lora, "diffusers-lora", models={family_of(pipe).part: denoiser(pipe)})
     folder = str(tmp_path / "pictures")
     more = {"num_images": 1, "num_inference_steps": 2, "prompt": [PROMPT], "output_dir": folder, "precision": "fp32"}
     more |= {"any_prompt": True}
@@ -136,8 +136,13 @@ def test_so_does_the_live_one_and_what_is_merged(exported, tmp_path):
 
 
 def native_weights(pipe) -> dict[str, torch.Tensor]:
-    """The projections of attentions as the family's own checkpoints hold them."""
+    """The projections of attentions as the family's own checkpoints hold them; Kolors' have diffusers' names."""
     model, found = denoiser(pipe), {}
+    if hasattr(model, "up_blocks"):
+        modules = dict(model.named_modules())
+        return {
+            n: one.weight.detach().clone() for n, one in modules.items() if n.endswith(("attn2.to_k", "attn2.to_v"))
+        }
     for number, block in enumerate(getattr(model, "layers", ())):
         one = block.attention
         found[f"layers.{number}.attention.qkv"] = torch.cat([one.to_q.weight, one.to_k.weight, one.to_v.weight])
@@ -218,7 +223,7 @@ def test_native_names_of_stable_diffusion_3_are_those_that_diffusers_converts_fr
             assert torch.equal(third, weight)
 
 
-@pytest.mark.parametrize("name", ["klein", "flux1", "chroma", "z_image", "qwen_image"])
+@pytest.mark.parametrize("name", ["klein", "flux1", "chroma", "z_image", "qwen_image", "wide_kolors"])
 @pytest.mark.parametrize("kind", ["tied", "foldable"])
 def test_diffusers_reads_native_names(kind, name, tmp_path):
     """Its own reading of files in these names does what the adapter does."""
@@ -229,6 +234,19 @@ def test_diffusers_reads_native_names(kind, name, tmp_path):
     fresh = bases.load_base(base)
     fresh.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
     assert_close(predicted(fresh), live, **CLOSE)
+
+
+def test_a_kolors_is_taken_for_no_stable_diffusion_xl(tmp_path):
+    """Whose U-Net it has, as wide: galleries and programs that know no Kolors are told nothing wrong."""
+    _, file, _, _ = made("foldable", "wide_kolors", tmp_path)
+    header = read_adapter(file)
+    assert header.fingerprint["cross_attention_dim"] == 2048 and header.width is None
+    lora = tmp_path / "lora.safetensors"
+    assert "ss_base_model_version" not in export_adapter(file, lora).metadata
+    assert not any("input_blocks" in name or "output_blocks" in name for name in load_file(lora))
+    for client in ("forge", "a1111", "invokeai"):
+        argv = ["export", "--adapter", str(file), "--output", str(tmp_path / "other.safetensors"), "--for", client]
+        assert main(argv) == 2 and not (tmp_path / "other.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", ["klein", "flux1"])
@@ -292,7 +310,7 @@ def test_the_size_that_is_told_before_training_is_what_is_written(exported, tmp_
         count = sum(high * wide for high, wide in expected_shapes(model, config).values())
         assert count == sum(tensor.numel() for tensor in load_file(file).values())
     shapes = expected_shapes(model, replace(config, tied=False, cores=False))
-    models = {"transformer": model}
+    models = {family_of(pipe).part: model}
     if not config.tied:  # a tied one is smaller: its heads share the rows of `down`
         written = export_adapter(file, tmp_path / "l.safetensors", "kohya", models=models)
         sizes = [t.nbytes for name, t in load_file(written.files[0]).items() if not name.endswith(".alpha")]
@@ -312,7 +330,7 @@ def test_files_say_of_what_architecture_they_are(exported):
     kinds = {
         "PixArtSigmaPipeline": "pixart", "SanaPipeline": "sana", "StableDiffusion3Pipeline": "stable-diffusion-3",
         "Flux2KleinPipeline": "flux-2-klein", "FluxPipeline": "flux-1-dev", "ChromaPipeline": "chroma",
-        "ZImagePipeline": "z-image", "QwenImagePipeline": "qwen-image",
+        "ZImagePipeline": "z-image", "QwenImagePipeline": "qwen-image", "KolorsPipeline": "kolors",
     }  # fmt: skip
     assert told == kinds[type(pipe).__name__] + "/comcat"
 

@@ -3,6 +3,7 @@
 import inspect
 import re
 import shutil
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from diffusers import Flux2KleinInpaintPipeline
 from PIL import Image, ImageChops
+from torch.testing import assert_close
 
 from comcat_diffusion import (
     ComcatConfig,
     bases,
+    keep_background,
     listen,
     load_adapter,
     remember_prompts,
@@ -21,6 +24,7 @@ from comcat_diffusion import (
     set_regions,
     unload_adapters,
 )
+from comcat_diffusion.adapters import focus
 from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.adapters.model import factors
@@ -43,6 +47,7 @@ from comcat_diffusion.training.encode import Crop, posterior
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.training.loop import held_out_loss
 from comcat_diffusion.training.objective import objective_of
+from comcat_diffusion.training.outline import Outliner, can_outline
 from comcat_diffusion.training.suitable import refuse_pipeline
 from comcat_diffusion.training.validate import validate
 from comcat_diffusion.words import Subject
@@ -50,7 +55,7 @@ from tests import tiny_families
 
 PICTURES = str(bases.assets() / "subject" / "train")
 PROMPT, OTHER = "a photo of sks teddy", "a photo of a teddy"
-BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "qwen_image", "flux1", "chroma")
+BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "qwen_image", "flux1", "kolors", "chroma")
 SUBJECTS = [Subject("sks", "teddy")]
 
 
@@ -251,12 +256,15 @@ def test_a_file_of_one_family_is_refused_by_another(folders, tmp_path):
         ({"train_text_encoder": True, "everywhere": True}, "--train_text_encoder: the text encoders of .* stay as"),
         ({"learn_name": True}, "--learn_name: the text encoders of .* stay as they are"),
         ({"up_blocks_only": True}, "--up_blocks_only is for U-Nets; the transformer of"),
-        ({"resolution": 18}, "--resolution 18 must be a multiple of (4|32) for this base"),
+        ({"resolution": 18}, "--resolution 18 must be a multiple of (4|8|32) for this base"),
         ({"target_modules": ["nope"]}, "--target_modules nope:"),
     ],
 )
 def test_what_a_family_cannot_do_is_refused_in_a_sentence_by_check_and_run(base, more, message, tmp_path):
     asked = settings(base, tmp_path / "out", **more)
+    if "up_blocks_only" in more and hasattr(bases.load_base(base), "unet"):
+        assert not validate(ValidateConfig(**vars(asked))).errors
+        return
     with pytest.raises(ValueError, match=message) as caught:
         customize(asked)
     assert "\n" not in str(caught.value)
@@ -344,6 +352,99 @@ def test_behind_sanas_instruction_a_trigger_is_heard_where_it_stands(folders):
     assert heard[-1].said[1].acts(["cat"]).tolist().index(True) < 20
     with pytest.raises(ValueError, match="leave complex_human_instruction as it is"):
         pipe("a red cat!", complex_human_instruction=["Draw: "], **how)
+
+
+@torch.no_grad()
+def test_where_prompts_are_filled_up_in_front_a_trigger_is_heard_where_it_stands(folders):
+    """By the letters of a prompt, not their bytes; what is filled in sees all of the prompt, and acts with it."""
+    pipe = bases.load_base(str(folders["kolors"]))
+    family, long = family_of(pipe), "so " * 130
+    texts = texts_of(pipe.tokenizer, family.reading(pipe))
+    for prompt, word, before, its in (
+        (PROMPT, "sks", "[gMASK] sop ▁a ▁photo ▁of", "▁sks"),
+        ("雪 dög ﬁne\n sks 雪", "sks", "[gMASK] sop ▁ <0xE9> <0x9B> <0xAA> ▁ d <0xC3> <0xB6> g ▁ f in e", "▁sks"),
+        ("a 雪 teddy", "雪", "[gMASK] sop ▁a ▁", "<0xE9> <0x9B> <0xAA>"),
+        ("sks", "sks", "[gMASK] sop", "▁sks"),
+        (f"sks {long}", "sks", "[gMASK] sop", "▁sks"),
+    ):
+        said = texts.read(prompt, 256)
+        read = pipe.tokenizer(prompt, **FILLED)
+        gone, pieces = 256 - sum(read.attention_mask), pipe.tokenizer.convert_ids_to_tokens(read.input_ids)
+        first, count = gone + len(before.split()), len(its.split())
+        assert pieces[gone : first + count] == f"{before} {its}".split()
+        assert said.acts([word]).tolist() == [n < gone or n >= first for n in range(256)]
+        assert said.within([word]).nonzero().flatten().tolist() == list(range(first, first + count))
+    for prompt in ("a teddy", "", f"{long}sks"):  # the last is cut off
+        assert not texts.read(prompt, 256).acts(["sks"]).any()
+    one, other = family.encode(pipe, ["a photo of sks teddy", "a photo of red snow"])["states"]
+    gone = [256 - sum(pipe.tokenizer(text, **FILLED).attention_mask) for text in (PROMPT, "a photo of red snow")]
+    assert (one[: min(gone)] - other[: min(gone)]).abs().amax(-1).min() > 1e-3  # it has read what stands behind it,
+    alike = [states[start : start + 5] for states, start in zip((one, other), gone, strict=True)]  # to "of"
+    assert_close(*alike, rtol=1e-5, atol=1e-6)  # words have not
+
+
+FILLED = {"padding": "max_length", "max_length": 256, "truncation": True}
+
+
+@torch.no_grad()
+def test_a_chatglm_tells_its_pipeline_which_prompts_it_draws(folders):
+    """Also where text states are given, in another precision, and where there is nothing to subtract."""
+    pipe = bases.load_base(str(folders["kolors"]))
+    add_adapter(denoiser(pipe), ComcatConfig(r=1, foldable=True, tied=True, trigger=["sks"]), "dog")
+    listen(pipe)
+    heard = []
+    denoiser(pipe).register_forward_hook(lambda *_: heard.append(here.heard.said), prepend=True)
+    how = {"num_inference_steps": 1, "guidance_scale": 3.0, "height": 16, "width": 16, "output_type": "latent"}
+    pipe([PROMPT, OTHER], negative_prompt=["ugly sks", ""], **how)
+    assert [said.text for said in heard[0]] == ["ugly sks", "", PROMPT, OTHER]
+    assert [bool(said.acts(["sks"]).any()) for said in heard[0]] == [True, False, True, False]
+    states, away, pooled, away_pooled = pipe.encode_prompt(PROMPT, negative_prompt="snow")
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    made = [one.to(torch.bfloat16).float() for one in (states, away, pooled, away_pooled)]
+    pipe(**dict(zip(names, made, strict=True)), **how)
+    assert [said.text for said in heard[1]] == ["snow", PROMPT]
+    pipe.register_to_config(force_zeros_for_empty_prompt=True)  # for which its pipeline alone would fail
+    assert len(drawn(pipe, PROMPT)) == 1
+
+
+@torch.no_grad()
+def test_a_kolors_keeps_backgrounds_and_finds_outlines(folders, monkeypatch):
+    """By its U-Net's attentions on the way up, at words behind what prompts are filled up with."""
+    pipe = bases.load_base(str(folders["kolors"]))
+    outlined = Outliner(pipe, objective_of(pipe)).share(torch.zeros(4, 8, 8), SUBJECTS[0], (16, 16, 0, 0, 16, 16))
+    assert can_outline(pipe) and set(outlined.unique().tolist()) <= {0.0, 1.0} and outlined.any()
+    add_adapter(denoiser(pipe), ComcatConfig(r=1, foldable=True, trigger=["sks"]), "dog")
+    for factor in factors(denoiser(pipe), "dog").values():
+        factor.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    listen(pipe)
+    prompt, how = "a photo of sks teddy on a green table", {"num_inference_steps": 2, "output_type": "latent"}
+    how |= {"height": 16, "width": 16, "guidance_scale": 3.0}
+
+    def run(call, scale: float) -> torch.Tensor:
+        set_adapters(pipe, ["dog"], [scale])
+        return call(prompt=prompt, generator=torch.Generator().manual_seed(3), **how).images
+
+    before, free, asked = run(pipe, 0.0), run(pipe, 1.0), []
+
+    def left(at, grown):
+        asked.append(at)
+        return torch.cat([torch.ones_like(at[..., :4]), torch.zeros_like(at[..., 4:])], dim=-1)
+
+    monkeypatch.setattr(focus, "weights_of", left)
+    kept = run(partial(keep_background, pipe, {"dog": ["sks teddy"]}), 1.0)
+    assert torch.equal(kept[..., 4:], before[..., 4:]) and not torch.equal(free[..., 4:], before[..., 4:])
+    assert (kept[..., :4] - before[..., :4]).abs().max() > 1e-3
+    (at,) = asked
+    assert at.max() - at.min() > 1e-6  # places look at the words more and less
+
+
+def test_without_sentencepiece_a_kolors_is_refused_in_a_sentence(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.pipelines.kolors.tokenizer.is_sentencepiece_available", lambda: False)
+    asked = settings(str(folders["kolors"]), tmp_path / "out")
+    (error,) = validate(ValidateConfig(**vars(asked))).errors
+    assert "wants a package that is not installed" in error and "pip install sentencepiece" in error
+    with pytest.raises(ValueError, match="could not be loaded .*pip install sentencepiece"):
+        customize(asked)
 
 
 @torch.no_grad()
@@ -746,7 +847,7 @@ def test_half_precision_is_refused_where_a_family_overflows_in_it(folders, tmp_p
     with pytest.raises(ValueError, match="--mixed_precision fp16"):
         customize(settings(base, tmp_path / "out", mixed_precision="fp16"))
     for name in BASES:
-        half = "fp16" if name in ("pixart", "sd3", "sd35") else "bf16"
+        half = "fp16" if name in ("pixart", "sd3", "sd35", "kolors") else "bf16"
         assert bases.asked_precision(None, "cuda", str(folders[name])) == half
 
 

@@ -16,11 +16,13 @@ from diffusers import (
     ChromaTransformer2DModel,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    KolorsPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     QwenImagePipeline,
@@ -32,6 +34,9 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -109,6 +114,69 @@ def pixart(folder: Path, kind: type[DiffusionPipeline] = PixArtSigmaPipeline, **
         )
     pipe.save_pretrained(folder)
     return folder
+
+
+def chatglm_tokenizer(folder: Path) -> ChatGLMTokenizer:
+    """Byte pairs of the captions by sentencepiece, and bytes of what they have not; its file is in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tokenizer.model"
+    with path.open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(CAPTIONS), model_writer=file, vocab_size=340, model_type="bpe", byte_fallback=True,
+            minloglevel=2,
+        )  # fmt: skip
+    return ChatGLMTokenizer(str(path))
+
+
+def chatglm() -> ChatGLMModel:
+    """Two layers of three heads that share one key, as wide as a ChatGLM3 is to scale."""
+    config = ChatGLMConfig(
+        num_layers=2, padded_vocab_size=352, hidden_size=WIDTH, ffn_hidden_size=32, kv_channels=8,
+        num_attention_heads=3, seq_length=512, multi_query_attention=True, multi_query_group_num=1, add_qkv_bias=True,
+        hidden_dropout=0.0, attention_dropout=0.0, original_rope=True,
+    )  # fmt: skip
+    made = ChatGLMModel(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():  # which its class leaves as the memory was
+            parameter.fill_(1.0) if "norm" in name else parameter.normal_(std=0.2)
+    return made
+
+
+def kolors(folder: Path, width: int = 16, **more) -> Path:
+    """Kolors: Stable Diffusion XL's three levels over a ChatGLM's states, which it brings to a width."""
+    with torch.random.fork_rng():
+        torch.manual_seed(12)
+        pipe = KolorsPipeline(
+            vae=tiny_bases.vae(),
+            text_encoder=chatglm(),
+            tokenizer=chatglm_tokenizer(folder / "made"),
+            unet=tiny_bases.unet(
+                block_out_channels=(8, 16, 16),
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                attention_head_dim=(1, 2, 2),
+                transformer_layers_per_block=(1, 1, 2),
+                use_linear_projection=True,
+                cross_attention_dim=width,
+                encoder_hid_dim=WIDTH,
+                encoder_hid_dim_type="text_proj",
+                addition_embed_type="text_time",
+                addition_time_embed_dim=4,
+                projection_class_embeddings_input_dim=6 * 4 + WIDTH,
+            ),
+            scheduler=EulerDiscreteScheduler(
+                beta_start=0.00085, beta_end=0.014, beta_schedule="scaled_linear", num_train_timesteps=1100,
+                steps_offset=1, timestep_spacing="leading",
+            ),
+            **more,
+        )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def wide_kolors(folder: Path) -> Path:
+    """One that its text states are as wide in as in the big one."""
+    return kolors(folder, 2048)
 
 
 def sd3_transformer(**more) -> SD3Transformer2DModel:

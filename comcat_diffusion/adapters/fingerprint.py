@@ -13,6 +13,7 @@ from torch import nn
 
 from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.parts import plain_modules
+from comcat_diffusion.adapters.same_base import NARROWER
 from comcat_diffusion.attentions import style_of
 
 SAMPLES = 64
@@ -20,8 +21,10 @@ SAMPLES = 64
 
 def fingerprint(denoiser: nn.Module, prediction_type: str) -> dict:
     """What identifies a base: plain JSON, about a kilobyte."""
-    width = getattr(getattr(denoiser, "config", None), "cross_attention_dim", None)
-    return fingerprint_as(type(denoiser).__name__, width, denoiser, prediction_type)
+    config = getattr(denoiser, "config", None)
+    width, narrower = (getattr(config, name, None) for name in ("cross_attention_dim", NARROWER))
+    found = fingerprint_as(type(denoiser).__name__, width, denoiser, prediction_type)
+    return found | {NARROWER: narrower} if narrower else found
 
 
 def fingerprint_as(kind: str, width: int | None, denoiser: nn.Module, prediction_type: str) -> dict:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from comcat_diffusion.adapters.same_base import NARROWER
 from comcat_diffusion.families.known import family_of_denoiser
 from comcat_diffusion.words import Subject, words_of
 
@@ -65,6 +66,11 @@ class Header:
     tokens: list[str] = field(default_factory=list)  # new words whose embeddings the file brings
     thumbnail: str = ""  # a small picture as a data URI, where one was asked for
 
+    @property
+    def width(self) -> int | None:
+        """Of the text states, by which others tell the kinds of Stable Diffusion; None where they are made narrower."""
+        return None if self.fingerprint.get(NARROWER) else self.fingerprint.get("cross_attention_dim")
+
     def metadata(self) -> dict[str, str]:
         """As the string pairs of a safetensors header; the `modelspec.*` keys are what other tools read."""
         notes, content = self.notes, asdict(self)
@@ -96,7 +102,7 @@ class Header:
 
 
 def _architecture(fingerprint: dict) -> str:
-    family = family_of_denoiser(str(fingerprint.get("class")), {})
+    family = family_of_denoiser(str(fingerprint.get("class")), fingerprint)
     if family is not None and family.architecture:
         return family.architecture
     width = fingerprint.get("cross_attention_dim")

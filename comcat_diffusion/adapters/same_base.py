@@ -1,5 +1,6 @@
 """Whether two fingerprints are of one base. Nothing here imports torch, so that headers are compared before it is."""
 
+NARROWER = "encoder_hid_dim_type"  # how a denoiser makes its text states narrower, in its settings; few do
 TOLERANCE = 0.02  # relative; bf16 keeps 8 bits of mantissa, so a copy is off by at most 0.004
 
 
@@ -8,6 +9,7 @@ def difference(trained: dict, present: dict) -> str | None:
     for key, words in (
         ("class", "another kind of model ({} instead of {})"),
         ("cross_attention_dim", "text states of another width ({} instead of {})"),
+        (NARROWER, "text states that are made narrower in another way ({} instead of {})"),
         ("heads", "other attention heads ({} instead of {})"),
         ("layout", "another layout of attentions ({} instead of {})"),
         ("prediction_type", "another prediction type ({} instead of {})"),

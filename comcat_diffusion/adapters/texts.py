@@ -35,13 +35,16 @@ class Said:
     text: str
     ends: torch.Tensor  # (M,) where in the text each token ends; 0 of tokens that are not in it
     parts: tuple[int, ...]  # how many of the M tokens each of the tokenizers has made that read the text
+    ahead: int = 0  # how many stand in front of them to fill them up, and see all of the text
 
     def acts(self, words: Sequence[str]) -> torch.Tensor:
         """(M,) of bool: each tokenizer's tokens from the first of these words on. What was cut off calls nothing."""
         starts = [start for word in words for start, _ in places(word, self.text)]
         if not starts:
             return torch.zeros(len(self.ends), dtype=torch.bool)
-        return torch.cat([(ends > min(starts)).cumsum(0) > 0 for ends in self.ends.split(self.parts)])
+        found = torch.cat([(ends > min(starts)).cumsum(0) > 0 for ends in self.ends.split(self.parts)])
+        found[: self.ahead] = found.any()
+        return found
 
     def filled(self, length: int) -> Self:
         """The same with so many tokens, those that are more in no text."""
@@ -96,15 +99,24 @@ class Texts:
             if self.reading.prefix and text.startswith(self.reading.prefix):
                 return _behind(self.reading.prefix, first, text, length)
             gone = self.reading.dropped
+            if self.reading.ends is not None:
+                return self._told(text, length)
             ends = torch.cat([_ends(tokenizer, text, count + gone)[gone:] for tokenizer, count in parts])
             before, behind = self.reading.around
             own = text[len(before) : len(text) - len(behind)]
             return Said(own, (ends - len(before)).clamp(min=0), tuple(count for _, count in parts))
 
+    def _told(self, text: str, length: int) -> Said:
+        """A prompt whose tokens' ends its family knows."""
+        ends = torch.tensor(self.reading.ends(text, length), dtype=torch.long)
+        more = length - len(ends)
+        ahead = more if self.reading.ahead else 0
+        return Said(text, pad(ends, (ahead, more - ahead)), (length,), ahead)
+
     def whole_of(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether a tokenizer reads all, and all of it is the prompt."""
+        """Whether a tokenizer reads all, all of it is the prompt, and it says itself which words tokens are."""
         alone = [segment.tokenizer for segment in self.reading.segments] == [tokenizer]
-        return alone and not (self.reading.prefix or any(self.reading.around))
+        return alone and not (self.reading.prefix or any(self.reading.around) or self.reading.ends)
 
     def _parts(self, length: int) -> list[tuple[PreTrainedTokenizerBase | None, int]]:
         """The tokenizers and how many of `length` tokens each makes."""

@@ -22,8 +22,8 @@ def files_beside(output: str | Path, header: Header, client: str, preview: str |
         except OSError as error:
             raise AdapterFileError(f"The adapter's thumbnail is no picture ({error}).") from error
     if client in GALLERIES:
-        width = header.fingerprint.get("cross_attention_dim")
-        told = {"description": "exported from a COMCAT adapter", "sd version": _VERSIONS.get(width, "Unknown")}
+        version = _VERSIONS.get(header.width, "Unknown")
+        told = {"description": "exported from a COMCAT adapter", "sd version": version}
         told |= {"activation text": header.notes.phrase, "preferred weight": 1.0, "notes": ""}
         found[output.with_suffix(".json")] = (json.dumps(told, indent=4) + "\n").encode()
     return found

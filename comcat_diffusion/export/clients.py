@@ -31,13 +31,13 @@ _RARE = ("Chroma", "PixArt-alpha and PixArt-Sigma", "Sana 1.x")
 CLIENTS = {
     "all": Client("every program", "kohya", "the program's folder of LoRAs"),
     "comfyui": Client("ComfyUI", "kohya", "ComfyUI/models/loras", "ComfyUI/models/embeddings"),
-    "forge": Client("Forge", "kohya", "webui/models/Lora", "webui/embeddings"),
+    "forge": Client("Forge", "kohya", "webui/models/Lora", "webui/embeddings", lacks=("Kolors",)),
     "a1111": Client(
         "A1111",
         "kohya",
         "stable-diffusion-webui/models/Lora",
         "stable-diffusion-webui/embeddings",
-        lacks=("FLUX.2 [klein]", "FLUX.1", "Z-Image", "Qwen-Image", *_RARE),
+        lacks=("FLUX.2 [klein]", "FLUX.1", "Z-Image", "Qwen-Image", "Kolors", *_RARE),
     ),
     "kohya": Client("kohya's sd-scripts", "kohya", "--network_weights of its scripts"),
     "invokeai": Client(
@@ -45,7 +45,7 @@ CLIENTS = {
         "kohya",
         "the model manager, which scans or imports it",
         others=_INVOKEAI,
-        lacks=("Stable Diffusion 3 and 3.5", *_RARE),
+        lacks=("Stable Diffusion 3 and 3.5", "Kolors", *_RARE),
     ),
     "sdnext": Client(
         "SD.Next",

@@ -13,7 +13,7 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 def family_in(header: Header) -> Family | None:
     """The family of the base of an adapter that is on parts which LoRA files are of, or None."""
-    family = family_of_denoiser(str(header.fingerprint.get("class")), {})
+    family = family_of_denoiser(str(header.fingerprint.get("class")), header.fingerprint)
     known = {*TEXT_ENCODERS, family.part} if family else set()
     return family if set(header.config) <= known else None
 
@@ -51,7 +51,8 @@ def refuse_other_models(header: Header, adapter: str | Path) -> None:
     """Raise AdapterFileError for an adapter of what no LoRA file of other tools is for."""
     if family_in(header) is None:
         kind = str(header.fingerprint.get("class"))
-        told = f"adapts {', '.join(sorted(header.config))}" if family_of_denoiser(kind, {}) else f"is for a {kind}"
+        known = family_of_denoiser(kind, header.fingerprint) is not None
+        told = f"adapts {', '.join(sorted(header.config))}" if known else f"is for a {kind}"
         raise AdapterFileError(
             f"{adapter} {told}; LoRA files are written for the denoisers and the CLIPs of {names()}."
         )

@@ -189,7 +189,7 @@ def _markers(loras: list[Lora]) -> list[Lora]:
 
 
 def _is_sdxl(header: Header) -> bool:
-    return header.fingerprint.get("cross_attention_dim") == _WIDTH_SDXL or "text_encoder_2" in header.config
+    return header.width == _WIDTH_SDXL or "text_encoder_2" in header.config
 
 
 def _kohya_name(lora: Lora, sdxl: bool) -> str:

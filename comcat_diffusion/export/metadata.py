@@ -56,7 +56,7 @@ def _weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def _training(header: Header, output: Path, ranks: Counter, alpha: float | None) -> dict[str, str]:
     told, phrase = header.notes.training, header.notes.phrase
-    width, prediction = header.fingerprint.get("cross_attention_dim"), header.fingerprint.get("prediction_type")
+    width, prediction = header.width, header.fingerprint.get("prediction_type")
     base = header.base_model
     pairs = {
         "ss_network_module": "networks.lora",

@@ -77,6 +77,9 @@ class Reading:
     around: tuple[str, str] = ("", "")  # what a chat's template sets before and behind a prompt, whose states stay,
     dropped: int = 0  # but for so many of the first
     filled: bool = False  # whether the states of shorter prompts are filled up with zeros
+    # Where each of at most so many tokens of a text ends, of a tokenizer that does not say so itself.
+    ends: Callable[[str, int], list[int]] | None = None
+    ahead: bool = False  # whether shorter prompts are filled up in front, by tokens that see all of the prompt
 
 
 def moved(part: torch.Tensor | list[torch.Tensor], *where: object) -> torch.Tensor | list[torch.Tensor]:

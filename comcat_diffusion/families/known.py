@@ -8,6 +8,7 @@ from comcat_diffusion.families.chroma import Chroma
 from comcat_diffusion.families.family import DENOISERS, UNET, Family
 from comcat_diffusion.families.flux_1 import Flux1
 from comcat_diffusion.families.flux_2_klein import Flux2Klein
+from comcat_diffusion.families.kolors import Kolors
 from comcat_diffusion.families.pixart import PixArt
 from comcat_diffusion.families.qwen_image import QwenImage
 from comcat_diffusion.families.sana import Sana
@@ -19,6 +20,7 @@ from comcat_diffusion.families.z_image import ZImage
 FAMILIES: tuple[Family, ...] = (
     StableDiffusion(),
     StableDiffusionXL(),
+    Kolors(),
     StableDiffusion3(),
     Flux2Klein(),
     Flux1(),

@@ -48,10 +48,14 @@ class StableDiffusionXL(StableDiffusion):
         added = {"text_embeds": pooled, "time_ids": frames.to(pooled.dtype)}
         return denoiser(noisy, timesteps, condition["states"], added_cond_kwargs=added, return_dict=False)[0]
 
+    def zeros(self, pipe: DiffusionPipeline) -> bool:
+        """Whether its pipeline subtracts zeros where there is nothing to subtract."""
+        return getattr(pipe.config, "force_zeros_for_empty_prompt", False)
+
     def conditions(self, pipe: DiffusionPipeline, condition: Condition) -> dict[str, torch.Tensor]:
         """As the pipeline: no text at all may be zeros and not the states of an empty prompt."""
         states, pooled = condition["states"], condition["pooled"]
-        kept = not getattr(pipe.config, "force_zeros_for_empty_prompt", False)
+        kept = not self.zeros(pipe)
         return {
             "prompt_embeds": states[:1],
             "negative_prompt_embeds": states[1:] * kept,

@@ -54,11 +54,19 @@ def kind_in(folder: Path) -> str:
 
 
 def tokenizer_in(folder: Path, name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer of a base by its component's name. Raises ValueError for a class that transformers does not have."""
-    _, kind = json.loads((folder / "model_index.json").read_text("utf-8"))[name]
-    if not hasattr(transformers, kind):
+    """A tokenizer of a base by its component's name.
+
+    Raises ValueError for a class that neither transformers nor diffusers has, and where a package is missing that it
+    needs.
+    """
+    library, kind = json.loads((folder / "model_index.json").read_text("utf-8"))[name]
+    home = getattr(diffusers.pipelines, library, transformers)  # diffusers has some beside their pipelines
+    if not hasattr(home, kind):
         raise ValueError(f"The base in {folder} has a tokenizer of class {kind}, which transformers does not know.")
-    return getattr(transformers, kind).from_pretrained(folder / name, local_files_only=True)
+    try:
+        return getattr(home, kind).from_pretrained(folder / name, local_files_only=True)
+    except ImportError as error:
+        raise ValueError(f"The base in {folder} wants a package that is not installed: {error}") from error
 
 
 def refuse_pipeline(pipe: DiffusionPipeline, name: str | None) -> None:
