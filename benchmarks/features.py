@@ -8,6 +8,7 @@ test crops is one of the same photograph. What is measured stays in the JSON wha
 """
 
 import argparse
+import functools
 import json
 import random
 import time
@@ -24,13 +25,15 @@ from benchmarks import dinov2, photographs
 from comcat_diffusion.compression import Settings, compress, cost, load_compressed, save_compressed
 from comcat_diffusion.compression.by_output import Measured
 from comcat_diffusion.compression.classifier import load_classifier
-from comcat_diffusion.compression.finetune import Distillation
+from comcat_diffusion.compression.finetune import OF_FEATURES
 from comcat_diffusion.compression.learning import learned
 from comcat_diffusion.compression.pictures import Batches, Shot
 from comcat_diffusion.compression.plan import Plan
 from comcat_diffusion.compression.planning import count, plan_of
+from comcat_diffusion.compression.vision import FEATURES_RATE
 
 BATCH, PIXELS = 16, 224
+LEARNED = 8  # crops a step of the fine-tuning: few crops give more steps so
 GOALS = (("attention", 0.4), ("attention", 0.6), ("model", 0.44), ("model", 0.61))  # measured first
 BUDGETS = (*GOALS, ("attention", 0.2), ("attention", 0.8), ("model", 0.3), ("model", 0.75))
 METHODS = ("output", "energy", "uniform", "matrix")
@@ -67,7 +70,10 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--test_crops", type=int, default=4, help="of each test photograph (default: %(default)s)")
     parser.add_argument("--plans", type=Path, metavar="JSON", help="the widths of an earlier run, not chosen anew")
     parser.add_argument("--finetune", type=int, default=0, help="passes over fresh crops, one a photograph and pass")
-    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of these (default: %(default)s)")
+    parser.add_argument("--learn", type=int, metavar="N", help="of so many photographs (default: those calibrated on)")
+    parser.add_argument(
+        "--rate", type=float, default=FEATURES_RATE, help="learning rate of these (default: %(default)s)"
+    )
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="put models here; a run that was cut goes on")
     parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: as many as torch finds)")
@@ -84,7 +90,7 @@ def rows(flags: argparse.Namespace, sets: dict[str, list[Path]], device: torch.d
     whose = torch.arange(len(sets["test"])).repeat(flags.test_crops)
     wanted = features(dense, test)
     yield {"part": "dense", "neighbours": neighbours(wanted, whose)} | work(dense)
-    measured = Measured(dense, seen) if "output" in flags.methods else None
+    measured = functools.cache(lambda: Measured(dense, seen))  # not where all models were kept
 
     def judged(small: nn.Module) -> dict[str, float]:
         found = features(small, test)
@@ -103,8 +109,8 @@ def rows(flags: argparse.Namespace, sets: dict[str, list[Path]], device: torch.d
                 small, plan = load_compressed(kept)
             elif method == "output":  # what was measured serves every budget
                 earlier = None if flags.plans is None else planned(dense, flags.plans, removed, settings)
-                plan = earlier or measured.plan(removed, settings)
-                small = measured.fitted(plan)
+                plan = earlier or measured().plan(removed, settings)
+                small = measured().fitted(plan)
             else:
                 small, plan = compress(dense, removed, seen, settings=settings)
             if kept is not None and not taken:
@@ -113,10 +119,12 @@ def rows(flags: argparse.Namespace, sets: dict[str, list[Path]], device: torch.d
             row |= {} if taken else {"seconds": time.perf_counter() - started}
             yield row | judged(small) | {"widths": plan.widths}
             if flags.finetune:
-                started = time.perf_counter()
-                small = finetuned(small, dense, sets["calibration"], flags, kept)
-                row |= {"finetuned_on": flags.finetune * len(sets["calibration"]), "rate": flags.rate}
-                yield row | {"seconds": time.perf_counter() - started} | judged(small) | {"widths": plan.widths}
+                started, busy = time.perf_counter(), time.process_time()
+                shown = calibrating(flags.learn or flags.photographs)
+                small = finetuned(small, dense, shown, flags, kept)
+                row |= {"finetuned_on": flags.finetune * len(shown), "of_photographs": len(shown), "rate": flags.rate}
+                row |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - busy}
+                yield row | judged(small) | {"widths": plan.widths}
 
 
 def calibrating(count: int | None) -> list[Path]:
@@ -159,9 +167,9 @@ def finetuned(
     """What has learned from the dense model, as `comcat compress --finetune_epochs N --random_crop` does."""
     state = None if kept is None else kept.with_name(f"{kept.name}.learning.safetensors")
     processor = load_classifier(str(dinov2.FOLDER)).processor
-    batches = Batches([Shot(path) for path in paths], BATCH, processor, flags.finetune, 0, cropped=True)
+    batches = Batches([Shot(path) for path in paths], LEARNED, processor, flags.finetune, 0, cropped=True)
     told = lambda step: print(f"step {step.step}: loss {step.loss:.4f}", flush=True)  # noqa: E731
-    return learned(small, dense, batches, Distillation(), flags.rate, 0, state, told)[0]
+    return learned(small, dense, batches, OF_FEATURES, flags.rate, 0, state, told)[0]
 
 
 @torch.no_grad()
@@ -209,7 +217,9 @@ def table(report: dict) -> str:
             continue
         whose = "of the attentions" if row["part"] == "attention" else "of the model"
         alike_ = [f"{row['class_token']:.3f}", f"{row['patches']:.3f}"]
-        how = row["method"] + (f", {row['finetuned_on']:,} crops" if "finetuned_on" in row else "")
+        how = row["method"]
+        if "finetuned_on" in row:
+            how += f", then {row['finetuned_on']:,} crops of {row['of_photographs']} photographs"
         took = f"{row['seconds']:.0f}" if "seconds" in row else ""
         cells.append([f"{row['removed']:.0%} {whose}", how, *alike_, near, *size, took])
     sets = report["photographs"]

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 from torch.testing import assert_close
 from transformers import AutoImageProcessor, BertConfig, BertModel, ResNetConfig, ResNetForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -293,16 +294,21 @@ def test_a_fine_tuning_that_was_cut_goes_on_and_ends_as_if_it_was_not(pictures, 
     monkeypatch.setattr(Finetune, "steps", real)
     (state,) = [path for path in tmp_path.iterdir() if path.name.startswith(".small")]
     content = state.read_bytes()
+    with safe_open(state, framework="pt") as opened:
+        about = opened.metadata()
+    assert json.loads(about["comcat"])[1] == 2e-5  # features' own rate, at which a fitted DINOv2 holds
     losses, said = {"losses": torch.zeros(5)}, []
-    others = ({}, {"comcat": "{}"}, {"comcat": "[8, 0.0001, 0, {}]"}, {"comcat": "[" * 9999})
+    others = ({}, {"comcat": "{}"}, {"comcat": "[8, 2e-05, 0, {}]"}, {"comcat": "[" * 9999})
     for wrong in (content[:-9], *(safetensors.torch.save(losses, about) for about in others)):
         state.write_bytes(wrong)
         with pytest.raises(ValueError, match="not the state of this fine-tuning; take it away"):
             ask(tmp_path / "dinov2", said.append, **settings)
         assert not (tmp_path / "small").exists() and not said  # before anything is compressed
-    state.write_bytes(safetensors.torch.save(losses, {"comcat": "[9, 0.0001, 0, {}]"}))  # the student's shapes tell
-    with pytest.raises(ValueError, match="not the state of this fine-tuning; take it away"):
-        ask(tmp_path / "dinov2", **settings)
+    one_rate = about | {"rates": json.dumps(json.loads(about["rates"]) | {"rates": [1e-5]})}  # of an earlier version
+    for wrong in ({"comcat": "[9, 2e-05, 0, {}]"}, one_rate):  # the student's shapes tell, and how many rates there are
+        state.write_bytes(safetensors.torch.save(losses, wrong))
+        with pytest.raises(ValueError, match="not the state of this fine-tuning; take it away"):
+            ask(tmp_path / "dinov2", **settings)
     state.write_bytes(content)
     more = ask(tmp_path / "dinov2", notes.append, **settings)
     assert any("Going on with the fine-tuning" in note for note in notes) and not state.exists()

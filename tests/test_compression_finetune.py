@@ -1,5 +1,7 @@
 """Self-distillation: what the losses are, that they bring a student nearer to its teacher, and what stops."""
 
+import math
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,7 +9,8 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from comcat_diffusion.compression import Settings, compress
-from comcat_diffusion.compression.finetune import Distillation, Finetune
+from comcat_diffusion.compression.finetune import Distillation, Finetune, features_loss
+from comcat_diffusion.compression.learning import learned
 from tests.compression_models import batches, built, out, pictures
 
 
@@ -57,6 +60,10 @@ def test_the_loss_is_the_sum_of_its_terms():
         "labels": functional.cross_entropy(seen.logits, batch["labels"]),
         "hard": functional.cross_entropy(seen.logits, wanted.logits.argmax(-1)),
         "align": sum(functional.mse_loss(seen.hidden_states[n], wanted.hidden_states[n]) for n in (1, 2)),
+        "streams": sum(
+            (seen.hidden_states[n] - wanted.hidden_states[n]).square().mean() / wanted.hidden_states[n].square().mean()
+            for n in (1, 2)
+        ),
     }
     for name, term in terms.items():
         alone = Distillation(**({"hard": 0.0} | {name: 2.0}))
@@ -65,6 +72,19 @@ def test_the_loss_is_the_sum_of_its_terms():
     together = Distillation(labels=0.5, hard=0.5, align=0.1)
     weighted = 0.5 * terms["labels"] + 0.5 * terms["hard"] + 0.1 * terms["align"]
     assert_close(together.of(student, teacher, batch), weighted)
+
+
+def test_features_are_learned_beside_the_streams_of_all_blocks():
+    teacher = built("dinov2")
+    student = compress(teacher, 0.5, batches(), settings=Settings(method="energy"))[0]
+    batch = batches(1)[0]
+    seen, wanted = (model(batch["pixel_values"], output_hidden_states=True) for model in (student, teacher))
+    alone = Distillation().of(student, teacher, batch)
+    assert_close(alone, features_loss(seen.last_hidden_state, wanted.last_hidden_state))
+    pairs = list(zip(seen.hidden_states, wanted.hidden_states, strict=True))[1:]
+    errors = [(found - right).square().sum() / right.square().sum() for found, right in pairs]
+    assert len(errors) == 2 and min(errors) > 1e-3
+    assert_close(Distillation(streams=0.5).of(student, teacher, batch), alone + 0.5 * sum(errors))
 
 
 def test_the_soft_loss_has_the_gradient_of_the_kl_divergence():
@@ -112,6 +132,30 @@ def test_a_step_that_is_no_number_touches_nothing():
     with pytest.raises(ValueError, match="loss of step 1 is not a finite number"):
         list(loop(student, teacher).steps(1))
     assert torch.equal(student.vit.layernorm.weight, before)
+
+
+def test_rates_rise_from_nothing_and_fall_to_it():
+    seen = []
+    student, teacher = pair()
+    learned(student, teacher, batches(30), Distillation(), 1e-3, 0, told=lambda step: seen.append(step.learning_rate))
+    course = [1e-3 * min(1, (n + 1) / 4) * (1 + math.cos(math.pi * n / 30)) / 2 for n in range(31)]
+    assert_close(seen, course[1:], rtol=1e-6, atol=1e-12)  # told is what comes next
+    assert course[0] < 3e-4 and max(seen) > 9e-4 and seen[-1] < 1e-8
+
+
+def test_no_tensor_is_changed_faster_than_its_size_allows():
+    student, teacher = pair()
+    scaled = {"vit.layernorm.weight": 1.0, "classifier.weight": 0.002, "classifier.bias": 0.0}
+    with torch.no_grad():
+        for name, size in scaled.items():
+            tensor = student.get_parameter(name)
+            tensor.copy_(size * tensor.sign())
+    before = {name: tensor.detach().clone() for name, tensor in student.named_parameters()}
+    learned(student, teacher, batches(1, 16), Distillation(), 1e-3, 0)  # Adam's first step is the rate, by signs
+    moved = {name: float((student.get_parameter(name).detach() - before[name]).abs().median()) for name in scaled}
+    assert_close(moved["vit.layernorm.weight"], 1e-3, rtol=0.02, atol=0)  # the rest is decay
+    assert_close(moved["classifier.weight"], 1e-4, rtol=0.02, atol=0)
+    assert_close(moved["classifier.bias"], 1e-3, rtol=0.02, atol=0)  # zeros have no size
 
 
 def test_labels_are_asked_for_only_where_they_are_used():

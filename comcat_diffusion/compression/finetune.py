@@ -25,9 +25,10 @@ class Distillation:
     temperature: float = 2.0
     align: float = 0.0  # mean square difference of the hidden states after the blocks below
     blocks: tuple[int, ...] = (0, 1, -2, -1)
+    streams: float = 0.0  # relative square error of the hidden states, the sum over all blocks
 
     def __post_init__(self) -> None:
-        weights = (self.labels, self.hard, self.soft, self.align)
+        weights = (self.labels, self.hard, self.soft, self.align, self.streams)
         if min(weights) < 0 or sum(weights) == 0:
             raise ValueError("The weights of the distillation must not be negative, and one must be above zero.")
         if self.temperature <= 0:
@@ -36,16 +37,17 @@ class Distillation:
     def of(self, student: nn.Module, teacher: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss on a batch; a model without classes is judged by its sample (a U-Net) or its features."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        hidden = {"output_hidden_states": True} if self.align else {}
+        hidden = {"output_hidden_states": True} if self.align or self.streams else {}
         seen, wanted = student(**inputs, **hidden), None
         features = not hasattr(seen, "logits") and hasattr(seen, "last_hidden_state")
-        if self.hard or self.soft or self.align or features or hasattr(seen, "sample"):  # labels alone need no teacher
+        judged = self.hard or self.soft or hidden or features or hasattr(seen, "sample")
+        if judged:  # labels alone need no teacher
             with torch.no_grad():
                 wanted = teacher(**inputs, **hidden)
         if hasattr(seen, "sample"):
-            return functional.mse_loss(seen.sample, wanted.sample) / wanted.sample.square().mean()
+            return relative_error(seen.sample, wanted.sample)
         if features:
-            return features_loss(seen.last_hidden_state, wanted.last_hidden_state)
+            return features_loss(seen.last_hidden_state, wanted.last_hidden_state) + self.along(seen, wanted)
         return self.loss(seen, wanted, batch.get("labels"))
 
     def loss(self, student: object, teacher: object | None, labels: torch.Tensor | None) -> torch.Tensor:
@@ -69,14 +71,29 @@ class Distillation:
             errors = [functional.mse_loss(*pair) for pair in pairs]
             chosen = {block % len(errors) for block in self.blocks if -len(errors) <= block < len(errors)}
             total = total + self.align * sum(errors[block] for block in sorted(chosen))
-        return total
+        return total + self.along(student, teacher)
+
+    def along(self, student: object, teacher: object | None) -> torch.Tensor | float:
+        """What the streams add. Every block has its own error to learn from, whatever the later ones make of it."""
+        if not self.streams:
+            return 0.0
+        pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)
+        return self.streams * sum(relative_error(*pair) for pair in pairs)
+
+
+OF_FEATURES = Distillation(streams=1.0)  # each block told its own error as well, a model learns faster (docs/log.md)
 
 
 def features_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Of features (B, N, C): 1 - cosine, the first token as much as all others, and the relative square error."""
     off = 1 - functional.cosine_similarity(found, wanted, dim=-1)  # B, N
     off = off.mean() if off.shape[1] == 1 else (off[:, 0].mean() + off[:, 1:].mean()) / 2
-    return off + functional.mse_loss(found, wanted) / wanted.square().mean()
+    return off + relative_error(found, wanted)
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The square error in parts of what is wanted."""
+    return functional.mse_loss(found, wanted) / wanted.square().mean()
 
 
 def insist_labels(labels: torch.Tensor | None, classes: int) -> torch.Tensor:
@@ -95,7 +112,7 @@ class Step:
 
     step: int  # counted from one
     loss: float
-    learning_rate: float
+    learning_rate: float  # the largest of all tensors'
     gradient_norm: float
     seconds: float
 
@@ -137,7 +154,7 @@ class Finetune:
                     self.schedule.step()
                     self.optimizer.zero_grad()
             mean = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
-            rate, seconds = self.schedule.get_last_lr()[0], time.perf_counter() - started
+            rate, seconds = max(self.schedule.get_last_lr()), time.perf_counter() - started
             yield Step(step, mean, rate, float(norm), seconds)
 
     def _loss(self, number: int) -> torch.Tensor:

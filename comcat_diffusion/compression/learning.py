@@ -1,10 +1,15 @@
 """A fine-tuning from its first step to its last, which goes on where it was cut.
 
+Adam's first steps are signs of gradients: all weights of a layer move along the mean of what it sees, whatever their
+size, and DINOv2's patches (weights of 0.007) and stream (values of 0.05) are left in a step or two. So rates rise from
+nothing, and small tensors have smaller ones (docs/log.md).
+
 What is needed to go on stands in one file: the student, the moments of its optimizer, its schedule, the random numbers
 (dropout) and the losses. Cut anywhere and taken up again, the result is that of an uncut run, bit for bit.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +25,8 @@ from comcat_diffusion.compression.calibrate import Batch
 from comcat_diffusion.compression.finetune import Distillation, Finetune, Step
 
 WEIGHT_DECAY = 0.005  # as in the paper's code
+WARM_UP = 0.1  # of the steps, in which rates rise
+USUAL = 0.02  # root mean square of weights that take the whole rate: what transformers draws its own with
 STATE_SECONDS = 60.0  # between writing the state
 KEY = "comcat"  # of what the state file says about its run
 
@@ -30,11 +37,11 @@ def learned(
 ) -> tuple[nn.Module, list[float]]:  # fmt: skip
     """The student after one step for each batch, in evaluation mode, and the losses of all steps.
 
-    The learning rate falls from `rate` along a cosine. The global random numbers are left as they were. Raises
-    ValueError at a loss or gradient that is no number, or if the state file is another run's.
+    The learning rate rises to `rate`, then falls along a cosine; small tensors have less of it. The global random
+    numbers are left as they were. Raises ValueError at a loss or gradient that is no number, or if the state
+    file is another run's.
     """
-    optimizer = torch.optim.AdamW(small.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
+    optimizer, schedule = _course(small, rate, len(batches))
     accelerator, named = Accelerator(), dict(small.named_parameters())
     student, prepared, stepped = accelerator.prepare(small, optimizer, schedule)
     loop = Finetune(student, dense, batches, distillation, prepared, stepped, accelerator)
@@ -51,6 +58,26 @@ def learned(
                 _save(state, about, small, named, optimizer, schedule, losses)
                 saved = time.monotonic()
     return accelerator.unwrap_model(student).eval(), losses
+
+
+def _course(
+    small: nn.Module, rate: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW with a group for each tensor, and the course of their rates."""
+    groups = [{"params": [tensor], "lr": rate * _share(tensor)} for tensor in small.parameters()]
+    warm = int(WARM_UP * steps)
+
+    def course(step: int) -> float:
+        return min(1.0, (step + 1) / (warm + 1)) * (1 + math.cos(math.pi * step / steps)) / 2
+
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, course)
+
+
+def _share(tensor: torch.Tensor) -> float:
+    """Of the rate; all of it for zeros, which have no size that a step could be too large for."""
+    size = float(tensor.detach().double().square().mean().sqrt())
+    return min(1.0, size / USUAL) or 1.0
 
 
 def refuse_other(path: Path, rate: float, seed: int, steps: int | None = None) -> None:
@@ -97,6 +124,9 @@ def _load(path: Path, about: str, small: nn.Module, named: dict, optimizer: obje
     said = _said(path)
     if said[KEY] != about:
         raise _wrong(path)
+    rates = json.loads(said["rates"])
+    if len(rates["rates"]) != len(optimizer.param_groups):  # earlier versions had one rate for all tensors
+        raise _wrong(path)
     tensors = safetensors.torch.load_file(path)
     small.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
     for name, parameter in named.items():
@@ -104,7 +134,6 @@ def _load(path: Path, about: str, small: nn.Module, named: dict, optimizer: obje
             if f"optimizer.{name}.{key}" in tensors:
                 value = tensors[f"optimizer.{name}.{key}"]
                 optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
-    rates = json.loads(said["rates"])
     schedule.load_state_dict(rates["schedule"])
     for group, rate in zip(optimizer.param_groups, rates["rates"], strict=True):
         group["lr"] = rate

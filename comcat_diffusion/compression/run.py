@@ -42,6 +42,7 @@ class Task(Protocol):
     counted: str
     parts: tuple[str, ...] | None
     distillation: Distillation
+    usual_rate: float
     calibration: Callable[[], tuple[Sequence | None, str]]
     search_batches: Callable[[], Sequence]
     training: Callable[[], Sequence]
@@ -155,7 +156,7 @@ def _refuse_other_state(config: CompressConfig, task: Task) -> None:
     """Raises ValueError if a fine-tuning was cut, but not one of these steps, this rate and seed."""
     state = beside(config, "finetune")
     if config.finetune_epochs and state.exists():  # a U-Net's steps are those of its drawings, not made yet
-        refuse_other(state, config.peak_rate, config.seed, len(task.training()) or None)
+        refuse_other(state, rate_of(config, task), config.seed, len(task.training()) or None)
 
 
 def _smaller(
@@ -179,6 +180,11 @@ def beside(config: CompressConfig, stage: str) -> Path:
     return folder.with_name(f".{folder.name}.{stage}-{mark}.safetensors")
 
 
+def rate_of(config: CompressConfig, task: Task) -> float:
+    """Learning rate of the fine-tuning."""
+    return config.learning_rate or task.usual_rate
+
+
 def finetuned(small: nn.Module, task: Task, config: CompressConfig, note: Note) -> tuple[nn.Module, Finetuning]:
     """The smaller model after the passes asked for; a fine-tuning that was cut goes on, and one that harms is told.
 
@@ -196,7 +202,7 @@ def finetuned(small: nn.Module, task: Task, config: CompressConfig, note: Note) 
             mean = sum(losses[-each:]) / len(losses[-each:])
             note(f"Fine-tuning: pass {step.step // each} of {config.finetune_epochs}, mean loss {mean:.4g}.")
 
-    rate, seed = config.peak_rate, config.seed
+    rate, seed = rate_of(config, task), config.seed
     small, every = learned(small, task.model, batches, task.distillation, rate, seed, state, told)
     later = every[len(every) // 2 :]
     if (mean := sum(later) / len(later)) > every[0]:

@@ -13,10 +13,12 @@ from comcat_diffusion import bases
 from comcat_diffusion.compression.calibrate import checked
 from comcat_diffusion.compression.classifier import is_classifier, load_classifier
 from comcat_diffusion.compression.config import CompressConfig
-from comcat_diffusion.compression.finetune import Distillation
+from comcat_diffusion.compression.finetune import OF_FEATURES, Distillation
 from comcat_diffusion.compression.modelling import auto_class
 from comcat_diffusion.compression.pictures import Batches, Shot, chosen, find, find_labelled, refuse_unreadable
 from comcat_diffusion.compression.report import Quality
+
+FEATURES_RATE = 2e-5  # at 1e-4 a DINOv2 that was fitted breaks in two steps (docs/log.md)
 
 
 class Vision:
@@ -32,8 +34,9 @@ class Vision:
         loaded = load_classifier(config.model, config.revision)
         self.model, self.processor = loaded.model.to(bases.fastest_device()), loaded.processor
         self.classifies = is_classifier(self.model)
-        # The labels and the dense model's classes, as in the paper; of features there is one loss.
-        self.distillation = Distillation(labels=0.5, hard=0.5) if self.classifies else Distillation()
+        # The labels and the dense model's classes, as in the paper; or features, and the streams that lead to them.
+        self.distillation = Distillation(labels=0.5, hard=0.5) if self.classifies else OF_FEATURES
+        self.usual_rate = 1e-4 if self.classifies else FEATURES_RATE
         self.others: dict[str, object] = {}
         self.train_shots = self._labelled("train_dir")
         self.eval_shots = self._labelled("eval_dir")
