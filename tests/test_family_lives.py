@@ -145,7 +145,13 @@ def test_what_has_learned_nothing_is_the_base(base, kind, tmp_path):
     assert differs(drawn(pipe, PROMPT)[0], before)
 
 
-@pytest.mark.parametrize(("name", "kind"), zip(BASES[:-1], cycle(("foldable", "tied", "free", "cores")), strict=False))
+RESUMED = tuple(zip(BASES[:-1], cycle(("foldable", "tied", "free", "cores")), strict=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [pytest.param(*one, marks=pytest.mark.slow) if one == ("sana", "cores") else one for one in RESUMED],
+)
 def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(folders, name, kind, tmp_path):
     base = str(folders[name])
     whole = customize(settings(base, tmp_path, kind=kind, checkpointing_steps=2, skip_final_inference=True)).adapter

@@ -213,6 +213,7 @@ def settings(two, output, *regions, **more):
     return GenerateConfig(**{**drawn, "adapter": adapters, "region": regions, "output_dir": str(output), **more})
 
 
+@pytest.mark.slow
 def test_two_subjects_keep_to_their_sides_of_a_picture(two, tmp_path):
     def drawn(*regions, **more):
         made = generate(settings(two, tmp_path / "out", *regions, **more))

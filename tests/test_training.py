@@ -100,6 +100,7 @@ def test_ctrl_c_keeps_what_was_learned_and_it_goes_on_from_there(config, tmp_pat
     assert customize(more).adapter.read_bytes() != outcome.adapter.read_bytes()
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_learned_on_keeps_its_shape_and_its_subject(config, tmp_path):
     whole = {"max_bytes": 0, "target_modules": ["attn1", "attn2"]}
     first = customize(config(max_train_steps=2, kind="free", rank=2, alpha=1.0, **whole))
@@ -146,6 +147,7 @@ def test_what_is_learned_on_in_bfloat16_is_not_rounded(config, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_precision_to_nobody(config):
     customize(config(max_train_steps=1, mixed_precision="bf16"))
     assert Accelerator().mixed_precision == "no"
@@ -188,6 +190,7 @@ def test_the_command_line_survives_a_real_ctrl_c(tmp_path):
     assert read_adapter(tmp_path / "sks-teddy.safetensors").notes.trigger == "sks"
 
 
+@pytest.mark.slow
 def test_options_change_what_is_trained(config, tmp_path):
     wide = {"target_modules": ["attn1", "attn2"], "rank": 2, "alpha": 1.0, "name": "mine", "save_precision": "fp32"}
     wide |= {"kind": "free", "everywhere": True}
@@ -360,6 +363,7 @@ def test_a_launchers_precision_that_is_none_is_refused_and_one_that_nobody_asked
     assert told == "The precision is bf16, as suits the device; --mixed_precision no keeps the launcher's."
 
 
+@pytest.mark.slow
 def test_each_part_is_on_the_accelerator_while_it_works_and_the_denoiser_in_the_precision_of_its_steps(
     config, monkeypatch
 ):
