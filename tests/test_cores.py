@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from comcat_diffusion import ComcatConfig, bases, load_adapter, save_adapter
 from comcat_diffusion.adapters.combine import combine
-from comcat_diffusion.adapters.cores import QUANTIZED, basis_of
+from comcat_diffusion.adapters.cores import QUANTIZED, Ends, basis_of
 from comcat_diffusion.adapters.header import AdapterFileError, read_adapter
 from comcat_diffusion.adapters.model import adapted_layers, factors
 from comcat_diffusion.adapters.placing import add_adapter
@@ -226,3 +226,25 @@ def test_of_another_base_a_file_is_refused(saved, tmp_path):
         load_adapter(other, file, "dog")
     header = read_adapter(file)
     assert replace(header, tokens=[]).config["unet"]["cores"] is True
+
+
+class _Late(Ends):
+    """Ends of which another thread finds all just before this one looks whether that is to be done."""
+
+    entered = False
+
+    @property
+    def _base(self) -> tuple | None:
+        if not self.entered:
+            self.entered = True
+            _ = self.weight
+        return self.left
+
+    @_base.setter
+    def _base(self, left: tuple | None) -> None:
+        self.left = left
+
+
+def test_what_another_thread_has_found_meanwhile_is_taken():
+    weight = torch.randn(4, 6)
+    assert torch.equal(_Late(weight, 2, 1).weight, Ends(weight, 2, 1).weight)

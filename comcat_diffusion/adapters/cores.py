@@ -49,21 +49,7 @@ def basis_of(weight: torch.Tensor, heads: int, rank: int) -> torch.Tensor:
     Raises ValueError for quantized weights.
     """
     _refuse_quantized(weight)
-    return _basis(_rounded(weight, heads), rank)
-
-
-def _refuse_quantized(weight: torch.Tensor) -> None:
-    if not weight.dtype.is_floating_point:
-        raise ValueError(QUANTIZED)
-
-
-def _rounded(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """(H*D, C) -> (H, D, C) in float64, of what bfloat16 holds."""
-    return weight.detach().cpu().to(torch.bfloat16).double().unflatten(0, (heads, -1))
-
-
-def _basis(rounded: torch.Tensor, rank: int) -> torch.Tensor:
-    """(H, D, C) -> (H, D, R), see `basis_of`."""
+    rounded = weight.detach().cpu().to(torch.bfloat16).double().unflatten(0, (heads, -1))  # H, D, C
     _, vectors = torch.linalg.eigh(rounded @ rounded.mT)  # ascending, H, D, D
     leading = vectors[..., -rank:]
     width = leading.shape[1]
@@ -72,6 +58,11 @@ def _basis(rounded: torch.Tensor, rank: int) -> torch.Tensor:
     fixed = torch.cos(math.pi * (places[:, None] + 0.5) * waves / width)  # D, R
     u, _, vh = torch.linalg.svd(leading.mT @ fixed)
     return leading @ (u @ vh)
+
+
+def _refuse_quantized(weight: torch.Tensor) -> None:
+    if not weight.dtype.is_floating_point:
+        raise ValueError(QUANTIZED)
 
 
 class Ends:
@@ -101,18 +92,17 @@ class Ends:
     @torch.compiler.disable
     def _find(self) -> None:
         """Raises ValueError if the weights have been changed, as by a LoRA that was fused into them."""
-        if self._weight is not None:
+        base = self._base
+        if base is None:  # said last, so what it stands for is there in every thread that sees it
             return
-        weight, before = self._base
+        weight, before = base
         _refuse_quantized(weight)
         floor = 0.25 * before.abs().mean()  # below it half precision rounds to steps of one size
         if ((_sampled(weight) - before).abs() > ROUNDED * (before.abs() + floor)).any():
             raise ValueError(CHANGED)
         with torch.inference_mode(False), torch.no_grad():  # what is kept here may be trained behind, later
-            weight = weight.detach()
-            rounded = _rounded(weight, self.heads)
-            basis = _basis(rounded, self.rank)
-            rows = rounded if weight.dtype == torch.bfloat16 else weight.cpu().double().unflatten(0, (self.heads, -1))
+            basis = basis_of(weight, self.heads, self.rank)
+            rows = weight.detach().cpu().double().unflatten(0, (self.heads, -1))  # H, D, C
             dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.float32
             self._basis = basis.to(weight.device, dtype)
             self._weight = (basis.mT @ rows).flatten(0, 1).to(weight.device, dtype)
