@@ -119,6 +119,22 @@ def sd2(folder: Path) -> Path:
     return _saved(pipe, folder)
 
 
+def xl_unet(pooled: int, **more) -> UNet2DConditionModel:
+    """Stable Diffusion XL's three levels, for pooled text of this width and sizes."""
+    return unet(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(1, 2, 2),
+        transformer_layers_per_block=(1, 1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + pooled,
+        **more,
+    )
+
+
 def sdxl(folder: Path) -> Path:
     """Two text encoders, pooled text and size conditioning, three levels."""
     with torch.random.fork_rng():
@@ -129,18 +145,7 @@ def sdxl(folder: Path) -> Path:
             text_encoder_2=text_encoder(CLIPTextModelWithProjection, "gelu"),
             tokenizer=tokenizer(),
             tokenizer_2=tokenizer(),
-            unet=unet(
-                block_out_channels=(8, 16, 16),
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                attention_head_dim=(1, 2, 2),
-                transformer_layers_per_block=(1, 1, 2),
-                use_linear_projection=True,
-                cross_attention_dim=2 * WIDTH,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=4,
-                projection_class_embeddings_input_dim=6 * 4 + WIDTH,
-            ),
+            unet=xl_unet(WIDTH, cross_attention_dim=2 * WIDTH),
             scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
         )
     return _saved(pipe, folder)

@@ -150,19 +150,11 @@ def kolors(folder: Path, width: int = 16, **more) -> Path:
             vae=tiny_bases.vae(),
             text_encoder=chatglm(),
             tokenizer=chatglm_tokenizer(folder / "made"),
-            unet=tiny_bases.unet(
-                block_out_channels=(8, 16, 16),
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                attention_head_dim=(1, 2, 2),
-                transformer_layers_per_block=(1, 1, 2),
-                use_linear_projection=True,
+            unet=tiny_bases.xl_unet(
+                WIDTH,
                 cross_attention_dim=width,
                 encoder_hid_dim=WIDTH,
                 encoder_hid_dim_type="text_proj",
-                addition_embed_type="text_time",
-                addition_time_embed_dim=4,
-                projection_class_embeddings_input_dim=6 * 4 + WIDTH,
             ),
             scheduler=EulerDiscreteScheduler(
                 beta_start=0.00085, beta_end=0.014, beta_schedule="scaled_linear", num_train_timesteps=1100,
