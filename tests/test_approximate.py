@@ -59,6 +59,7 @@ def test_an_adapter_that_could_be_folded_is_found_exactly_and_exports(randomize,
     assert (predicted(live) - before).abs().max() > 0.05
 
 
+@pytest.mark.slow
 def test_an_adapter_outside_is_refused_with_its_error_or_forced(randomize, tmp_path):
     file = free_file(tmp_path / "free.safetensors", randomize, inside=False)
     pipe = bases.load_base("embedded")

@@ -44,6 +44,7 @@ def test_a_short_case_is_repeated_until_a_sample_is_long_enough(monkeypatch):
     assert called.count("short") == 2 + 10 and called.count("long") == 1 + 1
 
 
+@pytest.mark.slow
 def test_every_case_is_timed_on_a_base_that_carries_nothing_else(base, monkeypatch):
     seen, predict = [], run._predict
 

@@ -21,6 +21,7 @@ def tiny() -> tuple:
     return tiny_families.klein_transformer(), call
 
 
+@pytest.mark.slow
 def test_every_kind_takes_its_steps_on_one_base(monkeypatch):
     monkeypatch.setattr(blocks, "BASES", {"tiny": tiny})
     rows = blocks.rows_of("tiny", 1)

@@ -22,6 +22,7 @@ KINDS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_a_method_trains_and_writes_what_it_says(name, tmp_path, monkeypatch):
     monkeypatch.setattr(customization_runs, "picture", lambda subject, pose: _blank())

@@ -34,6 +34,7 @@ def test_no_choice_sees_what_is_reported():
     assert not set(UNSEEN) & set(CHARACTERS)
 
 
+@pytest.mark.slow
 def test_what_learns_nothing_moves_no_background_and_every_measure_is_told(root):
     rows = list(subjects.measured(root, seeds=1))
     assert [row["method"] for row in rows] == ["nothing", "nothing, drawn with --no-keep_background"]

@@ -56,6 +56,7 @@ def drawn(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_each_is_like_itself_and_not_like_its_neighbour(drawn):
     judge = load_features(bases.EMBEDDED)
     for pair in together.permutations(together.TRIGGERS, 2):
@@ -66,6 +67,7 @@ def test_each_is_like_itself_and_not_like_its_neighbour(drawn):
             assert own["background_moved"].max() < 1
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_for_each_alone_and_for_two_together(drawn, monkeypatch):
     monkeypatch.setattr(together, "load_features", lambda name: load_features(bases.EMBEDDED))
     rows = together.rows_of(1, drawn)

@@ -41,8 +41,10 @@ def cuts(monkeypatch):
 @pytest.mark.parametrize(
     ("more", "least"),
     [
-        ({"train_text_encoder": True, "everywhere": True, "rank": 2, "kind": "free"}, 0.9),
-        ({"kind": "foldable", "use_ema": True, "target_modules": ["attn2"]}, 0.9),
+        pytest.param(
+            {"train_text_encoder": True, "everywhere": True, "rank": 2, "kind": "free"}, 0.9, marks=pytest.mark.slow
+        ),
+        pytest.param({"kind": "foldable", "use_ema": True, "target_modules": ["attn2"]}, 0.9, marks=pytest.mark.slow),
         ({"kind": "tied", "max_bytes": 3500}, 0.7),  # a rank of all heads together is a tenth of this
     ],
     ids=["free, text encoder", "foldable, mean", "tied"],
@@ -90,6 +92,7 @@ def test_the_best_adapter_fits_too(config, tmp_path):
     assert len([line for line in lines if "held_out_loss" in line]) == 2
 
 
+@pytest.mark.slow
 def test_a_new_word_is_within_the_budget(config, tmp_path):
     folder = tmp_path / "pictures"
     shutil.copytree(bases.assets() / "subject" / "train", folder, ignore=shutil.ignore_patterns("*.txt"))

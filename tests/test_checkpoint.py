@@ -127,6 +127,7 @@ def test_a_stop_within_a_step_leaves_the_last_checkpoint_as_it_is(config, tmp_pa
     assert again.adapter.read_bytes() == unbroken
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_another_setting(config, tmp_path, two):
     record = two[0] / checkpoint.RECORD
     told = json.loads(record.read_text())
@@ -137,6 +138,7 @@ def test_another_number_of_processes_is_another_setting(config, tmp_path, two):
         customize(config(tmp_path, max_train_steps=4, resume_from_checkpoint=str(two[0])))
 
 
+@pytest.mark.slow
 def test_the_last_step_can_be_resumed_too(config, tmp_path, unbroken, kept):
     again = customize(config(tmp_path, resume_from_checkpoint=str(kept[1][-1])))
     assert again.adapter.read_bytes() == unbroken
@@ -181,6 +183,7 @@ def two(once, tmp_path):
     return checkpoint.listed(tmp_path / "checkpoints")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_named(config, tmp_path, two):
     learned = two[1] / "learned.safetensors"
     learned.write_bytes(learned.read_bytes()[:-1] + b"x")
@@ -192,6 +195,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_named(config, tmp
         customize(settings)
 
 
+@pytest.mark.slow
 def test_a_missing_checkpoint_is_no_fresh_start(config, tmp_path, two):
     with pytest.raises(ValueError, match=r"there is no checkpoint .*checkpoint-9; the last good one is .*-4"):
         customize(config(tmp_path, max_train_steps=4, resume_from_checkpoint=str(two[0].with_name("checkpoint-9"))))
@@ -199,6 +203,7 @@ def test_a_missing_checkpoint_is_no_fresh_start(config, tmp_path, two):
         customize(config(tmp_path / "elsewhere", resume_from_checkpoint="latest"))
 
 
+@pytest.mark.slow
 def test_other_settings_or_pictures_are_refused_by_name(config, tmp_path, two, three):
     asked = {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
     with pytest.raises(ValueError, match=r"learning_rate \(was 0\.005, is 0\.1\)"):
@@ -289,6 +294,7 @@ def test_so_are_pictures_of_the_class_and_those_to_judge_by(config, tmp_path, th
             customize(settings(resume, **moved))
 
 
+@pytest.mark.slow
 def test_another_number_of_threads_is_told(config, tmp_path, two):
     record = two[1] / checkpoint.RECORD
     told = json.loads(record.read_text())

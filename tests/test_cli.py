@@ -113,6 +113,7 @@ def test_a_toml_file_has_the_choices_of_the_flags(command, text, message, tmp_pa
     assert len(said) == 1 and message in said[0]
 
 
+@pytest.mark.slow
 def test_no_file_of_the_user_is_replaced_unless_asked(tmp_path, capsys):
     assert (
         main(["train", "--output_dir", str(tmp_path / "a b"), "--max_train_steps", "1", "--skip_final_inference"]) == 0
@@ -185,6 +186,7 @@ def test_train_generate_and_info_from_any_folder(tmp_path, monkeypatch, capfd):
     assert "sks teddy" in told and "on attn1 (7 attentions) and attn2 (7 attentions)" in told
 
 
+@pytest.mark.slow
 def test_an_adapter_becomes_every_other_file(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     steps = ["--max_train_steps", "3", "--skip_final_inference", "--learning_rate", "1e-2"]
@@ -250,6 +252,7 @@ def test_letters_that_an_output_can_hold_are_written_as_they_are(monkeypatch, en
     assert f"'{shown.split()[0]}'" in log.buffer.getvalue().decode(encoding)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_nobody_listens(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdout", None), monkeypatch.setattr("sys.stderr", None)
     flags = ["--max_train_steps", "1", "--skip_final_inference", "--output_dir", str(tmp_path / "out")]

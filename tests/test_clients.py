@@ -152,6 +152,7 @@ def test_the_text_side_is_bent_by_the_least_squares_of_two_kinds_of_tokens():
     assert slope.abs().max() < 1e-10 and loss(bent) < 0.9 * loss(down)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_waits_becomes_one_for_everywhere_and_says_what_that_costs(adapters, tmp_path):
     target, pipe = tmp_path / "everywhere.safetensors", bases.load_base("embedded")
     before = predicted(pipe)

@@ -178,6 +178,7 @@ def unet_report(sd1, tmp_path_factory):
     return run(CompressConfig(model=str(sd1), calibration_prompt=PROMPTS, output_dir=str(output), **settings))
 
 
+@pytest.mark.slow
 def test_a_unet_becomes_a_folder_with_a_sheet_and_its_drift(sd1, unet_report):
     report = unet_report
     rest = {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
@@ -200,6 +201,7 @@ def test_a_unet_becomes_a_folder_with_a_sheet_and_its_drift(sd1, unet_report):
     assert 'bases.load_base("small")' in (report.folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_sheet_is_drawn_with_the_guidance_that_the_base_is_drawn_with(sd1, unet_report, tmp_path):
     about = json.loads(Image.open(unet_report.folder / "sheet.png").text["comcat"])
     assert about["guidance_scale"] == 7.5 == bases.default_guidance(str(sd1))

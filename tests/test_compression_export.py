@@ -21,6 +21,7 @@ def loaded(request, tmp_path):
     return low
 
 
+@pytest.mark.slow
 def test_a_loaded_classifier_exports_at_any_batch_size(loaded):
     example = pictures(2, dtype=torch.float32)
     program = torch.export.export(loaded, (example,), dynamic_shapes={"pixel_values": {0: torch.export.Dim.DYNAMIC}})
@@ -29,6 +30,7 @@ def test_a_loaded_classifier_exports_at_any_batch_size(loaded):
         assert_close(out(program.module(), inputs), out(loaded, inputs), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_loaded_classifier_becomes_an_onnx_file_for_any_batch_size(loaded, tmp_path):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")  # PyTorch's exporter is written in it

@@ -265,6 +265,7 @@ def test_a_budget_of_multiply_adds_holds_and_every_unit_is_counted_as_it_runs(ki
         assert cost.multiply_adds(low, one) == whole + more
 
 
+@pytest.mark.slow
 def test_a_budget_of_time_makes_a_faster_model_and_says_what_cannot_be_had():
     model = built("vit", hidden_size=192, intermediate_size=768, num_hidden_layers=1).float()
     seen = batches(2, dtype=torch.float32)

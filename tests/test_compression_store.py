@@ -102,6 +102,7 @@ def retype(whole):
     whole["plan"]["widths"] = {name: "4" for name in whole["plan"]["widths"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, told",
     [

@@ -56,6 +56,7 @@ def adapters(tmp_path_factory):
     return files
 
 
+@pytest.mark.slow
 def test_a_refusal_waits_for_nothing_that_it_does_not_need(adapters, tmp_path):
     tied, free, foldable = (adapters[name] for name in ("tied", "free", "foldable"))
     out, prompt = tmp_path / "out.safetensors", ["--prompt", "sks teddy"]

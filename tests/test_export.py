@@ -269,6 +269,7 @@ def pictures(pipe, prompts=("a photo of sks teddy", "a red ball")):
     return (made.images * 255).round().astype(int)
 
 
+@pytest.mark.slow
 def test_a_merged_checkpoint_draws_the_same_pictures_without_this_package(embedded, tmp_path):
     file, base, live = embedded
     headers = merge_to_folder(bases.load_base("embedded"), [(file, 1.0)], tmp_path / "merged")

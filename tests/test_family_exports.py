@@ -36,8 +36,8 @@ BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "qwen_image", "flu
 
 
 def _mostly(case: str) -> object:
-    """FLUX.1 and Chroma are FLUX.2 in nearly all, and kinds much alike: `make test-kernels` walks all."""
-    often = "chroma" not in case and case not in ("tied-flux1", "foldable-z_image", "foldable-qwen_image")
+    """Kinds are much alike, and of each way to name weights one family is enough: `make test-kernels` walks all."""
+    often = case in ("tied-pixart", "tied-sd3", "foldable-klein", "tied-z_image", "foldable-kolors", "cores-klein")
     return case if often else pytest.param(case, marks=pytest.mark.slow)
 
 

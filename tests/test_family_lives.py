@@ -56,6 +56,7 @@ from tests import tiny_families
 PICTURES = str(bases.assets() / "subject" / "train")
 PROMPT, OTHER = "a photo of sks teddy", "a photo of a teddy"
 BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "qwen_image", "flux1", "kolors", "chroma")
+OFTEN = ("pixart", "sd3", "klein")
 SUBJECTS = [Subject("sks", "teddy")]
 
 
@@ -67,8 +68,8 @@ def folders(tmp_path_factory):
 
 
 def _mostly(name: str) -> object:
-    """Chroma is FLUX.1 in nearly all: `make test-kernels` walks it too."""
-    return pytest.param(name, marks=pytest.mark.slow) if "chroma" in name else name
+    """Of each kind of attention one, text beside the picture and within it: `make test-kernels` walks them all."""
+    return name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", params=[_mostly(name) for name in BASES])
@@ -150,7 +151,7 @@ RESUMED = tuple(zip(BASES[:-1], cycle(("foldable", "tied", "free", "cores")), st
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [pytest.param(*one, marks=pytest.mark.slow) if one == ("sana", "cores") else one for one in RESUMED],
+    [one if one[0] in OFTEN else pytest.param(*one, marks=pytest.mark.slow) for one in RESUMED],
 )
 def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(folders, name, kind, tmp_path):
     base = str(folders[name])
@@ -698,7 +699,7 @@ def test_a_distilled_base_is_told_and_draws_without_guidance(folders, tmp_path):
     assert "distilled to draw in a few steps" in family_of(pipe).remarks(pipe)[0]
 
 
-@pytest.mark.parametrize("name", ["sd3", "klein", "chroma", "z_image", "qwen_image"])
+@pytest.mark.parametrize("name", [_mostly(name) for name in ("sd3", "klein", "chroma", "z_image", "qwen_image")])
 def test_a_scale_in_the_call_and_a_negative_prompt_count(folders, name):
     pipe = bases.load_base(str(folders[name]))
     (before,) = drawn(pipe, PROMPT)
@@ -814,7 +815,7 @@ def lora_layers_of_one(layer, adapter) -> torch.Tensor:
     return change
 
 
-@pytest.mark.parametrize("name", ["klein", "flux1", "chroma"])
+@pytest.mark.parametrize("name", [_mostly(name) for name in ("klein", "flux1", "chroma")])
 def test_training_in_every_block_leaves_other_prompts_alone(folders, name, tmp_path):
     base = str(folders[name])
     file = customize(settings(base, tmp_path, kind="tied", target_modules=["attn"], learning_rate=0.02)).adapter

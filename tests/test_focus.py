@@ -168,6 +168,7 @@ def test_a_sampler_that_takes_other_steps_with_the_adapter_is_refused(pipe, monk
         drawn(keeping(pipe))
 
 
+@pytest.mark.slow
 def test_pictures_one_after_the_other_know_nothing_of_each_other(pipe):
     alone = drawn(keeping(pipe))
     drawn(keeping(pipe), "a small sks teddy on the right, blue background")
@@ -186,6 +187,7 @@ def test_afterwards_nothing_is_left_also_after_an_error(pipe):
     assert far(drawn(pipe), before) == 0
 
 
+@pytest.mark.slow
 def test_another_thread_draws_as_ever(pipe):
     before, placed, others = drawn(pipe), drawn(keeping(pipe)), []
 
@@ -315,6 +317,7 @@ def test_what_has_no_words_or_looks_nowhere_is_refused(pipe, loaded):
         keep_background(other, WORDS, WITH)
 
 
+@pytest.mark.slow
 def test_the_command_keeps_the_background_and_says_so(pipe, tmp_path):
     save_adapter(pipe, tmp_path / "dog.safetensors", "dog", "embedded")
     settings = {"adapter": [str(tmp_path / "dog.safetensors")], "prompt": [WITH], "num_images": 1, "any_prompt": True}

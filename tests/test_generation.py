@@ -61,6 +61,7 @@ def test_a_picture_says_what_made_it(config, adapter):
     assert PROMPT in Image.open(made.files[1]).text["parameters"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_picture_whatever_the_batch(config, tmp_path):
     together = pixels(generate(config(num_images=3, batch_size=3)))
     apart = pixels(generate(config(num_images=3, batch_size=1)))
@@ -97,6 +98,7 @@ def test_pictures_of_other_shapes_are_what_the_bases_own_pipeline_draws(config, 
     assert Image.open(kept.sheet).width > 288  # its cells are 288 x 144
 
 
+@pytest.mark.slow
 def test_a_side_that_is_left_open_is_the_resolution(config):
     (tall,) = generate(config(height=96, num_images=1)).files
     (low,) = generate(config(width=96, resolution=48, num_images=1)).files
@@ -122,6 +124,7 @@ def test_a_region_has_the_shape_of_the_picture(config, adapter, tmp_path):
             generate(config(region=region, **more))
 
 
+@pytest.mark.slow
 def test_scale_zero_is_the_base_and_scales_differ(config, adapter):
     base = pixels(generate(config(adapter=[], pretrained_model_name_or_path="embedded")))
     assert np.array_equal(pixels(generate(config(scale=0.0))), base)
@@ -194,11 +197,13 @@ def test_bad_input_is_one_sentence(config, settings, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LCMScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"])
 def test_samplers_for_stable_diffusion_draw(config, name):
     assert len(generate(config(scheduler=name)).files) == 2
 
 
+@pytest.mark.slow
 def test_a_picture_never_takes_the_place_of_another(config):
     first, again = generate(config()), generate(config())
     assert first.files == again.files and first.sheet == again.sheet  # the same pictures to the byte

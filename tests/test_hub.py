@@ -163,6 +163,7 @@ def test_only_adapters_are_fetched_and_no_other_file_is_replaced(written, folder
         copy_adapters(folder, target, "me/my-dog")
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_to_a_hub_and_comes_back(written, sheet, tmp_path):
     """By huggingface_hub's own requests, to a hub of ours: it takes address and token from the environment."""
     file, target, home = written(), tmp_path / "fetched", tmp_path / "home"

@@ -44,9 +44,14 @@ def said(pictures, **settings):
     own = {"instance_data_dir": str(pictures), "instance_prompt": "a photo of sks teddy", **settings}
     report, listener = validate(ValidateConfig(**own)), Listener()
     assert not report.errors, report.errors
-    customize(TrainConfig(**own, max_train_steps=1, skip_final_inference=True, output_dir="run"), listener)
+    quick = {"max_train_steps": 1, "skip_final_inference": True, "max_bytes": 0, "output_dir": "run"}
+    customize(TrainConfig(**own, **quick), listener)
     shutil.rmtree("run")
     return report, listener.notes
+
+
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 def refused(pictures, message, **settings):
@@ -121,6 +126,7 @@ def test_pictures_without_any_caption_are_doubted(pictures):
     assert doubt.startswith("No picture of 'sks teddy' has a caption") and doubt in notes
 
 
+@pytest.mark.slow
 def test_near_equal_pictures_are_doubted_by_name(pictures):
     whole = Image.open(pictures / "1.png")
     whole.crop((30, 20, 300, 220)).save(pictures / "5.png"), shutil.copy(pictures / "2.png", pictures / "6.png")
@@ -132,6 +138,7 @@ def test_near_equal_pictures_are_doubted_by_name(pictures):
     assert len(alike) == 2 and set(alike) <= set(notes)
 
 
+@pytest.mark.slow
 def test_pictures_smaller_than_the_resolution_are_doubted_by_name(pictures):
     photo(5, (63, 200)).save(pictures / "1.png")
     report, notes = said(pictures)
@@ -148,10 +155,10 @@ def test_pictures_smaller_than_the_resolution_are_doubted_by_name(pictures):
     ("low", "high", "expected"),
     [
         (255, 255, "1-mask.png is all white: it masks nothing"),
-        (252, 255, "1-mask.png is all white"),
-        (0, 0, "1-mask.png is all black: it masks nothing"),
-        (0, 3, "1-mask.png is all black"),
-        (128, 128, "1-mask.png is all one grey"),
+        slow(252, 255, "1-mask.png is all white"),
+        slow(0, 0, "1-mask.png is all black: it masks nothing"),
+        slow(0, 3, "1-mask.png is all black"),
+        slow(128, 128, "1-mask.png is all one grey"),
         (0, 90, "1-mask.png is nowhere white (at most 90 of 255)"),
         (0, 255, None),
     ],
@@ -225,6 +232,7 @@ def test_a_heic_picture_without_its_package_is_one_that_can_be_left_out(pictures
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
 def test_a_picture_whose_name_is_not_utf8_is_learned_and_shown_with_escapes(pictures, capsys):
     os.rename(os.fsencode(pictures / "1.png"), os.fsencode(pictures) + b"/caf\xe9.png")

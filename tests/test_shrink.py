@@ -20,9 +20,10 @@ _WORDS = 16  # bytes by which a header may differ between files of as many direc
 CLEAR = 0.01  # an effect on the output this large cannot be rounding
 
 
-@pytest.fixture(params=[False, True], ids=["free", "foldable"])
-def file(request, tiny_unet, tiny_clip, randomize, tmp_path):
-    """A random adapter of U-Net and text encoder whose heads differ in strength."""
+@pytest.fixture(scope="module", params=[False, True], ids=["free", "foldable"])
+def file(request, tiny_unet, tiny_clip, randomize, tmp_path_factory):
+    """A random adapter of U-Net and text encoder whose heads differ in strength; tests read it alone."""
+    tmp_path = tmp_path_factory.mktemp("whole")
     pipe = pipeline(tiny_unet(), tiny_clip())
     attentions = ["attn1", "attn2"]
     pipe.unet.add_adapter(ComcatConfig(r=4, alpha=2.0, foldable=request.param, target_modules=attentions), "dog")
@@ -34,6 +35,14 @@ def file(request, tiny_unet, tiny_clip, randomize, tmp_path):
             factor.data *= torch.linspace(1.0, 0.1 + 0.05 * (index % 7), len(factor)).unsqueeze(1)
     save_adapter(pipe, tmp_path / "dog.safetensors", "dog", "somebody/base", Notes("sks", "a photo of sks dog", "dog"))
     return tmp_path / "dog.safetensors"
+
+
+@pytest.fixture(scope="module")
+def packed(file):
+    """The same in 8,000 bytes."""
+    small = file.with_name("small.safetensors")
+    shrink(file, small, 8_000)
+    return small
 
 
 @pytest.fixture
@@ -272,10 +281,9 @@ def first_lengths(change):
         ("does not have the", lambda tensors, metadata: tensors.update({"unet.rows": tensors["unet.rows"][:-1]})),
     ],
 )
-def test_a_packed_file_that_lies_is_refused(file, tiny_unet, tiny_clip, tmp_path, message, change):
-    shrink(file, tmp_path / "small.safetensors", 8_000)
+def test_a_packed_file_that_lies_is_refused(packed, tiny_unet, tiny_clip, tmp_path, message, change):
     with pytest.raises(AdapterFileError, match=message):
-        load_adapter(pipeline(tiny_unet(), tiny_clip()), rewritten(tmp_path / "small.safetensors", tmp_path, change))
+        load_adapter(pipeline(tiny_unet(), tiny_clip()), rewritten(packed, tmp_path, change))
 
 
 def test_the_header_tells_the_ranks_in_plain_json(file, tmp_path):

@@ -87,6 +87,7 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
     torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_transformer_in_its_first_names_is_the_base_of_its_folder(tmp_path):
     """From training to drawing, by its file's name."""
     folder = tiny_families.z_image(tmp_path / "base")

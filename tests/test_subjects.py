@@ -53,6 +53,7 @@ def without_captions():
 def run(output, **settings):
     listener = Listener()
     defaults = {"max_train_steps": 2, "skip_final_inference": True, "train_batch_size": 2}
+    defaults["background_augmentation"] = False  # which is seconds, and tests/test_backgrounds.py its own
     if "subjects" not in settings:
         defaults |= {"instance_data_dir": str(without_captions()), "instance_prompt": "a photo of sks teddy"}
     outcome = customize(TrainConfig(**{**defaults, "output_dir": str(output), **settings}), listener)
@@ -76,6 +77,7 @@ def test_captions_are_what_is_learned(tmp_path, pictures):
     assert not any("does not contain" in note for note in listener.notes)
 
 
+@pytest.mark.slow
 def test_a_caption_without_the_trigger_is_told(tmp_path, pictures):
     for path in sorted(pictures.glob("*.png")):
         path.with_suffix(".txt").write_text("a teddy" if path.stem == "2" else "sks teddy")
@@ -89,6 +91,7 @@ def test_captions_without_the_trigger_are_refused(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_what_a_mask_leaves_out_is_not_learned(tmp_path, pictures):
     """Painting over what the mask hides changes nothing of the adapter; painting over what it shows does."""
     made = {}
@@ -270,6 +273,7 @@ def test_an_adapter_that_waits_for_a_part_of_the_name_learns_no_name(tmp_path):
         run(tmp_path / "b", init_adapter=str(deaf.adapter), learn_name=True)
 
 
+@pytest.mark.slow
 def test_every_subject_can_have_a_learned_name(tmp_path):
     folder = str(without_captions())
     both = [SubjectConfig(instance_data_dir=folder, instance_prompt=f"a {name}") for name in ("sks teddy", "ohwx cat")]
@@ -391,6 +395,7 @@ def test_pictures_of_another_folder_can_be_the_judge_and_prompts_are_drawn_in_or
     assert outcome.samples.name == "step-000002.png"
 
 
+@pytest.mark.slow
 def test_a_sample_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch):
     from comcat_diffusion.training.preview import Preview
 
@@ -425,6 +430,7 @@ def test_the_cache_gives_the_same_run_and_notices_a_changed_picture(tmp_path, pi
     assert len(list((tmp_path / "cache").iterdir())) == 5 * (1 + EACH)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_not_overwritten_unless_asked(tmp_path):
     first, _ = run(tmp_path)
     with pytest.raises(ValueError, match="is there already.*--overwrite"):
@@ -434,6 +440,7 @@ def test_an_adapter_is_not_overwritten_unless_asked(tmp_path):
     assert again.adapter.read_bytes() != before
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(tmp_path):
     from comcat_diffusion.training.output import locked
 

@@ -153,6 +153,7 @@ def test_a_run_leaves_its_precision_to_nobody(config):
     assert Accelerator().mixed_precision == "no"
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_and_a_refused_one_leave_what_is_there(config, tmp_path):
     customize(config(max_train_steps=1))
     written = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -228,6 +229,7 @@ def test_captions_that_are_always_left_out_teach_what_none_teach(config, tmp_pat
     assert losses(SUBJECT / "train", 0, "never") != without
 
 
+@pytest.mark.slow
 def test_in_the_way_up_no_step_goes_back_through_the_way_down(config, monkeypatch):
     """Where adapters are there alone, what the way down and the middle give needs no gradient."""
     given, prepare = {}, learned.prepare
@@ -270,11 +272,13 @@ def test_a_compiled_unet_learns_the_same(config, tmp_path, monkeypatch):
     assert losses[True][0] != losses[True][-1]
 
 
+@pytest.mark.slow
 def test_trackers_get_the_loss(config, tmp_path):
     customize(config(report_to=["tensorboard"]))
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_reproduce_the_training_is_an_error(config):
     settings = config(pretrained_model_name_or_path="embedded")
     outcome = customize(settings)
@@ -394,6 +398,7 @@ def test_each_part_is_on_the_accelerator_while_it_works_and_the_denoiser_in_the_
         assert unet[1:] == ("cpu", torch.bfloat16)  # it is small by the time it is moved to where it works
 
 
+@pytest.mark.slow
 def test_the_trained_base_is_gone_before_the_proof_loads_another(config, monkeypatch):
     trained, alive = [], []
     taken, proved = output.witness, output.prove
@@ -412,6 +417,7 @@ def test_the_trained_base_is_gone_before_the_proof_loads_another(config, monkeyp
     assert alive == [False]
 
 
+@pytest.mark.slow
 def test_stray_files_and_odd_pictures_are_told(config, tmp_path):
     folder = tmp_path / "pictures"
     shutil.copytree(SUBJECT / "train", folder, ignore=shutil.ignore_patterns("*.txt"))
@@ -426,6 +432,7 @@ def test_stray_files_and_odd_pictures_are_told(config, tmp_path):
     assert "5.png: converted from L to RGB" in said and "5.png (9 x 9) is smaller than the resolution of 64" in said
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_too_long_is_told(config, tmp_path):
     listener = Listener()
     prompt = "a photo of sks teddy " + "on the left " * 20

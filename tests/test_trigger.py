@@ -385,6 +385,7 @@ def test_sdxl_hears_its_trigger(tmp_path, randomize):
 # Files, and what cannot be
 
 
+@pytest.mark.slow
 def test_a_file_keeps_its_trigger_through_load_shrink_and_combine(embedded, waiting, tmp_path, kind):
     pipe = waiting(**kind)
     picture = drawn(pipe, WITH)

@@ -48,6 +48,7 @@ def test_what_a_run_would_refuse_is_an_error(pictures, tmp_path, settings, messa
     assert any(message in error for error in report.errors), report.errors
 
 
+@pytest.mark.slow
 def test_the_size_told_of_an_adapter_that_is_learned_on_is_its_own(pictures, tmp_path):
     settings = {"rank": 2, "kind": "free", "max_train_steps": 1, "skip_final_inference": True, "max_bytes": 0}
     first = customize(TrainConfig(output_dir=str(tmp_path / "first"), **settings))
@@ -72,6 +73,7 @@ def test_the_sample_is_fine():
     assert "400 steps show every picture about 400 times." in report.facts  # four at once
 
 
+@pytest.mark.slow
 def test_the_size_that_is_told_is_the_one_that_is_written(tmp_path):
     (told,) = [fact for fact in validate(ValidateConfig(rank=3)).facts if fact.startswith("Adapter")]
     outcome = customize(TrainConfig(rank=3, max_train_steps=1, output_dir=str(tmp_path), skip_final_inference=True))
@@ -154,6 +156,7 @@ def unsuited(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -182,6 +185,7 @@ def test_so_is_one_that_is_known_when_it_is_loaded(unsuited):
             refuse_pipeline(DiffusionPipeline.from_pretrained(unsuited / name), name)
 
 
+@pytest.mark.slow
 def test_the_real_cost_is_measured_and_nothing_is_left(pictures, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     report = found(pictures, measure=True, output_dir=str(tmp_path / "out"), lr_warmup_steps=100)

@@ -142,6 +142,7 @@ def test_a_compiled_pipeline_is_saved_as_its_base(tiny_unet, file, tmp_path):
     assert not report["missing_keys"] and not report["unexpected_keys"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["free"], indirect=True)
 def test_adapters_are_added_to_a_compiled_model(tiny_unet, randomize, config, trained):
     unet = by_block(tiny_unet())
