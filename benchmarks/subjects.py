@@ -2,6 +2,7 @@
 
     make dinov2 && python -m benchmarks.subjects    # half an hour on two CPU cores; goes on where it was cut
     python -m benchmarks.subjects --show            # the table of what is there
+    python -m benchmarks.subjects --add --methods "comcat train, 140 steps"    # one more row to the table that stands
 
 Four pictures each of an owl, a car and a rocket (recipe/characters.py; the base knows owls and cars and has no word for
 rockets), 400 steps of four pictures, three prompts that name place and background, two seeds of pictures; and a prompt
@@ -55,6 +56,7 @@ ALONE = ("a photo of {subject}",)  # what names no background, so that none is k
 SEEDS_ALONE = tuple(range(6))
 # Strips of pictures: drawn as a pipeline does, with the background kept, and of prompts that name the subject alone
 FREE, KEPT, BARE = "free", "kept", "alone"
+FREELY = ", drawn with --no-keep_background"
 LIKENESS = ("shape", "colour_off", "likeness")
 MEASURES = ("shape", "colour_off", "background_moved", "likeness", "obeyed")
 
@@ -109,7 +111,7 @@ def _by_script(start: Callable, rate: float, kept: Callable, augmented: bool = F
 
 METHODS = {
     "comcat train": Method(_comcat(), kept=True),
-    "comcat train, 150 steps": Method(_comcat(max_train_steps=150), kept=True),
+    "comcat train, 140 steps": Method(_comcat(max_train_steps=140), kept=True),
     # What was the default before backgrounds were made for what stands on a plain one
     "comcat train, 3e-3, without other backgrounds": Method(
         _comcat(learning_rate=3e-3, background_augmentation=False), kept=True
@@ -179,7 +181,7 @@ def measured(root: Path, seeds: int, strips: Sequence[str] = (KEPT, FREE)) -> It
                     else:
                         found.append(_measures(made, held_out, _base(root, subject), _prompts(subject), judge))
         if costs:
-            drawn = ", drawn with --no-keep_background" if METHODS[name].kept and strip == FREE else ""
+            drawn = FREELY if METHODS[name].kept and strip == FREE else ""
             prompts = len(ALONE if strip == BARE else PROMPTS)
             yield {
                 "method": name + drawn,
@@ -222,13 +224,13 @@ def _likeness(made: list[Image.Image], held_out: list[Image.Image], judge: Featu
 OURS, LESS, MORE = "comcat train", "diffusers' script, LoRA r=4, 5e-4", "diffusers' script, LoRA r=16, 1e-3"
 SHOWN = {
     OURS: "`comcat train`",
-    f"{OURS}, drawn with --no-keep_background": "the same, drawn with `--no-keep_background`",
+    OURS + FREELY: "the same, drawn with `--no-keep_background`",
     f"{OURS}, 3e-3, without other backgrounds": "`comcat train --no-background_augmentation --learning_rate 3e-3`",
     LESS: LESS,
     MORE: MORE,
     f"{MORE}, other backgrounds too": f"{MORE}, learned from our other backgrounds too, one training each",
     "DreamBooth, the whole U-Net, 2e-4": "DreamBooth, the whole U-Net, 2e-4, one training each",
-    f"{OURS}, 150 steps": "`comcat train`, 150 steps",
+    f"{OURS}, 140 steps": "`comcat train`, 140 steps",
 }
 DIGITS = {"shape": 3, "colour_off": 1, "background_moved": 1, "likeness": 3, "obeyed": 2}
 
@@ -261,12 +263,26 @@ def tables(report: dict) -> str:
         if name in rows
     ]
     measured = shared.markdown_table(["", "bytes", *(measure.replace("_", " ") for measure in MEASURES)], cells)
-    return f"{versus}\n\n{measured}\n\n{shared.circumstances_text(report['circumstances'])}"
+    return f"{versus}\n\n{measured}\n\n{_circumstances(report)}"
 
 
 def alone(report: dict) -> str:
     """The same methods by prompts that name the subject and nothing else."""
-    return f"{shown(report['rows'], LIKENESS)}\n\n{shared.circumstances_text(report['circumstances'])}"
+    return f"{shown(report['rows'], LIKENESS)}\n\n{_circumstances(report)}"
+
+
+def _circumstances(report: dict) -> str:
+    """Those of the table, and of rows that were added to it."""
+    apart = [f"{row['method']}: {shared.circumstances_text(row['added'])}" for row in report["rows"] if "added" in row]
+    return "\n\n".join([shared.circumstances_text(report["circumstances"]), *apart])
+
+
+def added(report: dict, rows: list[dict], taken: dict) -> dict:
+    """A report with more rows, which say how they were added; in the order of `METHODS`, and of no others."""
+    new = {row["method"]: {**row, "added": taken} for row in rows}
+    found = {row["method"]: row for row in report["rows"]} | new
+    order = [name + drawn for name in METHODS for drawn in ("", FREELY)]
+    return {**report, "rows": [found[name] for name in order if name in found]}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -277,6 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
     parser.add_argument("--show", action="store_true", help="only the table of what is there")
+    parser.add_argument("--add", action="store_true", help="leave the other rows of the table as they are")
     asked = parser.parse_args(arguments)
     asked.folder.mkdir(parents=True, exist_ok=True)
     jobs = [
@@ -297,7 +314,8 @@ def main(arguments: list[str] | None = None) -> None:
         rows = list(measured(asked.folder, asked.seeds, strips))
         if not asked.show:
             path = shared.results_path(name, torch.device("cpu"))
-            shared.write_json(path, {"circumstances": taken, "rows": rows})
+            whole = {"circumstances": taken, "rows": rows}
+            shared.write_json(path, added(json.loads(path.read_text()), rows, taken) if asked.add else whole)
         print(shown(rows, measures))
 
 

@@ -56,3 +56,11 @@ def test_what_is_there_is_not_learned_again_and_what_is_not_is_not_told(root, mo
     assert json.loads((root / "nothing-owl-0" / "cost.json").read_text()) == {"bytes": 7, "seconds": 0.5}
     (root / "nothing-owl-0" / "cost.json").unlink()
     assert not list(subjects.measured(root, seeds=2))
+
+
+def test_a_row_that_is_added_says_so_and_one_of_no_method_is_left_out():
+    rows = [{"method": name} for name in (subjects.MORE, "comcat train, 10 steps", subjects.OURS + subjects.FREELY)]
+    told = subjects.added({"rows": rows, "circumstances": 1}, [{"method": subjects.OURS}, {"method": subjects.LESS}], 2)
+    assert told["circumstances"] == 1 and [(row["method"], row.get("added")) for row in told["rows"]] == [
+        (subjects.OURS, 2), (subjects.OURS + subjects.FREELY, None), (subjects.LESS, 2), (subjects.MORE, None)
+    ]  # fmt: skip
