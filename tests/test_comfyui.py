@@ -343,6 +343,7 @@ def test_attentions_do_what_they_do_in_diffusers_each_row_from_its_trigger_on(na
     states = torch.cat([encode(clip, text)[0][0] for text in texts])
     expected = by_diffusers({**files}, name, _no_attn1(places, name), states, texts)
     found = outputs(made, texts, heard)
+    assert bool(header.config["unet"].get("core_sets")) == (name == "cores")  # directions by other fixed vectors
     if name != "both":  # the second lacks the trigger; a free adapter widens the heads of all rows of a batch
         assert_close(found[1], base[1], rtol=0, atol=1e-6 if name == "free" else 0)
     kept = [n for n in places if ".attn" in n]

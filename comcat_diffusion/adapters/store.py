@@ -35,6 +35,7 @@ from comcat_diffusion.adapters.tied import gathered, scattered, sides_of, tied_s
 from comcat_diffusion.adapters.token import ENCODERS, LearnedWord, put_token, refuse_token
 from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.adapters.wholes import fill_wholes, whole_shapes, whole_tensors
+from comcat_diffusion.attentions import style_of
 from comcat_diffusion.families.known import family_of_denoiser
 from comcat_diffusion.versions import versions_with
 
@@ -46,6 +47,7 @@ _CONFIG_FIELDS = (
     "foldable",
     "tied",
     "cores",
+    "core_sets",
     "trigger",
     "trigger_ranks",
     "target_modules",
@@ -59,6 +61,7 @@ _CONFIG_FIELDS = (
 _LATER = (
     "tied",
     "cores",
+    "core_sets",
     "trigger",
     "trigger_ranks",
     "modules_to_save",
@@ -212,6 +215,8 @@ def read_fitting(
             raise AdapterFileError(f"{path} adapts '{part}', which this pipeline does not have.")
     configs = {part: config_of(fields, path) for part, fields in header.config.items()}
     _refuse_other_tensors(tensors, parts, configs, path)
+    for part, config in configs.items():
+        _refuse_other_sets(parts[part], config, path)
     return Fitting(header, configs, tensors, tokens)
 
 
@@ -297,8 +302,9 @@ def config_of(fields: dict, path: str | Path) -> ComcatConfig:
     unknown = sorted(set(fields) - set(_CONFIG_FIELDS))
     if unknown:
         raise AdapterFileError(f"{path} has settings that this version does not know: {_first_three(unknown)}.")
+    told = {"core_sets": {}} if fields.get("cores") else {}  # where a file says nothing, all go by the first
     try:
-        return ComcatConfig(**fields)
+        return ComcatConfig(**told | fields)
     except (TypeError, ValueError) as error:
         raise AdapterFileError(f"{path} has a configuration that does not make sense: {error}") from error
 
@@ -347,6 +353,16 @@ def _refuse_other_tensors(tensors: dict, parts: dict, configs: dict[str, ComcatC
     for problem, names in (("lacks", missing), ("has unknown tensors", extra), ("has misshapen tensors", misshapen)):
         if names:
             raise AdapterFileError(f"{path} {problem}: {_first_three(names)}; the file is damaged or was edited.")
+
+
+def _refuse_other_sets(model: nn.Module, config: ComcatConfig, path: str | Path) -> None:
+    modules = plain_modules(model)
+    for name, told in (config.core_sets or {}).items():
+        style = style_of(modules[name]) if name in modules else None
+        if style is None or len(told) != len(cores.first_sets(style.head_count(modules[name]))):
+            raise AdapterFileError(
+                f"{path} says of {name} what directions go by which no heads have; the file is damaged or was edited."
+            )
 
 
 def _first_three(names: list[str]) -> str:
