@@ -29,6 +29,7 @@ from comcat_diffusion.adapters.model import (
 )
 from comcat_diffusion.adapters.packing import unpack
 from comcat_diffusion.adapters.parts import COMPONENTS, components, denoiser, plain_modules
+from comcat_diffusion.adapters.pieces import joined
 from comcat_diffusion.adapters.placing import active_adapters, add_active, part_of, refuse_wrapper, take_out
 from comcat_diffusion.adapters.same_base import difference, other_weights
 from comcat_diffusion.adapters.tied import gathered, scattered, sides_of, tied_shapes
@@ -287,9 +288,11 @@ def read_tensors(path: str | Path, header: Header) -> dict[str, torch.Tensor]:
     if bad:
         raise AdapterFileError(f"{path} holds NaN or infinity in {_first_three(bad)}; train again or get another copy.")
     try:
+        foldable = [part for part, config in header.config.items() if config.get("foldable")]
+        if header.pieces:
+            return joined(tensors, header.pieces, foldable)
         if not header.head_ranks:
             return tensors
-        foldable = [part for part, config in header.config.items() if config.get("foldable")]
         return unpack(tensors, header.head_ranks, header.row_lengths, foldable)
     except ValueError as error:
         raise AdapterFileError(f"{path} is damaged or was edited: {error}.") from error

@@ -140,7 +140,8 @@ def _roots(clip: object) -> dict[str, str]:
 def _within(path: Path, part: str) -> str:
     """What names of a text encoder's modules in a file begin with: of some classes they have it, of some not."""
     with safe_open(path, "pt") as file:
-        return "text_model." if any(name.startswith(f"{part}.text_model.") for name in file.keys()) else ""  # noqa: SIM118
+        names = [*file.keys(), *(f"{part}.{name}" for name in read_adapter(path).packed.get(part, ()))]
+    return "text_model." if any(name.startswith(f"{part}.text_model.") for name in names) else ""
 
 
 def _guest(
