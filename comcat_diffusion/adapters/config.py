@@ -60,6 +60,11 @@ class ComcatConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layer indices."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Where the layer index stands."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train as a whole."})
+    init_weights: bool = field(
+        default=True,
+        repr=False,
+        metadata={"help": "False: leave factors as memory has them, for a file's to take their places."},
+    )
     # PEFT reads this of every config; the adapter targets attentions, never single parameters.
     target_parameters: list[str] | None = field(default=None, repr=False)
 

@@ -13,7 +13,7 @@ from comcat_diffusion.adapters.belongings import Belongings
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.layer import ComcatLayer, factor_shapes
 from comcat_diffusion.adapters.merging import merge_all
-from comcat_diffusion.adapters.parts import bare, plain_modules, plain_name
+from comcat_diffusion.adapters.parts import all_modules, bare, plain_modules, plain_name
 from comcat_diffusion.adapters.peft_type import COMCAT
 from comcat_diffusion.adapters.tied import OTHER_TEXT, SHARED, TEXT, side_of
 from comcat_diffusion.attentions import style_of
@@ -65,16 +65,17 @@ class ComcatModel(BaseTuner):
 
     def _note_sets(self, adapter_name: str) -> None:
         """Have the configuration of new cores say what their directions go by; see adapters/cores.py."""
-        config, layers = self.peft_config[adapter_name], adapted_layers(self.model)
+        config = self.peft_config[adapter_name]
         if config.cores and config.core_sets is None:
-            told = {name: layer.sets[adapter_name] for name, layer in layers.items() if adapter_name in layer.sets}
+            layers = adapted_layers(self.model).items()
+            told = {name: layer.sets[adapter_name] for name, layer in layers if adapter_name in layer.sets}
             told = {name: sets for name, sets in told.items() if sets.strip("0")}
             self.peft_config[adapter_name] = replace(config, core_sets=told)  # another base may get the one given
 
     def _prepare_model(self, peft_config: ComcatConfig, model: nn.Module) -> None:
         # PEFT creates layer by layer: refuse before the first, so that a refused model is left as it was.
         texts = set()  # widths of what a tied adapter's text side reads
-        for name, module in model.named_modules():
+        for name, module in all_modules(model):
             if name and seam.SIDECAR not in name.split(".") and self._check_target_module_exists(peft_config, name):
                 name, module = plain_name(name), bare(module)
                 self._refuse(module, name)
@@ -244,7 +245,7 @@ def not_carried(model: nn.Module, module: nn.Module, name: str) -> str | None:
 def adapted_layers(model: nn.Module) -> dict[str, ComcatLayer]:
     """The side-cars of a model by the names of their attentions."""
     end = "." + seam.SIDECAR
-    return {plain_name(n.removesuffix(end)): m for n, m in model.named_modules() if isinstance(m, ComcatLayer)}
+    return {plain_name(n.removesuffix(end)): m for n, m in all_modules(model) if isinstance(m, ComcatLayer)}
 
 
 def belongings_of(model: nn.Module) -> Belongings:
