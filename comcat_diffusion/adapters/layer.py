@@ -1,5 +1,6 @@
 """The side-car of one attention: the factors of every adapter, by name, in the shape that PEFT expects of a layer."""
 
+import functools
 import math
 
 import torch
@@ -54,11 +55,13 @@ def _shapes(
     return context | {"q_down": (q.in_features, across), "out_up": (across, out.out_features)}
 
 
-def _blank(into: int, outof: int, bias: bool, device: torch.device, dtype: torch.dtype) -> nn.Linear:
-    """A Linear whose weights are yet to come; PyTorch's skip_init takes a millisecond, for numbers that nobody sees."""
-    made = nn.Linear(1, 1, bias=bias, device=device, dtype=dtype)
+def _blank(into: int, outof: int, device: torch.device, dtype: torch.dtype) -> nn.Linear:
+    """A Linear whose weights are yet to come. Its constructor, and PyTorch's skip_init, make up some first."""
+    made = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(made)
     made.in_features, made.out_features = into, outof
     made.weight = nn.Parameter(torch.empty(outof, into, device=device, dtype=dtype))
+    made.register_parameter("bias", None)
     return made
 
 
@@ -168,8 +171,8 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         for name, (into, outof) in factor_shapes(self.owner, rank, config.foldable, config.tied, config.cores).items():
             if name in tied and (tied[name].in_features, tied[name].out_features) != (into, outof):
                 raise ValueError(OTHER_TEXT)
-            make = nn.Linear if config.init_weights else _blank
-            factor = tied.get(name) or make(into, outof, bias=False, device=q.weight.device, dtype=dtype)
+            make = functools.partial(nn.Linear, bias=False) if config.init_weights else _blank
+            factor = tied.get(name) or make(into, outof, device=q.weight.device, dtype=dtype)
             if name in zero and config.init_weights:
                 nn.init.zeros_(factor.weight)
             getattr(self, f"comcat_{name}")[adapter_name] = factor

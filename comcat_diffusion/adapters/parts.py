@@ -1,7 +1,6 @@
 """The parts of a pipeline that can be adapted, below what torch.compile and PEFT wrap around them and their modules."""
 
 import re
-from collections.abc import Iterator
 
 from peft import PeftModel
 from torch import nn
@@ -53,18 +52,6 @@ def plain_name(name: str) -> str:
     return _WRAPPED.sub("", name).removeprefix(".")
 
 
-def all_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As PyTorch's `named_modules`, whose generators in generators take milliseconds for some hundred modules."""
-    seen, waiting = set(), [("", model)]
-    while waiting:
-        name, module = waiting.pop()
-        if module not in seen:
-            seen.add(module)
-            yield name, module
-            inside = [(f"{name}.{child}" if name else child, own) for child, own in module._modules.items()]
-            waiting += [(path, own) for path, own in reversed(inside) if own is not None]
-
-
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model by the names that they have where nothing is wrapped; of a wrapper what is inside."""
-    return {plain_name(name): module for name, module in all_modules(model) if _TRAINED not in f"{name}."}
+    return {plain_name(name): module for name, module in model.named_modules() if _TRAINED not in f"{name}."}
