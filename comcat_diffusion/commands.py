@@ -243,9 +243,10 @@ def _told(header: "Header", part: str) -> str:
     config = header.config[part]
     named = _named(config.get("target_modules") or [])
     rank = f"rank {config.get('r')}"
-    if part in header.head_ranks:
-        ranks = [rank for products in header.head_ranks[part].values() for heads in products for rank in heads]
-        rank = f"ranks {min(ranks)} to {max(ranks)} by head"
+    if part in header.packed:
+        own = header.packed[part].values()
+        ranks = [rank for pieces in own for products in pieces for heads in products for rank in heads]
+        rank = f"ranks {min(ranks)} to {max(ranks)} by head" + " and piece" * bool(header.pieces)
     acts = f", from {' or '.join(config['trigger'])} on" if config.get("trigger") else ""
     return f"{kind_of(config)}, {rank}, alpha {config.get('alpha')}, on {named}{acts}"
 

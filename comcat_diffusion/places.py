@@ -10,12 +10,13 @@ from comcat_diffusion.config import EMBEDDED, EMBEDDED_FLOW, BaseSettings, is_hu
 
 _PACKAGE = Path(__file__).parent
 _FOLDERS = {EMBEDDED: "tiny-sd", EMBEDDED_FLOW: "tiny-flow"}
+EMBEDDED_BASES = tuple(_FOLDERS)
 
 
 def assets() -> Path:
     """Where the embedded base and the sample subject are: inside the installed package, or beside it in a checkout."""
     for folder in (_PACKAGE / "assets", _PACKAGE.parent / "assets"):
-        if (folder / "tiny-sd").is_dir():
+        if any((folder / base).is_dir() for base in _FOLDERS.values()):  # of a Space, the one that it draws with
             return folder
     raise FileNotFoundError(
         f"The embedded base is missing: neither {_PACKAGE}/assets nor {_PACKAGE.parent}/assets has it."

@@ -38,20 +38,29 @@ class FoldableFactors:
 
 
 def of_cores(
-    keys: nn.Linear, values: nn.Linear, heads: int, scale: float, k_mix: torch.Tensor, v_mix: torch.Tensor
+    projections: tuple[nn.Linear, nn.Linear],
+    heads: int,
+    scale: float,
+    mixes: tuple[torch.Tensor, torch.Tensor],
+    sets: str,
 ) -> FoldableFactors:
-    """The foldable factors that cores (H*R, R) are: head by head Ak = W B and G' = B N, with B as `directions` says."""
+    """The foldable factors that cores (H*R, R) are: head by head Ak = W B and G' = B N, with B as `directions` says.
+
+    Keys and values each; `sets` has a digit for every head of these and then of those.
+    """
     downs, cores = [], []
-    for linear, mix in ((keys, k_mix), (values, v_mix)):
+    for linear, mix, own in zip(projections, mixes, (sets[:heads], sets[heads:]), strict=True):
         rank = mix.shape[1]
-        bases = [directions(rows_of_head(linear.weight, h, heads), rank) for h in range(heads)]
+        bases = [directions(rows_of_head(linear.weight, h, heads), rank, int(own[h])) for h in range(heads)]
         downs.append(torch.cat([b.T @ rows_of_head(linear.weight, h, heads) for h, b in enumerate(bases)]))
         cores.append(torch.cat([(b @ rows_of_head(mix, h, heads)).T for h, b in enumerate(bases)]))
     return FoldableFactors(scale, *downs, *cores)
 
 
-def directions(weight: torch.Tensor, rank: int) -> torch.Tensor:
+def directions(weight: torch.Tensor, rank: int, number: int = 0) -> torch.Tensor:
     """(D, C) -> (D, R): of the span of its leading left singular vectors the orthonormal basis nearest to cosines.
+
+    Set `number` of these has R waves from the R * number-th on, and begins again behind the D-th.
 
     By the whole singular value decomposition of weights in bfloat16; the nearest matrix with orthonormal columns in a
     span is (P F)((P F)ᵀ P F)^-1/2, for P the projection on it and F what it is to be near to.
@@ -59,7 +68,8 @@ def directions(weight: torch.Tensor, rank: int) -> torch.Tensor:
     u, _, _ = torch.linalg.svd(weight.to(torch.bfloat16).double(), full_matrices=False)
     projection = u[:, :rank] @ u[:, :rank].T
     width = len(weight)
-    cosines = [[math.cos(math.pi * (d + 0.5) * r / width) for r in range(rank)] for d in range(width)]
+    waves = [(number * rank + r) % width for r in range(rank)]
+    cosines = [[math.cos(math.pi * (d + 0.5) * wave / width) for wave in waves] for d in range(width)]
     seen = projection @ torch.tensor(cosines, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(seen.T @ seen)
     return seen @ vectors @ torch.diag(values**-0.5) @ vectors.T

@@ -33,7 +33,8 @@ def weights_of(layer: ComcatLayer, name: str) -> FreeFactors | FoldableFactors:
         if name in getattr(layer, part)
     }
     if "k_mix" in named:
-        return of_cores(*layer._plain()[1:3], layer.heads, ALPHA / RANK, named["k_mix"], named["v_mix"])
+        mixes = named["k_mix"], named["v_mix"]
+        return of_cores(layer._plain()[1:3], layer.heads, ALPHA / RANK, mixes, layer.sets[name])
     for text in ("k_down", "v_down"):
         if len(named[text]) == RANK:  # tied: every head has the same
             named[text] = named[text].repeat(layer.heads, 1)

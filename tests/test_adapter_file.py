@@ -84,6 +84,32 @@ def test_a_saved_adapter_does_on_a_fresh_base_what_it_did(trained, fresh, file, 
     assert not any(p.requires_grad for p in fresh.unet.parameters())
 
 
+def test_loading_draws_no_random_numbers_and_leaves_none_in_place(trained, fresh, file):
+    """Factors that a file's take the place of are not made up first, which took most of the time."""
+    state = torch.get_rng_state()
+    load_adapter(fresh, file, "hund")
+    assert torch.equal(torch.get_rng_state(), state)
+    for model, other in ((fresh.unet, trained.unet), (fresh.text_encoder, trained.text_encoder)):
+        found, expected = factors(model, "hund"), factors(other, "dog")
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        assert model.peft_config["hund"].init_weights
+    fresh.unet.delete_adapters("hund")
+    fresh.unet.add_adapter(trained.unet.peft_config["dog"], "new")
+    assert not torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_number_that_is_none_is_found(number, dtype):
+    from comcat_diffusion.adapters.store import _is_finite
+
+    for shape in ((3, 700), (1,)):
+        tensor = torch.randn(shape).to(dtype)
+        assert _is_finite(tensor) and _is_finite(tensor[:0])
+        tensor[-1:] = number
+        assert not _is_finite(tensor)
+
+
 def test_the_header_is_read_without_torch(file):
     code = (
         "import sys; from comcat_diffusion.adapters.header import read_adapter; "
@@ -185,7 +211,7 @@ BROKEN = {
     "configuration that does not make sense": lambda tensors, metadata: edit(
         metadata, lambda h: h["config"]["unet"].update(r=0)
     ),
-    "update comcat-diffusion": lambda tensors, metadata: edit(metadata, lambda h: h.update(format_version=3)),
+    "update comcat-diffusion": lambda tensors, metadata: edit(metadata, lambda h: h.update(format_version=4)),
     "header that does not make sense": lambda tensors, metadata: metadata.update(comcat="{"),
     "not a COMCAT adapter": lambda tensors, metadata: metadata.pop("comcat"),
 }

@@ -202,8 +202,14 @@ def test_an_adapter_becomes_every_other_file(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "side by side" not in said
     twice = ["small.safetensors", "small.safetensors"]
-    assert main(["combine", "--adapter", *twice, "--output", "dense.safetensors"]) == 0
+    assert main(["combine", "--adapter", *twice, "--output", "both.safetensors"]) == 0
+    told = capsys.readouterr().out
+    assert "side by side" not in told and (tmp_path / "both.safetensors").stat().st_size <= 60_000
+    assert main(["combine", "--adapter", *twice, "--rank", "16", "--output", "dense.safetensors"]) == 0
     assert "side by side" in capsys.readouterr().out
+    assert main(["info", "both.safetensors"]) == 0
+    told = capsys.readouterr().out
+    assert "by head and piece" in told and "format version 3" in told
     assert "Wrote kohya.safetensors" in said and "rank 16, 100.00% of the energy" in said and "by head" in said
     pipe = bases.load_base("embedded")
     pipe.load_lora_weights("diffusers-lora.safetensors")

@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -67,6 +71,9 @@ def test_every_program_gets_the_names_that_it_reads(adapters, tmp_path):
     assert told <= {family.name for family in FAMILIES}
     with pytest.raises(ValueError, match="--format kohya is not what InvokeAI reads"):
         format_of("invokeai", "kohya", "Z-Image")
+    for family in ("FLUX.2 [klein]", "Z-Image", "Qwen-Image"):  # Forge of June 2025 has no engine for them
+        with pytest.raises(ValueError, match="Forge reads no LoRAs of "):
+            format_of("forge", None, family)
     with pytest.raises(ValueError, match=r"InvokeAI reads no LoRAs of Stable Diffusion 3 and 3\.5"):
         format_of("invokeai", None, "Stable Diffusion 3 and 3.5")
     with pytest.raises(ValueError, match="--format diffusers-lora is not what ComfyUI reads"):
@@ -103,13 +110,14 @@ def test_those_are_named_that_read_a_file(adapters, tmp_path, capsys, randomize)
         )
         told.append(capsys.readouterr().out.splitlines()[-1].partition(":")[0])
     assert told == [
-        "For ComfyUI, Forge, kohya's sd-scripts, SD.Next and diffusers",
+        "For ComfyUI, kohya's sd-scripts, SD.Next and diffusers",
         "For every program",
         "For InvokeAI",
     ]
     text = card(read_adapter(file), Shared("me/dog", "flow.safetensors", 9, lora="flow-lora.safetensors"))
-    assert "\nWith ComfyUI, Forge or SD.Next: put" in text
-    assert "| ComfyUI, Forge, SD.Next, diffusers, kohya's scripts | `flow-lora.safetensors` |" in text
+    assert "\nWith ComfyUI or SD.Next: put" in text
+    assert "| ComfyUI, SD.Next, diffusers, kohya's scripts | `flow-lora.safetensors` |" in text
+    assert "| comcat-diffusion, ComfyUI with the node pack COMCAT | `flow.safetensors` |" in text
 
 
 def test_a_tied_adapter_exports_exactly_from_its_base_s_configuration(adapters, tmp_path):
@@ -255,17 +263,18 @@ def test_what_an_adapter_becomes_is_known_before(adapters, tmp_path):
     assert "say --as lora" in becomes(TrainConfig(), unet) and "20 kB at most" in becomes(TrainConfig(), unet)
     assert "exactly, a LoRA" in becomes(TrainConfig(as_="lora"), unet)
     assert "node (about" in becomes(TrainConfig(kind="free"), unet)
-    assert "for this tool (about" in becomes(TrainConfig(kind="cores"), unet)
+    assert "for this tool and its ComfyUI node (about" in becomes(TrainConfig(kind="cores"), unet)
 
 
 # The hub
 
 
 def test_a_space_holds_all_that_it_needs(adapters, tmp_path, monkeypatch):
-    with pytest.raises(AdapterFileError, match="of a base that is not on the hub"):
-        build_space(tmp_path / "space", "me/my-dog", adapters["waiting"])
     pipe = bases.load_base("embedded")
     load_adapter(pipe, adapters["waiting"], "dog")
+    save_adapter(pipe, tmp_path / "dog.safetensors", "dog", str(tmp_path), Notes("<dog>", "a <dog>", ""))
+    with pytest.raises(AdapterFileError, match="of a base that is not on the hub"):
+        build_space(tmp_path / "space", "me/my-dog", tmp_path / "dog.safetensors")
     save_adapter(pipe, tmp_path / "dog.safetensors", "dog", "somebody/base", Notes("<dog>", "a <dog>", ""))
     made = build_space(tmp_path / "space", "me/my-dog", tmp_path / "dog.safetensors")
     names = ["Dockerfile", "README.md", "app.py", "comcat_diffusion", "requirements.txt", "studio"]
@@ -281,3 +290,19 @@ def test_a_space_holds_all_that_it_needs(adapters, tmp_path, monkeypatch):
         places.place_of("embedded")
     with pytest.raises(FileExistsError):
         build_space(made, "me/my-dog", tmp_path / "dog.safetensors")
+
+
+@pytest.mark.slow
+def test_a_space_of_the_embedded_base_draws_with_what_is_in_it(adapters, tmp_path):
+    made = build_space(tmp_path / "space", "me/my-dog", adapters["waiting"])
+    card = ModelCard((made / "README.md").read_text())
+    assert card.data.models == ["me/my-dog"] and "on the embedded base of comcat-diffusion" in card.text
+    assert [path.name for path in (made / "comcat_diffusion" / "assets").iterdir()] == ["tiny-sd"]
+    adapter = f"studio/adapters/{adapters['waiting'].name}"
+    ask = ["generate", "--adapter", adapter, "--prompt", "a photo of sks dog", "--output_dir", "drawn"]
+    ask += ["--num_inference_steps", "2"]
+    code = f"import comcat_diffusion, comcat_diffusion.cli as c; print(comcat_diffusion.__file__); c.main({ask!r})"
+    environment = {**os.environ, "PYTHONPATH": str(made), "HF_HUB_OFFLINE": "1"}
+    told = subprocess.run([sys.executable, "-c", code], cwd=made, env=environment, capture_output=True, text=True)
+    assert told.stdout.splitlines()[0].startswith(str(made)), told.stderr
+    assert [path.suffix for path in (made / "drawn").iterdir()].count(".png") >= 1

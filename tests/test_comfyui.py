@@ -20,6 +20,7 @@ from comcat_diffusion.adapters.combine import combine
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.adapters.looking import looks_of, weights_of
 from comcat_diffusion.adapters.same_base import difference
+from comcat_diffusion.adapters.shrink import shrink
 from comcat_diffusion.bases import load_base
 from comcat_diffusion.comfy import forge
 from comcat_diffusion.comfy.guests import Guests, guests_of
@@ -343,6 +344,7 @@ def test_attentions_do_what_they_do_in_diffusers_each_row_from_its_trigger_on(na
     states = torch.cat([encode(clip, text)[0][0] for text in texts])
     expected = by_diffusers({**files}, name, _no_attn1(places, name), states, texts)
     found = outputs(made, texts, heard)
+    assert bool(header.config["unet"].get("core_sets")) == (name == "cores")  # directions by other fixed vectors
     if name != "both":  # the second lacks the trigger; a free adapter widens the heads of all rows of a batch
         assert_close(found[1], base[1], rtol=0, atol=1e-6 if name == "free" else 0)
     kept = [n for n in places if ".attn" in n]
@@ -374,14 +376,19 @@ def test_several_chain_and_a_strength_of_zero_is_the_base(files, model, clip):
 
 
 @torch.no_grad()
-def test_several_subjects_in_one_file_are_several_files(files, model, clip, tmp_path, randomize):
+@pytest.mark.parametrize("packed", [False, True])
+def test_several_subjects_in_one_file_are_several_files(packed, files, model, clip, tmp_path, randomize):
     pipe = load_base("embedded")
     pipe.unet.add_adapter(ComcatConfig(r=3, foldable=True, tied=True, trigger=["ohwx"]), "other")
     randomize(pipe.unet, "other", 7, std=0.3)
     save_adapter(pipe, tmp_path / "other.safetensors", "other", "embedded", NOTES)
-    both = [(files["tied"], 1.0), (tmp_path / "other.safetensors", 0.5)]
-    combine(both, tmp_path / "both.safetensors", dtype=torch.float32)
-    one, heard, _ = load(*load(model, clip, files["tied"])[:2], tmp_path / "other.safetensors", 0.5)
+    other = tmp_path / "other.safetensors"
+    if packed:
+        shrink(other, tmp_path / "small.safetensors", 5_000)
+        other = tmp_path / "small.safetensors"
+    combine([(files["tied"], 1.0), (other, 0.5)], tmp_path / "both.safetensors", dtype=torch.float32)
+    assert bool(read_adapter(tmp_path / "both.safetensors").pieces) == packed
+    one, heard, _ = load(*load(model, clip, files["tied"])[:2], other, 0.5)
     made, _, _ = load(model, clip, tmp_path / "both.safetensors")
     texts = ["a photo of sks teddy", "a photo of ohwx cat", "an ohwx cat, sks teddy", "a ball"]
     found, expected = outputs(made, texts, heard), outputs(one, texts, heard)
@@ -646,6 +653,9 @@ def test_names_of_text_encoders_are_those_of_the_file(base, model, clip, tmp_pat
     guests = [
         guests_of(load(model, clip, tmp_path / f"{name}.safetensors")[1].patcher).all[0] for name in ("x", "within")
     ]
+    shrink(tmp_path / "within.safetensors", tmp_path / "packed.safetensors", 100_000)
+    (packed,) = guests_of(load(model, clip, tmp_path / "packed.safetensors")[1].patcher).all
+    assert [*packed.factors] == [*guests[1].factors]
     where = "clip_l.transformer.text_model.encoder.layers"
     assert [*guests[0].factors] == [*guests[1].factors] == [f"{where}.{n}.self_attn" for n in range(len(layers))]
     for factors in zip(*(guest.factors.values() for guest in guests), strict=True):

@@ -26,6 +26,7 @@ from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.training.config import TrainConfig
 from tests import tiny_bases
 from tests.reference import directions, rows_of_head
+from tests.test_adapter_file import edit, rewritten
 
 CORES = {"foldable": True, "cores": True}
 
@@ -122,6 +123,141 @@ def test_loading_looks_for_no_directions_and_the_first_use_does(saved, base, mon
     assert len(found) == count
 
 
+def askew(width: int, channels: int, rank: int = 2) -> torch.Tensor:
+    """Heads (D, C) one below the other, of some thousand those that turn round when half precision rounds them first.
+
+    Their directions are those nearest to the first set of fixed vectors.
+    """
+    some = 0.1 * torch.randn(8000 * width, channels, generator=torch.Generator().manual_seed(1))
+    turned = basis_of(some, 8000, rank) - basis_of(some.half(), 8000, rank)
+    return some.unflatten(0, (8000, -1))[turned.flatten(1).norm(dim=1) > 1.9].flatten(0, 1)
+
+
+@pytest.mark.parametrize(("width", "channels"), [(4, 24), (40, 320)])
+def test_heads_that_stand_askew_go_by_other_vectors_and_stay(width, channels):
+    weight = askew(width, channels)
+    heads = len(weight) // width
+    ends = Ends(weight, heads, 2)
+    assert heads > 1 and len(ends.sets) == heads and "0" not in ends.sets
+    for dtype, within in ((torch.float16, 0.3), (torch.bfloat16, 1e-2)):  # twice rounded, and once, as they are
+        rounded = Ends(weight.to(dtype), heads, 2, ends.sets)
+        assert (rounded.basis.float() - ends.basis).flatten(1).norm(dim=1).max() < within
+    for head, number in enumerate(map(int, ends.sets)):
+        slow = directions(rows_of_head(weight, head, heads), 2, number)
+        assert_close(basis_of(weight, heads, 2, ends.sets)[head], slow, rtol=0, atol=1e-9)
+
+
+def test_heads_that_do_not_stay_as_they_were():
+    """Few go by others than the first set, which all went by before there were more."""
+    weight = torch.randn(200 * 16, 64, generator=torch.Generator().manual_seed(1))
+    ends = Ends(weight, 200, 2)
+    assert 0 < sum(number != "0" for number in ends.sets) < 30
+    kept = [head for head, number in enumerate(ends.sets) if number == "0"]
+    assert torch.equal(ends.basis[kept], Ends(weight, 200, 2, "0" * 200).basis[kept])
+
+
+@pytest.fixture
+def askew_base(base):
+    """`askew_base(rounded)`: a pipeline with heads of that kind, and whether half precision has rounded its weights."""
+    rows = {width: askew(width, 24) for width in (4, 8)}
+
+    def build(rounded: bool = False):
+        pipe = bases.load_base(base)
+        for name, module in pipe.unet.named_modules():
+            if name.endswith("attn2"):
+                width = len(module.to_k.weight) // module.heads
+                for number, projection in enumerate((module.to_k, module.to_v)):
+                    projection.weight.data[:width] = rows[width][number * width :][:width]
+        if rounded:
+            for parameter in pipe.unet.parameters():
+                parameter.data = parameter.data.half().float()
+        return pipe
+
+    return build
+
+
+def without_sets(tensors, metadata):
+    """A file as it was written before there were sets."""
+    edit(metadata, lambda header: header["config"]["unet"].pop("core_sets", None))
+
+
+@torch.no_grad()
+def test_a_file_says_what_its_directions_go_by_so_that_a_rounded_base_draws_the_same(base, askew_base, tmp_path):
+    pipe, rounded = askew_base(), askew_base(rounded=True)
+    sample, states = (torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in ((1, 4, 8, 8), (1, 7, 24)))
+    bare, effects = [one.unet(sample, 5, states).sample for one in (pipe, rounded)], {}
+    for name, asked in (("new", None), ("old", {})):  # None: chosen
+        made = askew_base()
+        add_adapter(made.unet, ComcatConfig(r=2, core_sets=asked, **CORES), name)
+        for number, factor in enumerate(factors(made.unet, name).values()):
+            factor.normal_(std=3.0, generator=torch.Generator().manual_seed(number))
+        save_adapter(made, tmp_path / f"{name}.safetensors", name, base)
+        told = read_adapter(tmp_path / f"{name}.safetensors").config["unet"].get("core_sets", {})
+        layers = adapted_layers(made.unet)
+        assert (set(told) == set(layers)) == (name == "new") and (not told) == (name == "old")
+        for attention, digits in told.items():
+            assert digits == layers[attention].sets[name]
+            assert digits[0] != "0" and digits[layers[attention].heads] != "0"
+        load_adapter(rounded, tmp_path / f"{name}.safetensors", name)
+        effect, there = (one.unet(sample, 5, states).sample - b for one, b in zip((made, rounded), bare, strict=True))
+        effects[name] = ((effect - there).norm() / effect.norm()).item()
+        rounded.unet.delete_adapters(name)
+    assert effects["new"] < 0.02 and effects["old"] > 0.1
+
+
+@torch.no_grad()
+def test_a_file_of_before_goes_by_the_first_set_wherever_it_is_read(base, askew_base, tmp_path):
+    """Here, beside a new adapter of the same rank, and as what PEFT has written."""
+    pipe = askew_base()
+    add_adapter(pipe.unet, ComcatConfig(r=2, **CORES), "new")
+    save_adapter(pipe, tmp_path / "new.safetensors", "new", base)
+    load_adapter(pipe, rewritten(tmp_path / "new.safetensors", tmp_path, without_sets), "old")
+    save_adapter(pipe, tmp_path / "again.safetensors", "old", base)
+    assert "core_sets" not in read_adapter(tmp_path / "again.safetensors").config["unet"]
+    before = ComcatConfig(r=2, inference_mode=True, **CORES)  # as adapter_config.json has them
+    add_adapter(pipe.unet, before, "peft")
+    for layer in adapted_layers(pipe.unet).values():
+        first = basis_of(layer.owner.to_k.weight, layer.heads, 2)
+        for name in ("old", "peft"):
+            assert_close(layer._ends_of(name)[0].basis, first.float(), rtol=0, atol=0)
+        assert not torch.equal(layer._ends_of("new")[0].basis, first.float())
+        assert layer._ends_of("old")[0] is layer._ends_of("peft")[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda sets: sets.update(nowhere="0011"), "says of nowhere what directions go by which no heads have"),
+        (lambda sets: sets.update({min(sets): "01"}), "what directions go by which no heads have"),
+        (lambda sets: sets.update({min(sets): "0a01"}), "core_sets must be digits"),
+        (lambda sets: sets.update({min(sets): 12}), "does not make sense"),
+    ],
+)
+def test_sets_that_no_heads_go_by_are_refused(base, askew_base, tmp_path, change, told):
+    pipe = askew_base()
+    add_adapter(pipe.unet, ComcatConfig(r=2, **CORES), "dog")
+    save_adapter(pipe, tmp_path / "dog.safetensors", "dog", base)
+    file = rewritten(
+        tmp_path / "dog.safetensors",
+        tmp_path,
+        lambda _, metadata: edit(metadata, lambda header: change(header["config"]["unet"]["core_sets"])),
+    )
+    fresh = askew_base()
+    with pytest.raises(AdapterFileError, match=told):
+        load_adapter(fresh, file, "dog")
+    assert not adapted_layers(fresh.unet)
+
+
+@torch.no_grad()
+def test_another_base_gets_its_own_sets_by_the_same_configuration(askew_base, base):
+    config = ComcatConfig(r=2, **CORES)
+    found = []
+    for pipe in (askew_base(), bases.load_base(base)):
+        add_adapter(pipe.unet, config, "dog")
+        found.append(pipe.unet.peft_config["dog"].core_sets)
+    assert config.core_sets is None and found[0] != found[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_they_are_found_after_a_change_of_precision_but_of_no_other_weights(saved, base, dtype):
@@ -139,7 +275,7 @@ def test_they_are_found_after_a_change_of_precision_but_of_no_other_weights(save
     half = fresh.unet.to(dtype)(sample.to(dtype), 5, states.to(dtype)).sample
     assert half.isfinite().all()
     for layer, other in zip(*(adapted_layers(one.unet).values() for one in (fresh, pipe)), strict=True):
-        for mine, its in zip(layer._ends_of(2), other._ends_of(2), strict=True):
+        for mine, its in zip(layer._ends_of("dog"), other._ends_of("dog"), strict=True):
             ours, theirs = mine.basis.float(), its.basis.float()
             assert_close(ours @ ours.mT, theirs @ theirs.mT, rtol=0.05, atol=0.05)
             if dtype == torch.bfloat16:  # half precision rounds twice, see the module

@@ -84,7 +84,7 @@ def test_everything_that_is_shared_and_nothing_else(written, sheet, folder):
         'comcat generate --adapter sks-dog.safetensors --prompt "a \\"good\\" photo of sks dog"',
         f'pipe.load_lora_weights("me/my-dog", weight_name="{lora}")',
         f"With ComfyUI, Forge, A1111, InvokeAI or SD.Next: put `{lora}`",
-        "| comcat-diffusion, its ComfyUI node | `sks-dog.safetensors` |",
+        "| comcat-diffusion, ComfyUI with the node pack COMCAT, Forge with the extension COMCAT | `sks-dog.",
         f"| ComfyUI, Forge, A1111, InvokeAI, SD.Next, diffusers, kohya's scripts | `{lora}` |",
         "| training | resolution 64, steps 3 |",
         "foldable, rank 2",
@@ -108,7 +108,9 @@ def test_the_card_is_the_same_text_each_time_and_tells_no_path(written, folder, 
         assert read_adapter(shared).base_model == Path(base).name and str(tmp_path).encode() not in shared.read_bytes()
         mine, theirs = load_file(file), load_file(shared)
         assert mine.keys() == theirs.keys() and all((mine[name] == theirs[name]).all() for name in mine)
-        assert "base_model" not in cards[0] and "diffusers alone" not in cards[0] and "Forge" not in cards[0]
+        assert (
+            "base_model" not in cards[0] and "diffusers alone" not in cards[0] and "the folder of LoRAs" not in cards[0]
+        )
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "sks-dog.safetensors"]
 
 

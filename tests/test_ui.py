@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
-from comcat_diffusion import bases, commands, read_adapter
+from comcat_diffusion import bases, commands, places, read_adapter
 from comcat_diffusion.cli import main
 from comcat_diffusion.config import read_toml
 from comcat_diffusion.export.clients import CLIENTS
@@ -1045,6 +1045,16 @@ def test_in_drawing_mode_the_page_offers_no_more_than_drawing(tmp_path):
             assert client.request(method, path, json={}).status_code in (404, 405), path
         answer = client.post("/api/draw", json={"prompt": "a dog", "settings": {"num_inference_steps": 900}})
         assert "not offered here" in answer.json()["message"]
+
+
+def test_a_page_without_the_embedded_base_offers_drawing_still(tmp_path, monkeypatch):
+    """As the one in a Space of another base is."""
+    monkeypatch.setattr(places, "_PACKAGE", tmp_path)
+    config = UiConfig(output_dir=str(tmp_path), host="0.0.0.0", draw_only=True)
+    with browser(app.build(config, work=lambda folder: None)) as client:
+        assert client.get("/api/draw").json()["steps"] == [512, 64]
+        answer = client.post("/api/draw", json={"prompt": "a dog", "adapters": []})
+        assert answer.status_code < 500 and "This base is not here" in answer.json()["message"]
 
 
 def test_a_frame_shows_the_page_where_it_may(tmp_path, page):

@@ -4,17 +4,20 @@ Letters: H heads, R rank, C channels.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from comcat_diffusion import heads as maths
 from comcat_diffusion.adapters.alike import refuse_unlike, several_words
-from comcat_diffusion.adapters.header import Header, Notes, same_words
+from comcat_diffusion.adapters.header import Header, Notes, Piece, same_words
+from comcat_diffusion.adapters.packing import FLOAT, HeadBits
+from comcat_diffusion.adapters.pieces import own_tensors
 from comcat_diffusion.adapters.store import TOKEN
-from comcat_diffusion.adapters.terms import Contents, Term, read_contents, write_contents
+from comcat_diffusion.adapters.terms import Contents, Term, assembled, read_contents, write_contents
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class _Read:
     weight: float
     contents: Contents
 
+    @property
+    def is_packed(self) -> bool:
+        return bool(self.contents.header.packed)
+
 
 def combine(
     adapters: Sequence[tuple[str | Path, float]],
@@ -42,7 +49,8 @@ def combine(
 ) -> Combined:
     """Write the weighted sum of adapter files, (file, weight) each, as one adapter.
 
-    Without a rank the heads' ranks are concatenated, which is exact up to the rounding to `dtype`. With one, every
+    Without a rank the heads' ranks are concatenated, which is exact up to the rounding to `dtype`; where a file is
+    packed, each keeps its own rows (adapters/pieces.py), so that the sum takes about their bytes. With one, every
     head's sum is cut by QR and SVD to its best approximation of that rank; of a foldable adapter it is the product
     without the base, G' Ak^T and Av G, that is approximated. Raises ValueError for adapters of different bases or
     kinds and for weights without meaning.
@@ -52,13 +60,8 @@ def combine(
     refuse_unlike(adapters, rank)
     read = [_Read(path, weight, read_contents(path)) for path, weight in adapters]
     _refuse_misfits(read)
-    waiting = _waiting(read)
-    added: dict[str, list[Term]] = {}
-    for file in read:
-        for term in file.contents.terms:
-            if term.part in waiting:  # all attentions have the same ranks, in the same order
-                term = term.widened(max(own.rank for own in file.contents.terms if own.part == term.part))
-            added.setdefault(term.key, []).append(replace(term, scale=file.weight * term.scale))
+    waiting, apart = _waiting(read), rank is None and len(read) > 1 and any(file.is_packed for file in read)
+    added = _added(read, {part for file in read for part in file.contents.header.config} if apart else set(waiting))
     whole = kept = 0.0
     combined = []
     for group in added.values():
@@ -71,7 +74,8 @@ def combine(
     configs = {part: config for file in reversed(read) for part, config in file.contents.header.config.items()}
     configs = {part: {**config, **waiting.get(part, {})} for part, config in configs.items()}
     header = replace(read[0].contents.header, config=configs, notes=_notes(read), tokens=words)
-    header = write_contents(output, Contents(header, combined, vectors), dtype)
+    pieces = [piece for file in read for piece in _pieces(file, dtype)] if apart else []
+    header = write_contents(output, Contents(header, combined, vectors), dtype, pieces)
     named = [(Path(file.path).name, file.contents.header) for file in read]
     doubts = tuple(f"{text}: this word will call the sum of both." for text in same_words(named))
     return Combined(header, max(term.rank for term in combined), kept / whole if whole else 1.0, doubts)
@@ -82,12 +86,6 @@ def _waiting(read: list[_Read]) -> dict[str, dict]:
     found, headers = {}, [file.contents.header for file in read]
     for part in {part for header in headers for part in header.config if several_words(headers, part)}:
         own = [file for file in read if part in file.contents.header.config]
-        attentions = {frozenset(t.attention for t in file.contents.terms if t.part == part) for file in own}
-        if len(attentions) > 1:
-            raise ValueError(
-                f"{own[0].path} and {own[1].path} wait for words of their own and adapt different attentions; load "
-                "them side by side instead."
-            )
         shares = []
         for file in own:
             config = file.contents.header.config[part]
@@ -96,6 +94,44 @@ def _waiting(read: list[_Read]) -> dict[str, dict]:
         words = list(dict.fromkeys(word for own_words, _ in shares for word in own_words))
         found[part] = {"trigger": words, "trigger_ranks": shares}
     return found
+
+
+def _added(read: list[_Read], alike: set[str]) -> dict[str, list[Term]]:
+    """What is to be summed, by attention.
+
+    In parts that are to be `alike` all attentions have the same ranks, in the same order: zeros where a file has none.
+    """
+    added: dict[str, list[Term]] = {}
+    shapes = {term.key: term for file in read for term in file.contents.terms}
+    for file in read:
+        own = {term.key: term for term in file.contents.terms}
+        for part in sorted(file.contents.header.config):
+            most = max(term.rank for term in own.values() if term.part == part)
+            for key, like in sorted(shapes.items()):
+                term = own.get(key) or like.nothing(most) if part in alike else own.get(key)
+                if term is None or like.part != part:
+                    continue
+                term = term.widened(most) if part in alike else term
+                added.setdefault(key, []).append(replace(term, scale=file.weight * term.scale))
+    return added
+
+
+def _pieces(file: _Read, dtype: torch.dtype) -> Iterator[tuple[Piece, dict[str, torch.Tensor]]]:
+    """A file as one packed piece, or as those that it is of already, and their tensors; a dense one in `dtype`."""
+    header, packed = file.contents.header, safetensors.torch.load_file(file.path)
+    if header.pieces:
+        for number, piece in enumerate(header.pieces):
+            alpha = {part: file.weight * strength for part, strength in piece.alpha.items()}
+            yield replace(piece, alpha=alpha), own_tensors(packed, number)
+        return
+    if not header.head_ranks:
+        directions: HeadBits = {}
+        for term in file.contents.terms:
+            directions.setdefault(term.part, {})[term.attention] = [[[FLOAT] * term.rank] * term.heads] * 2
+        header, content = assembled(file.contents, dtype, directions)
+        packed = safetensors.torch.load(content)
+    alpha = {part: file.weight * header.config[part]["alpha"] for part in header.head_ranks}
+    yield Piece(alpha, header.head_ranks, header.row_lengths), packed
 
 
 def concatenated(terms: Sequence[Term]) -> Term:

@@ -1,6 +1,7 @@
 """What a COMCAT adapter is: its rank, its strength and which attentions it touches."""
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
@@ -31,6 +32,13 @@ class ComcatConfig(PeftConfig):
         default=False,
         metadata={"help": "Only R x R numbers per head, between singular directions of the base's keys and values."},
     )
+    core_sets: dict[str, str] | None = field(
+        default=None,
+        metadata={
+            "help": "Of cores: by attention, which fixed vectors its directions go by, a digit for each head's keys, "
+            "then for each head's values; attentions that are not named go by the first. Default: chosen for the base."
+        },
+    )
     trigger: list[str] | None = field(
         default=None,
         metadata={"help": "Words that call the adapter: it acts on a prompt's tokens from the first of them on."},
@@ -52,6 +60,11 @@ class ComcatConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layer indices."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Where the layer index stands."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules to train as a whole."})
+    init_weights: bool = field(
+        default=True,
+        repr=False,
+        metadata={"help": "False: leave factors as memory has them, for a file's to take their places."},
+    )
     # PEFT reads this of every config; the adapter targets attentions, never single parameters.
     target_parameters: list[str] | None = field(default=None, repr=False)
 
@@ -80,6 +93,10 @@ class ComcatConfig(PeftConfig):
                 "An adapter of cores is foldable and not tied, of one rank and one alpha: set foldable=True, and leave "
                 "tied, rank_pattern and alpha_pattern out."
             )
+        if self.cores and self.core_sets is None and self.inference_mode:
+            self.core_sets = {}  # PEFT wrote it before there were any
+        if not all(re.fullmatch("[0-9]+", told) for told in (self.core_sets or {}).values()):
+            raise ValueError(f"core_sets must be digits by the names of attentions, not {self.core_sets!r}.")
         if self.trigger is not None and not (self.trigger and all(word.strip() for word in self.trigger)):
             raise ValueError(f"trigger must be a list of words, not {self.trigger!r}.")
         if self.trigger_ranks is not None:

@@ -9,10 +9,11 @@ values, attention after attention in the order of their names.
 
 Singular vectors have no sign, and none of their own where two singular values are equal. What they span has neither, so
 B_h is the basis of that which is nearest to fixed vectors. It is found in float64 from weights rounded to bfloat16, so
-that a base has the same in float32 and in bfloat16, to 1e-13 in whatever order a machine sums. A copy in half precision
-of weights that had more bits is another base: directions turn by 1 %, and a head in two hundred by half a turn where
-they stand askew to the fixed vectors. It takes a quarter of a second of a core for a projection of FLUX.2 [klein], so
-it waits until the adapter first acts.
+that a base has the same in float32 and in bfloat16, to 1e-13 in whatever order a machine sums. In a copy in half
+precision of weights that had more bits, which are rounded twice then, directions turn by 1 %. A span that is almost at
+right angles to one of its fixed vectors would turn by half a turn there: a head that stands so askew goes by another of
+a few sets of them, and its adapter says by which (`ComcatConfig.core_sets`). To find directions takes a quarter of a
+second of a core for a projection of FLUX.2 [klein], so a loaded adapter waits until it first acts.
 
 Letters: H heads, D head width, R rank, C channels.
 """
@@ -31,6 +32,8 @@ from comcat_diffusion.attentions import plain, style_of
 
 MIXES = ("k_mix", "v_mix")  # the factors: N_h of all heads, (H*R, R)
 SIDE = "cores"  # where a file has them
+SETS = 10  # of fixed vectors, so that a digit tells one
+ASKEW = 0.05  # of a span's cosines to the first set, which are about 0.7 / sqrt(R), the least that is sure enough
 SAMPLES = 61
 ROUNDED = 2**-8  # what a weight may differ by after a change of precision, relative
 CHANGED = (
@@ -43,21 +46,42 @@ QUANTIZED = (
 )
 
 
-def basis_of(weight: torch.Tensor, heads: int, rank: int) -> torch.Tensor:
+def basis_of(weight: torch.Tensor, heads: int, rank: int, sets: str = "") -> torch.Tensor:
     """(H*D, C) -> (H, D, R) in float64: for every head an orthonormal basis of its R leading left singular directions.
 
-    Raises ValueError for quantized weights.
+    `sets` says by a digit which fixed vectors each head goes by; empty: all by the first. Raises ValueError for
+    quantized weights.
     """
+    return _nearest(_leading(weight, heads, rank), sets or "0" * heads)
+
+
+def _leading(weight: torch.Tensor, heads: int, rank: int) -> torch.Tensor:
+    """Some basis of what the leading directions span, (H, D, R)."""
     _refuse_quantized(weight)
     rounded = weight.detach().cpu().to(torch.bfloat16).double().unflatten(0, (heads, -1))  # H, D, C
     _, vectors = torch.linalg.eigh(rounded @ rounded.mT)  # ascending, H, D, D
-    leading = vectors[..., -rank:]
-    width = leading.shape[1]
-    # Of the bases of one span, L Q with Q orthogonal, the nearest to cosines F: Q is the polar factor of Lᵀ F.
-    places, waves = torch.arange(width, dtype=torch.float64), torch.arange(rank, dtype=torch.float64)
-    fixed = torch.cos(math.pi * (places[:, None] + 0.5) * waves / width)  # D, R
+    return vectors[..., -rank:]
+
+
+def _fixed(number: int, width: int, rank: int) -> torch.Tensor:
+    """Set `number` of fixed vectors, (D, R): cosines of R waves, of further ones in each set."""
+    places = torch.arange(width, dtype=torch.float64)
+    waves = (torch.arange(rank, dtype=torch.float64) + number * rank) % width
+    return torch.cos(math.pi * (places[:, None] + 0.5) * waves / width)
+
+
+def _nearest(leading: torch.Tensor, sets: str) -> torch.Tensor:
+    """Of the bases of a head's span, L Q with Q orthogonal, the nearest to its F: Q is the polar factor of Lᵀ F."""
+    fixed = torch.stack([_fixed(int(digit), *leading.shape[1:]) for digit in sets])  # H, D, R
     u, _, vh = torch.linalg.svd(leading.mT @ fixed)
     return leading @ (u @ vh)
+
+
+def _chosen(leading: torch.Tensor) -> str:
+    """The set that each head is to go by: the first, or of those askew to it the one that the span is most along."""
+    fixed = torch.stack([_fixed(number, *leading.shape[1:]) for number in range(SETS)])  # S, D, R
+    least = torch.linalg.svdvals(leading.mT @ fixed.unsqueeze(1))[..., -1]  # S, H
+    return "".join(map(str, torch.where(least[0] < ASKEW, least.argmax(0), 0).tolist()))
 
 
 def _refuse_quantized(weight: torch.Tensor) -> None:
@@ -69,11 +93,12 @@ class Ends:
     """The two fixed ends of an attention's keys, or of its values, on whichever device they are asked for.
 
     They are found when they are first asked for, of weights that have to be what they were when this was made.
+    Without `sets`, which say what fixed vectors heads go by, those are chosen then.
     """
 
-    def __init__(self, weight: torch.Tensor, heads: int, rank: int) -> None:
+    def __init__(self, weight: torch.Tensor, heads: int, rank: int, sets: str | None = None) -> None:
         _refuse_quantized(weight)
-        self.heads, self.rank = heads, rank
+        self.heads, self.rank, self._sets = heads, rank, sets
         self._base: tuple[torch.Tensor, torch.Tensor] | None = weight, _sampled(weight)
         self._weight = self._basis = None
 
@@ -89,6 +114,13 @@ class Ends:
         self._find()
         return self._basis
 
+    @property
+    def sets(self) -> str:
+        """Of each head the set of fixed vectors that it goes by, a digit."""
+        if self._sets is None:
+            self._find()
+        return self._sets
+
     @torch.compiler.disable
     def _find(self) -> None:
         """Raises ValueError if the weights have been changed, as by a LoRA that was fused into them."""
@@ -101,7 +133,9 @@ class Ends:
         if ((_sampled(weight) - before).abs() > ROUNDED * (before.abs() + floor)).any():
             raise ValueError(CHANGED)
         with torch.inference_mode(False), torch.no_grad():  # what is kept here may be trained behind, later
-            basis = basis_of(weight, self.heads, self.rank)
+            leading = _leading(weight, self.heads, self.rank)
+            self._sets = self._sets or _chosen(leading)
+            basis = _nearest(leading, self._sets)
             rows = weight.detach().cpu().double().unflatten(0, (self.heads, -1))  # H, D, C
             dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.float32
             self._basis = basis.to(weight.device, dtype)
@@ -158,16 +192,26 @@ class Core:
 
 
 class FixedEnds:
-    """The ends of one attention, by rank: its adapters of one rank share them, and a copy or a file has none."""
+    """The ends of one attention: its adapters of one rank and the same sets share them, and a copy or a file has none.
+
+    Sets are a digit for each head's keys, then for each head's values.
+    """
 
     def __init__(self) -> None:
-        self._found: dict[int, tuple[Ends, Ends]] = {}
+        self._found: dict[tuple[int, str], tuple[Ends, Ends]] = {}
 
-    def of(self, keys: torch.Tensor, values: torch.Tensor, heads: int, rank: int) -> tuple[Ends, Ends]:
+    def of(self, keys: torch.Tensor, values: torch.Tensor, heads: int, rank: int, sets: str) -> tuple[Ends, Ends]:
         """Those of keys and values; of weights as they are when these are asked for first."""
-        if rank not in self._found:
-            self._found[rank] = Ends(keys, heads, rank), Ends(values, heads, rank)
-        return self._found[rank]
+        if (rank, sets) not in self._found:
+            self._found[rank, sets] = Ends(keys, heads, rank, sets[:heads]), Ends(values, heads, rank, sets[heads:])
+        return self._found[rank, sets]
+
+    def chosen(self, keys: torch.Tensor, values: torch.Tensor, heads: int, rank: int) -> str:
+        """The sets that a new adapter of these weights is to go by."""
+        made = Ends(keys, heads, rank), Ends(values, heads, rank)
+        sets = made[0].sets + made[1].sets
+        self._found.setdefault((rank, sets), made)
+        return sets
 
     def __reduce__(self) -> tuple:
         return type(self), ()
@@ -176,17 +220,28 @@ class FixedEnds:
         return type(self)()
 
 
-def factors_of(attention: nn.Module, rank: int, k_mix: torch.Tensor, v_mix: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The factors of the foldable adapter that cores (H*R, R) are on an attention of a base."""
+def factors_of(
+    attention: nn.Module, rank: int, k_mix: torch.Tensor, v_mix: torch.Tensor, sets: str
+) -> dict[str, torch.Tensor]:
+    """The factors of the foldable adapter that cores (H*R, R) are on an attention of a base, with `sets` as files have.
+
+    An attention that a file names no sets of has "".
+    """
     style = style_of(attention)
     _, k, v, _ = (p if p is None else plain(p) for p in style.projections(attention))
+    heads = style.head_count(attention)
+    both = FixedEnds().of(k.weight, v.weight, heads, rank, sets or first_sets(heads))
     found = {}
-    for names, projection, mix in ((("k_down", "q_core"), k, k_mix), (("v_down", "out_core"), v, v_mix)):
-        ends = Ends(projection.weight, style.head_count(attention), rank)
+    for names, ends, mix in zip((("k_down", "q_core"), ("v_down", "out_core")), both, (k_mix, v_mix), strict=True):
         held = nn.Linear(rank, len(mix), bias=False, device="meta")
         held.weight = nn.Parameter(mix.to(ends.weight), requires_grad=False)
         found |= dict(zip(names, (ends.weight, Core(held, ends).weight), strict=True))
     return found
+
+
+def first_sets(heads: int) -> str:
+    """Of keys and values that all go by the first set, as those of a file do which says nothing."""
+    return "0" * (2 * heads)
 
 
 # Files

@@ -35,15 +35,19 @@ def fingerprint_as(kind: str, width: int | None, denoiser: nn.Module, prediction
         "cross_attention_dim": width,
         "heads": sorted({style_of(module).head_count(module) for module in attentions.values()}),
         "prediction_type": prediction_type,
-        "layout": layout_of(denoiser),
+        "layout": _layout(attentions),
         "sketch": _sketch(list(attentions.values())),
     }
 
 
 def layout_of(denoiser: nn.Module) -> str:
     """A hash of which attentions there are, and of which widths; weights are not looked at."""
+    return _layout(_attentions(denoiser))
+
+
+def _layout(attentions: dict[str, nn.Module]) -> str:
     layout = []
-    for name, module in _attentions(denoiser).items():
+    for name, module in attentions.items():
         style = style_of(module)
         q, k = (seam.plain(p) for p in style.projections(module)[:2])
         layout.append([name, style.head_count(module), q.in_features, k.in_features, q.out_features])

@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import math
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from comcat_diffusion.words import Subject, words_of
 
 FORMAT_VERSION = 1
 PACKED_VERSION = 2  # keeps only the rows that each head has, see adapters/packing.py
+PIECES_VERSION = 3  # the same for each of several adapters in one file, see adapters/pieces.py
 KEY = "comcat"
 _FACTORS = 4  # of an attention, of whichever kind
 _DERIVED = ("target_modules", "rank_pattern")  # what a packed file's config leaves out, see settings_of_layers
@@ -50,6 +52,15 @@ class Notes:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """One of several packed adapters in a file, see adapters/pieces.py."""
+
+    alpha: dict[str, float]  # by component: its strength, divided by the rank of an attention
+    head_ranks: dict[str, dict[str, list[list[int]]]]  # as of a packed file
+    row_lengths: dict[str, list[list[int]]]
+
+
+@dataclass(frozen=True)
 class Header:
     """Everything needed to use an adapter, and to refuse the wrong base."""
 
@@ -63,6 +74,7 @@ class Header:
     # Packed files only. By component and attention: the rank of every head, of its QK and of its VO product.
     head_ranks: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
     row_lengths: dict[str, list[list[int]]] = field(default_factory=dict)  # see adapters/packing.py
+    pieces: list[Piece] = field(default_factory=list)  # of files of several packed adapters
     tokens: list[str] = field(default_factory=list)  # new words whose embeddings the file brings
     thumbnail: str = ""  # a small picture as a data URI, where one was asked for
 
@@ -71,20 +83,30 @@ class Header:
         """Of the text states, by which others tell the kinds of Stable Diffusion; None where they are made narrower."""
         return None if self.fingerprint.get(NARROWER) else self.fingerprint.get("cross_attention_dim")
 
+    @property
+    def packed(self) -> dict[str, dict[str, list[list[list[int]]]]]:
+        """Of packed parts and their attentions: the ranks of the heads, in each piece; of a dense file none."""
+        found: dict[str, dict[str, list]] = {}
+        for head_ranks in [self.head_ranks, *(piece.head_ranks for piece in self.pieces)]:
+            for part, attentions in head_ranks.items():
+                for name, products in attentions.items():
+                    found.setdefault(part, {}).setdefault(name, []).append(products)
+        return found
+
     def metadata(self) -> dict[str, str]:
         """As the string pairs of a safetensors header; the `modelspec.*` keys are what other tools read."""
         notes, content = self.notes, asdict(self)
         del content["thumbnail"]  # it stands where other tools look for it
-        for name in ("head_ranks", "row_lengths", "tokens"):
+        for name in ("head_ranks", "row_lengths", "pieces", "tokens"):
             if not content[name]:  # a file that does without is one that older versions read
                 del content[name]
         if not notes.others:
             del content["notes"]["others"]
-        for part in self.head_ranks:  # the ranks of the heads say which layers there are, and of which rank
+        for part in self.packed:  # the ranks of the heads say which layers there are, and of which rank
             told = () if self.config[part].get("tied") else _DERIVED
             content["config"][part] = {n: v for n, v in content["config"][part].items() if v and n not in told}
         pairs = {
-            KEY: json.dumps(content, sort_keys=True, separators=(",", ":") if self.head_ranks else None),
+            KEY: json.dumps(content, sort_keys=True, separators=(",", ":") if self.packed else None),
             "format": "pt",
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": _architecture(self.fingerprint) + "/comcat",
@@ -154,23 +176,26 @@ def _parsed(metadata: dict[str, str], path: Path) -> Header:
     try:
         content = json.loads(metadata[KEY])
         version = content["format_version"]
-        if version in (FORMAT_VERSION, PACKED_VERSION):
+        if version in (FORMAT_VERSION, PACKED_VERSION, PIECES_VERSION):
             content["notes"] = Notes(**content["notes"])
+            content["pieces"] = [Piece(**piece) for piece in content.get("pieces", [])]
             header = Header(**content, thumbnail=metadata.get(THUMBNAIL, ""))
             _refuse_other_types(header)
             _refuse_other_ranks(header)
-            for part, attentions in header.head_ranks.items():
-                if header.config[part].get("tied"):
-                    continue
-                ranks = {name: max(map(max, products)) for name, products in attentions.items()}
-                header.config[part].update(settings_of_layers(ranks, header.config[part]["r"]))
+            for part, attentions in header.packed.items():
+                config = header.config[part]
+                if not config.get("tied"):
+                    ranks = {
+                        n: config["r"] if header.pieces else max(map(max, own[0])) for n, own in attentions.items()
+                    }
+                    config.update(settings_of_layers(ranks, config["r"]))
             return header
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError, re.error) as error:
         raise AdapterFileError(f"{path} has a header that does not make sense ({error}).") from error
-    newer = isinstance(version, int) and version > PACKED_VERSION
+    newer = isinstance(version, int) and version > PIECES_VERSION
     way_out = "update comcat-diffusion" if newer else "the file was not written by comcat-diffusion"
     raise AdapterFileError(
-        f"{path} has format version {version!r}, this program reads {FORMAT_VERSION} and {PACKED_VERSION}: {way_out}."
+        f"{path} has format version {version!r}, this program reads {FORMAT_VERSION} to {PIECES_VERSION}: {way_out}."
     )
 
 
@@ -233,14 +258,35 @@ def _refuse_other_types(header: Header) -> None:
 def _refuse_other_ranks(header: Header) -> None:
     if bool(header.head_ranks) != (header.format_version == PACKED_VERSION):
         raise TypeError("head_ranks belong to packed files and to no others")
-    for part, attentions in header.head_ranks.items():
+    if bool(header.pieces) != (header.format_version == PIECES_VERSION):
+        raise TypeError(f"pieces belong to files of version {PIECES_VERSION} and to no others")
+    _refuse_other_pieces(header)
+    for packed in (header, *header.pieces):
+        _refuse_other_heads(header, packed)
+
+
+def _refuse_other_pieces(header: Header) -> None:
+    """The ranks of the pieces are those of the whole, and each has a strength wherever it has ranks."""
+    for piece in header.pieces:
+        numbers = all(type(a) in (int, float) and math.isfinite(a) for a in piece.alpha.values())
+        if piece.alpha.keys() != piece.head_ranks.keys() or not piece.head_ranks or not numbers:
+            raise TypeError("the alpha of a piece is not one number for each of its parts")
+    for part in {part for piece in header.pieces for part in piece.head_ranks}:
+        own = [piece.head_ranks[part] for piece in header.pieces if part in piece.head_ranks]
+        ranks = sum(max(1, *(r for products in one.values() for heads in products for r in heads)) for one in own)
+        if ranks != header.config[part]["r"]:
+            raise TypeError(f"the ranks of the pieces of {part} are not those of the whole")
+
+
+def _refuse_other_heads(header: Header, packed: Header | Piece) -> None:
+    for part, attentions in packed.head_ranks.items():
         for name, products in attentions.items():
             numbers = [rank for ranks in products for rank in ranks]
             proper = all(type(rank) is int and rank >= 0 for rank in numbers)
             proper = proper and (any(numbers) or header.config.get(part, {}).get("tied"))
             if part not in header.config or len(products) != 2 or len({len(r) for r in products}) != 1 or not proper:
                 raise TypeError(f"head_ranks of {part}.{name} are not two lists of whole numbers")
-        lengths = [length for own in header.row_lengths[part] for length in own]
-        proper = [len(own) for own in header.row_lengths[part]] == [_FACTORS] * len(attentions)
+        lengths = [length for own in packed.row_lengths[part] for length in own]
+        proper = [len(own) for own in packed.row_lengths[part]] == [_FACTORS] * len(attentions)
         if not proper or not all(type(length) is int and length > 0 for length in lengths):
             raise TypeError(f"row_lengths of {part} are not {_FACTORS} whole numbers for each attention")

@@ -1,5 +1,6 @@
 """The side-car of one attention: the factors of every adapter, by name, in the shape that PEFT expects of a layer."""
 
+import functools
 import math
 
 import torch
@@ -10,7 +11,7 @@ from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.belongings import Belongings
 from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.cores import MIXES, Core, Ends, FixedEnds
+from comcat_diffusion.adapters.cores import MIXES, Core, Ends, FixedEnds, first_sets
 from comcat_diffusion.adapters.gate import Gate, spoken
 from comcat_diffusion.adapters.merging import Merging, NoBase
 from comcat_diffusion.adapters.tied import OTHER_TEXT
@@ -54,6 +55,16 @@ def _shapes(
     return context | {"q_down": (q.in_features, across), "out_up": (across, out.out_features)}
 
 
+def _blank(into: int, outof: int, device: torch.device, dtype: torch.dtype) -> nn.Linear:
+    """A Linear whose weights are yet to come. Its constructor, and PyTorch's skip_init, make up some first."""
+    made = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(made)
+    made.in_features, made.out_features = into, outof
+    made.weight = nn.Parameter(torch.empty(outof, into, device=device, dtype=dtype))
+    made.register_parameter("bias", None)
+    return made
+
+
 def _refuse_scale(scale: float) -> None:
     if not math.isfinite(scale):
         raise ValueError(f"The scale of an adapter must be a finite number, not {scale}.")
@@ -72,7 +83,7 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         "comcat_k_mix",
         "comcat_v_mix",
     )
-    other_param_names = ("r", "alpha", "scaling", "trigger", "waits")
+    other_param_names = ("r", "alpha", "scaling", "trigger", "waits", "sets")
 
     def __init__(self, attention: nn.Module, belongings: Belongings) -> None:
         super().__init__()
@@ -85,6 +96,7 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         self.waits: dict[str, list[tuple[tuple[str, ...], int]]] = {}  # for which words how many of its ranks do
         self.gate: Gate | None = None  # which tells where these words stand, see adapters/gate.py
         self.ends = FixedEnds()  # of adapters that are cores, see adapters/cores.py
+        self.sets: dict[str, str] = {}  # what fixed vectors they go by
         self.shared: set[str] = set()  # names of weights that another attention, which came first, holds as well
         self.merged_adapters: list[str] = []
         self.style = style_of(attention)
@@ -134,11 +146,18 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
     lora_B = lora_A
 
     def update_layer(
-        self, adapter_name: str, rank: int, alpha: float, config: ComcatConfig, tied: dict[str, nn.Linear]
+        self,
+        adapter_name: str,
+        rank: int,
+        alpha: float,
+        config: ComcatConfig,
+        tied: dict[str, nn.Linear],
+        sets: str | None = None,
     ) -> None:
         """Create an adapter's factors on the base's device and in its precision; what they add is exactly zero.
 
-        `tied` holds the factors, by name, that the adapter has on another attention already and shares with this one.
+        `tied` holds the factors, by name, that the adapter has on another attention already and shares with this one;
+        `sets` is what heads of cores go by, None: what suits these weights, "": the first.
         Raises ValueError if there is such an adapter, or if what is to be shared does not fit.
         """
         if adapter_name in self.r:
@@ -147,13 +166,14 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         dtype = q.weight.dtype if q.weight.dtype.is_floating_point and q.weight.dtype.itemsize > 1 else torch.float32
         # One factor of each product is zero, the other random: step 0 is the base, and gradients flow.
         zero = ("q_core", "out_core") if config.tied else ("k_down", "out_up", "out_core", *MIXES)
-        if config.cores and not q.weight.is_meta:
-            self._ends_of(rank)
+        if config.cores:
+            self._go_by(adapter_name, rank, sets)
         for name, (into, outof) in factor_shapes(self.owner, rank, config.foldable, config.tied, config.cores).items():
             if name in tied and (tied[name].in_features, tied[name].out_features) != (into, outof):
                 raise ValueError(OTHER_TEXT)
-            factor = tied.get(name) or nn.Linear(into, outof, bias=False, device=q.weight.device, dtype=dtype)
-            if name in zero:
+            make = functools.partial(nn.Linear, bias=False) if config.init_weights else _blank
+            factor = tied.get(name) or make(into, outof, device=q.weight.device, dtype=dtype)
+            if name in zero and config.init_weights:
                 nn.init.zeros_(factor.weight)
             getattr(self, f"comcat_{name}")[adapter_name] = factor
             if name in tied:
@@ -314,9 +334,18 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
             return tuple(
                 getattr(self, f"comcat_{factor}")[name] for factor in ("k_down", "v_down", "q_core", "out_core")
             )
-        k, v = self._ends_of(self.r[name])
+        k, v = self._ends_of(name)
         return k, v, Core(self.comcat_k_mix[name], k), Core(self.comcat_v_mix[name], v)
 
-    def _ends_of(self, rank: int) -> tuple[Ends, Ends]:
+    def _go_by(self, name: str, rank: int, sets: str | None) -> None:
+        """Note what sets an adapter's directions go by, and what the weights are that these are of."""
         _, k, v, _ = self._plain()
-        return self.ends.of(k.weight, v.weight, self.heads, rank)
+        if sets is None and not k.weight.is_meta:
+            sets = self.ends.chosen(k.weight, v.weight, self.heads, rank)
+        self.sets[name] = sets or first_sets(self.heads)
+        if not k.weight.is_meta:
+            self.ends.of(k.weight, v.weight, self.heads, rank, self.sets[name])
+
+    def _ends_of(self, name: str) -> tuple[Ends, Ends]:
+        _, k, v, _ = self._plain()
+        return self.ends.of(k.weight, v.weight, self.heads, self.r[name], self.sets[name])

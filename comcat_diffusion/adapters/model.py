@@ -1,6 +1,7 @@
 """COMCAT among PEFT's tuners: which attentions get a side-car, and how it comes and goes."""
 
 import re
+from dataclasses import replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
@@ -20,7 +21,7 @@ from comcat_diffusion.families.known import family_of_model
 
 # What two adapters must have in common for PEFT's hotswap_adapter, which copies weights in place and no more.
 _KINDS = ("foldable", "tied", "cores")
-_SAME_WHEN_SWAPPED = ("r", "alpha", "rank_pattern", "alpha_pattern", *_KINDS, "trigger", "trigger_ranks")
+_SAME_WHEN_SWAPPED = ("r", "alpha", "rank_pattern", "alpha_pattern", *_KINDS, "core_sets", "trigger", "trigger_ranks")
 
 
 class ComcatModel(BaseTuner):
@@ -55,11 +56,21 @@ class ComcatModel(BaseTuner):
         try:
             refuse_name(adapter_name)
             super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+            self._note_sets(adapter_name)
             self._belongings.settle(bare(model))
         except Exception:
             withdraw(model, adapter_name)
             self.peft_config.pop(adapter_name, None)
             raise
+
+    def _note_sets(self, adapter_name: str) -> None:
+        """Have the configuration of new cores say what their directions go by; see adapters/cores.py."""
+        config = self.peft_config[adapter_name]
+        if config.cores and config.core_sets is None:
+            layers = adapted_layers(self.model).items()
+            told = {name: layer.sets[adapter_name] for name, layer in layers if adapter_name in layer.sets}
+            told = {name: sets for name, sets in told.items() if sets.strip("0")}
+            self.peft_config[adapter_name] = replace(config, core_sets=told)  # another base may get the one given
 
     def _prepare_model(self, peft_config: ComcatConfig, model: nn.Module) -> None:
         # PEFT creates layer by layer: refuse before the first, so that a refused model is left as it was.
@@ -114,7 +125,8 @@ class ComcatModel(BaseTuner):
             seam.attach(target, layer)
         rank, alpha = _strength(peft_config, current_key)
         side = side_of(current_key, target) if peft_config.tied else None
-        layer.update_layer(adapter_name, rank, alpha, peft_config, self._tied.get(side, {}))
+        sets = None if peft_config.core_sets is None else peft_config.core_sets.get(current_key, "")
+        layer.update_layer(adapter_name, rank, alpha, peft_config, self._tied.get(side, {}), sets)
         if peft_config.tied:
             self._tied[side] = {name: getattr(layer, f"comcat_{name}")[adapter_name] for name in SHARED}
 

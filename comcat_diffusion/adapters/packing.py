@@ -7,7 +7,8 @@ of every attention's factors. Rows follow each other head by head, factor by fac
 order of their names; `out_up`, whose ranks are columns, is transposed. `unpack` fills the missing rows with zeros,
 which is exact.
 
-Float16 rows of one length C are one tensor, PART.C. Or rows are whole numbers of 2 to 8 bits: `row_bits` says of how
+Rows of float16 (or, in a piece of pieces.py, of the precision that was asked for) and one length C are one tensor,
+PART.C. Or rows are whole numbers of 2 to 8 bits: `row_bits` says of how
 many, for each row, and `row_scales` (float32) what they are to be multiplied with. Then PART.rows has all bytes of a
 part, row after row; a row is a string of bits that begins with the lowest of its first number, and ends in a byte of
 its own.
@@ -58,10 +59,12 @@ def _bytes(length: int, bits: int) -> int:
     return -(-length * bits // 8)
 
 
-def pack(tensors: dict[str, torch.Tensor], head_bits: HeadBits) -> tuple[dict[str, torch.Tensor], RowLengths]:
+def pack(
+    tensors: dict[str, torch.Tensor], head_bits: HeadBits, dtype: torch.dtype = torch.float16
+) -> tuple[dict[str, torch.Tensor], RowLengths]:
     """Dense factors by name, PART.ATTENTION.FACTOR, to packed ones, and the lengths of their rows.
 
-    All directions are of float16 (16 bits), or all of whole numbers.
+    All directions are of float16 (16 bits) or what else `dtype` names, or all of whole numbers.
     """
     grouped: dict[str, list[torch.Tensor]] = {}
     lengths: RowLengths = {}
@@ -72,13 +75,13 @@ def pack(tensors: dict[str, torch.Tensor], head_bits: HeadBits) -> tuple[dict[st
             if (dense := tensors.get(f"{part}.{attention}.{factor}")) is None:
                 continue  # it is of the other kind
             rows = dense.T if factor == COLUMNS else dense  # H*R, C
-            rows = rows[kept_rows(ranks[PRODUCT[factor]], _rank(ranks))]  # K, C
+            rows = rows[kept_rows(ranks[PRODUCT[factor]], dense_rank(ranks))]  # K, C
             own = [count for head in head_bits[part][attention][PRODUCT[factor]] for count in head]
             lengths[part][-1].append(rows.shape[1])
             if not own:
                 continue
             if FLOAT in own:
-                grouped.setdefault(f"{part}.{rows.shape[1]}", []).append(rows.half())
+                grouped.setdefault(f"{part}.{rows.shape[1]}", []).append(rows.to(dtype))
             else:
                 stream, scale = _written(rows, own)
                 grouped.setdefault(f"{part}.{ROWS}", []).append(stream)
@@ -106,11 +109,11 @@ def unpack(
     for part, attention, ranks in _attentions(head_ranks):
         for factor, length in zip(FOLDABLE if part in foldable else FREE, next(lengths[part]), strict=True):
             own = ranks[PRODUCT[factor]]
-            if len(own) * _rank(ranks) * length > MOST:
+            if len(own) * dense_rank(ranks) * length > MOST:
                 raise ValueError(f"{attention} has heads of a rank that nothing has")
             rows = _taken(left, part, length, sum(own))
-            whole = rows.new_zeros(len(own) * _rank(ranks), length)  # H*R, C
-            whole[kept_rows(own, _rank(ranks))] = rows
+            whole = rows.new_zeros(len(own) * dense_rank(ranks), length)  # H*R, C
+            whole[kept_rows(own, dense_rank(ranks))] = rows
             dense[f"{part}.{attention}.{factor}"] = whole.T.contiguous() if factor == COLUMNS else whole
     for name, tensor in left.items():
         if tensor.numel():
@@ -123,7 +126,7 @@ def _attentions(head_ranks: HeadRanks) -> Iterator[tuple[str, str, list[list[int
     return ((part, name, ranks) for part, own in sorted(head_ranks.items()) for name, ranks in sorted(own.items()))
 
 
-def _rank(ranks: list[list[int]]) -> int:
+def dense_rank(ranks: list[list[int]]) -> int:
     """The rank of the dense form; a side of a tied adapter that has lost all of its own is still there."""
     return max(1, *map(max, ranks))
 

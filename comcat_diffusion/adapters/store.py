@@ -29,12 +29,14 @@ from comcat_diffusion.adapters.model import (
 )
 from comcat_diffusion.adapters.packing import unpack
 from comcat_diffusion.adapters.parts import COMPONENTS, components, denoiser, plain_modules
+from comcat_diffusion.adapters.pieces import joined
 from comcat_diffusion.adapters.placing import active_adapters, add_active, part_of, refuse_wrapper, take_out
 from comcat_diffusion.adapters.same_base import difference, other_weights
 from comcat_diffusion.adapters.tied import gathered, scattered, sides_of, tied_shapes
 from comcat_diffusion.adapters.token import ENCODERS, LearnedWord, put_token, refuse_token
 from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.adapters.wholes import fill_wholes, whole_shapes, whole_tensors
+from comcat_diffusion.attentions import style_of
 from comcat_diffusion.families.known import family_of_denoiser
 from comcat_diffusion.versions import versions_with
 
@@ -46,6 +48,7 @@ _CONFIG_FIELDS = (
     "foldable",
     "tied",
     "cores",
+    "core_sets",
     "trigger",
     "trigger_ranks",
     "target_modules",
@@ -59,6 +62,7 @@ _CONFIG_FIELDS = (
 _LATER = (
     "tied",
     "cores",
+    "core_sets",
     "trigger",
     "trigger_ranks",
     "modules_to_save",
@@ -138,7 +142,7 @@ def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     Raises ValueError if a tensor is not finite.
     """
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             raise ValueError(f"'{name}' holds NaN or infinity; nothing was written.")
     plain = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in sorted(tensors.items())})
     (length,) = struct.unpack("<Q", plain[:8])
@@ -171,8 +175,10 @@ def load_adapter(pipe: object, path: str | Path, adapter_name: str = "default", 
     active = {part: active_adapters(parts[part]) for part in configs}
     try:
         for part, config in configs.items():
+            config.init_weights = False
             add_active(part_of(pipe, part), config, adapter_name)
             _fill(parts[part], config, adapter_name, part, tensors)
+            config.init_weights = True
         for token, vectors in tokens.items():
             put_token(pipe, token, vectors)
             word = LearnedWord(pipe, token, len(configs))
@@ -212,6 +218,8 @@ def read_fitting(
             raise AdapterFileError(f"{path} adapts '{part}', which this pipeline does not have.")
     configs = {part: config_of(fields, path) for part, fields in header.config.items()}
     _refuse_other_tensors(tensors, parts, configs, path)
+    for part, config in configs.items():
+        _refuse_other_sets(parts[part], config, path)
     return Fitting(header, configs, tensors, tokens)
 
 
@@ -278,13 +286,15 @@ def _refuse_other_base(header: Header, present: dict, here: str, path: str | Pat
 def read_tensors(path: str | Path, header: Header) -> dict[str, torch.Tensor]:
     """The factors by name, PART.ATTENTION.FACTOR. Raises AdapterFileError for misfit rows, NaN and infinity."""
     tensors = safetensors.torch.load_file(path)
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
     if bad:
         raise AdapterFileError(f"{path} holds NaN or infinity in {_first_three(bad)}; train again or get another copy.")
     try:
+        foldable = [part for part, config in header.config.items() if config.get("foldable")]
+        if header.pieces:
+            return joined(tensors, header.pieces, foldable)
         if not header.head_ranks:
             return tensors
-        foldable = [part for part, config in header.config.items() if config.get("foldable")]
         return unpack(tensors, header.head_ranks, header.row_lengths, foldable)
     except ValueError as error:
         raise AdapterFileError(f"{path} is damaged or was edited: {error}.") from error
@@ -292,13 +302,21 @@ def read_tensors(path: str | Path, header: Header) -> dict[str, torch.Tensor]:
         raise AdapterFileError(f"{path} lacks {missing}; the file is damaged or was edited.") from missing
 
 
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are finite, by the least and the largest: a twentieth of what looking at each would take."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(end.isfinite()) for end in tensor.aminmax())  # NaN is passed on
+
+
 def config_of(fields: dict, path: str | Path) -> ComcatConfig:
     """The configuration that a header holds for one component. Raises AdapterFileError if it makes no sense."""
     unknown = sorted(set(fields) - set(_CONFIG_FIELDS))
     if unknown:
         raise AdapterFileError(f"{path} has settings that this version does not know: {_first_three(unknown)}.")
+    told = {"core_sets": {}} if fields.get("cores") else {}  # where a file says nothing, all go by the first
     try:
-        return ComcatConfig(**fields)
+        return ComcatConfig(**told | fields)
     except (TypeError, ValueError) as error:
         raise AdapterFileError(f"{path} has a configuration that does not make sense: {error}") from error
 
@@ -347,6 +365,16 @@ def _refuse_other_tensors(tensors: dict, parts: dict, configs: dict[str, ComcatC
     for problem, names in (("lacks", missing), ("has unknown tensors", extra), ("has misshapen tensors", misshapen)):
         if names:
             raise AdapterFileError(f"{path} {problem}: {_first_three(names)}; the file is damaged or was edited.")
+
+
+def _refuse_other_sets(model: nn.Module, config: ComcatConfig, path: str | Path) -> None:
+    modules = plain_modules(model)
+    for name, told in (config.core_sets or {}).items():
+        style = style_of(modules[name]) if name in modules else None
+        if style is None or len(told) != len(cores.first_sets(style.head_count(modules[name]))):
+            raise AdapterFileError(
+                f"{path} says of {name} what directions go by which no heads have; the file is damaged or was edited."
+            )
 
 
 def _first_three(names: list[str]) -> str:

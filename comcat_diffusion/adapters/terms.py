@@ -6,7 +6,7 @@ Letters: H heads, D head width, R rank, C channels; E the rows of a left factor 
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,18 +19,19 @@ from comcat_diffusion.adapters.cores import refuse_cores
 from comcat_diffusion.adapters.header import (
     FORMAT_VERSION,
     PACKED_VERSION,
+    PIECES_VERSION,
     AdapterFileError,
     Header,
+    Piece,
     read_adapter,
     settings_of_layers,
 )
 from comcat_diffusion.adapters.model import of_pattern
-from comcat_diffusion.adapters.packing import FOLDABLE, FREE, HeadBits, pack, ranks_of
+from comcat_diffusion.adapters.packing import COLUMNS, FOLDABLE, FREE, HeadBits, pack, ranks_of
+from comcat_diffusion.adapters.pieces import CONTEXT, apart
 from comcat_diffusion.adapters.store import TOKEN, config_of, library_versions, read_tensors, serialized
 from comcat_diffusion.adapters.tied import TEXT, WIDTH
 from comcat_diffusion.adapters.wholes import WHOLE
-
-CONTEXT = ("k_down", "v_down")  # the factors that carry scales
 
 Product = tuple[torch.Tensor, torch.Tensor]  # of every head: left (H, E, R), right (H, R, C)
 
@@ -82,6 +83,13 @@ class Term:
             factors |= {"q_core": maths.in_weight(qk[0]), "out_core": maths.in_weight(vo[1].mT)}
         else:
             factors |= {"q_down": maths.in_weight(qk[0]), "out_up": maths.out_weight(vo[1])}
+        return replace(self, scale=1.0, rank=rank, factors=factors)
+
+    def nothing(self, rank: int) -> "Term":
+        """One of the same heads and widths, of a rank, that adds nothing."""
+        across = self.heads * rank
+        shapes = {n: (f.shape[0], across) if n == COLUMNS else (across, f.shape[1]) for n, f in self.factors.items()}
+        factors = {name: torch.zeros(shape, dtype=self.factors[name].dtype) for name, shape in shapes.items()}
         return replace(self, scale=1.0, rank=rank, factors=factors)
 
     def widened(self, rank: int) -> "Term":
@@ -159,9 +167,14 @@ def _fits(term: Term) -> bool:
 
 
 def assembled(
-    contents: Contents, dtype: torch.dtype = torch.float16, head_bits: HeadBits | None = None
+    contents: Contents,
+    dtype: torch.dtype = torch.float16,
+    head_bits: HeadBits | None = None,
+    pieces: Sequence[tuple[Piece, Mapping[str, torch.Tensor]]] = (),
 ) -> tuple[Header, bytes]:
     """A file of these terms that keeps the header's base and notes: dense, or packed where `head_bits` are given.
+
+    Or of `pieces` and the tensors of each, whose sum these terms are.
 
     A layer whose rank is not the common one would be scaled by alpha / rank, so its factors on the context's side
     carry the inverse: no module needs an alpha of its own. Raises ValueError if a factor leaves the range of `dtype`.
@@ -176,12 +189,14 @@ def assembled(
             for name, factor in term.factors.items():
                 tensors[f"{term.key}.{name}"] = factor * gain if name in CONTEXT else factor
     row_lengths = {}
-    if head_bits:
-        tensors, row_lengths = pack(tensors, head_bits)
+    if pieces:
+        tensors = apart([packed for _, packed in pieces])
+    elif head_bits:
+        tensors, row_lengths = pack(tensors, head_bits, dtype)
     else:
         tensors = {name: factor.to(dtype) for name, factor in tensors.items()}
     tensors |= {name: vectors.to(dtype) for name, vectors in contents.tokens.items()}
-    version = PACKED_VERSION if head_bits else FORMAT_VERSION
+    version = PIECES_VERSION if pieces else PACKED_VERSION if head_bits else FORMAT_VERSION
     header = replace(
         contents.header,
         config=config,
@@ -189,14 +204,20 @@ def assembled(
         format_version=version,
         head_ranks=ranks_of(head_bits or {}),
         row_lengths=row_lengths,
+        pieces=[piece for piece, _ in pieces],
         thumbnail="",  # it shows what the file did before, and would cost more bytes than the ranks
     )
     return header, serialized(tensors, header)
 
 
-def write_contents(path: str | Path, contents: Contents, dtype: torch.dtype) -> Header:
-    """Write a dense file; see `assembled`. Raises OSError if it cannot be written."""
-    made, content = assembled(contents, dtype)
+def write_contents(
+    path: str | Path,
+    contents: Contents,
+    dtype: torch.dtype,
+    pieces: Sequence[tuple[Piece, Mapping[str, torch.Tensor]]] = (),
+) -> Header:
+    """Write a dense file, or one of pieces; see `assembled`. Raises OSError if it cannot be written."""
+    made, content = assembled(contents, dtype, pieces=pieces)
     atomic.write_bytes(path, content)
     return made
 

@@ -140,7 +140,8 @@ def _roots(clip: object) -> dict[str, str]:
 def _within(path: Path, part: str) -> str:
     """What names of a text encoder's modules in a file begin with: of some classes they have it, of some not."""
     with safe_open(path, "pt") as file:
-        return "text_model." if any(name.startswith(f"{part}.text_model.") for name in file.keys()) else ""  # noqa: SIM118
+        names = [*file.keys(), *(f"{part}.{name}" for name in read_adapter(path).packed.get(part, ()))]
+    return "text_model." if any(name.startswith(f"{part}.text_model.") for name in names) else ""
 
 
 def _guest(
@@ -155,7 +156,7 @@ def _guest(
     if config.tied:
         own = scattered(own, shapes, sides_of(shell, shapes))
     if config.cores:
-        own = _unfolded(own, shapes, shell, config.r)
+        own = _unfolded(own, shapes, shell, config)
     factors: dict[str, dict[str, nn.Linear]] = {}
     for name, tensor in own.items():
         attention, _, factor = name.rpartition(".")
@@ -170,17 +171,20 @@ def _guest(
     return Guest(path.stem, path.resolve(), tuple(config.trigger or ()), waits, factors, scales, subjects)
 
 
-def _unfolded(own: dict, shapes: Mapping[str, tuple], shell: nn.Module, rank: int) -> dict[str, torch.Tensor]:
+def _unfolded(
+    own: dict, shapes: Mapping[str, tuple], shell: nn.Module, config: ComcatConfig
+) -> dict[str, torch.Tensor]:
     """Cores as the foldable adapter that they are on a base."""
     mixes = {}
     for name, (across, _) in shapes.items():
         attention, _, factor = name.rpartition(".")
         if factor == "q_core":
-            mixes |= dict.fromkeys((f"{attention}.{mix}" for mix in cores.MIXES), (across, rank))
+            mixes |= dict.fromkeys((f"{attention}.{mix}" for mix in cores.MIXES), (across, config.r))
     own, found = cores.scattered(own, mixes), {}
     for attention in sorted({name.rpartition(".")[0] for name in mixes}):
         k_mix, v_mix = (own[f"{attention}.{mix}"] for mix in cores.MIXES)
-        made = cores.factors_of(shell.get_submodule(attention), rank, k_mix, v_mix)
+        sets = config.core_sets.get(attention, "")
+        made = cores.factors_of(shell.get_submodule(attention), config.r, k_mix, v_mix, sets)
         found |= {f"{attention}.{factor}": tensor for factor, tensor in made.items()}
     return found
 

@@ -9,6 +9,7 @@ from comcat_diffusion.adapters.header import Header, kind_of
 from comcat_diffusion.config import EMBEDDED, EMBEDDED_FLOW, is_hub_id
 from comcat_diffusion.export.clients import CLIENTS, readers
 from comcat_diffusion.export.fit import family_in, waits
+from comcat_diffusion.families.family import UNET
 
 _CARD = """\
 ---
@@ -78,7 +79,7 @@ def card(header: Header, shared: Shared) -> str:
     return _CARD.format(
         front=_front(header, base),
         title=markdown.text(words or shared.adapter.removesuffix(".safetensors")),
-        base=f"[{markdown.text(base)}](https://huggingface.co/{quote(base)})" if base else _unpublished(header),
+        base=f"[{markdown.text(base)}](https://huggingface.co/{quote(base)})" if base else unpublished(header),
         phrase=phrase,
         works=_works(header, shared),
         sheet=f"\n![Samples]({shared.sheet})\n" if shared.sheet else "",
@@ -95,7 +96,8 @@ def public_base(header: Header) -> str:
     return header.base_model if is_hub_id(header.base_model) else ""
 
 
-def _unpublished(header: Header) -> str:
+def unpublished(header: Header) -> str:
+    """How a base is called that has no id on the hub."""
     known = {EMBEDDED: "embedded base", EMBEDDED_FLOW: "embedded flow-matching base"}.get(header.base_model)
     return f"the {known} of comcat-diffusion" if known else "a base that is not on the hub"
 
@@ -110,9 +112,7 @@ def _argument(words: str, always: bool = False) -> str:
 
 def _works(header: Header, shared: Shared) -> str:
     """A table of which program reads which file."""
-    family = family_in(header)
-    node = ", its ComfyUI node" if family is None or family.has_node else ""
-    rows = [(f"comcat-diffusion{node}", shared.adapter)]
+    rows = [(", ".join(["comcat-diffusion", *_shells(header)]), shared.adapter)]
     rows += [(", ".join([*_programs(header), "diffusers", "kohya's scripts"]), shared.lora)] if shared.lora else []
     lines = ["| program | file |", "| --- | --- |"]
     lines += [f"| {program} | {markdown.code(file, in_table=True)} |" for program, file in rows]
@@ -122,6 +122,16 @@ def _works(header: Header, shared: Shared) -> str:
             "It acts from its trigger on alone, which no LoRA can: a prompt without it draws the base's picture.",
         ]
     return "\n".join(lines)
+
+
+def _shells(header: Header) -> list[str]:
+    """Other programs in which the adapter file itself works, with what brings it there."""
+    family = family_in(header)
+    whole = any(config.get("modules_to_save") for config in header.config.values())
+    if whole or family is None or not family.has_node:
+        return []
+    forge = set(header.config) == {UNET} and not header.tokens
+    return ["ComfyUI with the node pack COMCAT"] + ["Forge with the extension COMCAT"] * forge
 
 
 def _programs(header: Header) -> list[str]:
@@ -142,7 +152,7 @@ def _front(header: Header, base: str) -> str:
 def _facts(header: Header, shared: Shared) -> dict[str, str]:
     facts = {"file": f"{markdown.code(shared.adapter, in_table=True)}, {shared.bytes:,} bytes"}
     for part, config in header.config.items():
-        most = " at most" * (part in header.head_ranks)
+        most = " at most" * (part in header.packed)
         facts[f"adapter of {markdown.text(part)}"] = markdown.text(f"{kind_of(config)}, rank {config.get('r')}{most}")
     for name, told in (("training", header.notes.training), ("written by", header.versions)):
         facts[name] = markdown.text(", ".join(f"{key} {value}" for key, value in told.items())) or "not said"

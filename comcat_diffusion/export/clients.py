@@ -25,13 +25,20 @@ class Client:
 # Checked by loaders: ComfyUI's own and Forge's leave most of a U-Net's tensors unread under diffusers' names, and
 # diffusers reads kohya's; so kohya's is what one file for all of them has. InvokeAI takes a FLUX.2 [klein] of native
 # names for a FLUX.1 and changes nothing with it, and knows no such Z-Image; SD.Next gives what Stable Diffusion 3 does
-# to its text to the picture instead (tests/clients_check.py). See docs/guide.md.
+# to its text to the picture instead (tests/clients_check.py). Forge of June 2025 has engines for Stable Diffusion 1 to
+# 3.5 and XL, FLUX.1 and Chroma alone. See docs/guide.md.
 _INVOKEAI = MappingProxyType(dict.fromkeys(("FLUX.2 [klein]", "Z-Image"), "diffusers-lora"))
 _RARE = ("Chroma", "PixArt-alpha and PixArt-Sigma", "Sana 1.x")
 CLIENTS = {
     "all": Client("every program", "kohya", "the program's folder of LoRAs"),
     "comfyui": Client("ComfyUI", "kohya", "ComfyUI/models/loras", "ComfyUI/models/embeddings"),
-    "forge": Client("Forge", "kohya", "webui/models/Lora", "webui/embeddings", lacks=("Kolors",)),
+    "forge": Client(
+        "Forge",
+        "kohya",
+        "webui/models/Lora",
+        "webui/embeddings",
+        lacks=("FLUX.2 [klein]", "Z-Image", "Qwen-Image", "Kolors", "PixArt-alpha and PixArt-Sigma", "Sana 1.x"),
+    ),
     "a1111": Client(
         "A1111",
         "kohya",

@@ -10,8 +10,9 @@ from pathlib import Path
 import comcat_diffusion
 from comcat_diffusion import atomic, markdown
 from comcat_diffusion.adapters.header import AdapterFileError, read_adapter
-from comcat_diffusion.export.card import public_base
+from comcat_diffusion.export.card import public_base, unpublished
 from comcat_diffusion.export.shareable import as_png, refuse_unshareable
+from comcat_diffusion.places import EMBEDDED_BASES, place_of
 
 _APP = '''\
 """The page that draws with the adapter beside this file."""
@@ -42,8 +43,7 @@ title: {title}
 sdk: docker
 app_port: 7860
 models:
-- {repo_id}
-- {base}
+{models}
 ---
 
 # {heading}
@@ -55,27 +55,30 @@ Write {phrase} in a prompt. Drawn with a [COMCAT](https://arxiv.org/abs/2305.172
 def build_space(target: str | Path, repo_id: str, adapter: str | Path, sheet: str | Path | None = None) -> Path:
     """Fill a new folder with a Space; it appears whole or not at all.
 
-    Raises AdapterFileError for what is no adapter or is of no base that the hub has, FileExistsError for a folder that
-    holds something, ValueError as sharing does.
+    An embedded base goes along. Raises AdapterFileError for what is no adapter or is of another base that the hub does
+    not have, FileExistsError for a folder that holds something, ValueError as sharing does.
     """
     refuse_unshareable(repo_id, adapter, sheet)
     header, adapter = read_adapter(adapter), Path(adapter)
     base, notes = public_base(header), header.notes
-    if not base:
+    carried = header.base_model if header.base_model in EMBEDDED_BASES else ""
+    if not base and not carried:
         raise AdapterFileError(f"{adapter} is of a base that is not on the hub, where a Space would look for it.")
     words = notes.phrase or adapter.stem
     card = _README.format(
         title=markdown.quoted(words),
-        repo_id=repo_id,
-        base=markdown.quoted(base),
+        models="\n".join(f"- {one}" for one in (repo_id, markdown.quoted(base)) if one != '""'),
         heading=markdown.text(words),
         phrase=markdown.code(words),
-        base_told=markdown.text(base),
+        base_told=markdown.text(base) or unpublished(header),
     )
     with atomic.whole_folder(target) as folder:
         (folder / "studio" / "adapters").mkdir(parents=True)
         package = Path(comcat_diffusion.__file__).parent
         shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "assets"))
+        if carried:
+            place = place_of(carried)
+            shutil.copytree(place, folder / package.name / "assets" / place.name)
         files = {"README.md": card, "app.py": _APP, "Dockerfile": _DOCKERFILE}
         files["requirements.txt"] = "\n".join(_requirements()) + "\n"
         for name, text in files.items():

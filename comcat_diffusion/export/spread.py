@@ -82,7 +82,8 @@ def unfolded(header: Header, models: Mapping[str, nn.Module], path: str | Path) 
         mixes = cores.scattered(own, shapes)
         for name in heights:
             pair = [mixes[f"{name}.{mix}"] for mix in cores.MIXES]
-            factors = cores.factors_of(model.get_submodule(name), config.r, *pair)
+            sets = config.core_sets.get(name, "")
+            factors = cores.factors_of(model.get_submodule(name), config.r, *pair, sets)
             terms.append(Term(part, name, config.alpha / config.r, config.r, True, factors))
     words = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{TOKEN}.")}
     return Contents(header, sorted(terms, key=lambda term: term.key), words)

@@ -7,7 +7,7 @@ from torch import nn
 
 from comcat_diffusion.adapters.store import expected_shapes
 from comcat_diffusion.bases import PRECISIONS
-from comcat_diffusion.families.family import UNET, Family, Native
+from comcat_diffusion.families.family import Family, Native
 from comcat_diffusion.families.known import family_of_denoiser
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learned import adapter_config, targets
@@ -38,8 +38,7 @@ def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
     family = family_of_denoiser(type(denoiser).__name__, denoiser.config)
     if family is None:  # see export/fit.py
         return f"This adapter is for this tool (about {size})."
-    noded = family.has_node and not (family.part == UNET and config.kind == "cores")
-    tools = "this tool and its ComfyUI node" if noded else "this tool"
+    tools = "this tool and its ComfyUI node" if family.has_node else "this tool"
     exact = replace(shape, tied=False, cores=False, foldable=True, target_modules=targets(config, denoiser))
     lora = expected_shapes(denoiser, exact)
     larger = f"{lora_bytes(lora, config.rank, family) / 1000:,.0f} kB"

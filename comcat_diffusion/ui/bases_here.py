@@ -1,5 +1,6 @@
 """The bases that the page offers: the embedded one, those in the hub's cache, and those in folders that it may name."""
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 from comcat_diffusion.config import EMBEDDED, is_hub_id
 from comcat_diffusion.families.family import UNET
 from comcat_diffusion.families.known import family_in
-from comcat_diffusion.places import assets, place_of
+from comcat_diffusion.places import place_of
 from comcat_diffusion.ui.settings import Refused
 
 FOLDER = "bases"  # inside the page's folder
@@ -41,9 +42,8 @@ class Base:
 
 
 def bases_here(folder: Path, allowed: list[Path]) -> list[Base]:
-    """All that can be trained on, the embedded one first."""
-    found = [_of_folder(assets() / "tiny-sd", EMBEDDED, EMBEDDED)]
-    found += _cached()
+    """All that can be trained on, the embedded one first; a Space of another base is without it."""
+    found = [*_embedded(), *_cached()]
     for place in (folder / FOLDER, *allowed):
         for path in sorted(place.iterdir()) if place.is_dir() else [place] * place.is_file():
             if (path / "model_index.json").is_file():
@@ -102,6 +102,11 @@ def _configs_of(name: str) -> Path | None:
         return path
     found = None if path.is_file() else try_to_load_from_cache(name, "model_index.json")
     return Path(found).parent if isinstance(found, str) else None
+
+
+def _embedded() -> Iterator[Base]:
+    with contextlib.suppress(FileNotFoundError):
+        yield _of_folder(place_of(EMBEDDED), EMBEDDED, EMBEDDED)
 
 
 def _cached() -> Iterator[Base]:

@@ -53,7 +53,7 @@ def form(asked: Asked) -> dict:
         "groups": [group for group in left if group["fields"]],
         "schedulers": [{"name": sampler_name(one, _ALGORITHM.get(one, {})), "value": one} for one in SCHEDULERS],
         "known": [flag_of(item) for item in fields(GenerateConfig)],
-        "steps": bases_here.steps_of(EMBEDDED),
+        "steps": bases_here.steps_of(EMBEDDED) or bases_here.USUAL,  # a Space of another base is without it
     }
 
 

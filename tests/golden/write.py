@@ -1,14 +1,52 @@
-"""How the golden file was made: `python -m tests.golden.write`. It is kept as it is; a new format gets a new file."""
+"""How the golden files were made: `python -m tests.golden.write`. They stay as they are; a new format gets its own."""
+
+import json
+import tempfile
+from pathlib import Path
 
 import torch
 
-from comcat_diffusion import save_adapter
+from comcat_diffusion import ComcatConfig, read_adapter, save_adapter
+from comcat_diffusion.adapters.combine import combine
 from comcat_diffusion.adapters.header import Notes
+from comcat_diffusion.adapters.shrink import shrink
+from comcat_diffusion.adapters.store import read_tensors
 from tests.conftest import build_tiny_unet
 from tests.test_adapter_file import GOLDEN, _by_formula, _with_adapter, pipeline
+from tests.test_pieces import GOLDEN as PIECES
 
-if __name__ == "__main__":
-    if GOLDEN.exists():
-        raise SystemExit(f"{GOLDEN} exists; files of version 1 are never written again.")
+
+def first() -> None:
+    """Version 1: dense."""
     pipe = pipeline(_by_formula(_with_adapter(build_tiny_unet())))
     save_adapter(pipe, GOLDEN, "golden", "tests/tiny", Notes("sks", "a photo of sks dog", "dog"), torch.float16)
+
+
+def third() -> None:
+    """Version 3: two subjects, one in half precision and one in whole numbers, and what they are when read."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for word, most in (("sks", 40_000), ("ohwx", 3_500)):
+            pipe = pipeline(build_tiny_unet())
+            pipe.unet.add_adapter(ComcatConfig(r=3, foldable=True, trigger=[word]), "golden")
+            _by_formula(pipe.unet)
+            save_adapter(
+                pipe, Path(folder) / word, "golden", "tests/tiny", Notes(word, f"a photo of {word} dog", "dog")
+            )
+            files.append(Path(folder) / f"{word}.safetensors")
+            shrink(Path(folder) / word, files[-1], most)
+        combine([(files[0], 0.5), (files[1], 1.0)], PIECES)
+    header = read_adapter(PIECES)
+    sums = {
+        name: [list(tensor.shape), float(tensor.double().abs().sum())]
+        for name, tensor in read_tensors(PIECES, header).items()
+    }
+    PIECES.with_suffix(".json").write_text(json.dumps({"config": header.config["unet"], "sums": sums}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    for file, write in ((GOLDEN, first), (PIECES, third)):
+        if file.exists():
+            print(f"{file} exists and is never written again.")
+        else:
+            write()
