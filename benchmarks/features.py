@@ -48,8 +48,12 @@ def main(arguments: list[str] | None = None) -> None:
     shared.use_threads(flags.threads)
     device = torch.device(flags.device)
     path = flags.output or shared.results_path("features-dinov2", device)
-    sets = {"calibration": calibrating(flags.photographs), "test": sorted((photographs.FOLDER / "test").iterdir())}
+    sets = {
+        "calibration": calibrating(flags.photographs, flags.more),
+        "test": sorted((photographs.FOLDER / "test").iterdir()),
+    }
     report = {"circumstances": shared.circumstances(device, torch.float32), "rows": []}
+    report |= {"more": flags.more.name} if flags.more else {}
     report |= {"crops": flags.crops, "photographs": {name: len(found) for name, found in sets.items()}}
     for row in rows(flags, sets, device):
         report["rows"].append(row)
@@ -71,6 +75,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--plans", type=Path, metavar="JSON", help="the widths of an earlier run, not chosen anew")
     parser.add_argument("--finetune", type=int, default=0, help="passes over fresh crops, one a photograph and pass")
     parser.add_argument("--learn", type=int, metavar="N", help="of so many photographs (default: those calibrated on)")
+    parser.add_argument(
+        "--more", type=Path, metavar="FOLDER", help="a folder of your own for photographs beyond the usual sixteen"
+    )
     parser.add_argument(
         "--rate", type=float, default=FEATURES_RATE, help="learning rate of these (default: %(default)s)"
     )
@@ -120,26 +127,27 @@ def rows(flags: argparse.Namespace, sets: dict[str, list[Path]], device: torch.d
             yield row | judged(small) | {"widths": plan.widths}
             if flags.finetune:
                 started, busy = time.perf_counter(), time.process_time()
-                shown = calibrating(flags.learn or flags.photographs)
+                shown = calibrating(flags.learn or flags.photographs, flags.more)
                 small = finetuned(small, dense, shown, flags, kept)
                 row |= {"finetuned_on": flags.finetune * len(shown), "of_photographs": len(shown), "rate": flags.rate}
                 row |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - busy}
                 yield row | judged(small) | {"widths": plan.widths}
 
 
-def calibrating(count: int | None) -> list[Path]:
+def calibrating(count: int | None, more: Path | None = None) -> list[Path]:
     """The photographs to calibrate on, or some of them at random: always the same, and fewer are among more.
 
-    Beyond those there are, of `more` as well. Raises ValueError if there are not so many.
+    Beyond those there are, of the folder `more` as well. Raises ValueError if there are not so many.
     """
     found = sorted((photographs.FOLDER / "calibration").iterdir())
     if count is None:
         return found
     random.Random(0).shuffle(found)
     if count > len(found):
-        more = sorted((photographs.FOLDER / "more").iterdir())
-        random.Random(0).shuffle(more)
-        found += more
+        others = (more or photographs.FOLDER / "more").iterdir()
+        others = sorted(path for path in others if path.suffix.lower() in Image.registered_extensions())
+        random.Random(0).shuffle(others)
+        found += others
     if not 0 < count <= len(found):
         raise ValueError(f"--photographs {count}: there are {len(found)} (python -m benchmarks.photographs).")
     return found[:count]
@@ -228,6 +236,8 @@ def table(report: dict) -> str:
         f"DINOv2-small,{without} calibrated on {report['crops']} crops of each of {sets['calibration']} "
         f"photographs, judged on {sets['test']} others:"
     )
+    if "more" in report:
+        title = f"{title[:-1]}; photographs beyond the sixteen are those of {report['more']}:"
     return "\n\n".join(
         [title, shared.markdown_table(columns, cells), shared.circumstances_text(report["circumstances"])]
     )
