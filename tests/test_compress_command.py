@@ -306,10 +306,8 @@ def test_a_fine_tuning_that_was_cut_goes_on_and_ends_as_if_it_was_not(pictures, 
             ask(tmp_path / "dinov2", said.append, **settings)
         assert not (tmp_path / "small").exists() and not said  # before anything is compressed
     one_rate = about | {"rates": json.dumps(json.loads(about["rates"]) | {"rates": [1e-5]})}  # of an earlier version
-    for wrong in (
-        {"comcat": "[9, 3e-05, 0, true, {}]"},
-        one_rate,
-    ):  # the student's shapes tell, and how many rates there are
+    shapeless = {"comcat": "[9, 3e-05, 0, true, {}]"}
+    for wrong in (shapeless, one_rate):  # the student's shapes tell, and how many rates there are
         state.write_bytes(safetensors.torch.save(losses, wrong))
         with pytest.raises(ValueError, match="not the state of this fine-tuning; take it away"):
             ask(tmp_path / "dinov2", **settings)
