@@ -273,7 +273,8 @@ def alone(report: dict) -> str:
 
 def _circumstances(report: dict) -> str:
     """Those of the table, and of rows that were added to it."""
-    apart = [f"{row['method']}: {shared.circumstances_text(row['added'])}" for row in report["rows"] if "added" in row]
+    own = {row["method"].removesuffix(FREELY): row["added"] for row in report["rows"] if "added" in row}
+    apart = [f"{method}: {shared.circumstances_text(taken)}" for method, taken in own.items()]
     return "\n\n".join([shared.circumstances_text(report["circumstances"]), *apart])
 
 
