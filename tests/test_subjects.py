@@ -416,7 +416,8 @@ def test_the_running_mean_is_what_is_saved(tmp_path):
 
 @pytest.mark.slow
 def test_the_cache_gives_the_same_run_and_notices_a_changed_picture(tmp_path, pictures):
-    cached = {"cache_dir": str(tmp_path / "cache"), "instance_data_dir": str(pictures)}
+    own = {"instance_data_dir": str(pictures), "background_augmentation": True}
+    cached = {"cache_dir": str(tmp_path / "cache"), **own}
     first, _ = run(tmp_path / "a", **cached)
     kept = sorted((tmp_path / "cache").iterdir())
     assert len(kept) == 4 * (1 + EACH)  # before its own background and others
