@@ -414,3 +414,15 @@ def test_the_verbs_for_a_whole_pipeline_undo_each_other(trained, tiny_unet, tiny
     assert (tiny_unet.run(trained.unet) - live[0]).abs().max() > 0.01
     with pytest.raises(ValueError, match="No adapter at all to merge"):
         merge_adapters(trained)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64]
+)
+def test_numbers_of_every_type_are_looked_at(dtype):
+    """Files are anybody's, and what no file of ours holds must not end in an error of PyTorch's, nor go unseen."""
+    from comcat_diffusion.adapters.store import _is_finite
+
+    fine, bad = torch.ones(5, 5).to(dtype), torch.ones(5, 5)
+    bad[2, 3] = float("nan")
+    assert _is_finite(fine) and not _is_finite(bad.to(dtype))

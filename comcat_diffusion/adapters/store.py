@@ -304,8 +304,12 @@ def read_tensors(path: str | Path, header: Header) -> dict[str, torch.Tensor]:
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether all numbers are finite, by the least and the largest: a twentieth of what looking at each would take."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
     if not tensor.is_floating_point() or not tensor.numel():
         return True
+    if tensor.itemsize == 1:  # floats of eight bits have no least and largest
+        tensor = tensor.float()
     return all(bool(end.isfinite()) for end in tensor.aminmax())  # NaN is passed on
 
 
