@@ -104,14 +104,14 @@ def _added(read: list[_Read], alike: set[str]) -> dict[str, list[Term]]:
     added: dict[str, list[Term]] = {}
     shapes = {term.key: term for file in read for term in file.contents.terms}
     for file in read:
-        own = {term.key: term for term in file.contents.terms}
-        for part in sorted(file.contents.header.config):
-            most = max(term.rank for term in own.values() if term.part == part)
-            for key, like in sorted(shapes.items()):
-                term = own.get(key) or like.nothing(most) if part in alike else own.get(key)
-                if term is None or like.part != part:
-                    continue
-                term = term.widened(most) if part in alike else term
+        own, most = {term.key: term for term in file.contents.terms}, {}
+        for term in own.values():
+            most[term.part] = max(term.rank, most.get(term.part, 0))
+        for key, like in sorted(shapes.items()):
+            term = own.get(key)
+            if like.part in alike and like.part in most:
+                term = (term or like.nothing(most[like.part])).widened(most[like.part])
+            if term:
                 added.setdefault(key, []).append(replace(term, scale=file.weight * term.scale))
     return added
 

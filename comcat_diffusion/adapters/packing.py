@@ -8,10 +8,9 @@ order of their names; `out_up`, whose ranks are columns, is transposed. `unpack`
 which is exact.
 
 Rows of float16 (or, in a piece of pieces.py, of the precision that was asked for) and one length C are one tensor,
-PART.C. Or rows are whole numbers of 2 to 8 bits: `row_bits` says of how
-many, for each row, and `row_scales` (float32) what they are to be multiplied with. Then PART.rows has all bytes of a
-part, row after row; a row is a string of bits that begins with the lowest of its first number, and ends in a byte of
-its own.
+PART.C. Or rows are whole numbers of 2 to 8 bits: `row_bits` says of how many, for each row, and `row_scales` (float32)
+what they are to be multiplied with. Then PART.rows has all bytes of a part, row after row; a row is a string of bits
+that begins with the lowest of its first number, and ends in a byte of its own.
 
 Letters: H heads, R rank, C channels, K rows kept.
 """
