@@ -2,9 +2,9 @@
 
     python -m benchmarks.cores                     # all 25 blocks of klein 4B: minutes, 8 GiB
 
-Random weights in bfloat16 on one thread. Loading is that of a file into the transformer, the best of five; seconds are
-one core's (`time.process_time`), which other programs do not change much. Cores look for directions in each block when
-they first act, at a drawing's first step.
+Random weights in bfloat16 on one thread. Loading is that of a file into the transformer, the best of nine in turns,
+and beside it diffusers loads a LoRA on the same attentions. Seconds are one core's (`time.process_time`), which other
+programs do not change much. Cores look for directions in each block when they first act, at a drawing's first step.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from diffusers import Flux2Transformer2DModel
+from peft import LoraConfig
 
 from benchmarks import circumstances as shared
 from comcat_diffusion import ComcatConfig, load_adapter, save_adapter
@@ -29,7 +30,12 @@ KINDS = {
     "free": {"r": 8},
     "cores": {"r": 4, "foldable": True, "cores": True},
 }
-ROUNDS = 5
+LORA = "LoRA r=4"  # diffusers' own, on all projections of the same attentions
+LORA_TARGETS = (
+    r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+)
+ROUNDS = 9
 
 
 def transformer(double: int, single: int) -> Flux2Transformer2DModel:
@@ -51,21 +57,50 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def row(kind: str, model: Flux2Transformer2DModel, folder: Path) -> dict:
-    """One kind: bytes of its file, milliseconds of loading it, seconds of a core until it can act."""
+def saved(kind: str, model: Flux2Transformer2DModel, folder: Path) -> Path:
+    """A file of this kind; the model is left without it."""
+    if kind == LORA:
+        model.add_adapter(LoraConfig(r=4, target_modules=LORA_TARGETS), "dog")
+        model.save_lora_adapter(folder, "dog", weight_name="lora.safetensors")
+        model.delete_adapters("dog")
+        return folder / "lora.safetensors"
     add_adapter(model, ComcatConfig(target_modules=["attn"], **KINDS[kind]), "dog")
     file = folder / f"{kind}.safetensors"
     save_adapter(model, file, "dog", "somebody/klein")
-    loads = []
-    for _ in range(ROUNDS):
-        unload_adapters(model)
-        loads.append(seconds_of(lambda: load_adapter(model, file, "dog")))
-    layers = adapted_layers(model).values()
-    ends = [end for one in layers for end in one.folded("dog")[:2]] if kind == "cores" else []
-    first = seconds_of(lambda: [end.weight for end in ends])
     unload_adapters(model)
-    told = {"kind": kind, "blocks": len(layers), "bytes": file.stat().st_size, "load_ms": 1000 * min(loads)}
-    return told | {"first_use_seconds": first}
+    return file
+
+
+def load_seconds(kind: str, model: Flux2Transformer2DModel, file: Path) -> float:
+    """Of loading it once; the model is left without it."""
+    if kind == LORA:
+        took = seconds_of(lambda: model.load_lora_adapter(file, prefix=None, adapter_name="dog"))
+        model.delete_adapters("dog")
+        return took
+    took = seconds_of(lambda: load_adapter(model, file, "dog"))
+    unload_adapters(model)
+    return took
+
+
+def first_use_seconds(model: Flux2Transformer2DModel, file: Path) -> float:
+    """Of finding the directions that cores are between."""
+    load_adapter(model, file, "dog")
+    ends = [end for layer in adapted_layers(model).values() for end in layer.folded("dog")[:2]]
+    took = seconds_of(lambda: [end.weight for end in ends])
+    unload_adapters(model)
+    return took
+
+
+def table(model: Flux2Transformer2DModel, blocks: int, folder: Path) -> list[dict]:
+    """Each kind: bytes of its file, milliseconds of loading it, seconds of a core until it can act."""
+    files = {kind: saved(kind, model, folder) for kind in (*KINDS, LORA)}
+    rounds = [{kind: load_seconds(kind, model, file) for kind, file in files.items()} for _ in range(ROUNDS)]
+    rows = [
+        {"kind": kind, "blocks": blocks, "bytes": file.stat().st_size, "load_ms": 1000 * min(r[kind] for r in rounds)}
+        for kind, file in files.items()
+    ]
+    first = {"cores": first_use_seconds(model, files["cores"])}
+    return [row | {"first_use_seconds": first.get(row["kind"], 0.0)} for row in rows]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -77,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     shared.use_threads(1)
     model = transformer(asked.double, asked.single)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        rows = [row(kind, model, Path(folder)) for kind in KINDS]
+        rows = table(model, asked.double + asked.single, Path(folder))
     report = {"circumstances": shared.circumstances(torch.device("cpu"), torch.bfloat16), "rows": rows}
     print(json.dumps(report, indent=2))
 

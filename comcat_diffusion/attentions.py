@@ -143,7 +143,7 @@ def style_of(module: nn.Module) -> Style | None:
 
 
 def _has_part(module: nn.Module, path: str) -> bool:
-    try:
-        return module.get_submodule(path) is not None
-    except AttributeError:
-        return False
+    part: nn.Module | None = module
+    for name in path.split("."):
+        part = None if part is None else part._modules.get(name)  # as `get_submodule`, which takes ten times as long
+    return part is not None

@@ -32,6 +32,8 @@ def refuse_wrapper(model: nn.Module) -> None:
 def active_adapters(model: nn.Module) -> list[str]:
     """The adapters of any kind that act in a model."""
     known = getattr(bare(model), "peft_config", {})
+    if not known:
+        return []
     layer = next((module for module in bare(model).modules() if isinstance(module, BaseTunerLayer)), None)
     return [name for name in layer.active_adapters if name in known] if layer is not None else []
 

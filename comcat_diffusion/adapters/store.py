@@ -372,7 +372,7 @@ def _refuse_other_tensors(tensors: dict, parts: dict, configs: dict[str, ComcatC
 
 
 def _refuse_other_sets(model: nn.Module, config: ComcatConfig, path: str | Path) -> None:
-    modules = plain_modules(model)
+    modules = plain_modules(model) if config.core_sets else {}
     for name, told in (config.core_sets or {}).items():
         style = style_of(modules[name]) if name in modules else None
         if style is None or len(told) != len(cores.first_sets(style.head_count(modules[name]))):

@@ -28,6 +28,8 @@ def whole_tensors(model: nn.Module, part: str, adapter_name: str) -> dict[str, t
 
 def fill_wholes(model: nn.Module, part: str, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """The inverse of `whole_tensors`. What is loaded is not trained."""
+    if not any(name.startswith(f"{WHOLE}.{part}.") for name in tensors):
+        return
     for mark, copy in _copies(model, part, adapter_name).items():
         copy.load_state_dict({key: tensors[f"{mark}.{key}"] for key in copy.state_dict()})
         copy.requires_grad_(False)
@@ -36,6 +38,8 @@ def fill_wholes(model: nn.Module, part: str, adapter_name: str, tensors: Mapping
 def whole_shapes(model: nn.Module, part: str, config: ComcatConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what a file of this configuration holds of whole modules of a model."""
     endings = tuple(config.modules_to_save or ())
+    if not endings:
+        return {}
     chosen = {name: module for name, module in plain_modules(model).items() if name and name.endswith(endings)}
     return {
         f"{WHOLE}.{part}.{name}.{key}": tuple(value.shape)
