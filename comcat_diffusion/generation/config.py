@@ -27,7 +27,7 @@ class AdapterFiles(Group):
     keep_background: bool = option(
         True,
         "Let an adapter act only where the model looks at its subject's words: the rest stays the base's picture of "
-        "the same seed, which is drawn first, in as much time again. For adapters that wait for a trigger, on a U-Net.",
+        "the same seed, which is drawn first, in as much time again. For adapters that wait for a trigger.",
         usual=True,
     )
 
