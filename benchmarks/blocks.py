@@ -134,6 +134,17 @@ def operations(model: nn.Module, work: Callable[[nn.Module, dict], None], call: 
     return counted.get_total_flops()
 
 
+def table(report: dict) -> str:
+    """The rows, drawing and training side by side, and where they were measured."""
+    found = {(row["base"], row["kind"], row["what"]): row for row in report["rows"]}
+    cells = []
+    for base, kind in dict.fromkeys(key[:2] for key in found):
+        both = [found[base, kind, work.__name__] for work in (forward, step)]
+        cells.append([f"{base}, {kind}", *(f"{row[told]:.3f}" for row in both for told in ("operations", "ratio"))])
+    columns = ["blocks, kind", "drawing: operations", "CPU time", "training: operations", "CPU time"]
+    return f"{shared.markdown_table(columns, cells)}\n\n{shared.circumstances_text(report['circumstances'])}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

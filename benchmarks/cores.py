@@ -36,6 +36,7 @@ LORA_TARGETS = (
     r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
 )
 ROUNDS = 9
+ALL = (5, 20)  # blocks of two streams, and of one
 
 
 def transformer(double: int, single: int) -> Flux2Transformer2DModel:
@@ -91,7 +92,7 @@ def first_use_seconds(model: Flux2Transformer2DModel, file: Path) -> float:
     return took
 
 
-def table(model: Flux2Transformer2DModel, blocks: int, folder: Path) -> list[dict]:
+def rows_of(model: Flux2Transformer2DModel, blocks: int, folder: Path) -> list[dict]:
     """Each kind: bytes of its file, milliseconds of loading it, seconds of a core until it can act."""
     files = {kind: saved(kind, model, folder) for kind in (*KINDS, LORA)}
     rounds = [{kind: load_seconds(kind, model, file) for kind, file in files.items()} for _ in range(ROUNDS)]
@@ -103,17 +104,29 @@ def table(model: Flux2Transformer2DModel, blocks: int, folder: Path) -> list[dic
     return [row | {"first_use_seconds": first.get(row["kind"], 0.0)} for row in rows]
 
 
+def table(report: dict) -> str:
+    """The rows, and where they were measured."""
+    cells = [
+        (row["kind"], f"{row['bytes']:,}", f"{row['load_ms']:.0f}", f"{row['first_use_seconds']:.1f}")
+        for row in report["rows"]
+    ]
+    columns = ["25 blocks of FLUX.2 [klein] 4B", "bytes", "loading, CPU ms", "first use, CPU seconds"]
+    return f"{shared.markdown_table(columns, cells)}\n\n{shared.circumstances_text(report['circumstances'])}"
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and print."""
+    """Measure, write where it is all blocks, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--double", type=int, default=5, help="blocks of two streams (default: %(default)s)")
-    parser.add_argument("--single", type=int, default=20, help="blocks of one stream (default: %(default)s)")
+    parser.add_argument("--double", type=int, default=ALL[0], help="blocks of two streams (default: %(default)s)")
+    parser.add_argument("--single", type=int, default=ALL[1], help="blocks of one stream (default: %(default)s)")
     asked = parser.parse_args(arguments)
     shared.use_threads(1)
+    report = {"circumstances": shared.circumstances(torch.device("cpu"), torch.bfloat16)}
     model = transformer(asked.double, asked.single)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        rows = table(model, asked.double + asked.single, Path(folder))
-    report = {"circumstances": shared.circumstances(torch.device("cpu"), torch.bfloat16), "rows": rows}
+        report["rows"] = rows_of(model, asked.double + asked.single, Path(folder))
+    if (asked.double, asked.single) == ALL:
+        shared.write_json(shared.results_path("cores", torch.device("cpu")), report)
     print(json.dumps(report, indent=2))
 
 

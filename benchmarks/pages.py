@@ -17,8 +17,10 @@ PAGES = [shared.ROOT / "README.md", *sorted((shared.ROOT / "docs").glob("*.md"))
 MAKERS = {
     "alone": "subjects:alone",
     "attention": "attention:tables",
+    "blocks": "blocks:table",
     "bytes": "bytes:table",
     "compression": "compression_report:tables",
+    "cores": "cores:table",
     "customization": "customization_report:table",
     "features": "features:table",
     "joint": "joint:table",
