@@ -233,6 +233,32 @@ def test_states_made_by_the_text_encoder_itself_are_known(waiting):
         assert far(given(pipe, plain.to(dtype).float(), negative.to(dtype).float()), drawn(pipe, WITH)) < 0.1
 
 
+def test_states_made_in_several_runs_of_the_text_encoder_are_known(embedded, waiting):
+    """As programs read a prompt that is too long for one, or says BREAK: each run by itself, side by side."""
+    pipe, base = waiting(foldable=True), embedded()
+
+    def states(*texts):
+        more = {"padding": "max_length", "return_tensors": "pt", "truncation": True}
+        return pipe.text_encoder(pipe.tokenizer(list(texts), **more).input_ids)[0].detach().flatten(0, 1)[None]
+
+    def moved(*texts, negative=("", "")):
+        both = states(*texts), states(*negative)
+        return far(given(pipe, *both), given(base, *both))
+
+    assert moved(WITHOUT, "a blue room") == 0
+    assert moved(WITH, "a blue room") > 0.05
+    assert moved("a blue room", "sks teddy") > 0.05
+    assert moved("a blue room", WITHOUT, negative=("", WITH)) > 0.05
+    said = texts_of(pipe.tokenizer).known(states("a blue room", "a sks teddy", "red"))[0]
+    length = pipe.tokenizer.model_max_length
+    assert said.acts(["sks"]).nonzero().flatten().tolist() == list(range(length + 2, 2 * length))
+    assert said.within(["sks teddy", "blue"]).nonzero().flatten().tolist() == [2, length + 2, length + 3]
+    padded = torch.cat([states(WITH), torch.zeros_like(states(WITH))], dim=1)  # with zeros, as some fill up
+    assert far(given(pipe, padded, states("", "")), given(base, padded, states("", ""))) > 0.05
+    with pytest.raises(ValueError, match="of no prompt that its pipeline has encoded"):
+        given(pipe, torch.cat([states(WITH), states(WITH) + 1], dim=1), states("", ""))
+
+
 def test_states_of_no_known_prompt_are_refused_until_somebody_says_what_they_are(embedded, waiting):
     pipe = waiting(foldable=True)
     one, negative = pipe.encode_prompt(WITH, "cpu", 1, True)

@@ -17,14 +17,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from comcat_diffusion.adapters.call import Follower, carry, given, here
-from comcat_diffusion.adapters.texts import Said, States, texts_of
+from comcat_diffusion.adapters.texts import Chunks, Said, States, texts_of
 from comcat_diffusion.families.known import family_of_model
 
 
 class Heard:
     """What the text states of one forward pass say; None where nobody told."""
 
-    def __init__(self, gate: "Gate", states: States, said: Sequence[Said] | None) -> None:
+    def __init__(self, gate: "Gate", states: States, said: Sequence[Said | Chunks] | None) -> None:
         self.gate, self.said = gate, said
         self.called: dict[tuple[str, ...], bool] = {}  # whether any of the prompts has the trigger
         self.acts: dict[tuple[str, ...], torch.Tensor] = {}  # (B, M, 1): one from the trigger on
