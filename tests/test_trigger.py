@@ -408,6 +408,29 @@ def test_sdxl_hears_its_trigger(tmp_path, randomize):
     assert far(once("a photo of a dog"), base[0]) == 0 and far(once("a photo of a sks dog"), base[1]) > 1e-3
 
 
+def test_sdxls_states_are_known_by_what_its_first_encoder_made(tmp_path, randomize):
+    """As programs make them: the last but one of both encoders side by side, one run of each behind the other."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_bases.sdxl(tmp_path))
+    pipe.unet.add_adapter(ComcatConfig(r=2, foldable=True, tied=True, trigger=["sks"]), "dog")
+    randomize(pipe.unet, "dog", std=1.0)
+    listen(pipe)
+
+    def run(text):
+        more = {"padding": "max_length", "return_tensors": "pt", "truncation": True}
+        ids = [tokenizer(text, **more).input_ids for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)]
+        made = zip((pipe.text_encoder, pipe.text_encoder_2), ids, strict=True)
+        return torch.cat([encoder(own, output_hidden_states=True).hidden_states[-2] for encoder, own in made], dim=-1)
+
+    texts, length = texts_of(pipe.tokenizer), pipe.tokenizer.model_max_length
+    states = run("a photo of a sks dog")
+    own = list(range(5, length))
+    assert texts.known(states)[0].acts(["sks"]).nonzero().flatten().tolist() == own
+    acts = texts.known(torch.cat([run("a red room"), states], dim=1))[0].acts(["sks"])
+    assert acts.nonzero().flatten().tolist() == [length + place for place in own]
+    assert texts.known(states.flip(-1)) is None and texts.known(states + 1) is None
+    assert texts.known(torch.zeros_like(states))[0].text == ""
+
+
 # Files, and what cannot be
 
 

@@ -103,8 +103,10 @@ class Gate(Follower):
             texts = texts_of(self.tokenizer)
             with texts.lock:
                 read = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-                # Not every tokenizer knows how its words end.
-                texts.remember(states, [text.replace("</w>", " ") for text in read], written_out=True)
+                read = [text.replace("</w>", " ") for text in read]  # not every tokenizer knows how its words end
+                # The last but one are what SDXL takes of its two encoders, side by side.
+                for made in (states, *(getattr(output, "hidden_states", None) or ())[-2:-1]):
+                    texts.remember(made, read, written_out=True)
 
     def stop(self) -> None:
         """Listen no longer, to pipelines neither."""

@@ -191,18 +191,24 @@ class Texts:
 
     def _nearest(self, key: bytes, length: int) -> Said | None:
         if key not in self._said:
-            others = [other for other, said in self._said.items() if len(other) == len(key)]
-            if not others:
+            key = self._likest(key)
+            if key is None:
                 return None
-            directions = np.frombuffer(b"".join(others), np.float32).reshape(len(others), -1)
-            cosines = directions @ np.frombuffer(key, np.float32)
-            if cosines.max() < _SAME:
-                return None
-            key = others[int(cosines.argmax())]
         said = self._said[key]
         if self.reading.filled:
             return said.filled(length)
         return said if len(said.ends) == length else None
+
+    def _likest(self, key: bytes) -> bytes | None:
+        """The direction that is this one, else its first part: an encoder's states may stand before another's."""
+        asked = np.frombuffer(key, np.float32)
+        for width in sorted({len(other) for other in self._said if len(other) <= len(key)}, reverse=True):
+            others = [other for other in self._said if len(other) == width]
+            first = asked[: width // asked.itemsize]
+            cosines = np.frombuffer(b"".join(others), np.float32).reshape(len(others), -1) @ first
+            if cosines.max() >= _SAME * np.linalg.norm(first) > 0:
+                return others[int(cosines.argmax())]
+        return None
 
 
 _KNOWN: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, Texts] = weakref.WeakKeyDictionary()
