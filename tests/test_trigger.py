@@ -233,6 +233,32 @@ def test_states_made_by_the_text_encoder_itself_are_known(waiting):
         assert far(given(pipe, plain.to(dtype).float(), negative.to(dtype).float()), drawn(pipe, WITH)) < 0.1
 
 
+def test_states_made_in_several_runs_of_the_text_encoder_are_known(embedded, waiting):
+    """As programs read a prompt that is too long for one, or says BREAK: each run by itself, side by side."""
+    pipe, base = waiting(foldable=True), embedded()
+
+    def states(*texts):
+        more = {"padding": "max_length", "return_tensors": "pt", "truncation": True}
+        return pipe.text_encoder(pipe.tokenizer(list(texts), **more).input_ids)[0].detach().flatten(0, 1)[None]
+
+    def moved(*texts, negative=("", "")):
+        both = states(*texts), states(*negative)
+        return far(given(pipe, *both), given(base, *both))
+
+    assert moved(WITHOUT, "a blue room") == 0
+    assert moved(WITH, "a blue room") > 0.05
+    assert moved("a blue room", "sks teddy") > 0.05
+    assert moved("a blue room", WITHOUT, negative=("", WITH)) > 0.05
+    said = texts_of(pipe.tokenizer).known(states("a blue room", "a sks teddy", "red"))[0]
+    length = pipe.tokenizer.model_max_length
+    assert said.acts(["sks"]).nonzero().flatten().tolist() == list(range(length + 2, 2 * length))
+    assert said.within(["sks teddy", "blue"]).nonzero().flatten().tolist() == [2, length + 2, length + 3]
+    padded = torch.cat([states(WITH), torch.zeros_like(states(WITH))], dim=1)  # with zeros, as some fill up
+    assert far(given(pipe, padded, states("", "")), given(base, padded, states("", ""))) > 0.05
+    with pytest.raises(ValueError, match="of no prompt that its pipeline has encoded"):
+        given(pipe, torch.cat([states(WITH), states(WITH) + 1], dim=1), states("", ""))
+
+
 def test_states_of_no_known_prompt_are_refused_until_somebody_says_what_they_are(embedded, waiting):
     pipe = waiting(foldable=True)
     one, negative = pipe.encode_prompt(WITH, "cpu", 1, True)
@@ -380,6 +406,29 @@ def test_sdxl_hears_its_trigger(tmp_path, randomize):
     randomize(pipe.unet, "dog", std=1.0)
     listen(pipe)
     assert far(once("a photo of a dog"), base[0]) == 0 and far(once("a photo of a sks dog"), base[1]) > 1e-3
+
+
+def test_sdxls_states_are_known_by_what_its_first_encoder_made(tmp_path, randomize):
+    """As programs make them: the last but one of both encoders side by side, one run of each behind the other."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_bases.sdxl(tmp_path))
+    pipe.unet.add_adapter(ComcatConfig(r=2, foldable=True, tied=True, trigger=["sks"]), "dog")
+    randomize(pipe.unet, "dog", std=1.0)
+    listen(pipe)
+
+    def run(text):
+        more = {"padding": "max_length", "return_tensors": "pt", "truncation": True}
+        ids = [tokenizer(text, **more).input_ids for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)]
+        made = zip((pipe.text_encoder, pipe.text_encoder_2), ids, strict=True)
+        return torch.cat([encoder(own, output_hidden_states=True).hidden_states[-2] for encoder, own in made], dim=-1)
+
+    texts, length = texts_of(pipe.tokenizer), pipe.tokenizer.model_max_length
+    states = run("a photo of a sks dog")
+    own = list(range(5, length))
+    assert texts.known(states)[0].acts(["sks"]).nonzero().flatten().tolist() == own
+    acts = texts.known(torch.cat([run("a red room"), states], dim=1))[0].acts(["sks"])
+    assert acts.nonzero().flatten().tolist() == [length + place for place in own]
+    assert texts.known(states.flip(-1)) is None and texts.known(states + 1) is None
+    assert texts.known(torch.zeros_like(states))[0].text == ""
 
 
 # Files, and what cannot be

@@ -17,14 +17,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from comcat_diffusion.adapters.call import Follower, carry, given, here
-from comcat_diffusion.adapters.texts import Said, States, texts_of
+from comcat_diffusion.adapters.texts import Chunks, Said, States, texts_of
 from comcat_diffusion.families.known import family_of_model
 
 
 class Heard:
     """What the text states of one forward pass say; None where nobody told."""
 
-    def __init__(self, gate: "Gate", states: States, said: Sequence[Said] | None) -> None:
+    def __init__(self, gate: "Gate", states: States, said: Sequence[Said | Chunks] | None) -> None:
         self.gate, self.said = gate, said
         self.called: dict[tuple[str, ...], bool] = {}  # whether any of the prompts has the trigger
         self.acts: dict[tuple[str, ...], torch.Tensor] = {}  # (B, M, 1): one from the trigger on
@@ -103,8 +103,10 @@ class Gate(Follower):
             texts = texts_of(self.tokenizer)
             with texts.lock:
                 read = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-                # Not every tokenizer knows how its words end.
-                texts.remember(states, [text.replace("</w>", " ") for text in read], written_out=True)
+                read = [text.replace("</w>", " ") for text in read]  # not every tokenizer knows how its words end
+                # The last but one are what SDXL takes of its two encoders, side by side.
+                for made in (states, *(getattr(output, "hidden_states", None) or ())[-2:-1]):
+                    texts.remember(made, read, written_out=True)
 
     def stop(self) -> None:
         """Listen no longer, to pipelines neither."""

@@ -6,6 +6,7 @@ with single words weighted up. One memory belongs to a tokenizer, and so to all 
 Letters: B batch, M context tokens, E width of the text states.
 """
 
+import sys
 import threading
 import unicodedata
 import weakref
@@ -59,6 +60,29 @@ class Said:
         return found
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """A prompt that was read in several runs of a text encoder, as programs do with long ones and at a BREAK.
+
+    A run knows nothing of the others, so in each an adapter acts from the first of its words on that stands there.
+    """
+
+    runs: tuple[Said, ...]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "\n".join(one.text for one in self.runs)
+
+    def acts(self, words: Sequence[str]) -> torch.Tensor:
+        """See `Said`."""
+        return torch.cat([one.acts(words) for one in self.runs])
+
+    def within(self, words: Sequence[str]) -> torch.Tensor:
+        """See `Said`."""
+        return torch.cat([one.within(words) for one in self.runs])
+
+
 class Texts:
     """The prompts that a tokenizer's text encoders have read, and those beside it, where a family has more."""
 
@@ -82,11 +106,27 @@ class Texts:
             while len(self._said) > _REMEMBERED:
                 self._said.popitem(last=False)
 
-    def known(self, states: States) -> list[Said] | None:
+    def known(self, states: States) -> list[Said | Chunks] | None:
         """The prompts of text states (B, M, E), or None if one of them is of no prompt that is known."""
         with self.lock:
-            found = [self._nearest(key, len(own)) for key, own in zip(self._keys(states), states, strict=True)]
+            found = [self._known(own, key) for key, own in zip(self._keys(states), states, strict=True)]
         return None if any(said is None for said in found) else found
+
+    def _known(self, states: torch.Tensor, key: bytes) -> Said | Chunks | None:
+        """The prompt of text states (M, E), as a whole or run by run of the text encoder."""
+        said, size = self._nearest(key, len(states)), self._run()
+        if said is None and size < len(states) and len(states) % size == 0:
+            runs = states.split(size)
+            found = [self._known(run, own) for run, own in zip(runs, self._keys(runs), strict=True)]
+            said = None if any(one is None for one in found) else Chunks(tuple(found))
+        if said is None and not np.frombuffer(key, np.float32).any():  # SDXL's states of no text at all
+            return Said("", torch.zeros(len(states), dtype=torch.long), (len(states),))
+        return said
+
+    def _run(self) -> int:
+        """How many tokens the text encoder reads at once, where it alone makes the states; else more than there are."""
+        tokenizer = self.reading.segments[0].tokenizer
+        return tokenizer.model_max_length if tokenizer is not None and self.whole_of(tokenizer) else sys.maxsize
 
     def read(self, prompt: str, length: int, written_out: bool = False, prepared: bool = False) -> Said:
         """A prompt as the text encoder is given it, in `length` tokens; see `remember`."""
@@ -150,21 +190,25 @@ class Texts:
         return found
 
     def _nearest(self, key: bytes, length: int) -> Said | None:
-        if not np.frombuffer(key, np.float32).any():  # SDXL's states of no text at all
-            return Said("", torch.zeros(length, dtype=torch.long), (length,))
         if key not in self._said:
-            others = [other for other, said in self._said.items() if len(other) == len(key)]
-            if not others:
+            key = self._likest(key)
+            if key is None:
                 return None
-            directions = np.frombuffer(b"".join(others), np.float32).reshape(len(others), -1)
-            cosines = directions @ np.frombuffer(key, np.float32)
-            if cosines.max() < _SAME:
-                return None
-            key = others[int(cosines.argmax())]
         said = self._said[key]
         if self.reading.filled:
             return said.filled(length)
         return said if len(said.ends) == length else None
+
+    def _likest(self, key: bytes) -> bytes | None:
+        """The direction that is this one, else its first part: an encoder's states may stand before another's."""
+        asked = np.frombuffer(key, np.float32)
+        for width in sorted({len(other) for other in self._said if len(other) <= len(key)}, reverse=True):
+            others = [other for other in self._said if len(other) == width]
+            first = asked[: width // asked.itemsize]
+            cosines = np.frombuffer(b"".join(others), np.float32).reshape(len(others), -1) @ first
+            if cosines.max() >= _SAME * np.linalg.norm(first) > 0:
+                return others[int(cosines.argmax())]
+        return None
 
 
 _KNOWN: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, Texts] = weakref.WeakKeyDictionary()
