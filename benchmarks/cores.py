@@ -63,7 +63,7 @@ def saved(kind: str, model: Flux2Transformer2DModel, folder: Path) -> Path:
     if kind == LORA:
         model.add_adapter(LoraConfig(r=4, target_modules=LORA_TARGETS), "dog")
         model.save_lora_adapter(folder, "dog", weight_name="lora.safetensors")
-        model.delete_adapters("dog")
+        model.unload_lora()
         return folder / "lora.safetensors"
     add_adapter(model, ComcatConfig(target_modules=["attn"], **KINDS[kind]), "dog")
     file = folder / f"{kind}.safetensors"
@@ -76,7 +76,7 @@ def load_seconds(kind: str, model: Flux2Transformer2DModel, file: Path) -> float
     """Of loading it once; the model is left without it."""
     if kind == LORA:
         took = seconds_of(lambda: model.load_lora_adapter(file, prefix=None, adapter_name="dog"))
-        model.delete_adapters("dog")
+        model.unload_lora()
         return took
     took = seconds_of(lambda: load_adapter(model, file, "dog"))
     unload_adapters(model)
