@@ -177,7 +177,7 @@ def finetuned(
     processor = load_classifier(str(dinov2.FOLDER)).processor
     batches = Batches([Shot(path) for path in paths], LEARNED, processor, flags.finetune, 0, cropped=True)
     told = lambda step: print(f"step {step.step}: loss {step.loss:.4f}", flush=True)  # noqa: E731
-    return learned(small, dense, batches, OF_FEATURES, flags.rate, 0, state, told, whitened=True)[0]
+    return learned(small, dense, batches, OF_FEATURES, flags.rate, 0, state, told)[0]
 
 
 @torch.no_grad()

@@ -113,7 +113,7 @@ class FinetuneSettings(Group):
         "Learn from squares cut at random out of the training pictures, others every pass: few go further.",
     )
     learning_rate: float | None = option(
-        None, "Peak learning rate. Default: 1e-4; of a feature extractor 3e-5, of a Stable Diffusion base 1e-5."
+        None, "Peak learning rate. Default: 1e-4; of a feature extractor 2e-5, of a Stable Diffusion base 1e-5."
     )
 
     def check(self) -> None:

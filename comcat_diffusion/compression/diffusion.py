@@ -35,7 +35,7 @@ class Diffusion:
 
     sample, counted, parts = "latent", "parts", ("attention",)
     distillation = Distillation()  # a U-Net is judged by the error of its sample
-    usual_rate, whitened = 1e-5, False
+    usual_rate = 1e-5
 
     def __init__(self, config: CompressConfig) -> None:
         self.config = config

@@ -2,7 +2,7 @@
 
 Adam's first steps are signs of gradients: all weights of a layer move along the mean of what it sees, whatever their
 size, and DINOv2's patches (weights of 0.007) and stream (values of 0.05) are left in a step or two. So rates rise from
-nothing, and small tensors have smaller ones; or weights move as whitened inputs see them (whitening.py, docs/log.md).
+nothing, and small tensors have smaller ones (docs/log.md).
 
 What is needed to go on stands in one file: the student, the moments of its optimizer, its schedule, the random numbers
 (dropout) and the losses. Cut anywhere and taken up again, the result is that of an uncut run, bit for bit.
@@ -23,47 +23,29 @@ from torch import nn
 from comcat_diffusion import atomic
 from comcat_diffusion.compression.calibrate import Batch
 from comcat_diffusion.compression.finetune import Distillation, Finetune, Step
-from comcat_diffusion.compression.whitening import Whitened, inputs_of_linears
 
 WEIGHT_DECAY = 0.005  # as in the paper's code
 WARM_UP = 0.1  # of the steps, in which rates rise
 USUAL = 0.02  # root mean square of weights that take the whole rate: what transformers draws its own with
-SEEN = 4  # batches that say what the layers' inputs are like
 STATE_SECONDS = 60.0  # between writing the state
 KEY = "comcat"  # of what the state file says about its run
 
 
 def learned(
     small: nn.Module, dense: nn.Module, batches: Sequence[Batch], distillation: Distillation, rate: float, seed: int,
-    state: Path | None = None, told: Callable[[Step], None] = lambda step: None, whitened: bool = False,
+    state: Path | None = None, told: Callable[[Step], None] = lambda step: None,
 ) -> tuple[nn.Module, list[float]]:  # fmt: skip
     """The student after one step for each batch, in evaluation mode, and the losses of all steps.
 
-    The learning rate rises to `rate`, then falls along a cosine; small tensors have less of it. `whitened`: what moves
-    is whitening.py's, all of it in parts of its size, and kernels and tables stay as they are. The global random
+    The learning rate rises to `rate`, then falls along a cosine; small tensors have less of it. The global random
     numbers are left as they were. Raises ValueError at a loss or gradient that is no number, or if the state
     file is another run's.
     """
-    optimizer = _whitened(small, batches, rate) if whitened else _adam(small, rate)
-    moved = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-    held = [p.requires_grad_(False) for p in small.parameters() if p.requires_grad and id(p) not in moved]
-    try:
-        return _run(small, dense, batches, distillation, optimizer, (rate, seed, whitened), state, told)
-    finally:
-        for tensor in held:
-            tensor.requires_grad_(True)
-
-
-def _run(
-    small: nn.Module, dense: nn.Module, batches: Sequence[Batch], distillation: Distillation,
-    optimizer: torch.optim.Optimizer, settings: tuple[float, int, bool], state: Path | None,
-    told: Callable[[Step], None],
-) -> tuple[nn.Module, list[float]]:  # fmt: skip
-    schedule, seed = _course(optimizer, len(batches)), settings[1]
+    optimizer, schedule = _course(small, rate, len(batches))
     accelerator, named = Accelerator(), dict(small.named_parameters())
     student, prepared, stepped = accelerator.prepare(small, optimizer, schedule)
     loop = Finetune(student, dense, batches, distillation, prepared, stepped, accelerator)
-    about = json.dumps([len(batches), *settings, {name: list(p.shape) for name, p in named.items()}])
+    about = json.dumps([len(batches), rate, seed, {name: list(p.shape) for name, p in named.items()}])
     losses, saved = [], time.monotonic()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -78,25 +60,18 @@ def _run(
     return accelerator.unwrap_model(student).eval(), losses
 
 
-def _adam(small: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """AdamW with a group for each tensor."""
+def _course(
+    small: nn.Module, rate: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW with a group for each tensor, and the course of their rates."""
     groups = [{"params": [tensor], "lr": rate * _share(tensor)} for tensor in small.parameters()]
-    return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
-
-
-def _whitened(small: nn.Module, batches: Sequence[Batch], rate: float) -> torch.optim.Optimizer:
-    """Steps by whitened inputs, those of the first batches. A tensor of the usual size has the whole rate here too."""
-    return Whitened(small, inputs_of_linears(small, [batches[n] for n in range(min(SEEN, len(batches)))]), rate / USUAL)
-
-
-def _course(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """How the rates rise and fall."""
     warm = int(WARM_UP * steps)
 
     def course(step: int) -> float:
         return min(1.0, (step + 1) / (warm + 1)) * (1 + math.cos(math.pi * step / steps)) / 2
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, course)
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, course)
 
 
 def _share(tensor: torch.Tensor) -> float:
@@ -105,14 +80,13 @@ def _share(tensor: torch.Tensor) -> float:
     return min(1.0, size / USUAL) or 1.0
 
 
-def refuse_other(path: Path, rate: float, seed: int, whitened: bool, steps: int | None = None) -> None:
+def refuse_other(path: Path, rate: float, seed: int, steps: int | None = None) -> None:
     """Raises ValueError if this cannot be the state of such a fine-tuning, by what is known before there is a student.
 
     `steps` may not be known yet. That the student's shapes are the same is seen when the state is loaded.
     """
     about = json.loads(_said(path)[KEY])
-    wanted = [rate, seed, whitened]
-    if not isinstance(about, list) or len(about) != 5 or about[1:4] != wanted or steps not in (None, about[0]):
+    if not isinstance(about, list) or len(about) != 4 or about[1:3] != [rate, seed] or steps not in (None, about[0]):
         raise _wrong(path)
 
 

@@ -43,7 +43,6 @@ class Task(Protocol):
     parts: tuple[str, ...] | None
     distillation: Distillation
     usual_rate: float
-    whitened: bool  # how it learns (learning.py)
     calibration: Callable[[], tuple[Sequence | None, str]]
     search_batches: Callable[[], Sequence]
     training: Callable[[], Sequence]
@@ -157,7 +156,7 @@ def _refuse_other_state(config: CompressConfig, task: Task) -> None:
     """Raises ValueError if a fine-tuning was cut, but not one of these steps, this rate and seed."""
     state = beside(config, "finetune")
     if config.finetune_epochs and state.exists():  # a U-Net's steps are those of its drawings, not made yet
-        refuse_other(state, rate_of(config, task), config.seed, task.whitened, len(task.training()) or None)
+        refuse_other(state, rate_of(config, task), config.seed, len(task.training()) or None)
 
 
 def _smaller(
@@ -204,7 +203,7 @@ def finetuned(small: nn.Module, task: Task, config: CompressConfig, note: Note) 
             note(f"Fine-tuning: pass {step.step // each} of {config.finetune_epochs}, mean loss {mean:.4g}.")
 
     rate, seed = rate_of(config, task), config.seed
-    small, every = learned(small, task.model, batches, task.distillation, rate, seed, state, told, task.whitened)
+    small, every = learned(small, task.model, batches, task.distillation, rate, seed, state, told)
     later = every[len(every) // 2 :]
     if (mean := sum(later) / len(later)) > every[0]:
         note(

@@ -18,7 +18,7 @@ from comcat_diffusion.compression.modelling import auto_class
 from comcat_diffusion.compression.pictures import Batches, Shot, chosen, find, find_labelled, refuse_unreadable
 from comcat_diffusion.compression.report import Quality
 
-FEATURES_RATE = 3e-5  # in parts of a tensor of the usual size: 0.0015 of any (learning.py, docs/log.md)
+FEATURES_RATE = 2e-5  # at 1e-4 a DINOv2 that was fitted breaks in two steps (docs/log.md)
 
 
 class Vision:
@@ -36,7 +36,7 @@ class Vision:
         self.classifies = is_classifier(self.model)
         # The labels and the dense model's classes, as in the paper; or features, and the streams that lead to them.
         self.distillation = Distillation(labels=0.5, hard=0.5) if self.classifies else OF_FEATURES
-        self.usual_rate, self.whitened = (1e-4, False) if self.classifies else (FEATURES_RATE, True)
+        self.usual_rate = 1e-4 if self.classifies else FEATURES_RATE
         self.others: dict[str, object] = {}
         self.train_shots = self._labelled("train_dir")
         self.eval_shots = self._labelled("eval_dir")
