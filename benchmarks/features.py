@@ -232,8 +232,9 @@ def table(report: dict) -> str:
         cells.append([f"{row['removed']:.0%} {whose}", how, *alike_, near, *size, took])
     sets = report["photographs"]
     without = "" if any("finetuned_on" in row for row in report["rows"]) else " no fine-tuning;"
+    crops_ = "1 crop" if report["crops"] == 1 else f"{report['crops']} crops"
     title = (
-        f"DINOv2-small,{without} calibrated on {report['crops']} crops of each of {sets['calibration']} "
+        f"DINOv2-small,{without} calibrated on {crops_} of each of {sets['calibration']} "
         f"photographs, judged on {sets['test']} others:"
     )
     if "more" in report:
