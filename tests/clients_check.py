@@ -160,7 +160,8 @@ def _apply(network: object) -> None:
 def a1111(folder: Path) -> Callable[[Path, nn.Module, str], nn.Module | None]:
     """The same by A1111's own, which knows the three kinds of Stable Diffusion of U-Nets under the original names."""
     sys.path.append(str(folder / "extensions-builtin" / "Lora"))
-    StandIns(lambda name: name.partition(".")[0] in ("modules", "gradio", "einops") and not name.startswith("modules.lora"))
+    beside = ("modules", "gradio", "einops")
+    StandIns(lambda name: name.partition(".")[0] in beside and not name.startswith("modules.lora"))
     from modules import devices, sd_models, shared
 
     devices.cpu, devices.dtype = torch.device("cpu"), torch.float32

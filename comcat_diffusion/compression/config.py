@@ -79,7 +79,8 @@ class DataSettings(Group):
 
     calibration_dir: str | None = option(
         None,
-        "Folder of pictures like those to come, nested as you like. Default: --train_dir, if there is one.",
+        "Folder of pictures like those to come, nested as you like: many different ones rather than many alike. "
+        "Default: --train_dir, if there is one.",
         usual=True,
     )
     calibration_pictures: int | None = option(
