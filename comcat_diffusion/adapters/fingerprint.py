@@ -59,10 +59,10 @@ def _attentions(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 
 def _sketch(attentions: list[nn.Module]) -> list[float]:
+    keys = [seam.plain(style_of(module).projections(module)[1]).weight.detach().reshape(-1) for module in attentions]
     picked = []
-    for index in range(SAMPLES):
-        module = attentions[index * len(attentions) // SAMPLES]
-        weight = seam.plain(style_of(module).projections(module)[1]).weight.detach()
-        picked.append(weight.reshape(-1)[index * 7919 % weight.numel()].float())
+    for index in range(SAMPLES if keys else 0):
+        weight = keys[index * len(keys) // SAMPLES]
+        picked.append(weight[index * 7919 % len(weight)].float())
     values = torch.stack([value.cpu() for value in picked]) if picked else torch.zeros(0)
     return [float(f"{value:.4g}") for value in values.tolist()]

@@ -53,6 +53,7 @@ class ComcatModel(BaseTuner):
             state_dict = {key.replace(own, f".{self.prefix}"): value for key, value in state_dict.items()}
         self._tied: dict[str, dict[str, nn.Linear]] = {}  # by side: what the first attention has and the others share
         self._belongings = belongings_of(model)
+        self._able: set[str] = set()  # names of attentions that were found to carry adapters
         try:
             refuse_name(adapter_name)
             super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
@@ -79,6 +80,7 @@ class ComcatModel(BaseTuner):
             if name and seam.SIDECAR not in name.split(".") and self._check_target_module_exists(peft_config, name):
                 name, module = plain_name(name), bare(module)
                 self._refuse(module, name)
+                self._able.add(name)
                 kind = {name: getattr(peft_config, name) for name in _KINDS}
                 factor_shapes(module, _strength(peft_config, name)[0], **kind)  # which some have not of every kind
                 if peft_config.tied and side_of(name, module) == TEXT:
@@ -118,7 +120,8 @@ class ComcatModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         target, current_key = bare(target), plain_name(current_key)
-        self._refuse(target, current_key)  # again, for modules that a state dict names
+        if current_key not in self._able:  # a state dict names it
+            self._refuse(target, current_key)
         layer = target._modules.get(seam.SIDECAR)
         if not isinstance(layer, ComcatLayer):
             layer = ComcatLayer(target, self._belongings)

@@ -49,7 +49,8 @@ def peft_wrapper(model: nn.Module) -> PeftModel | None:
 
 def plain_name(name: str) -> str:
     """A module's name as it is in a model of which nothing is wrapped."""
-    return _WRAPPED.sub("", name).removeprefix(".")
+    wrapped = "_orig_mod" in name or "original_module" in name  # an expression takes as long for those that are not
+    return _WRAPPED.sub("", name).removeprefix(".") if wrapped else name
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
