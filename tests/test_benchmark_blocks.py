@@ -43,13 +43,22 @@ def test_every_kind_takes_its_steps_on_one_base(monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_loading_and_first_use_are_told_by_kind(monkeypatch, capsys):
-    monkeypatch.setattr(cores, "transformer", lambda double, single: tiny_families.klein_transformer())
+def test_loading_and_first_use_are_told_by_kind(monkeypatch, capsys, tmp_path):
+    model, kept = tiny_families.klein_transformer(), tmp_path / "cores.json"
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(cores, "transformer", lambda double, single: model)
     monkeypatch.setattr(cores.shared, "use_threads", lambda count: None)
+    monkeypatch.setattr(cores.shared, "results_path", lambda name, device: kept)
+    cores.main(["--single", "1"])
+    assert not kept.exists()  # a table is of all blocks
     cores.main([])
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["kind"] for row in rows] == list(cores.KINDS) and all(row["load_ms"] > 0 for row in rows)
-    assert [row["first_use_seconds"] > 1e-4 for row in rows] == [kind == "cores" for kind in cores.KINDS]
+    report = json.loads(kept.read_text())
+    kinds = [*cores.KINDS, cores.LORA]
+    assert json.loads(capsys.readouterr().out.partition("\n}\n")[2])["rows"] == report["rows"]
+    assert [row["kind"] for row in report["rows"]] == kinds and all(row["load_ms"] > 0 for row in report["rows"])
+    assert [row["first_use_seconds"] > 1e-4 for row in report["rows"]] == [kind == "cores" for kind in kinds]
+    left = model.state_dict()  # of a kind that stayed, the next one's loading would take longer
+    assert left.keys() == before.keys() and all(torch.equal(left[name], value) for name, value in before.items())
 
 
 @pytest.mark.slow
