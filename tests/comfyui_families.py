@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +47,10 @@ SHAPED["qwen_image"] = (
     1 / torch.tensor(_FILM["latents_std"].default).view(16, 1, 1),
     torch.tensor(_FILM["latents_mean"].default).view(16, 1, 1),
 )
+# How ComfyUI calls weights with scales: the largest number, its type, and how close what they draw is to the very same
+# weights in float32. Products of whole numbers round what enters them to these as well.
+FORMS = {"float8_e4m3fn": (448.0, torch.float8_e4m3fn, CLOSE), "int8_tensorwise": (127.0, torch.int8, 1 / 254)}
+BLOCK = re.compile(r"(blocks|layers)\.\d+\.")
 ALL = r".*\.attn2?|layers\.\d+\.attention"
 KINDS = {
     "tied": {"foldable": True, "tied": True, "trigger": ["sks"]},
@@ -307,6 +313,7 @@ def compare(running: ComfyUI, family: str, pipe: DiffusionPipeline, files: dict[
     two_places(running, family, pipe, files, said, check)
     as_lora(running, family, pipe, files, said, check, expect)
     eight_bits(running, family, pipe, files, said, check, expect)
+    quantized(running, family, said, check)
     mistakes(running, family, files, expect)
 
 
@@ -386,6 +393,43 @@ def eight_bits(
     told = running.error(graph(family, said, ("cores", 1.0), weights=ask))
     expect(f"{family}: 8 bits, {told.strip()[:90]}...", "and here these are quantized" in told, True)
     pipe.transformer.load_state_dict(exact)
+
+
+def quantized(running: ComfyUI, family: str, said: str, check) -> None:
+    """Files whose layers bring scales, as quantized ones are shared, draw what a file of these very weights draws."""
+    folder = running.base / "models" / "diffusion_models"
+    exact = safetensors.torch.load_file(folder / f"{family}.safetensors")
+
+    def latent(file: str, *loaded: tuple[str, float]) -> torch.Tensor:
+        asked = graph(family, said, *loaded)
+        asked["base"]["inputs"]["unet_name"] = f"{file}.safetensors"
+        for name, _ in loaded:
+            asked[name]["inputs"]["any_weights"] = True
+        return running.latent(asked)
+
+    for form, (most, kind, close) in FORMS.items():
+        packed, plain = {}, dict(exact)
+        for name, tensor in exact.items():
+            layer = name.removesuffix("weight")
+            if tensor.ndim != 2 or min(tensor.shape) < 16 or layer == name or not BLOCK.search(name):
+                packed[name] = tensor
+                continue
+            scale = tensor.abs().amax().float() / most
+            packed[name] = (tensor / scale).round().to(kind) if kind is torch.int8 else (tensor / scale).to(kind)
+            told = json.dumps({"format": form, "full_precision_matrix_mult": True}).encode()
+            packed |= {
+                f"{layer}weight_scale": scale,
+                f"{layer}comfy_quant": torch.tensor(list(told), dtype=torch.uint8),
+            }
+            plain[name] = (packed[name].float() * scale).to(tensor)
+        names = f"{family}-{form}", f"{family}-{form}-plain"
+        for name, tensors in zip(names, (packed, plain), strict=True):
+            safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
+        own = latent(names[1])
+        check(f"{family}: {form}, the base alone", latent(names[0]), own, close=close)
+        for name in ("all", "free"):
+            drawn_so = (latent(file, (name, 1.0)) for file in names)
+            check(f"{family}: {form}, {name}", *drawn_so, own, close=close)
 
 
 def same_text(running: ComfyUI, pipe: DiffusionPipeline, said: str, expect) -> None:
