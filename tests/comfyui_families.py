@@ -48,8 +48,9 @@ SHAPED["qwen_image"] = (
     torch.tensor(_FILM["latents_mean"].default).view(16, 1, 1),
 )
 # How ComfyUI calls weights with scales: the largest number, its type, and how close what they draw is to the very same
-# weights in float32. Products of whole numbers round what enters them to these as well.
-FORMS = {"float8_e4m3fn": (448.0, torch.float8_e4m3fn, CLOSE), "int8_tensorwise": (127.0, torch.int8, 1 / 254)}
+# weights in float32. Products of whole numbers round what enters them to these as well, by 1/254 of the largest at
+# most, one product after another.
+FORMS = {"float8_e4m3fn": (448.0, torch.float8_e4m3fn, CLOSE), "int8_tensorwise": (127.0, torch.int8, 6 / 254)}
 BLOCK = re.compile(r"(blocks|layers)\.\d+\.")
 ALL = r".*\.attn2?|layers\.\d+\.attention"
 KINDS = {
