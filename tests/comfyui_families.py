@@ -47,10 +47,6 @@ SHAPED["qwen_image"] = (
     1 / torch.tensor(_FILM["latents_std"].default).view(16, 1, 1),
     torch.tensor(_FILM["latents_mean"].default).view(16, 1, 1),
 )
-# How ComfyUI calls weights with scales: the largest number, its type, and how close what they draw is to the very same
-# weights in float32. Products of whole numbers round what enters them to these as well, by 1/254 of the largest at
-# most, one product after another.
-FORMS = {"float8_e4m3fn": (448.0, torch.float8_e4m3fn, CLOSE), "int8_tensorwise": (127.0, torch.int8, 6 / 254)}
 BLOCK = re.compile(r"(blocks|layers)\.\d+\.")
 ALL = r".*\.attn2?|layers\.\d+\.attention"
 KINDS = {
@@ -397,9 +393,24 @@ def eight_bits(
 
 
 def quantized(running: ComfyUI, family: str, said: str, check) -> None:
-    """Files whose layers bring scales, as quantized ones are shared, draw what a file of these very weights draws."""
+    """A file whose layers bring scales, as quantized ones are shared, draws what a file of these very weights draws."""
     folder = running.base / "models" / "diffusion_models"
     exact = safetensors.torch.load_file(folder / f"{family}.safetensors")
+    packed, plain = {}, dict(exact)
+    for name, tensor in exact.items():
+        layer = name.removesuffix("weight")
+        if tensor.ndim != 2 or min(tensor.shape) < 16 or layer == name or not BLOCK.search(name):
+            packed[name] = tensor
+            continue
+        scale = tensor.abs().amax().float() / torch.finfo(torch.float8_e4m3fn).max
+        told = json.dumps({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}).encode()
+        packed[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        packed[f"{layer}weight_scale"] = scale
+        packed[f"{layer}comfy_quant"] = torch.tensor(list(told), dtype=torch.uint8)
+        plain[name] = (packed[name].float() * scale).to(tensor)
+    files = f"{family}-scaled", f"{family}-plain"
+    for file, tensors in zip(files, (packed, plain), strict=True):
+        safetensors.torch.save_file(tensors, folder / f"{file}.safetensors")
 
     def latent(file: str, *loaded: tuple[str, float]) -> torch.Tensor:
         asked = graph(family, said, *loaded)
@@ -408,29 +419,10 @@ def quantized(running: ComfyUI, family: str, said: str, check) -> None:
             asked[name]["inputs"]["any_weights"] = True
         return running.latent(asked)
 
-    for form, (most, kind, close) in FORMS.items():
-        packed, plain = {}, dict(exact)
-        for name, tensor in exact.items():
-            layer = name.removesuffix("weight")
-            if tensor.ndim != 2 or min(tensor.shape) < 16 or layer == name or not BLOCK.search(name):
-                packed[name] = tensor
-                continue
-            scale = tensor.abs().amax().float() / most
-            packed[name] = (tensor / scale).round().to(kind) if kind is torch.int8 else (tensor / scale).to(kind)
-            told = json.dumps({"format": form, "full_precision_matrix_mult": True}).encode()
-            packed |= {
-                f"{layer}weight_scale": scale,
-                f"{layer}comfy_quant": torch.tensor(list(told), dtype=torch.uint8),
-            }
-            plain[name] = (packed[name].float() * scale).to(tensor)
-        names = f"{family}-{form}", f"{family}-{form}-plain"
-        for name, tensors in zip(names, (packed, plain), strict=True):
-            safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
-        own = latent(names[1])
-        check(f"{family}: {form}, the base alone", latent(names[0]), own, close=close)
-        for name in ("all", "free"):
-            drawn_so = (latent(file, (name, 1.0)) for file in names)
-            check(f"{family}: {form}, {name}", *drawn_so, own, close=close)
+    own = latent(files[1])
+    check(f"{family}: with scales, the base alone", latent(files[0]), own)
+    for name in ("all", "free"):
+        check(f"{family}: with scales, {name}", *(latent(file, (name, 1.0)) for file in files), own)
 
 
 def same_text(running: ComfyUI, pipe: DiffusionPipeline, said: str, expect) -> None:
