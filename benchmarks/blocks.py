@@ -98,7 +98,7 @@ def _wanted(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tenso
     return output.detach().requires_grad_()
 
 
-def seconds_of(work: Callable[[], None]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
     """Of one core."""
     start = time.process_time()
     work()

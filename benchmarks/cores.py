@@ -10,8 +10,6 @@ programs do not change much. Cores look for directions in each block when they f
 import argparse
 import json
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,6 +17,7 @@ from diffusers import Flux2Transformer2DModel
 from peft import LoraConfig
 
 from benchmarks import circumstances as shared
+from benchmarks.blocks import seconds_of
 from comcat_diffusion import ComcatConfig, load_adapter, save_adapter
 from comcat_diffusion.adapters.merge import unload_adapters
 from comcat_diffusion.adapters.model import adapted_layers
@@ -49,13 +48,6 @@ def transformer(double: int, single: int) -> Flux2Transformer2DModel:
     )  # fmt: skip
     torch.set_default_dtype(torch.float32)
     return model.eval()
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    """Of one core."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def saved(kind: str, model: Flux2Transformer2DModel, folder: Path) -> Path:
