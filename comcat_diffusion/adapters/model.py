@@ -13,7 +13,7 @@ from comcat_diffusion.adapters.belongings import Belongings
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.layer import ComcatLayer, factor_shapes
 from comcat_diffusion.adapters.merging import merge_all
-from comcat_diffusion.adapters.parts import bare, named_modules, plain_modules, plain_name
+from comcat_diffusion.adapters.parts import bare, plain_modules, plain_name
 from comcat_diffusion.adapters.peft_type import COMCAT
 from comcat_diffusion.adapters.tied import OTHER_TEXT, SHARED, TEXT, side_of
 from comcat_diffusion.attentions import style_of
@@ -76,7 +76,7 @@ class ComcatModel(BaseTuner):
     def _prepare_model(self, peft_config: ComcatConfig, model: nn.Module) -> None:
         # PEFT creates layer by layer: refuse before the first, so that a refused model is left as it was.
         texts = set()  # widths of what a tied adapter's text side reads
-        for name, module in named_modules(model).items():
+        for name, module in model.named_modules():
             if name and seam.SIDECAR not in name.split(".") and self._check_target_module_exists(peft_config, name):
                 name, module = plain_name(name), bare(module)
                 self._refuse(module, name)
@@ -248,7 +248,7 @@ def not_carried(model: nn.Module, module: nn.Module, name: str) -> str | None:
 def adapted_layers(model: nn.Module) -> dict[str, ComcatLayer]:
     """The side-cars of a model by the names of their attentions."""
     end = "." + seam.SIDECAR
-    return {plain_name(n.removesuffix(end)): m for n, m in named_modules(model).items() if isinstance(m, ComcatLayer)}
+    return {plain_name(n.removesuffix(end)): m for n, m in model.named_modules() if isinstance(m, ComcatLayer)}
 
 
 def belongings_of(model: nn.Module) -> Belongings:

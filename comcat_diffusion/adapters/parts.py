@@ -53,22 +53,6 @@ def plain_name(name: str) -> str:
     return _WRAPPED.sub("", name).removeprefix(".") if wrapped else name
 
 
-def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """As `model.named_modules()`, each module once and in that order, without its generators in generators.
-
-    They are what loading an adapter would spend most of its time in.
-    """
-    found, seen, waiting = {}, set(), [("", model)]
-    while waiting:
-        name, module = waiting.pop()
-        if module not in seen:
-            seen.add(module)
-            found[name] = module
-            start = f"{name}." if name else ""
-            waiting += [(start + key, child) for key, child in reversed(module._modules.items()) if child is not None]
-    return found
-
-
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model by the names that they have where nothing is wrapped; of a wrapper what is inside."""
-    return {plain_name(name): module for name, module in named_modules(model).items() if _TRAINED not in f"{name}."}
+    return {plain_name(name): module for name, module in model.named_modules() if _TRAINED not in f"{name}."}

@@ -10,14 +10,14 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.parts import named_modules, plain_modules, plain_name
+from comcat_diffusion.adapters.parts import plain_modules, plain_name
 
 WHOLE = "whole"  # their tensors in a file are WHOLE.PART.MODULE.WEIGHT
 
 
 def wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     """PEFT's wrappers by their names."""
-    return {name: module for name, module in named_modules(model).items() if isinstance(module, ModulesToSaveWrapper)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
 
 
 def whole_tensors(model: nn.Module, part: str, adapter_name: str) -> dict[str, torch.Tensor]:
