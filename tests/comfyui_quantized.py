@@ -23,7 +23,7 @@ SCALES = {  # format: names of a layer's scales in a file, by what comfy-kitchen
     "mxfp8": ({"scale": "weight_scale"}, 32),
     "nvfp4": ({"scale": "weight_scale_2", "block_scale": "weight_scale"}, 16),
 }
-GGUF = ("Q8_0", "Q4_0", "Q5_1", "F16")
+GGUF = ("Q8_0", "Q4_0", "Q5_1")
 
 
 def is_small(name: str, tensor: torch.Tensor, multiple: int) -> bool:
