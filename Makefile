@@ -39,6 +39,7 @@ test-browser: .venv/installed
 # in its own Python (COMFYUI_PYTHON=.../python, which has this package's requirements too); nothing is written there. PARTS="xl fp8"
 # asks for some of its parts: one, two and xl are the kinds of Stable Diffusion, fp8 is weights of 8 bits; klein,
 # flux1, sd3, z_image, qwen_image and chroma are transformers, for a ComfyUI that knows them; editor is its page, in Chromium.
+# COMFYUI_GGUF names a checkout of ComfyUI-GGUF whose files are to be tried too.
 test-comfyui: .venv/installed
 	test -f "$(COMFYUI)/main.py" || { echo "Name the folder of a ComfyUI: make test-comfyui COMFYUI=..."; exit 2; }
 	$(BIN)/python -m tests.comfyui_check "$(COMFYUI)" $(PARTS)

@@ -128,9 +128,9 @@ class ComfyUI:
             flags += ["--front-end-root", str(base / "front")]
         around = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
         self.log = base / "log.txt"
-        python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+        self.python = os.environ.get("COMFYUI_PYTHON", sys.executable)
         with self.log.open("w") as log:
-            command = [python, "main.py", *flags]
+            command = [self.python, "main.py", *flags]
             self.process = subprocess.Popen(command, cwd=folder, env=around, stdout=log, stderr=subprocess.STDOUT)
         try:
             self._wait()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
-import re
+import os
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +47,7 @@ SHAPED["qwen_image"] = (
     1 / torch.tensor(_FILM["latents_std"].default).view(16, 1, 1),
     torch.tensor(_FILM["latents_mean"].default).view(16, 1, 1),
 )
-BLOCK = re.compile(r"(blocks|layers)\.\d+\.")
+GGUF = dict.fromkeys(FAMILIES, "flux") | {"sd3": "sd3", "z_image": "lumina2", "qwen_image": "qwen_image"}  # its names
 ALL = r".*\.attn2?|layers\.\d+\.attention"
 KINDS = {
     "tied": {"foldable": True, "tied": True, "trigger": ["sks"]},
@@ -161,6 +161,8 @@ def prepare(comfyui: Path, base: Path, names: tuple[str, ...]) -> dict[str, tupl
         found[name] = pipe, adapters(pipe, base / "models" / "comcat" / name)
     (base / "custom_nodes" / "small").mkdir(parents=True)
     (base / "custom_nodes" / "small" / "__init__.py").write_text(PROBE)
+    if os.environ.get("COMFYUI_GGUF"):
+        (base / "custom_nodes" / "gguf").symlink_to(Path(os.environ["COMFYUI_GGUF"]).resolve())
     return found
 
 
@@ -310,7 +312,7 @@ def compare(running: ComfyUI, family: str, pipe: DiffusionPipeline, files: dict[
     two_places(running, family, pipe, files, said, check)
     as_lora(running, family, pipe, files, said, check, expect)
     eight_bits(running, family, pipe, files, said, check, expect)
-    quantized(running, family, said, check)
+    quantized(running, family, said, check, expect)
     mistakes(running, family, files, expect)
 
 
@@ -392,37 +394,42 @@ def eight_bits(
     pipe.transformer.load_state_dict(exact)
 
 
-def quantized(running: ComfyUI, family: str, said: str, check) -> None:
-    """A file whose layers bring scales, as quantized ones are shared, draws what a file of these very weights draws."""
+def quantized(running: ComfyUI, family: str, said: str, check, expect) -> None:
+    """Files in few bits draw what a file of the very numbers that are in them draws, whose base is known in them."""
     folder = running.base / "models" / "diffusion_models"
-    exact = safetensors.torch.load_file(folder / f"{family}.safetensors")
-    packed, plain = {}, dict(exact)
-    for name, tensor in exact.items():
-        layer = name.removesuffix("weight")
-        if tensor.ndim != 2 or min(tensor.shape) < 16 or layer == name or not BLOCK.search(name):
-            packed[name] = tensor
-            continue
-        scale = tensor.abs().amax().float() / torch.finfo(torch.float8_e4m3fn).max
-        told = json.dumps({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}).encode()
-        packed[name] = (tensor / scale).to(torch.float8_e4m3fn)
-        packed[f"{layer}weight_scale"] = scale
-        packed[f"{layer}comfy_quant"] = torch.tensor(list(told), dtype=torch.uint8)
-        plain[name] = (packed[name].float() * scale).to(tensor)
-    files = f"{family}-scaled", f"{family}-plain"
-    for file, tensors in zip(files, (packed, plain), strict=True):
-        safetensors.torch.save_file(tensors, folder / f"{file}.safetensors")
+    script = Path(__file__).with_name("comfyui_quantized.py")
+    architecture = [GGUF[family]] if os.environ.get("COMFYUI_GGUF") else []
+    command = [running.python, script, folder / f"{family}.safetensors", *architecture]
+    kinds = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
-    def latent(file: str, *loaded: tuple[str, float]) -> torch.Tensor:
-        asked = graph(family, said, *loaded)
-        asked["base"]["inputs"]["unet_name"] = f"{file}.safetensors"
+    def asked(kind: str, *loaded: tuple[str, float], plain: bool = False) -> dict:
+        made = graph(family, said, *loaded)
+        file = f"{family}-{kind}-plain.safetensors" if plain else f"{family}-{kind}.safetensors"
+        if (folder / f"{family}-{kind}.gguf").exists() and not plain:
+            wired = {"unet_name": f"{family}-{kind}.gguf", "dequant_dtype": "float32", "patch_dtype": "float32"}
+            made["base"] = {"class_type": "UnetLoaderGGUFAdvanced", "inputs": wired | {"patch_on_device": False}}
+        else:
+            made["base"]["inputs"]["unet_name"] = file
         for name, _ in loaded:
-            asked[name]["inputs"]["any_weights"] = True
-        return running.latent(asked)
+            made[name]["inputs"]["any_weights"] = plain
+        return made
 
-    own = latent(files[1])
-    check(f"{family}: with scales, the base alone", latent(files[0]), own)
-    for name in ("all", "free"):
-        check(f"{family}: with scales, {name}", *(latent(file, (name, 1.0)) for file in files), own)
+    def after_lora(made: dict) -> dict:
+        wired = {"lora_name": f"{family}.safetensors", "strength_model": 1.0, "model": ["base", 0]}
+        made["all"]["inputs"]["model"] = ["lora", 0]
+        return made | {"lora": {"class_type": "LoraLoaderModelOnly", "inputs": wired}}
+
+    for kind in kinds:
+        own = running.latent(asked(kind, plain=True))
+        check(f"{family}: {kind}, the base alone", running.latent(asked(kind)), own)
+        for name in ("all", "free"):
+            both = (running.latent(asked(kind, (name, 1.0), plain=plain)) for plain in (False, True))
+            check(f"{family}: {kind}, {name}", *both, own)
+        if (folder / f"{family}-{kind}.gguf").exists():  # into others ComfyUI puts a LoRA's change in their few bits
+            both = (running.latent(after_lora(asked(kind, ("all", 1.0), plain=plain))) for plain in (False, True))
+            check(f"{family}: {kind}, a LoRA, then all", *both, own)
+        told = running.error(asked(kind, ("cores", 1.0)))
+        expect(f"{family}: {kind}, {told.strip()[:80]}...", "and here these are quantized" in told, True)
 
 
 def same_text(running: ComfyUI, pipe: DiffusionPipeline, said: str, expect) -> None:

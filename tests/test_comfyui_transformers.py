@@ -14,6 +14,7 @@ from comcat_diffusion.adapters.texts import texts_of
 from comcat_diffusion.comfy.blocks import FluxSingle, JointBlock, ZImageAttention, block_of
 from comcat_diffusion.comfy.guests import Guest, Guests
 from comcat_diffusion.comfy.places import ATTENTION, Called, LookedEnough, Places
+from comcat_diffusion.comfy.quantized import rough, rounded
 from comcat_diffusion.comfy.sharing import PICTURE, Picture, masked_shares
 from comcat_diffusion.comfy.text import SAID, Said, Tokenizer, joined
 from comcat_diffusion.comfy.transformers import KINDS, as_diffusers, attention_names, kind_of
@@ -58,7 +59,9 @@ def native(transformer: nn.Module) -> types.SimpleNamespace:
     for module in root.modules():
         module.num_heads = module.heads = module.n_local_heads = heads
         module.hidden_size, module.head_dim = width, width // heads
-    return types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=root), backup={}, object_patches={})
+    model = nn.Module()
+    model.diffusion_model = root
+    return types.SimpleNamespace(model=model, backup={}, object_patches={})
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -88,6 +91,90 @@ def test_a_lora_in_the_weights_is_looked_past():
     there.weight.data += 1
     shell = as_diffusers(patcher, kind_of(patcher.model.diffusion_model))
     assert fingerprint(shell, "flow") == fingerprint(transformer, "flow")
+
+
+class Packed(torch.Tensor):
+    """A weight of few bits in a class of its own, as ComfyUI's: its numbers are bytes."""
+
+    made = 0
+
+    def dequantize(self) -> torch.Tensor:
+        Packed.made += 1
+        return self.as_subclass(torch.Tensor).float() / 40 - 3
+
+
+class Ggml(torch.Tensor):
+    """A weight as GGUF nodes have it: its bytes have another shape, its layer makes the numbers, LoRAs lie beside."""
+
+    def __new__(cls, held, tensor_type, tensor_shape, patches=()):
+        return super().__new__(cls, held)
+
+    def __init__(self, held, tensor_type, tensor_shape, patches=()):
+        self.tensor_type, self.tensor_shape, self.patches = tensor_type, tensor_shape, list(patches)
+
+    @property
+    def shape(self):
+        return self.tensor_shape
+
+    @property
+    def ndim(self):
+        return len(self.tensor_shape)
+
+
+def packed(weight: torch.Tensor) -> torch.Tensor:
+    """Numbers of a weight in a byte each, and what they are."""
+    return ((weight + 3) * 40).round().clamp(0, 255).to(torch.uint8)
+
+
+def unpacked(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a layer of a GGUF node makes of its weight."""
+    assert tensor.tensor_type == 8 and not tensor.patches
+    return (torch.Tensor(tensor).reshape(tensor.tensor_shape) / 40 - 3).to(dtype)
+
+
+@pytest.mark.parametrize("of", ["comfyui", "gguf"])
+@pytest.mark.parametrize("name", MADE)
+def test_weights_of_few_bits_are_made_one_by_one_and_cut_as_tensors_are(name, of):
+    transformer = MADE[name]()
+    expected, patcher = native(transformer), native(transformer)
+    kind = kind_of(patcher.model.diffusion_model)
+    for own, module in patcher.model.diffusion_model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or weight.ndim != 2:
+            continue
+        held, shape = packed(weight.data), weight.shape
+        expected.model.diffusion_model.get_submodule(own).weight.data = held.float() / 40 - 3
+        del module.weight
+        module.get_weight = unpacked
+        module.weight = held.as_subclass(Packed) if of == "comfyui" else Ggml(held.reshape(-1, 2), 8, shape, ["a LoRA"])
+    before = Packed.made
+    shell, plain = as_diffusers(patcher, kind), as_diffusers(expected, kind)
+    assert Packed.made == before  # shapes are known without the numbers
+    names = [own for own, module in plain.named_modules() if getattr(module, "in_features", 0)]
+    for own in names:
+        theirs, ours = plain.get_submodule(own), shell.get_submodule(own)
+        assert (ours.in_features, ours.out_features) == (theirs.in_features, theirs.out_features)
+        assert_close(ours.weight.as_subclass(torch.Tensor), theirs.weight.data, rtol=0, atol=0)
+    found = fingerprint(shell, "flow")
+    assert names and found == fingerprint(plain, "flow") != fingerprint(transformer, "flow")
+
+
+def test_weights_of_four_bits_are_known_for_their_base_and_not_for_another():
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 0.02
+    blocks = weight.reshape(-1, 32)
+    step = blocks.abs().amax(1, keepdim=True) / 8
+    rough_weight = ((blocks / step).round().clamp(-8, 7) * step).reshape(64, 64)
+    sketch = lambda tensor: {"sketch": [float(f"{v:.4g}") for v in tensor.reshape(-1)[:: 64 + 1][:64].tolist()]}
+    trained, present = sketch(weight), sketch(rough_weight)
+    quantized = rough(packed(weight).as_subclass(Packed))
+    assert rounded(present, trained, quantized) == trained
+    assert rounded(present, trained, rough(weight)) == rounded(present, trained, rough(weight.bfloat16())) == present
+    assert 0 < rough(weight.to(torch.float8_e4m3fn)) < quantized
+    for off in (0.25, 1.0):  # a fine-tune that is far from it, and another base
+        noise = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) * 0.02
+        other = sketch(weight * (1 - off**2) ** 0.5 + off * noise)
+        assert rounded(other, trained, quantized) == other
+    assert rounded(present, {"sketch": [0.1]}, quantized) == present
 
 
 def test_blocks_are_known_by_their_names():

@@ -7,6 +7,7 @@ gigabytes.
 
 import hashlib
 import json
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -59,10 +60,10 @@ def _attentions(denoiser: nn.Module) -> dict[str, nn.Module]:
 
 
 def _sketch(attentions: list[nn.Module]) -> list[float]:
-    keys = [seam.plain(style_of(module).projections(module)[1]).weight.detach().reshape(-1) for module in attentions]
+    keys = [seam.plain(style_of(module).projections(module)[1]) for module in attentions]
     picked = []
-    for index in range(SAMPLES if keys else 0):
-        weight = keys[index * len(keys) // SAMPLES]
-        picked.append(weight[index * 7919 % len(weight)].float())
+    for place, samples in groupby(range(SAMPLES if keys else 0), lambda index: index * len(keys) // SAMPLES):
+        weight = keys[place].weight.detach().reshape(-1)  # one by one: quantized ones are made when asked for
+        picked += [weight[index * 7919 % len(weight)].float() for index in samples]
     values = torch.stack([value.cpu() for value in picked]) if picked else torch.zeros(0)
     return [float(f"{value:.4g}") for value in values.tolist()]

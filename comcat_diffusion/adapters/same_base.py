@@ -1,6 +1,7 @@
 """Whether two fingerprints are of one base. Nothing here imports torch, so that headers are compared before it is."""
 
 NARROWER = "encoder_hid_dim_type"  # how a denoiser makes its text states narrower, in its settings; few do
+MOST = 1e30  # of a weight; a file can say what is too large to compare
 TOLERANCE = 0.02  # relative; bf16 keeps 8 bits of mantissa, so a copy is off by at most 0.004
 
 
@@ -33,5 +34,7 @@ def other_weights(trained: dict, present: dict) -> bool:
 def sketch_of(side: dict) -> list[float]:
     """The sampled weights of a fingerprint; none where it holds other things than numbers."""
     sketch = side.get("sketch")
-    numbers = isinstance(sketch, list) and all(isinstance(value, (int, float)) for value in sketch)
+    numbers = isinstance(sketch, list) and all(
+        isinstance(value, (int, float)) and abs(value) < MOST for value in sketch
+    )
     return sketch if numbers else []

@@ -21,14 +21,14 @@ from comcat_diffusion.comfy.guests import Guest, guests_of, invited
 from comcat_diffusion.comfy.names import (
     ENCODERS,
     fingerprint_of,
-    is_rough,
     prediction_of,
-    rounded,
+    roughness,
     text_as_transformers,
     text_names,
     unet_as_diffusers,
     unet_names,
 )
+from comcat_diffusion.comfy.quantized import rounded
 from comcat_diffusion.comfy.seated import seated
 from comcat_diffusion.comfy.text import SAID, Tokenizer, Tokens, joined
 from comcat_diffusion.comfy.transformers import Kind, as_diffusers, attention_names, kind_of
@@ -76,7 +76,7 @@ def load_unet(
     require_scale(strength, "The strength")
     path, shell = Path(path), unet_as_diffusers(patcher)
     names = {own: f"diffusion_model.{name}" for own, name in unet_names(patcher.model.diffusion_model).items()}
-    present = _present(patcher, {UNET: shell}, {}, read_adapter(path).fingerprint)
+    present = _present(patcher, {UNET: shell}, {UNET: names}, read_adapter(path).fingerprint)
     fitting = read_fitting({UNET: shell}, present, path, any_weights, "this model")
     _refuse_rough(patcher, fitting.configs[UNET], names)
     guest = _guest(path, "unet", fitting, shell, names, strength)
@@ -115,7 +115,7 @@ def _of_transformer(model: object, kind: Kind) -> tuple[dict[str, nn.Module], di
 
 def _refuse_rough(patcher: object, config: ComcatConfig, names: Mapping[str, str]) -> None:
     """Raise ValueError for cores on quantized weights."""
-    if config.cores and is_rough(patcher, names.values()):
+    if config.cores and roughness(patcher, names.values()):
         raise ValueError(cores.QUANTIZED)
 
 
@@ -124,10 +124,11 @@ def _present(
 ) -> dict:
     """The fingerprint of a model, seen as diffusers has it, beside that of an adapter's base."""
     if UNET in parts:
-        return fingerprint_of(parts[UNET], prediction_of(model), trained)
-    shell = parts[TRANSFORMER]
-    found = fingerprint_as(type(shell).__name__, None, shell, "flow")
-    return rounded(found, trained) if is_rough(model, names[TRANSFORMER].values()) else found
+        found = fingerprint_of(parts[UNET], prediction_of(model))
+    else:
+        found = fingerprint_as(type(parts[TRANSFORMER]).__name__, None, parts[TRANSFORMER], "flow")
+    denoiser = UNET if UNET in parts else TRANSFORMER
+    return rounded(found, trained, roughness(model, names[denoiser].values()))
 
 
 def _roots(clip: object) -> dict[str, str]:

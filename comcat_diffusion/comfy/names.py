@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from comcat_diffusion.adapters.fingerprint import fingerprint_as
-from comcat_diffusion.adapters.same_base import sketch_of
+from comcat_diffusion.comfy.quantized import Quantized, is_ordinary, linear_of, rough
 
 PREDICTIONS = {"EPS": "epsilon", "V_PREDICTION": "v_prediction"}  # as ComfyUI calls them; others by their own names
 ENCODERS = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}  # its names of ours
 _UNREAD = {"clip_h": 1}  # last layers of which nobody reads the states; diffusers' copies of 2.x come without them
 _BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.1\.(transformer_blocks\.\d+\.attn[12])")
 _MIDDLE = re.compile(r"middle_block\.1\.(transformer_blocks\.\d+\.attn[12])")
-_ROUGH = 0.07  # relative; 8-bit floats keep 3 bits of mantissa
 _PLACES = ("down_blocks", "up_blocks", "mid_block")  # the order in which diffusers makes a U-Net
 
 
@@ -82,7 +81,7 @@ def unet_as_diffusers(patcher: object) -> nn.Module:
         )
     modules, found = dict(unet.named_modules()), {}
     for own, name in names.items():
-        kept = [_as_it_was(patcher, f"diffusion_model.{name}.{projection}") for projection in ("to_k", "to_v")]
+        kept = [_linear(patcher, f"diffusion_model.{name}.{projection}") for projection in ("to_k", "to_v")]
         found[own] = Attention(modules[name], own.endswith("attn2"), *kept)
     return tree(found)
 
@@ -97,28 +96,22 @@ def kept_weight(patcher: object, name: str) -> torch.Tensor | None:
     return getattr(kept, "weight", kept)
 
 
-def _as_it_was(patcher: object, name: str) -> nn.Module:
-    """A Linear, or, where LoRAs are in it, one with the weight that was there."""
-    kept = kept_weight(patcher, name)
-    return patcher.model.get_submodule(name) if kept is None else linear_of(kept)
+def weight_of(patcher: object, name: str) -> torch.Tensor | Quantized:
+    """The weight (out, in) of a Linear of a `ModelPatcher`'s model as it is without LoRAs."""
+    module, kept = patcher.model.get_submodule(name), kept_weight(patcher, name)
+    found = module.weight if kept is None else kept
+    return found if is_ordinary(found) else Quantized.of(module, found)
 
 
-def is_rough(patcher: object, attentions: Iterable[str]) -> bool:
-    """Whether weights of these attentions of a `ModelPatcher`'s model are of 8 bits or fewer."""
+def _linear(patcher: object, name: str) -> nn.Linear:
+    return linear_of(weight_of(patcher, name))
+
+
+def roughness(patcher: object, attentions: Iterable[str]) -> float:
+    """How far weights of these attentions of a `ModelPatcher`'s model may be rounded, as `rounded` takes it."""
     modules = (module for name in attentions for module in patcher.model.get_submodule(name).modules())
     weights = (getattr(module, "weight", None) for module in modules)
-    return any(
-        weight.dtype.itemsize == 1 or type(weight) not in (torch.Tensor, nn.Parameter)
-        for weight in weights
-        if weight is not None and weight.ndim == 2
-    )
-
-
-def linear_of(weight: torch.Tensor) -> nn.Linear:
-    """A Linear of a weight (out, in) that is not copied."""
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    made.weight = nn.Parameter(weight, requires_grad=False)
-    return made
+    return max((rough(weight) for weight in weights if weight is not None and weight.ndim == 2), default=0.0)
 
 
 def text_names(encoder: nn.Module, kind: str, within: str = "") -> dict[str, str]:
@@ -137,7 +130,7 @@ def text_as_transformers(patcher: object, root: str, within: str = "") -> nn.Mod
     """The attentions of a text encoder, `root` in a `ModelPatcher`'s model, under transformers' names."""
     encoder, found = patcher.model.get_submodule(root), {}
     for own, name in text_names(encoder, root.partition(".")[0], within).items():
-        kept = [_as_it_was(patcher, f"{root}.{name}.{projection}") for projection in ("k_proj", "v_proj")]
+        kept = [_linear(patcher, f"{root}.{name}.{projection}") for projection in ("k_proj", "v_proj")]
         found[own] = TextAttention(encoder.get_submodule(name), *kept)
     return tree(found)
 
@@ -166,22 +159,8 @@ def prediction_of(patcher: object) -> str:
     return PREDICTIONS.get(name, name)
 
 
-def fingerprint_of(shell: nn.Module, prediction: str, trained: dict) -> dict:
-    """What identifies a U-Net, seen as diffusers names it, so that it compares with that of an adapter's base.
-
-    Weights of 8 bits are the ones that were trained on if they are so up to their rounding.
-    """
+def fingerprint_of(shell: nn.Module, prediction: str) -> dict:
+    """What identifies a U-Net, seen as diffusers names it, so that it compares with that of an adapter's base."""
     crossed = [module for module in shell.modules() if getattr(module, "is_cross_attention", False)]
     width = crossed[0].to_k.in_features if crossed else None
-    found = fingerprint_as("UNet2DConditionModel", width, shell, prediction)
-    return rounded(found, trained) if crossed and crossed[0].to_k.weight.dtype.itemsize == 1 else found
-
-
-def rounded(found: dict, trained: dict) -> dict:
-    """The fingerprint of weights of 8 bits: that of the weights they are the rounding of, if these were trained on."""
-    before, now = sketch_of(trained), found["sketch"]
-    floor = sum(map(abs, now)) / max(len(now), 1) * _ROUGH
-    near = len(before) == len(now) and all(
-        abs(b - n) <= floor + _ROUGH * abs(b) for b, n in zip(before, now, strict=True)
-    )
-    return {**found, "sketch": before} if near else found
+    return fingerprint_as("UNet2DConditionModel", width, shell, prediction)

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from comcat_diffusion.comfy.names import kept_weight, linear_of, tree
+from comcat_diffusion.comfy.names import tree, weight_of
+from comcat_diffusion.comfy.quantized import Quantized, linear_of
 
 _UNET = "diffusion_model"
-Weights = Callable[[str], torch.Tensor]  # of a Linear by its name, as it is without LoRAs
+Weights = Callable[[str], torch.Tensor | Quantized]  # of a Linear by its name, as it is without LoRAs
 _NUMBER = re.compile(r"\d+")
 
 
 class Projections(nn.Module):
     """One attention with the attributes of diffusers', whose projections are of another's weights, not copies."""
 
-    def __init__(self, heads: int, processor: str, linears: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, heads: int, processor: str, linears: Mapping[str, torch.Tensor | Quantized]) -> None:
         super().__init__()
         self.heads, self.scale_qk = heads, True
         self.processor = type(processor, (), {})()
@@ -68,11 +69,8 @@ def as_diffusers(patcher: object, kind: Kind) -> nn.Module:
     """The attentions of a `ModelPatcher`'s transformer under diffusers' names, as they are without LoRAs."""
     transformer = patcher.model.diffusion_model
 
-    def weight(name: str) -> torch.Tensor:
-        kept = kept_weight(patcher, f"{_UNET}.{name}")
-        found = transformer.get_submodule(name).weight if kept is None else kept
-        # ComfyUI's quantized weights are of a class of their own, which cannot be cut.
-        return found if type(found) in (torch.Tensor, nn.Parameter) else found.dequantize()
+    def weight(name: str) -> torch.Tensor | Quantized:
+        return weight_of(patcher, f"{_UNET}.{name}")
 
     names = attention_names(transformer, kind)
     shell = type(kind.denoiser, (nn.Module,), {})()  # by whose class its family is known
@@ -97,7 +95,7 @@ def _found(transformer: nn.Module, name: str) -> nn.Module | None:
 # Attentions of each kind
 
 
-def _flux_double(weight: Weights, name: str) -> dict[str, torch.Tensor]:
+def _flux_double(weight: Weights, name: str) -> dict[str, torch.Tensor | Quantized]:
     picture, text = (weight(f"{name}.{side}_attn.qkv").chunk(3) for side in ("img", "txt"))
     linears = dict(zip(("to_q", "to_k", "to_v"), picture, strict=True))
     linears |= dict(zip(("add_q_proj", "add_k_proj", "add_v_proj"), text, strict=True))
