@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         "test": sorted((photographs.FOLDER / "test").iterdir()),
     }
     report = {"circumstances": shared.circumstances(device, torch.float32), "rows": []}
-    report |= {"more": flags.more.name} if flags.more else {}
+    report |= {"more": " and ".join(folder.name for folder in flags.more)} if flags.more else {}
     report |= {"crops": flags.crops, "photographs": {name: len(found) for name, found in sets.items()}}
     for row in rows(flags, sets, device):
         report["rows"].append(row)
@@ -76,7 +76,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--finetune", type=int, default=0, help="passes over fresh crops, one a photograph and pass")
     parser.add_argument("--learn", type=int, metavar="N", help="of so many photographs (default: those calibrated on)")
     parser.add_argument(
-        "--more", type=Path, metavar="FOLDER", help="a folder of your own for photographs beyond the usual sixteen"
+        "--more", type=Path, nargs="+", metavar="FOLDER", help="where photographs beyond the usual sixteen are taken"
     )
     parser.add_argument(
         "--rate", type=float, default=FEATURES_RATE, help="learning rate of these (default: %(default)s)"
@@ -134,18 +134,18 @@ def rows(flags: argparse.Namespace, sets: dict[str, list[Path]], device: torch.d
                 yield row | judged(small) | {"widths": plan.widths}
 
 
-def calibrating(count: int | None, more: Path | None = None) -> list[Path]:
+def calibrating(count: int | None, more: Sequence[Path] | None = None) -> list[Path]:
     """The photographs to calibrate on, or some of them at random: always the same, and fewer are among more.
 
-    Beyond those there are, of the folder `more` as well. Raises ValueError if there are not so many.
+    Beyond those there are, of the folders `more` as well. Raises ValueError if there are not so many.
     """
     found = sorted((photographs.FOLDER / "calibration").iterdir())
     if count is None:
         return found
     random.Random(0).shuffle(found)
     if count > len(found):
-        others = (more or photographs.FOLDER / "more").iterdir()
-        others = sorted(path for path in others if path.suffix.lower() in Image.registered_extensions())
+        folders = [sorted(folder.iterdir()) for folder in more or [photographs.FOLDER / "more"]]
+        others = [path for inside in folders for path in inside if path.suffix.lower() in Image.registered_extensions()]
         random.Random(0).shuffle(others)
         found += others
     if not 0 < count <= len(found):

@@ -25,6 +25,7 @@ MAKERS = {
     "features": "features:table",
     "joint": "joint:table",
     "pace": "pace:table",
+    "photographs": "photographs_report:table",
     "speed": "usage:tables",
     "subjects": "subjects:tables",
     "together": "together:table",

@@ -78,9 +78,10 @@ def test_fewer_photographs_are_among_more_and_beyond_the_folder_others_join(tmp_
     (tmp_path / "own").mkdir()
     for name in ("a.JPEG", "b.webp", "list.txt"):
         (tmp_path / "own" / name).touch()
-    assert {path.name for path in features.calibrating(6, tmp_path / "own")[4:]} == {"a.JPEG", "b.webp"}
+    assert {path.name for path in features.calibrating(6, [tmp_path / "own"])[4:]} == {"a.JPEG", "b.webp"}
+    assert len({*features.calibrating(9, [tmp_path / "own", tmp_path / "more"])}) == 9
     with pytest.raises(ValueError, match="there are 6"):
-        features.calibrating(7, tmp_path / "own")
+        features.calibrating(7, [tmp_path / "own"])
 
 
 def test_a_crop_is_found_by_the_nearest_other_class_token():

@@ -279,6 +279,23 @@ def test_a_budget_of_time_makes_a_faster_model_and_says_what_cannot_be_had():
         Settings(method="energy", budget="latency")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "beit"])
+def test_an_attention_is_not_run_again_and_gives_what_it_gave(kind):
+    _, _, blocks, calls, *_ = streams(kind)
+    block, hidden, times = blocks[0], [call.hidden for call in calls], []
+    wanted = [chain.run(block, *pair) for pair in zip(calls, hidden, strict=True)]
+    layer = next(module for module in block.attention.modules() if isinstance(module, torch.nn.Linear))
+    with layer.register_forward_hook(lambda *_: times.append(1)):
+        with chain.recalling(block, block.attention, calls, hidden):
+            assert len(times) == len(calls)
+            found = [chain.run(block, *pair) for pair in zip(calls, hidden, strict=True)]
+            assert len(times) == len(calls)
+        chain.run(block, calls[0], hidden[0])
+        assert len(times) == len(calls) + 1
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
 def test_what_keeps_its_widths_repairs_what_does_not():
     model, seen = built("dinov2"), batches(8, 16)
     settings = Settings(parts=("attention",), counted="parts")

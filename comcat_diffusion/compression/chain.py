@@ -136,6 +136,37 @@ def watching(layers: dict[str, nn.Module]) -> Iterator[dict[str, tuple[torch.Ten
 
 
 @contextmanager
+def recalling(
+    block: nn.Module, inner: nn.Module, calls: Sequence[Call], hidden: Sequence[torch.Tensor]
+) -> Iterator[None]:
+    """Meanwhile a module of the block is not run again on these very streams, but gives what it gives now."""
+    known: dict[int, object] = {}
+    stream = [0]
+
+    def enter(_: nn.Module, arguments: tuple) -> None:
+        stream[0] = id(arguments[0])
+
+    def leave(_: nn.Module, __: tuple, output: object) -> None:
+        known[stream[0]] = output
+        raise Reached
+
+    entered = block.register_forward_pre_hook(enter)
+    try:
+        left = inner.register_forward_hook(leave)
+        try:
+            for call, features in zip(calls, hidden, strict=True):
+                with suppress(Reached):
+                    run(block, call, features)
+        finally:
+            left.remove()
+        inner.forward = lambda *_, **__: known[stream[0]]
+        yield
+    finally:
+        entered.remove()
+        inner.__dict__.pop("forward", None)
+
+
+@contextmanager
 def starting_at(blocks: Sequence[nn.Module], place: int, hidden: torch.Tensor) -> Iterator[None]:
     """Meanwhile the model skips the blocks before this one, which sees `hidden`."""
     skipped = blocks[:place]

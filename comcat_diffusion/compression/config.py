@@ -84,7 +84,7 @@ class DataSettings(Group):
         usual=True,
     )
     calibration_pictures: int | None = option(
-        None, "Pictures to take from it, at random. Default: 256; for a search 1024."
+        None, "Pictures to take from it, at random; more different ones keep more. Default: 256; for a search 1024."
     )
     train_dir: str | None = option(None, "One folder of pictures per class, to search and fine-tune on.", usual=True)
     eval_dir: str | None = option(

@@ -10,6 +10,7 @@ Letters: B pictures, N tokens, C channels, H heads, R values kept a head, M neur
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from comcat_diffusion.attentions import style_of
 from comcat_diffusion.compression import cost, hosts, mixtures, modules, neurons
-from comcat_diffusion.compression.chain import Call, inputs_to, run, watching
+from comcat_diffusion.compression.chain import Call, inputs_to, recalling, run, watching
 from comcat_diffusion.compression.cost import Unit, Widths
 from comcat_diffusion.compression.decompose import decomposed, put, rows_of, watched, weights_of
 from comcat_diffusion.compression.hosts import mlp_of
@@ -50,8 +51,7 @@ def fitted(
         inside = [unit for unit in units if unit.module.startswith(f"{name}.")]
         block = Block(small, name, inside, widths, calls, groups, tokens)
         wanted, given = block.dense(wanted)
-        block.shrink(given, have, first=name is names[0])
-        have = [run(block.small, call, x) for call, x in zip(calls, have, strict=True)]
+        have = block.shrink(given, have, first=name is names[0])
     return small
 
 
@@ -77,17 +77,24 @@ class Block:
                 given[part].append(Given.of(part, x, after[-1], seen, list(norms)))
         return after, given
 
-    def shrink(self, given: "Targets", have: Streams, first: bool) -> None:
-        """Make it small, by what it is to give on the small model's stream; the first block's is the dense one's."""
+    def shrink(self, given: "Targets", have: Streams, first: bool) -> Streams:
+        """Make it small, by what it is to give on the small model's stream, and what it gives there then.
+
+        The first block's stream is the dense one's.
+        """
         ends = self._ends()
         early, late = self._in_order(ends)
         self._truncate(early.pop(None, []), have)
-        for part, end in ends.items():
-            if not first:
-                self._denoise(end, have, given[part])
-            self._truncate(early.get(part, []), have)
-            self._fit(end, "vo" if part == "attention" else "neurons", have, given[part])
-            self._truncate(late.get(part, []), have)
+        with ExitStack() as stack:
+            for part, end in ends.items():
+                if not first:
+                    self._denoise(end, have, given[part])
+                self._truncate(early.get(part, []), have)
+                self._fit(end, "vo" if part == "attention" else "neurons", have, given[part])
+                self._truncate(late.get(part, []), have)
+                if part == "attention" and given[part][0].scale is not None:  # seen to come first, so it is done
+                    stack.enter_context(recalling(self.small, end.owner, self.calls, have))
+            return [run(self.small, call, x) for call, x in zip(self.calls, have, strict=True)]
 
     def _ends(self) -> dict[str, "End"]:
         """By part the attention and the MLP of the block, compressed or not."""
