@@ -248,7 +248,16 @@ def _told(header: "Header", part: str) -> str:
         ranks = [rank for pieces in own for products in pieces for heads in products for rank in heads]
         rank = f"ranks {min(ranks)} to {max(ranks)} by head" + " and piece" * bool(header.pieces)
     acts = f", from {' or '.join(config['trigger'])} on" if config.get("trigger") else ""
-    return f"{kind_of(config)}, {rank}, alpha {config.get('alpha')}, on {named}{acts}"
+    beside = f", with terms beside {_beside(config)}" if config.get("convolutions") else ""
+    return f"{kind_of(config)}, {rank}, alpha {config.get('alpha')}, on {named}{beside}{acts}"
+
+
+def _beside(config: dict) -> str:
+    """Beside which convolutions, of which ranks."""
+    own = config.get("convolution_ranks")
+    if own is None:
+        return f"all convolutions of residual blocks of rank {config['convolutions']}"
+    return f"{len(own)} convolutions of ranks {min(own.values())} to {max(own.values())}"
 
 
 def _size(path: str | Path) -> str:

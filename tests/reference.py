@@ -144,3 +144,22 @@ def blended(base: torch.Tensor, alone: list[torch.Tensor], masks: list[torch.Ten
                 rest -= mask[row, column].item()
             out[:, n] += rest * base[:, n]
     return out
+
+
+def separable(hidden, down, taps, up, stride=1) -> torch.Tensor:
+    """s = 1: sum_r U[:, r] sum_(i, j) T[r, i, j] (D[r] x) at a place moved by (i - 1, j - 1), zero outside.
+
+    (B, C, h, w), (R, C), (R, 9), (O, R) -> (B, O, h', w').
+    """
+    batch, _, height, width = hidden.shape
+    rows, columns = range(0, height, stride), range(0, width, stride)
+    made = hidden.new_zeros(batch, up.shape[0], len(rows), len(columns))
+    for rank in range(len(down)):
+        low = torch.einsum("c,bchw->bhw", down[rank], hidden)
+        for y, row in enumerate(rows):
+            for x, column in enumerate(columns):
+                for tap in range(9):
+                    i, j = row + tap // 3 - 1, column + tap % 3 - 1
+                    if 0 <= i < height and 0 <= j < width:
+                        made[:, :, y, x] += taps[rank, tap] * low[:, i, j, None] * up[:, rank]
+    return made

@@ -46,21 +46,23 @@ def cuts(monkeypatch):
         ),
         pytest.param({"kind": "foldable", "use_ema": True, "target_modules": ["attn2"]}, 0.9, marks=pytest.mark.slow),
         ({"kind": "tied", "max_bytes": 3500}, 0.7),  # a rank of all heads together is a tenth of this
+        ({"convolutions": 4, "target_modules": ["attn2"]}, 0.9),
     ],
-    ids=["free, text encoder", "foldable, mean", "tied"],
+    ids=["free, text encoder", "foldable, mean", "tied", "beside convolutions"],
 )
 def test_the_file_fits_and_the_last_steps_move_what_was_kept_alone(config, cuts, more, least):
     budget = more.get("max_bytes", BUDGET)
-    assert config(**more).cut_step == 8
+    beside = bool(more.get("convolutions"))
+    assert config(**more).cut_step == (6 if beside else 8)
     outcome = customize(config(**more))
     assert least * budget < outcome.adapter.stat().st_size <= budget
     header = read_adapter(outcome.adapter)
-    assert header.format_version == 2 and header.notes.training["steps"] == 10
+    assert header.format_version == (4 if beside else 2) and header.notes.training["steps"] == 10
     after_the_cut, at_the_end = cuts  # the second is what the file holds, taken back for its proof
     moved = 0
     for name, before in after_the_cut.items():
         now = at_the_end[name]
-        rank_axis = 1 if "out_up" in name else 0
+        rank_axis = 1 if "_up." in name else 0
         assert not now.eq(0).all() or before.eq(0).all()
         kept = [int(x.abs().amax(1 - rank_axis).gt(0).sum()) for x in (before, now)]
         assert kept[1] <= kept[0]
@@ -71,9 +73,10 @@ def test_the_file_fits_and_the_last_steps_move_what_was_kept_alone(config, cuts,
 
 
 @pytest.mark.slow
-def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(config, tmp_path):
+@pytest.mark.parametrize("beside", [0, 4], ids=["attentions", "convolutions too"])
+def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(config, tmp_path, beside):
     """Cut off before, at and after the cut of the ranks."""
-    settings = {"use_ema": True, "max_train_steps": 5, "checkpointing_steps": 1}
+    settings = {"use_ema": True, "max_train_steps": 5, "checkpointing_steps": 1, "convolutions": beside}
     whole = customize(config("whole", **settings)).adapter.read_bytes()
     first = customize(config(**settings), Stop(1))
     assert first.interrupted and first.adapter.stat().st_size <= BUDGET and first.adapter.read_bytes() != whole
@@ -118,6 +121,7 @@ def test_a_budget_that_holds_nothing_is_refused_before_the_first_step(config):
         ({}, 19_660),  # 196,608 numbers in fp16, and a twentieth of them
         ({"rank": 1}, 10_000),  # never less
         ({"rank": 1024}, 1_000_000),  # never more
+        ({"convolutions": 8, "target_modules": ["attn2"]}, 19_660),  # as many as without
         ({"max_bytes": 5_000}, 5_000),
         ({"max_bytes": 0}, 0),
         ({"kind": "tied"}, 0),

@@ -263,13 +263,14 @@ def test_a_file_of_one_family_is_refused_by_another(folders, tmp_path):
         ({"train_text_encoder": True, "everywhere": True}, "--train_text_encoder: the text encoders of .* stay as"),
         ({"learn_name": True}, "--learn_name: the text encoders of .* stay as they are"),
         ({"up_blocks_only": True}, "--up_blocks_only is for U-Nets; the transformer of"),
+        ({"convolutions": 8}, "--convolutions is for U-Nets; the transformer of"),
         ({"resolution": 18}, "--resolution 18 must be a multiple of (4|8|32) for this base"),
         ({"target_modules": ["nope"]}, "--target_modules nope:"),
     ],
 )
 def test_what_a_family_cannot_do_is_refused_in_a_sentence_by_check_and_run(base, more, message, tmp_path):
     asked = settings(base, tmp_path / "out", **more)
-    if "up_blocks_only" in more and hasattr(bases.load_base(base), "unet"):
+    if more.keys() & {"up_blocks_only", "convolutions"} and hasattr(bases.load_base(base), "unet"):
         assert not validate(ValidateConfig(**vars(asked))).errors
         return
     with pytest.raises(ValueError, match=message) as caught:

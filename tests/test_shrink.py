@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from comcat_diffusion import ComcatConfig, load_adapter, read_adapter, save_adapter
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.adapters.model import factors
-from comcat_diffusion.adapters.packing import _read, _written, pack, ranks_of, row_bytes, unpack
+from comcat_diffusion.adapters.packing import pack, ranks_of, read_rows, row_bytes, unpack, written_rows
 from comcat_diffusion.adapters.shrink import LOST, _allocated, _Direction, _directions, _Layer, least_bytes, shrink
 from comcat_diffusion.adapters.terms import read_contents
 from tests.test_adapter_file import edit, pipeline, rewritten
@@ -132,8 +132,8 @@ def test_what_a_rounded_direction_loses_is_as_the_table_says():
     for bits, told in list(LOST.items())[1:]:
         rounded = []
         for rows in sides:
-            stream, scales = _written(rows, [bits] * 2000)
-            rounded.append(_read(stream, 320, torch.full((2000,), bits)) * scales.unsqueeze(1))
+            stream, scales = written_rows(rows, [bits] * 2000)
+            rounded.append(read_rows(stream, 320, torch.full((2000,), bits)) * scales.unsqueeze(1))
         inner = [(rows * coarse).sum(1) for rows, coarse in zip(sides, rounded, strict=True)]
         squares = [rows.square().sum(1) for rows in (*sides, *rounded)]
         lost = squares[0] * squares[1] - 2 * inner[0] * inner[1] + squares[2] * squares[3]

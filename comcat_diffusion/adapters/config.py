@@ -39,6 +39,14 @@ class ComcatConfig(PeftConfig):
             "then for each head's values; attentions that are not named go by the first. Default: chosen for the base."
         },
     )
+    convolutions: int = field(
+        default=0,
+        metadata={"help": "Rank of the terms beside the convolutions of a U-Net's residual blocks. 0: there are none."},
+    )
+    convolution_ranks: dict[str, int] | None = field(
+        default=None,
+        metadata={"help": "Their ranks by name of the convolution; others have no term. Default: one rank for all."},
+    )
     trigger: list[str] | None = field(
         default=None,
         metadata={"help": "Words that call the adapter: it acts on a prompt's tokens from the first of them on."},
@@ -97,6 +105,7 @@ class ComcatConfig(PeftConfig):
             self.core_sets = {}  # PEFT wrote it before there were any
         if not all(re.fullmatch("[0-9]+", told) for told in (self.core_sets or {}).values()):
             raise ValueError(f"core_sets must be digits by the names of attentions, not {self.core_sets!r}.")
+        self._refuse_convolutions()
         if self.trigger is not None and not (self.trigger and all(word.strip() for word in self.trigger)):
             raise ValueError(f"trigger must be a list of words, not {self.trigger!r}.")
         if self.trigger_ranks is not None:
@@ -106,6 +115,19 @@ class ComcatConfig(PeftConfig):
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if not math.isfinite(alpha):
                 raise ValueError(f"alpha must be a finite number, not {alpha!r}.")
+
+    def _refuse_convolutions(self) -> None:
+        """Raise ValueError for ranks beside convolutions that are none, or of a kind that has no such terms."""
+        for rank in (self.convolutions, *(self.convolution_ranks or {}).values()):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < (rank is not self.convolutions):
+                raise ValueError(f"The rank beside convolutions must be a whole number of at least 0, not {rank!r}.")
+        if self.convolution_ranks and not self.convolutions:
+            raise ValueError("convolution_ranks are of terms beside convolutions: set convolutions as well.")
+        if self.convolutions and (self.foldable or self.trigger_ranks):
+            raise ValueError(
+                "Terms beside convolutions are of free adapters of one subject: leave foldable and trigger_ranks out, "
+                "or set convolutions=0."
+            )
 
     def _refuse_other_shares(self) -> None:
         """Raise ValueError unless the ranks are shared out among the words."""

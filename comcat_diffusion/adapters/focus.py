@@ -38,6 +38,8 @@ from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.regions import beside_words, grid_of, words_in
 from comcat_diffusion.families.known import family_of_model
 
+OUTSIDE = "Adapters act by place while the whole denoiser runs, which shows them the picture."
+
 
 class Focus(Follower):
     """What the base alone has drawn, while it does and afterwards: its steps, and where the words of adapters are."""
@@ -126,7 +128,7 @@ class Focus(Follower):
         level of it.
         """
         if here.latent is None:
-            raise ValueError("Adapters act by place while the whole denoiser runs, which shows them the picture.")
+            raise ValueError(OUTSIDE)
         hidden = args[0] if args else kwargs["hidden_states"]  # B, N, C
         named = [name for name in live if name in self.words]
         nothing = hidden.new_zeros(1, hidden.shape[1], 1)
@@ -136,13 +138,37 @@ class Focus(Follower):
                 looked = look(layer.owner, args, kwargs, of_words, here.latent, here.words_at)
                 self._seen.setdefault(name, []).append(looked)
             return {**masked, **dict.fromkeys(named, nothing)}
+        around = words_in(here.latent, hidden.shape[1], here.words_at) if layer.style.stream else (0, 0)
+        return self._divided(live, hidden, masked, around)
+
+    @torch.compiler.disable
+    def of_map(
+        self, live: list[str], made: torch.Tensor, masked: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """As `shares`, of each place of a feature map (B, C, h, w): (B, h*w, 1). Nothing looks at words there."""
+        if here.latent is None:
+            raise ValueError(OUTSIDE)
+        places = made.flatten(2).mT  # B, h*w, C
+        if self._at is None and self.asked:
+            named = [name for name in live if name in self.words]
+            return {**masked, **dict.fromkeys(named, places.new_zeros(1, places.shape[1], 1))}
+        return self._divided(live, places, masked)
+
+    def _divided(
+        self,
+        live: list[str],
+        hidden: torch.Tensor,
+        masked: Mapping[str, torch.Tensor],
+        around: tuple[int, int] = (0, 0),
+    ) -> dict[str, torch.Tensor]:
+        """Shares once the base has drawn: what is around a subject is kept by the predictions, so one has all of it."""
         if not self._at or len(self.words) < 2:
             return dict(masked)
         at = {name: _of_rows(one, len(hidden)) for name, one in self._at.items()}  # also of who is not in this one
-        around = words_in(here.latent, hidden.shape[1], here.words_at) if layer.style.stream else (0, 0)
         found = divided(at, grid_of(here.latent, hidden.shape[1] - sum(around)))
         found = {name: beside_words(one, *around) * masked.get(name, 1) for name, one in found.items()}
-        return {**masked, **{name: found.get(name, nothing) for name in named}}
+        nothing = hidden.new_zeros(1, hidden.shape[1], 1)
+        return {**masked, **{name: found.get(name, nothing) for name in live if name in self.words}}
 
 
 def _of_rows(of_pictures: torch.Tensor, rows: int) -> torch.Tensor:

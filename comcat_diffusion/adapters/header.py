@@ -19,9 +19,12 @@ from comcat_diffusion.words import Subject, words_of
 FORMAT_VERSION = 1
 PACKED_VERSION = 2  # keeps only the rows that each head has, see adapters/packing.py
 PIECES_VERSION = 3  # the same for each of several adapters in one file, see adapters/pieces.py
+CONVOLVED_VERSION = 4  # a packed file with terms beside convolutions, see adapters/convolved_rows.py
+_PACKED_VERSIONS = (PACKED_VERSION, CONVOLVED_VERSION)
 KEY = "comcat"
 _FACTORS = 4  # of an attention, of whichever kind
 _DERIVED = ("target_modules", "rank_pattern")  # what a packed file's config leaves out, see settings_of_layers
+_OF_CONVOLVED = ("convolutions", "convolution_ranks")  # the same of terms beside convolutions
 THUMBNAIL = "modelspec.thumbnail"
 LONGEST_HEADER = 4 << 20  # bytes; an honest header is a few tens of kilobytes
 
@@ -74,6 +77,8 @@ class Header:
     # Packed files only. By component and attention: the rank of every head, of its QK and of its VO product.
     head_ranks: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
     row_lengths: dict[str, list[list[int]]] = field(default_factory=dict)  # see adapters/packing.py
+    # Packed files with terms beside convolutions. By component and convolution: rank, channels that go out and come in.
+    convolved: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)  # of files of several packed adapters
     tokens: list[str] = field(default_factory=list)  # new words whose embeddings the file brings
     thumbnail: str = ""  # a small picture as a data URI, where one was asked for
@@ -97,7 +102,7 @@ class Header:
         """As the string pairs of a safetensors header; the `modelspec.*` keys are what other tools read."""
         notes, content = self.notes, asdict(self)
         del content["thumbnail"]  # it stands where other tools look for it
-        for name in ("head_ranks", "row_lengths", "pieces", "tokens"):
+        for name in ("head_ranks", "row_lengths", "convolved", "pieces", "tokens"):
             if not content[name]:  # a file that does without is one that older versions read
                 del content[name]
         if not notes.others:
@@ -105,6 +110,9 @@ class Header:
         for part in self.packed:  # the ranks of the heads say which layers there are, and of which rank
             told = () if self.config[part].get("tied") else _DERIVED
             content["config"][part] = {n: v for n, v in content["config"][part].items() if v and n not in told}
+        for part in self.convolved:
+            for name in _OF_CONVOLVED:
+                content["config"][part].pop(name, None)
         pairs = {
             KEY: json.dumps(content, sort_keys=True, separators=(",", ":") if self.packed else None),
             "format": "pt",
@@ -176,7 +184,7 @@ def _parsed(metadata: dict[str, str], path: Path) -> Header:
     try:
         content = json.loads(metadata[KEY])
         version = content["format_version"]
-        if version in (FORMAT_VERSION, PACKED_VERSION, PIECES_VERSION):
+        if version in (FORMAT_VERSION, PACKED_VERSION, PIECES_VERSION, CONVOLVED_VERSION):
             content["notes"] = Notes(**content["notes"])
             content["pieces"] = [Piece(**piece) for piece in content.get("pieces", [])]
             header = Header(**content, thumbnail=metadata.get(THUMBNAIL, ""))
@@ -189,13 +197,15 @@ def _parsed(metadata: dict[str, str], path: Path) -> Header:
                         n: config["r"] if header.pieces else max(map(max, own[0])) for n, own in attentions.items()
                     }
                     config.update(settings_of_layers(ranks, config["r"]))
+            for part, convolutions in header.convolved.items():
+                header.config[part].update(settings_of_convolutions({n: own[0] for n, own in convolutions.items()}))
             return header
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError, re.error) as error:
         raise AdapterFileError(f"{path} has a header that does not make sense ({error}).") from error
-    newer = isinstance(version, int) and version > PIECES_VERSION
+    newer = isinstance(version, int) and version > CONVOLVED_VERSION
     way_out = "update comcat-diffusion" if newer else "the file was not written by comcat-diffusion"
     raise AdapterFileError(
-        f"{path} has format version {version!r}, this program reads {FORMAT_VERSION} to {PIECES_VERSION}: {way_out}."
+        f"{path} has format version {version!r}, this program reads {FORMAT_VERSION} to {CONVOLVED_VERSION}: {way_out}."
     )
 
 
@@ -203,6 +213,15 @@ def kind_of(config: dict) -> str:
     """What kind of adapter a header's configuration of one part describes: tied, cores, foldable or free."""
     kinds = [kind for kind in ("tied", "cores") if config.get(kind)]
     return kinds[0] if kinds else "foldable" if config.get("foldable") else "free"
+
+
+def refuse_convolutions(header: Header, path: str | Path) -> None:
+    """Raise AdapterFileError for a file with terms beside convolutions, which few can use."""
+    if any(config.get("convolutions") for config in header.config.values()):
+        raise AdapterFileError(
+            f"{path} has terms beside convolutions, which comcat generate, evaluate and train read and nothing else "
+            "does yet: train it again without --convolutions."
+        )
 
 
 def awaited(header: Header) -> set[str]:
@@ -234,6 +253,11 @@ def settings_of_layers(ranks: dict[str, int], common: int) -> dict:
     return {"target_modules": sorted(ranks), "rank_pattern": others}
 
 
+def settings_of_convolutions(ranks: dict[str, int]) -> dict:
+    """The settings of a configuration that name every convolution with a term beside it and its rank."""
+    return {"convolutions": max(ranks.values()), "convolution_ranks": ranks}
+
+
 def _refuse_other_types(header: Header) -> None:
     notes = header.notes
     known = {
@@ -256,8 +280,15 @@ def _refuse_other_types(header: Header) -> None:
 
 
 def _refuse_other_ranks(header: Header) -> None:
-    if bool(header.head_ranks) != (header.format_version == PACKED_VERSION):
+    if bool(header.head_ranks) != (header.format_version in _PACKED_VERSIONS):
         raise TypeError("head_ranks belong to packed files and to no others")
+    if bool(header.convolved) != (header.format_version == CONVOLVED_VERSION):
+        raise TypeError(f"convolved belongs to files of version {CONVOLVED_VERSION} and to no others")
+    for part, convolutions in header.convolved.items():
+        numbers = [number for own in convolutions.values() for number in own]
+        proper = all(type(number) is int and number > 0 for number in numbers)
+        if part not in header.head_ranks or not proper or {len(own) for own in convolutions.values()} != {3}:
+            raise TypeError(f"convolved of {part} is not three whole numbers for each convolution")
     if bool(header.pieces) != (header.format_version == PIECES_VERSION):
         raise TypeError(f"pieces belong to files of version {PIECES_VERSION} and to no others")
     _refuse_other_pieces(header)

@@ -1,10 +1,8 @@
 """The side-car of one attention: the factors of every adapter, by name, in the shape that PEFT expects of a layer."""
 
 import functools
-import math
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from comcat_diffusion.adapters import seam
@@ -12,8 +10,9 @@ from comcat_diffusion.adapters.belongings import Belongings
 from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.cores import MIXES, Core, Ends, FixedEnds, first_sets
-from comcat_diffusion.adapters.gate import Gate, spoken
-from comcat_diffusion.adapters.merging import Merging, NoBase
+from comcat_diffusion.adapters.gate import spoken
+from comcat_diffusion.adapters.merging import Merging
+from comcat_diffusion.adapters.sidecar import SideCar
 from comcat_diffusion.adapters.tied import OTHER_TEXT
 from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, shared_out
 from comcat_diffusion.attentions import style_of
@@ -65,12 +64,7 @@ def _blank(into: int, outof: int, device: torch.device, dtype: torch.dtype) -> n
     return made
 
 
-def _refuse_scale(scale: float) -> None:
-    if not math.isfinite(scale):
-        raise ValueError(f"The scale of an adapter must be a finite number, not {scale}.")
-
-
-class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
+class ComcatLayer(Merging, SideCar):
     """All adapters of one attention. `live` names those that act; without any, the host runs untouched."""
 
     adapter_layer_names = (
@@ -86,36 +80,15 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
     other_param_names = ("r", "alpha", "scaling", "trigger", "waits", "sets")
 
     def __init__(self, attention: nn.Module, belongings: Belongings) -> None:
-        super().__init__()
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ModuleDict())
-        self.r: dict[str, int] = {}
-        self.alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
-        self.trigger: dict[str, tuple[str, ...]] = {}  # words that an adapter waits for; none: it acts everywhere
+        super().__init__(attention, belongings)
         self.waits: dict[str, list[tuple[tuple[str, ...], int]]] = {}  # for which words how many of its ranks do
-        self.gate: Gate | None = None  # which tells where these words stand, see adapters/gate.py
         self.ends = FixedEnds()  # of adapters that are cores, see adapters/cores.py
         self.sets: dict[str, str] = {}  # what fixed vectors they go by
         self.shared: set[str] = set()  # names of weights that another attention, which came first, holds as well
-        self.merged_adapters: list[str] = []
         self.style = style_of(attention)
-        self._owner = (attention,)  # in a tuple, so that the parent is not a submodule of its own child
-        self.regions = None  # where in the picture which adapter acts, see adapters/regions.py
         self._unmerged: tuple | None = None  # the base's Linears and width, while merged ones stand in their place
-        self.belongings = belongings  # what adapters brought besides, see adapters/belongings.py
-        belongings.sidecar_came()
 
     # What PEFT and diffusers ask of a layer
-
-    @property
-    def base_layer(self) -> nn.Module:
-        """A stub: nothing is wrapped, so whoever unwraps adapters leaves the attention as it was."""
-        return NoBase()
-
-    def get_base_layer(self) -> nn.Module:
-        """See `base_layer`."""
-        return NoBase()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -137,14 +110,6 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         """Channels of what the attention gives."""
         return (self._plain()[3] or self._plain()[2]).out_features
 
-    @property
-    def lora_A(self) -> dict[str, nn.ModuleList]:
-        """All factors by adapter: diffusers' `set_lora_device` moves what it finds under LoRA's two names."""
-        held = [getattr(self, name) for name in self.adapter_layer_names]
-        return {name: nn.ModuleList(by_name[name] for by_name in held if name in by_name) for name in self.r}
-
-    lora_B = lora_A
-
     def update_layer(
         self,
         adapter_name: str,
@@ -160,10 +125,8 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         `sets` is what heads of cores go by, None: what suits these weights, "": the first.
         Raises ValueError if there is such an adapter, or if what is to be shared does not fit.
         """
-        if adapter_name in self.r:
-            raise ValueError(f"An adapter named {adapter_name} exists already: delete it or choose another name.")
-        q = self._plain()[0]
-        dtype = q.weight.dtype if q.weight.dtype.is_floating_point and q.weight.dtype.itemsize > 1 else torch.float32
+        self._refuse_twice(adapter_name)
+        device, dtype = self.weight.device, self._numbers
         # One factor of each product is zero, the other random: step 0 is the base, and gradients flow.
         zero = ("q_core", "out_core") if config.tied else ("k_down", "out_up", "out_core", *MIXES)
         if config.cores:
@@ -172,62 +135,19 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
             if name in tied and (tied[name].in_features, tied[name].out_features) != (into, outof):
                 raise ValueError(OTHER_TEXT)
             make = functools.partial(nn.Linear, bias=False) if config.init_weights else _blank
-            factor = tied.get(name) or make(into, outof, device=q.weight.device, dtype=dtype)
+            factor = tied.get(name) or make(into, outof, device=device, dtype=dtype)
             if name in zero and config.init_weights:
                 nn.init.zeros_(factor.weight)
             getattr(self, f"comcat_{name}")[adapter_name] = factor
             if name in tied:
                 self.shared.add(f"comcat_{name}.{adapter_name}.weight")
-        self.r[adapter_name], self.alpha[adapter_name] = rank, alpha
-        self.trigger[adapter_name] = tuple(config.trigger or ())
         self.waits[adapter_name] = [(tuple(words), count) for words, count in config.trigger_ranks or ()]
-        self.set_scale(adapter_name, 1.0)
-        super().set_adapter(self.active_adapters)
-        self.belongings.came(adapter_name)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Weight of an adapter relative to its trained strength alpha / r; other adapters keep theirs."""
-        _refuse_scale(scale)
-        if adapter in self.r:
-            self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the strength of the active adapters (diffusers' `cross_attention_kwargs={"scale": ...}`)."""
-        _refuse_scale(scale)
-        for name in self._active():
-            self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo `scale_layer`; without a number, go back to the trained strength."""
-        for name in self._active():
-            if scale is None:
-                self.set_scale(name, 1.0)
-            else:
-                self.scaling[name] /= scale
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's; modules that adapters train whole follow."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self.belongings.activate(names, inference_mode)
-        super().set_adapter(names, inference_mode=inference_mode)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """As PEFT's; a merged adapter that is disabled is unmerged, as LoRA's layers do."""
-        if not enabled:
-            self.unmerge()
-        super().enable_adapters(enabled)
-        self.belongings.enable(enabled)
+        self._came(adapter_name, rank, alpha, config.trigger)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's; what came with the adapter goes with the last layer that has it."""
-        known = adapter_name in self.r
         super().delete_adapter(adapter_name)
         self.shared = {name for name in self.shared if name.split(".")[1] != adapter_name}
-        if known:
-            self.belongings.left(adapter_name)
-        if self.gate is not None and not any(self.trigger.values()):
-            self.gate.leave(self)
-            self.gate = None
 
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
         """As PyTorch's, without what another attention's has already: so PEFT's files of tied adapters are small."""
@@ -241,18 +161,7 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
             state_dict.setdefault(prefix + name, self.get_parameter(name).data)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def leave(self) -> None:
-        """The attention has no side-car any more; merged weights stay."""
-        for name in list(self.r):
-            self.belongings.left(name, merged=name in self.merged_adapters)
-        self.belongings.sidecar_left()
-
     # What the seam asks
-
-    @property
-    def owner(self) -> nn.Module:
-        """The attention whose side-car this is."""
-        return self._owner[0]
 
     @property
     def heads(self) -> int:
@@ -263,19 +172,6 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
     def width(self) -> int:
         """Width D of the base's heads, merged or not."""
         return self._keys.out_features // self.heads
-
-    @property
-    def live(self) -> list[str]:
-        """Adapters that act on the forward pass that this thread is in, without those whose trigger no prompt has."""
-        if self._disable_adapters or self.merged_adapters:
-            return []
-        return [name for name in self._active() if self.scaling[name] != 0 and self._called(name)]
-
-    def _called(self, name: str) -> bool:
-        # What is trained stays in the graph, so that a step without the trigger has gradients, if of zero.
-        if self.gate is None or not self.trigger[name] or self._trained(name):
-            return True
-        return self.gate.calls(self.trigger[name])
 
     def _trained(self, name: str) -> bool:
         held = next(by_name[name] for by_name in (self.comcat_k_down, self.comcat_k_mix) if name in by_name)
@@ -298,9 +194,6 @@ class ComcatLayer(Merging, nn.Module, BaseTunerLayer):
         if here.texts is not None and seam.is_cross_attention(self.owner) and not self.style.joint:
             here.texts.cover(self, wide, names)
         return seam.view_of(self.owner, self.style, wide)
-
-    def _active(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.r]
 
     @property
     def _keys(self) -> nn.Linear:

@@ -3,20 +3,20 @@
 from torch import nn
 
 from comcat_diffusion.adapters import seam
-from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.merging import merge_all
-from comcat_diffusion.adapters.model import adapted_layers
+from comcat_diffusion.adapters.model import side_cars
 from comcat_diffusion.adapters.parts import components, inside, peft_wrapper
 from comcat_diffusion.adapters.peft_type import COMCAT
 from comcat_diffusion.adapters.placing import forget
 from comcat_diffusion.adapters.regions import set_regions
+from comcat_diffusion.adapters.sidecar import SideCar
 from comcat_diffusion.adapters.token import take_tokens
 from comcat_diffusion.adapters.trigger import stop_listening
 
 
-def layers_of(pipe: object) -> list[ComcatLayer]:
+def layers_of(pipe: object) -> list[SideCar]:
     """The side-cars of all parts of a pipeline."""
-    return [layer for model in components(pipe).values() for layer in adapted_layers(model).values()]
+    return [layer for model in components(pipe).values() for layer in side_cars(model).values()]
 
 
 def merge_adapters(pipe: object, adapter_names: list[str] | None = None) -> None:
@@ -54,7 +54,7 @@ def unload_adapters(pipe: object) -> None:
     set_regions(pipe, {})
     stop_listening(pipe)
     for part, model in components(pipe).items():
-        for layer in adapted_layers(model).values():
+        for layer in side_cars(model).values():
             layer.unmerge()
             seam.detach(layer.owner)
         _forget_ours(model)
@@ -69,7 +69,7 @@ def bake_adapters(pipe: object) -> None:
     """
     merge_adapters(pipe)
     for part, model in components(pipe).items():
-        for layer in adapted_layers(model).values():
+        for layer in side_cars(model).values():
             seam.detach(layer.owner)
         _forget_ours(model)
         _unwrap(pipe, part)

@@ -8,27 +8,39 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from comcat_diffusion.adapters import guards, seam
+from comcat_diffusion.adapters import convolved, guards, seam
 from comcat_diffusion.adapters.belongings import Belongings
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.layer import ComcatLayer, factor_shapes
 from comcat_diffusion.adapters.merging import merge_all
 from comcat_diffusion.adapters.parts import bare, plain_modules, plain_name
 from comcat_diffusion.adapters.peft_type import COMCAT
+from comcat_diffusion.adapters.sidecar import SideCar
 from comcat_diffusion.adapters.tied import OTHER_TEXT, SHARED, TEXT, side_of
-from comcat_diffusion.attentions import style_of
+from comcat_diffusion.attentions import plain, style_of
 from comcat_diffusion.families.known import family_of_model
 
 # What two adapters must have in common for PEFT's hotswap_adapter, which copies weights in place and no more.
 _KINDS = ("foldable", "tied", "cores")
-_SAME_WHEN_SWAPPED = ("r", "alpha", "rank_pattern", "alpha_pattern", *_KINDS, "core_sets", "trigger", "trigger_ranks")
+_SAME_WHEN_SWAPPED = (
+    "r",
+    "alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    *_KINDS,
+    "core_sets",
+    "convolutions",
+    "convolution_ranks",
+    "trigger",
+    "trigger_ranks",
+)
 
 
 class ComcatModel(BaseTuner):
-    """Adds a `ComcatLayer` beside every targeted attention of a model, in place."""
+    """Adds a `ComcatLayer` beside every targeted attention of a model, in place, and a `ConvolvedLayer` if asked to."""
 
     prefix = guards.PREFIX
-    tuner_layer_cls = ComcatLayer
+    tuner_layer_cls = SideCar
     target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(
@@ -76,7 +88,11 @@ class ComcatModel(BaseTuner):
     def _prepare_model(self, peft_config: ComcatConfig, model: nn.Module) -> None:
         # PEFT creates layer by layer: refuse before the first, so that a refused model is left as it was.
         texts = set()  # widths of what a tied adapter's text side reads
+        if peft_config.convolutions:
+            convolved.hosts(model)
         for name, module in model.named_modules():
+            if peft_config.convolutions and convolved.is_named_so(plain_name(name)):
+                continue
             if name and seam.SIDECAR not in name.split(".") and self._check_target_module_exists(peft_config, name):
                 name, module = plain_name(name), bare(module)
                 self._refuse(module, name)
@@ -91,11 +107,16 @@ class ComcatModel(BaseTuner):
                     texts.add(tuple(shapes[factor] for factor in SHARED))
         if len(texts) > 1:
             raise ValueError(OTHER_TEXT)
+        if peft_config.convolutions and not self._able:
+            raise ValueError(f"Target modules {peft_config.target_modules} are no attentions of this model: name some.")
 
     @staticmethod
     def _check_target_module_exists(peft_config: ComcatConfig, key: str) -> object:
-        """As PEFT's; a compiled block does not change the names of the attentions in it."""
-        return check_target_module_exists(peft_config, key.replace("_orig_mod.", ""))
+        """As PEFT's, or a convolution; a compiled block does not change the names of what is in it."""
+        key = key.replace("_orig_mod.", "")
+        if peft_config.convolutions and convolved.is_named_so(key):
+            return bool(convolved.ranks_of(peft_config, [key]))
+        return check_target_module_exists(peft_config, key)
 
     def _refuse(self, module: nn.Module, name: str) -> None:
         reason = _why_not(self.model, module, name)
@@ -120,6 +141,9 @@ class ComcatModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         target, current_key = bare(target), plain_name(current_key)
+        if peft_config.convolutions and convolved.is_named_so(current_key):
+            self._put_beside(plain(target), current_key, peft_config, adapter_name)
+            return
         if current_key not in self._able:  # a state dict names it
             self._refuse(target, current_key)
         layer = target._modules.get(seam.SIDECAR)
@@ -132,6 +156,14 @@ class ComcatModel(BaseTuner):
         layer.update_layer(adapter_name, rank, alpha, peft_config, self._tied.get(side, {}), sets)
         if peft_config.tied:
             self._tied[side] = {name: getattr(layer, f"comcat_{name}")[adapter_name] for name in SHARED}
+
+    def _put_beside(self, host: nn.Conv2d, name: str, peft_config: ComcatConfig, adapter_name: str) -> None:
+        """An adapter's term beside a convolution."""
+        layer = host._modules.get(seam.SIDECAR)
+        if not isinstance(layer, convolved.ConvolvedLayer):
+            layer = convolved.ConvolvedLayer(host, self._belongings)
+            seam.attach(host, layer, convolved.convolved)
+        layer.update_layer(adapter_name, convolved.ranks_of(peft_config, [name])[name], peft_config)
 
     def add_weighted_adapter(
         self,
@@ -168,7 +200,7 @@ class ComcatModel(BaseTuner):
     ) -> nn.Module:
         """As PEFT's; what cannot be merged is refused before anything is taken apart."""
         if merge:
-            merge_all(list(adapted_layers(self.model).values()), safe_merge, adapter_names)
+            merge_all(list(side_cars(self.model).values()), safe_merge, adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -176,7 +208,7 @@ class ComcatModel(BaseTuner):
 
         Modules that an adapter of ours trained whole come and go with the side-cars.
         """
-        if isinstance(child, ComcatLayer):
+        if isinstance(child, SideCar):
             seam.detach(parent)
         elif not (isinstance(child, ModulesToSaveWrapper) and child.modules_to_save.keys() & self.peft_config.keys()):
             super()._replace_module(parent, child_name, new_module, child)
@@ -197,7 +229,7 @@ def refuse_name(adapter_name: str) -> None:
 
 def withdraw(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter's factors out of a model again, and side-cars that nothing is left in."""
-    for layer in adapted_layers(model).values():
+    for layer in side_cars(model).values():
         layer.delete_adapter(adapter_name)
         if not layer.r:
             seam.detach(layer.owner)
@@ -251,18 +283,28 @@ def adapted_layers(model: nn.Module) -> dict[str, ComcatLayer]:
     return {plain_name(n.removesuffix(end)): m for n, m in model.named_modules() if isinstance(m, ComcatLayer)}
 
 
+def side_cars(model: nn.Module) -> dict[str, SideCar]:
+    """The side-cars of a model, of attentions and of convolutions, by the names of their hosts."""
+    end = "." + seam.SIDECAR
+    found = {plain_name(n.removesuffix(end)): m for n, m in model.named_modules() if isinstance(m, SideCar)}
+    return {name.removesuffix(".base_layer"): m for name, m in found.items()}  # beside other methods' adapters
+
+
 def belongings_of(model: nn.Module) -> Belongings:
     """What the adapters of a model brought; of a model without adapters, nothing yet."""
     return next((layer.belongings for layer in adapted_layers(model).values()), Belongings())
 
 
 def factors(model: nn.Module, adapter_name: str) -> dict[str, torch.nn.Parameter]:
-    """One adapter's parameters, named ATTENTION.FACTOR (q_down, k_down, v_down, out_up; foldable: q_core, out_core)."""
+    """One adapter's parameters, named ATTENTION.FACTOR (q_down, k_down, v_down, out_up; foldable: q_core, out_core).
+
+    And CONVOLUTION.FACTOR (conv_down, conv_taps, conv_up), where it has terms beside these.
+    """
     found = {}
-    for attention, layer in adapted_layers(model).items():
+    for host, layer in side_cars(model).items():
         for name in layer.adapter_layer_names:
             if adapter_name in getattr(layer, name):
-                found[f"{attention}.{name.removeprefix('comcat_')}"] = getattr(layer, name)[adapter_name].weight
+                found[f"{host}.{name.removeprefix('comcat_')}"] = getattr(layer, name)[adapter_name].weight
     return found
 
 

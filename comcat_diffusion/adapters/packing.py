@@ -51,10 +51,11 @@ def kept_rows(ranks: list[int], rank: int) -> torch.Tensor:
 
 def row_bytes(length: int, bits: int) -> int:
     """Bytes that a row of whole numbers takes, with its bits and its scale."""
-    return _BESIDE + _bytes(length, bits)
+    return _BESIDE + byte_count(length, bits)
 
 
-def _bytes(length: int, bits: int) -> int:
+def byte_count(length: int, bits: int) -> int:
+    """Bytes that so many numbers of a row take; `bits` may be a tensor."""
     return -(-length * bits // 8)
 
 
@@ -82,7 +83,7 @@ def pack(
             if FLOAT in own:
                 grouped.setdefault(f"{part}.{rows.shape[1]}", []).append(rows.to(dtype))
             else:
-                stream, scale = _written(rows, own)
+                stream, scale = written_rows(rows, own)
                 grouped.setdefault(f"{part}.{ROWS}", []).append(stream)
                 scales.append(scale)
                 bits += own
@@ -141,21 +142,21 @@ def _taken(left: dict[str, torch.Tensor], part: str, length: int, count: int) ->
         name = f"{part}.{ROWS}"
         bits, left[ROW_BITS] = left[ROW_BITS][:count].flatten().long(), left[ROW_BITS][count:]
         scales, left[ROW_SCALES] = left[ROW_SCALES][:count].flatten(), left[ROW_SCALES][count:]
-        size = int(_bytes(length, bits).sum())
+        size = int(byte_count(length, bits).sum())
         stream, left[name] = left[name][:size].to(torch.uint8), left[name][size:]
         bounded = bool(((bits >= LEAST) & (bits <= MOST_BITS)).all())
         if not (bounded and len(bits) == len(scales) == count and stream.shape == (size,)):
             raise ValueError(f"{name} does not have the {count} rows of the next factor")
-        rows = _read(stream, length, bits) * scales.float().unsqueeze(1)
+        rows = read_rows(stream, length, bits) * scales.float().unsqueeze(1)
     if rows.shape != (count, length):
         raise ValueError(f"{name} does not have the {count} rows of the next factor")
     return rows
 
 
-def _written(rows: torch.Tensor, own: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def written_rows(rows: torch.Tensor, own: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (K, C) rounded to their `own` bits, as bytes one after the other, and their scales (K)."""
     bits = torch.tensor(own)
-    sizes, scales = _bytes(rows.shape[1], bits), torch.empty(len(rows))
+    sizes, scales = byte_count(rows.shape[1], bits), torch.empty(len(rows))
     stream = torch.empty(int(sizes.sum()), dtype=torch.uint8)
     for count in bits.unique().tolist():
         chosen = bits == count
@@ -164,9 +165,9 @@ def _written(rows: torch.Tensor, own: list[int]) -> tuple[torch.Tensor, torch.Te
     return stream, scales
 
 
-def _read(stream: torch.Tensor, length: int, bits: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_written`, but for the scales: (K, C) of `length` C."""
-    sizes, rows = _bytes(length, bits), torch.empty(len(bits), length)
+def read_rows(stream: torch.Tensor, length: int, bits: torch.Tensor) -> torch.Tensor:
+    """The inverse of `written_rows`, but for the scales: (K, C) of `length` C."""
+    sizes, rows = byte_count(length, bits), torch.empty(len(bits), length)
     for count in bits.unique().tolist():
         chosen = bits == count
         rows[chosen] = _from_bits(stream[_places(sizes, chosen)], length, count)

@@ -21,10 +21,10 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from comcat_diffusion.adapters.call import Follower, carry, given, here, take_hooks
-from comcat_diffusion.adapters.layer import ComcatLayer
-from comcat_diffusion.adapters.model import adapted_layers
+from comcat_diffusion.adapters.model import side_cars
 from comcat_diffusion.adapters.parts import components, denoiser
 from comcat_diffusion.adapters.proportions import refuse_other_shape
+from comcat_diffusion.adapters.sidecar import SideCar
 from comcat_diffusion.families.known import family_of_model
 
 
@@ -115,7 +115,7 @@ def set_regions(pipe: object, masks: Mapping[str, Image.Image | torch.Tensor]) -
     A mask is a grey picture or a (height, width) tensor in 0 to 1, of the picture's proportions. Raises ValueError for
     a name that is not loaded, an adapter of a text encoder (words have no place), what is merged, or no such mask.
     """
-    layers = list(adapted_layers(denoiser(pipe)).values())
+    layers = list(side_cars(denoiser(pipe)).values())
     found = {name: checked_mask(name, mask) for name, mask in masks.items()}
     loaded = list(dict.fromkeys(name for layer in layers for name in layer.r))
     for name in found:
@@ -143,7 +143,7 @@ def set_regions(pipe: object, masks: Mapping[str, Image.Image | torch.Tensor]) -
 class _Place:
     """An adapter's region, which goes with the adapter."""
 
-    def __init__(self, name: str, layers: list[ComcatLayer]) -> None:
+    def __init__(self, name: str, layers: list[SideCar]) -> None:
         self.name, self.layers = name, layers
 
     def leave(self) -> None:

@@ -221,8 +221,8 @@ def set_projections(
     return before
 
 
-def _blank(host: type) -> nn.Module:
-    cls = adapted(host)
+def _blank(host: type, make: Callable[[type], type] | None = None) -> nn.Module:
+    cls = (make or adapted)(host)
     return cls.__new__(cls)
 
 
@@ -245,6 +245,15 @@ def adapted(host: type) -> type:
         shares = layer.shares(live, args, kwargs) if live else None
         return attend(live) if shares is None else blended(shares, live, hidden, attend)
 
+    return with_sidecar(host, forward)
+
+
+def with_sidecar(host: type, forward: Callable, make: Callable[[type], type] | None = None) -> type:
+    """The subclass of a host class with this forward, which looks at its side-car; `make` (default `adapted`) made it.
+
+    The host is its very own class again once the side-car is taken off.
+    """
+
     def __setattr__(self: nn.Module, name: str, value: object) -> None:
         if name == SIDECAR:  # diffusers' unload_lora puts what it takes for a base layer in the side-car's place
             detach(self)
@@ -253,7 +262,7 @@ def adapted(host: type) -> type:
 
     # The class is made at run time, so copies and pickles name the host's instead.
     def __reduce_ex__(self: nn.Module, protocol: int) -> tuple:
-        return _blank, (host,), self.__dict__
+        return _blank, (host, make) if make else (host,), self.__dict__
 
     body = {"forward": forward, "__setattr__": __setattr__, "__reduce_ex__": __reduce_ex__, "__module__": __name__}
     body["host"] = host
@@ -265,15 +274,15 @@ def is_adapted(attention: nn.Module) -> bool:
     return SIDECAR in attention._modules
 
 
-def attach(attention: nn.Module, layer: nn.Module) -> None:
-    """Give the attention its side-car; `why_not` says which attentions can carry one."""
-    if not hasattr(type(attention), "host"):
-        attention.__class__ = adapted(type(attention))
-    attention.add_module(SIDECAR, layer)
+def attach(host: nn.Module, layer: nn.Module, make: Callable[[type], type] = adapted) -> None:
+    """Give a host its side-car, by the subclass that `make` makes; `why_not` says which attentions can carry one."""
+    if not hasattr(type(host), "host"):
+        host.__class__ = make(type(host))
+    host.add_module(SIDECAR, layer)
 
 
-def detach(attention: nn.Module) -> None:
-    """Take the side-car off; the attention is then the very module that it was. The inverse of `attach`."""
-    layer = attention._modules.pop(SIDECAR)
-    attention.__class__ = type(attention).host
+def detach(host: nn.Module) -> None:
+    """Take the side-car off; the host is then the very module that it was. The inverse of `attach`."""
+    layer = host._modules.pop(SIDECAR)
+    host.__class__ = type(host).host
     layer.leave()

@@ -7,6 +7,8 @@ attention and product, QK or VO. As it is, it would let some attentions displace
 self-attention half the effect was lost where shares lose a tenth, and weighing by sampled activations was no better
 (docs/log.md). So no base is needed.
 
+Ranks of terms beside convolutions compete for a share of the bytes of their own, by the energy of their kernels.
+
 Letters: H heads, R rank, C channels, E the rows of a left factor.
 """
 
@@ -20,6 +22,7 @@ import torch
 
 from comcat_diffusion import atomic
 from comcat_diffusion import heads as maths
+from comcat_diffusion.adapters.convolved_rows import Beside, rank_bytes
 from comcat_diffusion.adapters.header import Header
 from comcat_diffusion.adapters.packing import FLOAT, LEAST, MOST_BITS, HeadBits, HeadRanks, row_bytes
 from comcat_diffusion.adapters.terms import Contents, Term, assembled, read_contents, refuse_several
@@ -29,6 +32,7 @@ ROUNDING = 1e-12  # relative; products are computed in float64
 # numbers, are rounded to them (a test measures it).
 LOST = {0: 1.0, 2: 0.44, 3: 0.09, 4: 0.024, 5: 0.0064, 6: 0.0017, 7: 0.0004, 8: 0.0001}
 _NEXT = {0: LEAST} | {bits: bits + 1 for bits in range(LEAST, MOST_BITS)}
+BESIDE_SHARE = 0.6  # of the bytes, for what stands beside convolutions, where there is any
 _ATTEMPTS, _NEAR = 8, 8  # attempts to fill the budget, each a whole file made in memory; bytes that may be left
 
 
@@ -68,6 +72,20 @@ class _Direction:
         return sum(row_bytes(length, bits) for length in self.rows) if bits else 0
 
 
+@dataclass(frozen=True)
+class _Rank(_Direction):
+    """One rank of a term beside a convolution; its rows are of the channels that go out and come in."""
+
+    @classmethod
+    def of(cls, term: Beside) -> list["_Rank"]:
+        """All of a term's."""
+        return [cls(share, (len(term.up), term.down.shape[1])) for share in term.shares().tolist()]
+
+    def bytes(self, bits: int) -> int:
+        """See `_Direction`."""
+        return rank_bytes(*self.rows, bits)
+
+
 class AddsNothing(ValueError):
     """An adapter whose products are all zero, as before its first step: there is nothing to choose from."""
 
@@ -78,7 +96,7 @@ def shrink(adapter: str | Path, output: str | Path, max_bytes: int) -> Shrunk:
     Factors are float16 if all directions fit that way, else whole numbers of 2 to 8 bits. Raises ValueError if not even
     one direction of one head fits, naming the least.
     """
-    whole_file = read_contents(adapter)
+    whole_file = read_contents(adapter, convolutions=True)
     refuse_several(whole_file.header, adapter, "shrinking")
     made, content = shrunk(whole_file, max_bytes)
     atomic.write_bytes(output, content)
@@ -91,15 +109,22 @@ def shrunk(whole_file: Contents, max_bytes: int) -> tuple[Shrunk, bytes]:
     directions = _directions(layers)
     if not any(direction.share for direction in directions):
         raise AddsNothing("The adapter adds nothing to its base, since all its products are zero; train it first.")
-    header, content = _made(whole_file, layers, [FLOAT if direction.share else 0 for direction in directions])
+    beside = [_Rank.of(term) for term in whole_file.beside]
+    most = [[MOST_BITS if rank.share else 0 for rank in own] for own in beside]
+    header, content = _made(whole_file, layers, [FLOAT if direction.share else 0 for direction in directions], most)
     if len(content) > max_bytes:
-        header, content = _richest(whole_file, layers, directions, max_bytes)
+        ranks = [rank for own in beside for rank in own]
+        left = iter(_allocated(ranks, round(BESIDE_SHARE * max_bytes)))
+        header, content = _richest(
+            whole_file, layers, directions, max_bytes, [list(islice(left, len(own))) for own in beside]
+        )
     return Shrunk(header, len(content), _kept(layers, content), header.head_ranks), content
 
 
 def least_bytes(whole_file: Contents) -> int:
     """The fewest bytes that an adapter of these shapes can be shrunk to, whatever it has learned or will learn."""
     ones = [_Layer(t, tuple((u, torch.ones_like(s), v) for u, s, v in _Layer.of(t).svds)) for t in whole_file.terms]
+    whole_file = replace(whole_file, beside=[])  # which may all be left out
     return len(_made(whole_file, ones, _cheapest(_directions(ones)))[1])
 
 
@@ -116,18 +141,27 @@ def _directions(layers: list[_Layer]) -> list[_Direction]:
 
 
 def _richest(
-    whole_file: Contents, layers: list[_Layer], directions: list[_Direction], max_bytes: int
+    whole_file: Contents,
+    layers: list[_Layer],
+    directions: list[_Direction],
+    max_bytes: int,
+    beside: list[list[int]],
 ) -> tuple[Header, bytes]:
-    """The richest file within the budget. How long the header is depends on what is in the file, so it is tried out."""
-    best = _made(whole_file, layers, _cheapest(directions))
+    """The richest file within the budget. How long the header is depends on what is in the file, so it is tried out.
+
+    What stands `beside` convolutions has its bits already.
+    """
+    best = _made(whole_file, layers, _cheapest(directions), beside)
     if len(best[1]) > max_bytes:
+        if any(map(any, beside)):
+            return _richest(replace(whole_file, beside=[]), layers, directions, max_bytes, [])
         raise ValueError(
             f"{max_bytes:,} bytes are too few: the least this adapter can be shrunk to is {len(best[1]):,} bytes."
         )
     low, high, budget = 0, max_bytes + 1, max_bytes // 2  # bytes of factors: `low` fit, `high` do not
     for _ in range(_ATTEMPTS):
         bits = _allocated(directions, budget)
-        made = _made(whole_file, layers, bits) if any(bits) else best
+        made = _made(whole_file, layers, bits, beside) if any(bits) else best
         room = max_bytes - len(made[1])
         if room < 0:
             # Every budget from what these take up to this one makes the same file.
@@ -178,7 +212,7 @@ def _kept(layers: list[_Layer], content: bytes) -> float:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "made.safetensors"
         file.write_bytes(content)
-        after = {term.key: term.products() for term in read_contents(file).terms}
+        after = {term.key: term.products() for term in read_contents(file, convolutions=True).terms}
     shares = []
     for layer in layers:
         for number, (left, right) in enumerate(layer.term.products()):
@@ -191,7 +225,9 @@ def _kept(layers: list[_Layer], content: bytes) -> float:
     return sum(shares) / len(shares)
 
 
-def _made(whole_file: Contents, layers: list[_Layer], bits: list[int]) -> tuple[Header, bytes]:
+def _made(
+    whole_file: Contents, layers: list[_Layer], bits: list[int], beside: list[list[int]] | None = None
+) -> tuple[Header, bytes]:
     """The file with these bits; an attention whose heads all have rank 0 is left out, unless it is tied."""
     terms, head_bits, left = [], HeadBits(), iter(bits)
     for layer in layers:
@@ -205,4 +241,4 @@ def _made(whole_file: Contents, layers: list[_Layer], bits: list[int]) -> tuple[
             rank = max(1, *(len(head) for heads in own for head in heads))
             terms.append(layer.term.rebuilt(*((u[..., :rank], vh[..., :rank, :]) for u, vh in products)))
             head_bits.setdefault(layer.term.part, {})[layer.term.attention] = own
-    return assembled(replace(whole_file, terms=terms), head_bits=head_bits)
+    return assembled(replace(whole_file, terms=terms), head_bits=head_bits, beside_bits=beside or ())

@@ -13,19 +13,20 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from comcat_diffusion import atomic
-from comcat_diffusion.adapters import cores, seam
+from comcat_diffusion.adapters import convolved, cores, seam
 from comcat_diffusion.adapters.config import ComcatConfig
+from comcat_diffusion.adapters.convolved_rows import take_terms
 from comcat_diffusion.adapters.fingerprint import fingerprint
 from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes, read_adapter
 from comcat_diffusion.adapters.layer import factor_shapes
 from comcat_diffusion.adapters.model import (
-    adapted_layers,
     belongings_of,
     default_targets,
     factors,
     not_carried,
     of_pattern,
     refuse_name,
+    side_cars,
 )
 from comcat_diffusion.adapters.packing import unpack
 from comcat_diffusion.adapters.parts import COMPONENTS, components, denoiser, plain_modules
@@ -49,6 +50,8 @@ _CONFIG_FIELDS = (
     "tied",
     "cores",
     "core_sets",
+    "convolutions",
+    "convolution_ranks",
     "trigger",
     "trigger_ranks",
     "target_modules",
@@ -63,6 +66,8 @@ _LATER = (
     "tied",
     "cores",
     "core_sets",
+    "convolutions",
+    "convolution_ranks",
     "trigger",
     "trigger_ranks",
     "modules_to_save",
@@ -87,7 +92,7 @@ def save_adapter(
     URI.
     Raises ValueError if there is no such adapter, OSError if the file cannot be written (an older one stays).
     """
-    if any(layer.merged for model in components(pipe).values() for layer in adapted_layers(model).values()):
+    if any(layer.merged for model in components(pipe).values() for layer in side_cars(model).values()):
         raise ValueError("Adapters are merged into the weights; call unmerge_adapters, then save.")
     _refuse_other_parts(pipe, adapter_name)
     tensors, config, words = {}, {}, {}
@@ -160,7 +165,7 @@ def load_adapter(pipe: object, path: str | Path, adapter_name: str = "default", 
     """
     header = read_adapter(path)
     refuse_name(adapter_name)
-    if any(layer.merged for model in components(pipe).values() for layer in adapted_layers(model).values()):
+    if any(layer.merged for model in components(pipe).values() for layer in side_cars(model).values()):
         raise ValueError("An adapter is merged into this pipeline: call unmerge_adapters first, then load another.")
     here = getattr(getattr(denoiser(pipe), "config", None), "_name_or_path", "")
     fitting = read_fitting(components(pipe), present_base(pipe), path, any_weights, here)
@@ -295,7 +300,8 @@ def read_tensors(path: str | Path, header: Header) -> dict[str, torch.Tensor]:
             return joined(tensors, header.pieces, foldable)
         if not header.head_ranks:
             return tensors
-        return unpack(tensors, header.head_ranks, header.row_lengths, foldable)
+        beside = take_terms(tensors, header.convolved) if header.convolved else {}
+        return beside | unpack(tensors, header.head_ranks, header.row_lengths, foldable)
     except ValueError as error:
         raise AdapterFileError(f"{path} is damaged or was edited: {error}.") from error
     except KeyError as missing:
@@ -334,7 +340,8 @@ def plain_config(config: ComcatConfig) -> dict:
 def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[int, int]]:
     """Names and shapes of the factors that a file of this configuration has for this model.
 
-    Raises ValueError for a tied one whose attentions read different text, and for attentions that its family leaves be.
+    Raises ValueError for a tied one whose attentions read different text, for attentions that its family leaves be, and
+    for terms beside convolutions where there are none.
     """
     if config.target_modules is None:
         config.target_modules = default_targets(model)
@@ -350,6 +357,8 @@ def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[i
         rank = of_pattern(config.rank_pattern, key, config.r)
         made = factor_shapes(module, rank, config.foldable, config.tied, config.cores)
         shapes |= {f"{key}.{name}": (outof, into) for name, (into, outof) in made.items()}
+    if config.convolutions:
+        shapes |= convolved.expected_shapes(model, config)
     if config.cores:
         return cores.gathered_shapes(shapes)
     return tied_shapes(shapes, sides_of(model, shapes)) if config.tied else shapes
@@ -358,7 +367,11 @@ def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[i
 def _refuse_other_tensors(tensors: dict, parts: dict, configs: dict[str, ComcatConfig], path: str | Path) -> None:
     expected = {}
     for part, config in configs.items():
-        expected |= {f"{part}.{name}": shape for name, shape in expected_shapes(parts[part], config).items()}
+        try:
+            shapes = expected_shapes(parts[part], config)
+        except ValueError as error:
+            raise AdapterFileError(f"{path} does not fit the {part}: {error}") from error
+        expected |= {f"{part}.{name}": shape for name, shape in shapes.items()}
         expected |= whole_shapes(parts[part], part, config)
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     misshapen = [

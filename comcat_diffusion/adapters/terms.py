@@ -15,8 +15,11 @@ from torch.nn.functional import pad
 
 from comcat_diffusion import atomic
 from comcat_diffusion import heads as maths
+from comcat_diffusion.adapters.convolved import FACTORS as CONVOLVED
+from comcat_diffusion.adapters.convolved_rows import Beside, pack_terms
 from comcat_diffusion.adapters.cores import refuse_cores
 from comcat_diffusion.adapters.header import (
+    CONVOLVED_VERSION,
     FORMAT_VERSION,
     PACKED_VERSION,
     PIECES_VERSION,
@@ -24,6 +27,8 @@ from comcat_diffusion.adapters.header import (
     Header,
     Piece,
     read_adapter,
+    refuse_convolutions,
+    settings_of_convolutions,
     settings_of_layers,
 )
 from comcat_diffusion.adapters.model import of_pattern
@@ -116,14 +121,18 @@ class Contents:
     header: Header
     terms: list[Term]
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)  # embeddings (n, E) by name, token.NUMBER.ENCODER
+    beside: list[Beside] = field(default_factory=list)  # what there is beside convolutions
 
 
-def read_contents(path: str | Path) -> Contents:
+def read_contents(path: str | Path, convolutions: bool = False) -> Contents:
     """A file taken apart. What needs no base is checked as strictly as when loading.
 
-    Raises AdapterFileError for a damaged file, naming the attention whose factors do not fit each other.
+    Raises AdapterFileError for a damaged file, naming the attention whose factors do not fit each other, and for one
+    with terms beside convolutions, unless `convolutions` says that the caller knows of them.
     """
     header = read_adapter(path)
+    if not convolutions:
+        refuse_convolutions(header, path)
     refuse_cores(header.config, path)
     tensors = read_tensors(path, header)
     configs = {part: config_of(fields, path) for part, fields in header.config.items()}
@@ -139,11 +148,14 @@ def read_contents(path: str | Path) -> Contents:
         part, _, rest = name.partition(".")
         attention, _, factor = rest.rpartition(".")
         grouped.setdefault((part, attention), {})[factor] = tensor
-    terms = []
+    terms, beside = [], []
     for (part, attention), factors in sorted(grouped.items()):
         if part not in configs:
             raise AdapterFileError(f"{path} has tensors of '{part}', of which its header does not speak.")
         config = configs[part]
+        if convolutions and sorted(factors) == sorted(CONVOLVED):
+            beside.append(Beside(part, attention, config.alpha / config.r, *(factors[name] for name in CONVOLVED)))
+            continue
         rank = of_pattern(config.rank_pattern, attention, config.r)
         alpha = of_pattern(config.alpha_pattern, attention, config.alpha)
         term = Term(part, attention, alpha / rank, rank, config.foldable, factors, config.tied)
@@ -152,7 +164,7 @@ def read_contents(path: str | Path) -> Contents:
         terms.append(term)
     if not terms:
         raise AdapterFileError(f"{path} holds no factors: it is damaged.")
-    return Contents(header, terms, tokens)
+    return Contents(header, terms, tokens, beside)
 
 
 def _fits(term: Term) -> bool:
@@ -171,10 +183,12 @@ def assembled(
     dtype: torch.dtype = torch.float16,
     head_bits: HeadBits | None = None,
     pieces: Sequence[tuple[Piece, Mapping[str, torch.Tensor]]] = (),
+    beside_bits: Sequence[Sequence[int]] = (),
 ) -> tuple[Header, bytes]:
     """A file of these terms that keeps the header's base and notes: dense, or packed where `head_bits` are given.
 
-    Or of `pieces` and the tensors of each, whose sum these terms are.
+    Those beside convolutions are packed as well, with the `beside_bits` of each. Or of `pieces` and the tensors of
+    each, whose sum these terms are.
 
     A layer whose rank is not the common one would be scaled by alpha / rank, so its factors on the context's side
     carry the inverse: no module needs an alpha of its own. Raises ValueError if a factor leaves the range of `dtype`.
@@ -188,15 +202,20 @@ def assembled(
             gain = term.scale * term.rank / common
             for name, factor in term.factors.items():
                 tensors[f"{term.key}.{name}"] = factor * gain if name in CONTEXT else factor
-    row_lengths = {}
+    row_lengths, convolved = {}, {}
     if pieces:
         tensors = apart([packed for _, packed in pieces])
     elif head_bits:
         tensors, row_lengths = pack(tensors, head_bits, dtype)
+        packed, convolved = pack_terms(contents.beside, beside_bits) if contents.beside else ({}, {})
+        for part, own in convolved.items():
+            config[part] |= settings_of_convolutions({name: rank for name, (rank, *_) in own.items()})
+        tensors |= packed
     else:
         tensors = {name: factor.to(dtype) for name, factor in tensors.items()}
     tensors |= {name: vectors.to(dtype) for name, vectors in contents.tokens.items()}
-    version = PIECES_VERSION if pieces else PACKED_VERSION if head_bits else FORMAT_VERSION
+    packed_version = CONVOLVED_VERSION if convolved else PACKED_VERSION
+    version = PIECES_VERSION if pieces else packed_version if head_bits else FORMAT_VERSION
     header = replace(
         contents.header,
         config=config,
@@ -204,6 +223,7 @@ def assembled(
         format_version=version,
         head_ranks=ranks_of(head_bits or {}),
         row_lengths=row_lengths,
+        convolved=convolved,
         pieces=[piece for piece, _ in pieces],
         thumbnail="",  # it shows what the file did before, and would cost more bytes than the ranks
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from diffusers import DiffusionPipeline
 
 from comcat_diffusion.adapters.gate import Gate
-from comcat_diffusion.adapters.model import adapted_layers
+from comcat_diffusion.adapters.model import side_cars
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.texts import States, Texts, texts_of
 from comcat_diffusion.families.family import Family
@@ -22,7 +22,7 @@ def listen(pipe: DiffusionPipeline) -> None:
     which threads may have one each. Of SDXL's two prompts the first is looked at, and text encoders wait for nothing.
     Raises ValueError for what encodes no prompts.
     """
-    waiting = [layer for layer in adapted_layers(denoiser(pipe)).values() if any(layer.trigger.values())]
+    waiting = [layer for layer in side_cars(denoiser(pipe)).values() if any(layer.trigger.values())]
     if not waiting:
         return
     if not hasattr(pipe, "encode_prompt"):

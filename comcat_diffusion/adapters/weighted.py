@@ -76,6 +76,11 @@ def _common_config(
             raise ValueError(f"The weight of '{name}' must be a finite number, not {weight}.")
         if known[name].trigger_ranks:
             raise ValueError(f"'{name}' holds several subjects with words of their own, which have no weighted sum.")
+        if known[name].convolutions:
+            raise ValueError(
+                f"'{name}' has terms beside convolutions, which have no weighted sum: let both act instead, or train "
+                "it again without --convolutions."
+            )
         if known[name].cores:
             raise ValueError(f"'{name}' is of cores, which have no weighted sum of their kind: let both act instead.")
         if known[name].modules_to_save:

@@ -12,7 +12,7 @@ from torch import nn
 from comcat_diffusion.adapters import cores
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.fingerprint import fingerprint_as, layout_of
-from comcat_diffusion.adapters.header import AdapterFileError, Header, called_by, read_adapter
+from comcat_diffusion.adapters.header import AdapterFileError, Header, called_by, read_adapter, refuse_convolutions
 from comcat_diffusion.adapters.model import of_pattern
 from comcat_diffusion.adapters.regions import checked_mask
 from comcat_diffusion.adapters.store import Fitting, expected_shapes, read_fitting
@@ -47,7 +47,7 @@ def load(
     """
     require_scale(strength, "The strength")
     path = Path(path)
-    trained = read_adapter(path).fingerprint
+    trained = _read(path).fingerprint
     kind = kind_of(model.model.diffusion_model)
     parts, names = _of_unet(model, clip, path) if kind is None else _of_transformer(model, kind)
     present = _present(model, parts, names, trained)
@@ -74,13 +74,21 @@ def load_unet(
 ) -> tuple[object, Header]:
     """A clone of a model alone with an adapter of its U-Net; see `load`."""
     require_scale(strength, "The strength")
-    path, shell = Path(path), unet_as_diffusers(patcher)
+    path = Path(path)
+    trained, shell = _read(path).fingerprint, unet_as_diffusers(patcher)
     names = {own: f"diffusion_model.{name}" for own, name in unet_names(patcher.model.diffusion_model).items()}
-    present = _present(patcher, {UNET: shell}, {UNET: names}, read_adapter(path).fingerprint)
+    present = _present(patcher, {UNET: shell}, {UNET: names}, trained)
     fitting = read_fitting({UNET: shell}, present, path, any_weights, "this model")
     _refuse_rough(patcher, fitting.configs[UNET], names)
     guest = _guest(path, "unet", fitting, shell, names, strength)
     return seated(patcher, invited(guests_of(patcher), guest)), fitting.header
+
+
+def _read(path: Path) -> Header:
+    """The header of a file that can be seated here."""
+    header = read_adapter(path)
+    refuse_convolutions(header, path)
+    return header
 
 
 def save_lora(model: object, path: str | Path, output: str | Path, half: bool = False) -> list[Path]:

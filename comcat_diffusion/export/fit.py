@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comcat_diffusion import atomic
-from comcat_diffusion.adapters.header import AdapterFileError, Header, kind_of, read_adapter
+from comcat_diffusion.adapters.header import AdapterFileError, Header, kind_of, read_adapter, refuse_convolutions
 from comcat_diffusion.families.family import DENOISERS, Family
 from comcat_diffusion.families.known import family_of_denoiser, names
 
@@ -82,6 +82,7 @@ def needs_base(header: Header) -> bool:
 def refuse_exact(header: Header, adapter: str | Path) -> None:
     """Raise AdapterFileError for an adapter that need not be approximated, or that is of no model with LoRA files."""
     refuse_other_models(header, adapter)
+    refuse_convolutions(header, adapter)
     if is_exact(header):
         raise AdapterFileError(f"{adapter} is foldable already and exports exactly; nothing has to be approximated.")
     family = family_in(header)

@@ -22,6 +22,8 @@ def budget(config: TrainConfig, denoiser: nn.Module) -> int:
         return config.max_bytes
     if config.kind != "free" or config.everywhere or config.thumbnail or config.init_adapter:
         return 0
+    if config.convolutions:  # another form of the usual adapter, of as many bytes
+        config = replace(config, convolutions=0, target_modules=None)
     return min(MOST, max(LEAST, _whole(config, denoiser) // SHRUNK))
 
 
@@ -38,8 +40,10 @@ def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
     family = family_of_denoiser(type(denoiser).__name__, denoiser.config)
     if family is None:  # see export/fit.py
         return f"This adapter is for this tool (about {size})."
-    tools = "this tool and its ComfyUI node" if family.has_node else "this tool"
-    exact = replace(shape, tied=False, cores=False, foldable=True, target_modules=targets(config, denoiser))
+    tools = "this tool and its ComfyUI node" if family.has_node and not config.convolutions else "this tool"
+    exact = replace(
+        shape, tied=False, cores=False, convolutions=0, foldable=True, target_modules=targets(config, denoiser)
+    )
     lora = expected_shapes(denoiser, exact)
     larger = f"{lora_bytes(lora, config.rank, family) / 1000:,.0f} kB"
     if config.kind == "free":

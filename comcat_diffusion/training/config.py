@@ -19,6 +19,7 @@ from comcat_diffusion.words import places
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 STEADY_SCHEDULES = ("constant", "constant_with_warmup")  # whose rate does not depend on how long the run is
 CUT_AT = 0.8  # of all steps; the rest make good what cutting the ranks to a budget of bytes has cost
+CUT_BESIDE_AT = 0.6  # the same with terms beside convolutions, of which more is cut
 PRIORS = ("none", "images", "teacher")
 KINDS = {
     "tied": 1e-2,
@@ -191,6 +192,12 @@ class AdapterShape(Group):
         formerly="way_up",
     )
 
+    convolutions: int = option(
+        0,
+        "Also rank of terms beside the convolutions of a U-Net's residual blocks, which carry fine detail; 8 is usual, "
+        "with --target_modules attn2. For this tool alone, not for its ComfyUI node. 0: none.",
+    )
+
     def check(self) -> None:
         """A head is given something, at a strength that is a number; `as_` chooses kind and place."""
         if self.as_ == "lora":
@@ -200,6 +207,12 @@ class AdapterShape(Group):
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "kind", self.kind or "free")
         require_at_least(self, 1, "rank")
+        require_at_least(self, 0, "convolutions")
+        require(
+            not self.convolutions or (self.kind == "free" and not self.up_blocks_only),
+            "--convolutions is for free adapters on all of a U-Net: leave it out, or leave out --as lora, --kind and "
+            "--up_blocks_only.",
+        )
         require_finite(self, "alpha", above=0)
 
 
@@ -433,7 +446,8 @@ class TrainConfig(
     @property
     def cut_step(self) -> int | None:
         """The step after which what is learned is shrunk to a budget of bytes, where there is one."""
-        return max(1, round(CUT_AT * self.max_train_steps)) if self.max_bytes else None
+        at = CUT_BESIDE_AT if self.convolutions else CUT_AT
+        return max(1, round(at * self.max_train_steps)) if self.max_bytes else None
 
     @property
     def prior_kind(self) -> str:

@@ -13,7 +13,10 @@ from torch.nn.functional import pad
 
 from comcat_diffusion.adapters import tied
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors
+from comcat_diffusion.adapters.convolved import FACTORS as CONVOLVED
+from comcat_diffusion.adapters.convolved import ConvolvedLayer
+from comcat_diffusion.adapters.convolved_rows import Beside
+from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors, side_cars
 from comcat_diffusion.adapters.packing import COLUMNS, PRODUCT
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.adapters.placing import add_adapter
@@ -55,7 +58,8 @@ def prepare(config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Sub
             model = denoiser(pipe)
             add_adapter(model, adapter_config(config, model, awaited(config, subjects)), ADAPTER)
             for encoder in encoders.values() if config.train_text_encoder else ():
-                encoder.add_adapter(replace(adapter_config(config, encoder, ()), target_modules=None), ADAPTER)
+                shape = replace(adapter_config(config, encoder, ()), target_modules=None, convolutions=0)
+                encoder.add_adapter(shape, ADAPTER)
         listen(pipe)
     for model in (denoiser(pipe), *encoders.values()):
         for factor in factors(model, ADAPTER).values():
@@ -112,6 +116,7 @@ def adapter_config(shape: AdapterShape, model: nn.Module, words: Sequence[str]) 
         foldable=shape.kind != "free",
         tied=shape.kind == "tied",
         cores=shape.kind == "cores",
+        convolutions=shape.convolutions,
         trigger=None if shape.everywhere else list(words),
         target_modules=targets(shape, model) or family_of_model(model).usual_targets(shape.kind),
     )
@@ -189,6 +194,7 @@ def take(learner: Learner, ema: "Ema", contents: Contents) -> None:
         if any(term.tied for term in contents.terms if term.part == part):
             _take_tied(terms, part, model)
             continue
+        _take_beside({term.key: term for term in contents.beside}, part, model)
         for attention, layer in adapted_layers(model).items():
             own = {name: getattr(layer, f"comcat_{name}") for name in PRODUCT}
             term = terms.get(f"{part}.{attention}")
@@ -205,6 +211,19 @@ def take(learner: Learner, ema: "Ema", contents: Contents) -> None:
     if ema.mean:
         for shadow, parameter in zip(ema.mean.shadow_params, ema.parameters, strict=True):
             shadow.copy_(parameter)
+
+
+def _take_beside(terms: Mapping[str, Beside], part: str, model: nn.Module) -> None:
+    for name, layer in side_cars(model).items():
+        if not isinstance(layer, ConvolvedLayer) or ADAPTER not in layer.r:
+            continue
+        down, taps, up = (getattr(layer, f"comcat_{factor}")[ADAPTER].weight for factor in CONVOLVED)
+        for factor in (down, taps, up):
+            factor.zero_()
+        term = terms.get(f"{part}.{name}")
+        if term is not None:
+            rank = len(term.down)
+            down[:rank], taps[:rank], up[:, :rank] = term.down, term.taps, term.scale / layer.scaling[ADAPTER] * term.up
 
 
 def _take_tied(terms: Mapping[str, Term], part: str, model: nn.Module) -> None:

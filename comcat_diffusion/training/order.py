@@ -63,6 +63,7 @@ def with_initial(config: TrainConfig, subjects: Sequence[Subject]) -> TrainConfi
         raise ValueError(f"--init_adapter {path} holds several subjects: learn on one of the files it was made of.")
     words = found.get("trigger") or []
     shape = {"kind": kind_of(found), "rank": found["r"], "alpha": found.get("alpha"), "everywhere": not words}
+    shape["convolutions"] = found.get("convolutions", 0)
     shape["train_text_encoder"] = len(parts) > 1  # what was adapted goes on being so
     untouched = LearningSettings()
     for name, value in shape.items():

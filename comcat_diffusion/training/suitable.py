@@ -90,6 +90,8 @@ def refuse_settings(config: TrainConfig, family: Family) -> None:
     of_noise = (("snr_gamma", config.snr_gamma is not None), ("noise_offset", config.noise_offset != 0))
     if config.up_blocks_only and family.part != UNET:
         raise ValueError(f"--up_blocks_only is for U-Nets; the {family.noun} of {family.name} has none.")
+    if config.convolutions and family.part != UNET:
+        raise ValueError(f"--convolutions is for U-Nets; the {family.noun} of {family.name} is none: leave it out.")
     if config.mixed_precision == "fp16" and "fp16" not in family.precisions:
         raise ValueError(f"--mixed_precision fp16: {family.name} overflows in it; use bf16 or no.")
     for flag, asked in trained if not family.trains_text else ():

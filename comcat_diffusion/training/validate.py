@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from torch import nn
 
 from comcat_diffusion import bases
+from comcat_diffusion.adapters.convolved import FACTORS as CONVOLVED
 from comcat_diffusion.adapters.store import expected_shapes
 from comcat_diffusion.training import suitable
 from comcat_diffusion.training.becomes import becomes
@@ -110,10 +111,14 @@ def _size_facts(config: TrainConfig, dataset: Dataset, denoiser: nn.Module) -> I
     if not shapes:
         raise ValueError(f"--target_modules {' '.join(config.target_modules or [])}: the base has none of this name.")
     count = sum(high * wide for high, wide in shapes.values())
-    by_attention = expected_shapes(denoiser, replace(adapter, tied=False, cores=False))
+    by_attention = expected_shapes(denoiser, replace(adapter, tied=False, cores=False, convolutions=0))
     attentions = len({name.rpartition(".")[0] for name in by_attention})
     size = count * bases.PRECISIONS[config.save_precision].itemsize / 1000
     yield f"Adapter: {count:,} parameters on {attentions} attentions, {size:,.0f} kB and its header."
+    if config.convolutions:
+        beside = {n.rpartition(".")[0]: h * w for n, (h, w) in shapes.items() if n.rpartition(".")[2] in CONVOLVED}
+        own = sum(high * wide for name, (high, wide) in shapes.items() if name.rpartition(".")[0] in beside)
+        yield f"{own:,} of them are in terms beside {len(beside)} convolutions."
     yield becomes(config, denoiser)
 
 

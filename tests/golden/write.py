@@ -13,6 +13,7 @@ from comcat_diffusion.adapters.shrink import shrink
 from comcat_diffusion.adapters.store import read_tensors
 from tests.conftest import build_tiny_unet
 from tests.test_adapter_file import GOLDEN, _by_formula, _with_adapter, pipeline
+from tests.test_convolved import GOLDEN as CONVOLVED
 from tests.test_pieces import GOLDEN as PIECES
 
 
@@ -36,16 +37,33 @@ def third() -> None:
             files.append(Path(folder) / f"{word}.safetensors")
             shrink(Path(folder) / word, files[-1], most)
         combine([(files[0], 0.5), (files[1], 1.0)], PIECES)
-    header = read_adapter(PIECES)
+    _remember(PIECES)
+
+
+def _remember(path: Path) -> None:
+    """Note beside a file what it is when read."""
+    header = read_adapter(path)
     sums = {
         name: [list(tensor.shape), float(tensor.double().abs().sum())]
-        for name, tensor in read_tensors(PIECES, header).items()
+        for name, tensor in read_tensors(path, header).items()
     }
-    PIECES.with_suffix(".json").write_text(json.dumps({"config": header.config["unet"], "sums": sums}, indent=1) + "\n")
+    path.with_suffix(".json").write_text(json.dumps({"config": header.config["unet"], "sums": sums}, indent=1) + "\n")
+
+
+def fourth() -> None:
+    """Version 4: terms beside convolutions, in whole numbers, and what they are when read."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipe = pipeline(build_tiny_unet())
+        pipe.unet.add_adapter(ComcatConfig(r=3, target_modules=["attn2"], convolutions=4, trigger=["sks"]), "golden")
+        _by_formula(pipe.unet)
+        dense = Path(folder) / "dense.safetensors"
+        save_adapter(pipe, dense, "golden", "tests/tiny", Notes("sks", "a photo of sks dog", "dog"))
+        shrink(dense, CONVOLVED, 8_000)
+    _remember(CONVOLVED)
 
 
 if __name__ == "__main__":
-    for file, write in ((GOLDEN, first), (PIECES, third)):
+    for file, write in ((GOLDEN, first), (PIECES, third), (CONVOLVED, fourth)):
         if file.exists():
             print(f"{file} exists and is never written again.")
         else:

@@ -1,0 +1,248 @@
+"""The side-car of one convolution: the terms of every adapter beside it, see separable.py for what they add.
+
+The host's own forward makes its output, and what acts is added to it: row by row where the adapter waits for its
+trigger, place by place where it has a region or its background is kept. Without any that acts, there is nothing to add.
+
+Letters: B batch, C channels that come in, O that go out, R rank.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+
+from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters.call import here
+from comcat_diffusion.adapters.config import ComcatConfig
+from comcat_diffusion.adapters.gate import spoken
+from comcat_diffusion.adapters.merging import NoBase
+from comcat_diffusion.adapters.parts import bare, plain_modules
+from comcat_diffusion.adapters.separable import SIDE, TAPS, first_taps, kernel_of, separable
+from comcat_diffusion.adapters.sidecar import SideCar
+from comcat_diffusion.attentions import plain
+
+FACTORS = ("conv_down", "conv_taps", "conv_up")
+_HOSTS = re.compile(r"(down|up|mid)_blocks?\..*resnets\.\d+\.conv[12]")  # of a U-Net of diffusers
+_UNETS = ("UNet2DConditionModel",)
+
+
+def is_named_so(name: str) -> bool:
+    """Whether a module of this name in a U-Net is one of the convolutions that terms stand beside."""
+    return _HOSTS.fullmatch(name) is not None
+
+
+def hosts(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """The convolutions of a model that terms stand beside, by name.
+
+    Raises ValueError for a model that is no U-Net of diffusers, and for a convolution of another kind.
+    """
+    kind = type(bare(model)).__name__
+    if kind not in _UNETS:
+        raise ValueError(f"Terms beside convolutions are for U-Nets, and this is a {kind}: set convolutions=0.")
+    found = {name: plain(module) for name, module in plain_modules(model).items() if is_named_so(name)}
+    for name, host in found.items():
+        reason = why_not(host)
+        if reason is not None:
+            raise ValueError(f"Cannot adapt '{name}' ({type(host).__name__}): {reason}; set convolutions=0.")
+    return found
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why no term can stand beside a module, or None if one can."""
+    if not isinstance(module, nn.Conv2d):
+        return "it is no convolution of PyTorch's"
+    if module.kernel_size != (SIDE, SIDE) or module.groups != 1 or module.dilation != (1, 1):
+        return "its kernel is not of 3 x 3 places and all channels"
+    if isinstance(module.padding, str):
+        return f"it is padded by a rule ({module.padding})"
+    if not seam.is_adapted(module) and "forward" in vars(module):
+        return "offloading hooks replaced its forward; attach adapters before offloading hooks are installed"
+    return None
+
+
+def shapes_beside(host: nn.Conv2d, rank: int) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the factors of a term."""
+    return {"conv_down": (rank, host.in_channels), "conv_taps": (rank, TAPS), "conv_up": (host.out_channels, rank)}
+
+
+def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the factors that an adapter of this configuration has beside a model's convolutions.
+
+    Raises ValueError as `hosts` does, and for ranks of convolutions that are not there.
+    """
+    found, shapes = hosts(model), {}
+    unknown = sorted((config.convolution_ranks or {}).keys() - found.keys())
+    if unknown:
+        raise ValueError(f"convolution_ranks name '{unknown[0]}', which is no convolution here.")
+    for name, rank in ranks_of(config, list(found)).items():
+        shapes |= {f"{name}.{factor}": shape for factor, shape in shapes_beside(found[name], rank).items()}
+    return shapes
+
+
+def ranks_of(config: ComcatConfig, names: list[str]) -> dict[str, int]:
+    """The rank beside each of these convolutions, of those that have any."""
+    ranks = config.convolution_ranks
+    return {n: config.convolutions if ranks is None else ranks[n] for n in names if ranks is None or n in ranks}
+
+
+@functools.cache
+def convolved(host: type) -> type:
+    """The subclass of a convolution that adds what its side-car says to what the host's forward gives."""
+    host_forward = host.forward
+
+    def forward(self: nn.Module, hidden: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        layer = self.__dict__["_modules"].get(seam.SIDECAR)  # PEFT makes a LoRA's convolutions of the host's class
+        live, made = layer.live if layer else (), host_forward(self, hidden, *args, **kwargs)
+        return layer.added(live, hidden, made) if live else made
+
+    return seam.with_sidecar(host, forward, convolved)
+
+
+class ConvolvedLayer(SideCar):
+    """All adapters of one convolution. `live` names those that act; without any, the host's output is its own."""
+
+    adapter_layer_names = tuple(f"comcat_{name}" for name in FACTORS)
+
+    def __init__(self, host: nn.Conv2d, belongings: object) -> None:
+        super().__init__(host, belongings)
+        self._unmerged: tuple[nn.Parameter, ...] = ()  # the base's kernel, while a merged one stands in its place
+
+    # What PEFT and diffusers ask of a layer
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's kernel, (O, C, 3, 3)."""
+        return self._unmerged[0] if self._unmerged else self.owner.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base's bias, (O,)."""
+        return self.owner.bias
+
+    @property
+    def in_features(self) -> int:
+        """Channels that come in."""
+        return self.owner.in_channels
+
+    @property
+    def out_features(self) -> int:
+        """Channels that go out."""
+        return self.owner.out_channels
+
+    def update_layer(self, adapter_name: str, rank: int, config: ComcatConfig) -> None:
+        """Create an adapter's factors on the base's device and in its precision; what they add is exactly zero.
+
+        Raises ValueError if there is such an adapter.
+        """
+        self._refuse_twice(adapter_name)
+        for name, (outof, into) in shapes_beside(self.owner, rank).items():
+            factor = nn.Linear(into, outof, bias=False, device=self.weight.device, dtype=self._numbers)
+            if name == "conv_up":
+                nn.init.zeros_(factor.weight)
+            elif name == "conv_taps" and not factor.weight.is_meta:
+                with torch.no_grad():
+                    factor.weight.copy_(first_taps(rank))
+            getattr(self, f"comcat_{name}")[adapter_name] = factor
+        self._came(adapter_name, rank, config.alpha / config.r * rank, config.trigger)  # as strong as at attentions
+
+    def _trained(self, name: str) -> bool:
+        return torch.is_grad_enabled() and self.comcat_conv_up[name].weight.requires_grad
+
+    # What the host asks
+
+    def added(self, live: list[str], hidden: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+        """What the host made of (B, C, h, w), (B, O, h', w'), and what these adapters add to it."""
+        shares = self._shares(live, made)
+        for name in live:
+            weight = self._weight(name, shares.get(name), made)
+            if weight is not None:
+                made = made + weight * self.term(name, hidden)
+        return made
+
+    def term(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        """What an adapter makes of (B, C, h, w), without its scale: (B, O, h', w')."""
+        host = self.owner
+        factors = (getattr(self, f"comcat_{factor}")[name].weight.to(hidden.dtype) for factor in FACTORS)
+        return separable(hidden, *factors, host.stride, host.padding, host.padding_mode)
+
+    def _weight(self, name: str, share: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | float | None:
+        """The scale of each row and place, (B, 1, h', w') where it is not the same; None where that is nothing."""
+        weight = self.scaling[name]
+        if share is not None:  # B, h'*w', 1
+            if not share.any():
+                return None
+            weight = weight * share.to(like).mT.unflatten(2, like.shape[2:])
+        if self.trigger[name]:
+            weight = weight * spoken(self.gate, self.trigger[name], False).to(like).unsqueeze(-1)  # B, 1, 1, 1
+        return weight
+
+    def _shares(self, live: list[str], made: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What part of each place which live adapter makes, (1 or B, h'*w', 1), for those that act by place."""
+        shares = {}
+        if self.regions is not None:
+            found = self.regions.shares(live, made.shape[2] * made.shape[3])
+            shares = {name: share.unsqueeze(0) for name, share in found.items()}
+        return shares if here.focus is None else here.focus.of_map(live, made, shares)
+
+    # Merging
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters (default: the active ones) into the kernel, exactly; the base's is kept for `unmerge`.
+
+        Raises ValueError if an adapter has a region or waits for its trigger, if the kernel is no plain one, or, with
+        `safe_merge`, if the merged one is not finite.
+        """
+        before = [name for name in self.merged_adapters if name in self.r]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
+        if not names:
+            return
+        self._refuse_to_merge(names)
+        acting = [name for name in before + names if self.scaling[name] != 0]
+        merged = self.weight + sum(self.scaling[name] * self._kernel(name) for name in acting)
+        if safe_merge and not merged.isfinite().all():
+            raise ValueError(f"Merging {', '.join(names)} would write NaN or infinity; nothing changed.")
+        self._unmerged = (self.weight,)
+        self.owner.weight = nn.Parameter(merged, requires_grad=False)
+        self.merged_adapters = before + names
+
+    def _kernel(self, name: str) -> torch.Tensor:
+        return kernel_of(*(getattr(self, f"comcat_{factor}")[name].weight for factor in FACTORS)).to(self.weight)
+
+    def _refuse_to_merge(self, names: list[str]) -> None:
+        waiting = [name for name in names if self.trigger[name]]
+        if waiting:
+            raise ValueError(
+                f"'{waiting[0]}' acts from its trigger on, which merged weights cannot tell: keep it live, or train it "
+                "again with --everywhere."
+            )
+        if self.regions is not None:
+            raise ValueError("Merged adapters act everywhere: take the regions away (set_regions(pipe, {})) first.")
+        if not self.weight.dtype.is_floating_point or self.weight.shape[2:] != (SIDE, SIDE):
+            raise ValueError("Cannot merge into a quantized convolution: keep the COMCAT adapter live.")
+
+    def unmerge(self) -> None:
+        """Put the very kernel back that `merge` replaced."""
+        if self._unmerged:
+            self.owner.weight, self._unmerged, self.merged_adapters = self._unmerged[0], (), []
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        # The base's kernel is nobody's while a merged one stands in its place: it moves with the side-car.
+        super()._apply(fn, recurse)
+        for kernel in self._unmerged:
+            kernel.data = fn(kernel.data)
+        return self
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Leave the base (or, with `merge`, the merged base) behind; the tuner then takes the side-car off."""
+        if not merge:
+            self.unmerge()
+        elif not self.merged:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return NoBase()
