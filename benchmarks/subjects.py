@@ -112,6 +112,8 @@ def _by_script(start: Callable, rate: float, kept: Callable, augmented: bool = F
 METHODS = {
     "comcat train": Method(_comcat(), kept=True),
     "comcat train, 140 steps": Method(_comcat(max_train_steps=140), kept=True),
+    # Terms beside convolutions, and beside cross-attention alone, in as many bytes
+    "comcat train, convolutions 8, attn2": Method(_comcat(convolutions=8, target_modules=["attn2"]), kept=True),
     # What was the default before backgrounds were made for what stands on a plain one
     "comcat train, 3e-3, without other backgrounds": Method(
         _comcat(learning_rate=3e-3, background_augmentation=False), kept=True
