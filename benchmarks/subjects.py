@@ -233,6 +233,7 @@ SHOWN = {
     f"{MORE}, other backgrounds too": f"{MORE}, learned from our other backgrounds too, one training each",
     "DreamBooth, the whole U-Net, 2e-4": "DreamBooth, the whole U-Net, 2e-4, one training each",
     f"{OURS}, 140 steps": "`comcat train`, 140 steps",
+    f"{OURS}, convolutions 8, attn2": "`comcat train --convolutions 8 --target_modules attn2`",
 }
 DIGITS = {"shape": 3, "colour_off": 1, "background_moved": 1, "likeness": 3, "obeyed": 2}
 
