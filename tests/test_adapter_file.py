@@ -211,7 +211,7 @@ BROKEN = {
     "configuration that does not make sense": lambda tensors, metadata: edit(
         metadata, lambda h: h["config"]["unet"].update(r=0)
     ),
-    "update comcat-diffusion": lambda tensors, metadata: edit(metadata, lambda h: h.update(format_version=4)),
+    "update comcat-diffusion": lambda tensors, metadata: edit(metadata, lambda h: h.update(format_version=5)),
     "header that does not make sense": lambda tensors, metadata: metadata.update(comcat="{"),
     "not a COMCAT adapter": lambda tensors, metadata: metadata.pop("comcat"),
 }

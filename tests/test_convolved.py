@@ -6,6 +6,7 @@ import json
 import warnings
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -319,6 +320,36 @@ def test_merging_for_good_leaves_a_plain_model(tiny_unet, live):
     merged = wrapped.merge_and_unload()
     assert not side_cars(merged)
     assert_close(tiny_unet.run(merged), full, **SAME)
+
+
+@torch.no_grad()
+def test_offloading_changes_nothing(live, tiny_unet):
+    unet, still = live(), live()
+    accelerate.cpu_offload(unet, execution_device=torch.device("cpu"))  # what enable_sequential_cpu_offload uses
+    assert all(parameter.device.type == "meta" for parameter in factors(unet, "dog").values())
+    assert torch.equal(tiny_unet.run(unet), tiny_unet.run(still))
+
+
+@torch.no_grad()
+def test_layerwise_casting_to_float8_leaves_the_factors_alone(live, tiny_unet):
+    unet, cast = live(dtype=torch.float32), {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.bfloat16}
+    before = {name: factor.clone() for name, factor in factors(unet, "dog").items()}
+    unet.enable_layerwise_casting(**cast)
+    unet.get_submodule(ONE)(noise(1, 16, 8, 8).bfloat16())
+    assert unet.get_submodule(ONE).weight.dtype == torch.float8_e4m3fn
+    assert all(torch.equal(factor, before[name]) for name, factor in factors(unet, "dog").items())
+    unet = tiny_unet(torch.float32)
+    unet.enable_layerwise_casting(**cast)
+    with pytest.raises(ValueError, match="casting to float8.* replaced its forward; attach adapters before"):
+        unet.add_adapter(copy.deepcopy(CONFIG), "dog")
+
+
+@torch.no_grad()
+def test_torch_compile_traces_a_block_in_one_graph(live):
+    block, hidden, time = live().down_blocks[0].resnets[0], noise(2, 16, 8, 8), noise(2, 64, seed=1)
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(hidden, time), block(hidden, time))
+    torch._dynamo.reset()
 
 
 # From the trigger on, and by place

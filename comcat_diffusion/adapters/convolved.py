@@ -21,7 +21,7 @@ from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.gate import spoken
 from comcat_diffusion.adapters.merging import NoBase
 from comcat_diffusion.adapters.parts import bare, plain_modules
-from comcat_diffusion.adapters.separable import SIDE, TAPS, first_taps, kernel_of, separable
+from comcat_diffusion.adapters.separable import SIDE, TAPS, across, around, first_taps, kernel_of
 from comcat_diffusion.adapters.sidecar import SideCar
 from comcat_diffusion.attentions import plain
 
@@ -60,7 +60,7 @@ def why_not(module: nn.Module) -> str | None:
     if isinstance(module.padding, str):
         return f"it is padded by a rule ({module.padding})"
     if not seam.is_adapted(module) and "forward" in vars(module):
-        return "offloading hooks replaced its forward; attach adapters before offloading hooks are installed"
+        return "hooks (offloading, casting to float8) replaced its forward; attach adapters before they are installed"
     return None
 
 
@@ -102,6 +102,24 @@ def convolved(host: type) -> type:
     return seam.with_sidecar(host, forward, convolved)
 
 
+class Across(nn.Linear):
+    """A factor of 1 x 1; a module that is called, so that whoever offloads modules one by one brings its weight."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B, R, h, w)."""
+        return across(hidden, self.weight.to(hidden.dtype))
+
+
+class Around(nn.Linear):
+    """A factor of 3 x 3 taps for each rank by itself, strided and padded as it is told that the host is."""
+
+    def forward(
+        self, hidden: torch.Tensor, stride: tuple[int, int], padding: tuple[int, int], mode: str
+    ) -> torch.Tensor:
+        """(B, R, h, w) -> (B, R, h', w')."""
+        return around(hidden, self.weight.to(hidden.dtype), stride, padding, mode)
+
+
 class ConvolvedLayer(SideCar):
     """All adapters of one convolution. `live` names those that act; without any, the host's output is its own."""
 
@@ -140,7 +158,8 @@ class ConvolvedLayer(SideCar):
         """
         self._refuse_twice(adapter_name)
         for name, (outof, into) in shapes_beside(self.owner, rank).items():
-            factor = nn.Linear(into, outof, bias=False, device=self.weight.device, dtype=self._numbers)
+            make = Around if name == "conv_taps" else Across
+            factor = make(into, outof, bias=False, device=self.weight.device, dtype=self._numbers)
             if name == "conv_up":
                 nn.init.zeros_(factor.weight)
             elif name == "conv_taps" and not factor.weight.is_meta:
@@ -165,9 +184,9 @@ class ConvolvedLayer(SideCar):
 
     def term(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         """What an adapter makes of (B, C, h, w), without its scale: (B, O, h', w')."""
+        down, taps, up = (getattr(self, f"comcat_{factor}")[name] for factor in FACTORS)
         host = self.owner
-        factors = (getattr(self, f"comcat_{factor}")[name].weight.to(hidden.dtype) for factor in FACTORS)
-        return separable(hidden, *factors, host.stride, host.padding, host.padding_mode)
+        return up(taps(down(hidden), host.stride, host.padding, host.padding_mode))
 
     def _weight(self, name: str, share: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | float | None:
         """The scale of each row and place, (B, 1, h', w') where it is not the same; None where that is nothing."""
@@ -232,10 +251,15 @@ class ConvolvedLayer(SideCar):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         # The base's kernel is nobody's while a merged one stands in its place: it moves with the side-car.
-        super()._apply(fn, recurse)
+        super()._apply(self._moving(fn) if hasattr(self.owner, "_diffusers_hook") else fn, recurse)
         for kernel in self._unmerged:
             kernel.data = fn(kernel.data)
         return self
+
+    @staticmethod
+    def _moving(fn: Callable) -> Callable:
+        """What moves tensors and leaves their precision: diffusers casts hosts layer by layer, with all in them."""
+        return lambda tensor: tensor.to(fn(tensor[:0]).device)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

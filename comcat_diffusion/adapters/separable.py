@@ -25,11 +25,22 @@ def separable(
     mode: str = "zeros",
 ) -> torch.Tensor:
     """(B, C, h, w) by `down` (R, C), `taps` (R, 9) and `up` (O, R) -> (B, O, h', w'), without the scale."""
-    low = conv2d(hidden, down[:, :, None, None])  # B, R, h, w
+    low = across(hidden, down)  # B, R, h, w
+    return across(around(low, taps, stride, padding, mode), up)
+
+
+def across(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Channels mixed at each place by itself: (B, C, h, w) by (R, C) -> (B, R, h, w)."""
+    return conv2d(hidden, weight[:, :, None, None])
+
+
+def around(
+    hidden: torch.Tensor, taps: torch.Tensor, stride: tuple[int, int], padding: tuple[int, int], mode: str = "zeros"
+) -> torch.Tensor:
+    """Each channel by itself with its neighbours: (B, R, h, w) by (R, 9) -> (B, R, h', w')."""
     if mode != "zeros":
-        low, padding = pad(low, (padding[1], padding[1], padding[0], padding[0]), mode=mode), (0, 0)
-    seen = conv2d(low, taps.view(-1, 1, SIDE, SIDE), stride=stride, padding=padding, groups=len(taps))
-    return conv2d(seen, up[:, :, None, None])
+        hidden, padding = pad(hidden, (padding[1], padding[1], padding[0], padding[0]), mode=mode), (0, 0)
+    return conv2d(hidden, taps.view(-1, 1, SIDE, SIDE), stride=stride, padding=padding, groups=len(taps))
 
 
 def kernel_of(down: torch.Tensor, taps: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from comcat_diffusion import atomic
-from comcat_diffusion.adapters.header import AdapterFileError, Header, kind_of, read_adapter, refuse_convolutions
+from comcat_diffusion.adapters.header import (
+    AdapterFileError,
+    Header,
+    has_convolutions,
+    kind_of,
+    read_adapter,
+    refuse_convolutions,
+)
 from comcat_diffusion.families.family import DENOISERS, Family
 from comcat_diffusion.families.known import family_of_denoiser, names
 
@@ -33,8 +40,9 @@ def refuse_trigger(header: Header, adapter: str | Path) -> None:
 def _ways_out(header: Header) -> str:
     """What to do with an adapter that is no LoRA; the closest one is offered where there is one."""
     family, again = family_in(header), "train it again with --as lora"
-    near = family is not None and (family.same_text or not waits(header))
-    node = " or its ComfyUI node" if family is not None and family.has_node else ""
+    beside = has_convolutions(header)
+    near = family is not None and (family.same_text or not waits(header)) and not beside
+    node = " or its ComfyUI node" if family is not None and family.has_node and not beside else ""
     ways = f", {again}, or take the closest LoRA (export --approximate)" if near else f", or {again}"
     return f"use it as it is with comcat-diffusion{node}{ways}."
 
