@@ -48,6 +48,8 @@ from comcat_diffusion.adapters.weighted import weighted_sum
 from comcat_diffusion.comfy import load as comfy
 from comcat_diffusion.export.fit import refuse_exact
 from comcat_diffusion.export.lora import export_adapter
+from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.customize import customize
 from tests import reference
 from tests.test_trigger import WITH, WITHOUT, drawn, embedded, far, waiting  # noqa: F401
 
@@ -57,6 +59,7 @@ SAME = {"rtol": 0.0, "atol": 1e-10}
 CLEAR = 0.01  # an effect on the output this large cannot be rounding
 CONVS = 16  # of the tiny U-Net's residual blocks: two going down, two in the middle and four going up
 CONFIG = ComcatConfig(r=3, target_modules=["attn2"], convolutions=4)
+UP = "unet.up_blocks.2.resnets.1.conv1.conv_up"
 ONE = "down_blocks.0.resnets.0.conv1"
 
 
@@ -420,8 +423,9 @@ def test_a_region_holds_the_terms(live, tiny_unet):
 def test_a_file_brings_back_the_very_same(tiny_unet, live, tmp_path):
     unet = live(dtype=torch.float32, convolution_ranks={ONE: 2})
     save_adapter(unet, tmp_path / "a.safetensors", "dog")
-    other = tiny_unet(torch.float32)
+    other, seed = tiny_unet(torch.float32), torch.get_rng_state()
     header = load_adapter(other, tmp_path / "a.safetensors", "dog")
+    assert torch.equal(torch.get_rng_state(), seed)
     assert header.config["unet"]["convolutions"] == 4 and header.config["unet"]["convolution_ranks"] == {ONE: 2}
     with torch.no_grad():
         assert torch.equal(tiny_unet.run(other), tiny_unet.run(unet))
@@ -599,6 +603,30 @@ def test_terms_learn_what_attentions_did_not(tiny_unet):
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert all(torch.equal(before[name], p) for name, p in unet.named_parameters() if name in before)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_a_file_with_such_terms(tmp_path):
+    few = {"max_train_steps": 2, "skip_final_inference": True}
+    first = customize(
+        TrainConfig(convolutions=2, target_modules=["attn2"], max_bytes=12_000, output_dir=str(tmp_path / "a"), **few)
+    )
+    start = {"init_adapter": str(first.adapter), **few}
+    more = customize(TrainConfig(output_dir=str(tmp_path / "b"), **start))
+    one, other = (read_adapter(outcome.adapter).config["unet"] for outcome in (first, more))
+    assert one["convolution_ranks"] == other["convolution_ranks"] and other["convolutions"] == 2
+    before, after = (read_tensors(o.adapter, read_adapter(o.adapter)) for o in (first, more))
+    assert before.keys() == after.keys() and distance(before[UP], after[UP].float()) > 1e-4
+    with pytest.raises(ValueError, match="stays what it is, with convolutions 2: leave --convolutions out"):
+        customize(TrainConfig(output_dir=str(tmp_path / "c"), convolutions=4, **start))
+
+
+def test_settings_that_do_not_go_with_such_terms_are_refused():
+    for other in ({"as_": "lora"}, {"kind": "tied"}, {"up_blocks_only": True}):
+        with pytest.raises(ValueError, match="--convolutions is for free adapters on all of a U-Net"):
+            TrainConfig(convolutions=8, **other)
+    with pytest.raises(ValueError, match="--convolutions must be at least 0"):
+        TrainConfig(convolutions=-1)
 
 
 def test_gradients_are_the_same_with_checkpointing(waiting):  # noqa: F811

@@ -22,7 +22,7 @@ from comcat_diffusion.adapters.gate import spoken
 from comcat_diffusion.adapters.merging import NoBase
 from comcat_diffusion.adapters.parts import bare, plain_modules
 from comcat_diffusion.adapters.separable import SIDE, TAPS, across, around, first_taps, kernel_of
-from comcat_diffusion.adapters.sidecar import SideCar
+from comcat_diffusion.adapters.sidecar import SideCar, factor_of
 from comcat_diffusion.attentions import plain
 
 FACTORS = ("conv_down", "conv_taps", "conv_up")
@@ -158,11 +158,11 @@ class ConvolvedLayer(SideCar):
         """
         self._refuse_twice(adapter_name)
         for name, (outof, into) in shapes_beside(self.owner, rank).items():
-            make = Around if name == "conv_taps" else Across
-            factor = make(into, outof, bias=False, device=self.weight.device, dtype=self._numbers)
-            if name == "conv_up":
+            kind = Around if name == "conv_taps" else Across
+            factor = factor_of(kind, into, outof, self.weight.device, self._numbers, config.init_weights)
+            if name == "conv_up" and config.init_weights:
                 nn.init.zeros_(factor.weight)
-            elif name == "conv_taps" and not factor.weight.is_meta:
+            elif name == "conv_taps" and config.init_weights and not factor.weight.is_meta:
                 with torch.no_grad():
                     factor.weight.copy_(first_taps(rank))
             getattr(self, f"comcat_{name}")[adapter_name] = factor

@@ -1,7 +1,5 @@
 """The side-car of one attention: the factors of every adapter, by name, in the shape that PEFT expects of a layer."""
 
-import functools
-
 import torch
 from torch import nn
 
@@ -12,7 +10,7 @@ from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.cores import MIXES, Core, Ends, FixedEnds, first_sets
 from comcat_diffusion.adapters.gate import spoken
 from comcat_diffusion.adapters.merging import Merging
-from comcat_diffusion.adapters.sidecar import SideCar
+from comcat_diffusion.adapters.sidecar import SideCar, factor_of
 from comcat_diffusion.adapters.tied import OTHER_TEXT
 from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, shared_out
 from comcat_diffusion.attentions import style_of
@@ -52,16 +50,6 @@ def _shapes(
             "the attention: choose another kind, or other targets."
         )
     return context | {"q_down": (q.in_features, across), "out_up": (across, out.out_features)}
-
-
-def _blank(into: int, outof: int, device: torch.device, dtype: torch.dtype) -> nn.Linear:
-    """A Linear whose weights are yet to come. Its constructor, and PyTorch's skip_init, make up some first."""
-    made = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(made)
-    made.in_features, made.out_features = into, outof
-    made.weight = nn.Parameter(torch.empty(outof, into, device=device, dtype=dtype))
-    made.register_parameter("bias", None)
-    return made
 
 
 class ComcatLayer(Merging, SideCar):
@@ -134,8 +122,7 @@ class ComcatLayer(Merging, SideCar):
         for name, (into, outof) in factor_shapes(self.owner, rank, config.foldable, config.tied, config.cores).items():
             if name in tied and (tied[name].in_features, tied[name].out_features) != (into, outof):
                 raise ValueError(OTHER_TEXT)
-            make = functools.partial(nn.Linear, bias=False) if config.init_weights else _blank
-            factor = tied.get(name) or make(into, outof, device=device, dtype=dtype)
+            factor = tied.get(name) or factor_of(nn.Linear, into, outof, device, dtype, config.init_weights)
             if name in zero and config.init_weights:
                 nn.init.zeros_(factor.weight)
             getattr(self, f"comcat_{name}")[adapter_name] = factor

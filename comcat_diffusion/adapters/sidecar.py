@@ -21,6 +21,20 @@ def _refuse_scale(scale: float) -> None:
         raise ValueError(f"The scale of an adapter must be a finite number, not {scale}.")
 
 
+def factor_of(
+    kind: type[nn.Linear], into: int, outof: int, device: torch.device, dtype: torch.dtype, drawn: bool = True
+) -> nn.Linear:
+    """A factor, its weights `drawn` at random or yet to come, which PyTorch's skip_init would draw first."""
+    if drawn:
+        return kind(into, outof, bias=False, device=device, dtype=dtype)
+    made = kind.__new__(kind)
+    nn.Module.__init__(made)
+    made.in_features, made.out_features = into, outof
+    made.weight = nn.Parameter(torch.empty(outof, into, device=device, dtype=dtype))
+    made.register_parameter("bias", None)
+    return made
+
+
 class SideCar(nn.Module, BaseTunerLayer):
     """All adapters of one host module. `live` names those that act; without any, the host runs untouched."""
 
