@@ -263,7 +263,7 @@ def test_a_file_of_one_family_is_refused_by_another(folders, tmp_path):
         ({"train_text_encoder": True, "everywhere": True}, "--train_text_encoder: the text encoders of .* stay as"),
         ({"learn_name": True}, "--learn_name: the text encoders of .* stay as they are"),
         ({"up_blocks_only": True}, "--up_blocks_only is for U-Nets; the transformer of"),
-        ({"convolutions": 8}, "--convolutions is for U-Nets; the transformer of"),
+        ({"convolutions": 8, "kind": "free"}, "--convolutions is for U-Nets; the transformer of"),
         ({"resolution": 18}, "--resolution 18 must be a multiple of (4|8|32) for this base"),
         ({"target_modules": ["nope"]}, "--target_modules nope:"),
     ],
