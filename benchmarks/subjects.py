@@ -113,7 +113,9 @@ METHODS = {
     "comcat train": Method(_comcat(), kept=True),
     "comcat train, 140 steps": Method(_comcat(max_train_steps=140), kept=True),
     # Terms beside convolutions, and beside cross-attention alone, in as many bytes
-    "comcat train, convolutions 8, attn2": Method(_comcat(convolutions=8, target_modules=["attn2"]), kept=True),
+    "comcat train, convolutions 8, attn2": Method(
+        _comcat(convolutions=8, target_modules=["attn2"]), kept=True, once=True
+    ),
     # What was the default before backgrounds were made for what stands on a plain one
     "comcat train, 3e-3, without other backgrounds": Method(
         _comcat(learning_rate=3e-3, background_augmentation=False), kept=True
@@ -233,7 +235,7 @@ SHOWN = {
     f"{MORE}, other backgrounds too": f"{MORE}, learned from our other backgrounds too, one training each",
     "DreamBooth, the whole U-Net, 2e-4": "DreamBooth, the whole U-Net, 2e-4, one training each",
     f"{OURS}, 140 steps": "`comcat train`, 140 steps",
-    f"{OURS}, convolutions 8, attn2": "`comcat train --convolutions 8 --target_modules attn2`",
+    f"{OURS}, convolutions 8, attn2": "`comcat train --convolutions 8 --target_modules attn2`, one training each",
 }
 DIGITS = {"shape": 3, "colour_off": 1, "background_moved": 1, "likeness": 3, "obeyed": 2}
 
