@@ -28,6 +28,7 @@ from comcat_diffusion import (
 )
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.adapters.model import factors
+from comcat_diffusion.adapters.same_base import other_weights
 
 GOLDEN = Path(__file__).parent / "golden" / "adapter-v1.safetensors"
 NOTES = Notes("sks", "a photo of sks dog", "dog", {"resolution": 64, "steps": 3, "seed": 0})
@@ -176,6 +177,13 @@ def test_a_fine_tune_is_refused_unless_allowed(fresh, file, tiny_unet):
         load_adapter(fresh, file)
     assert load_adapter(fresh, file, any_weights=True).base_model == "somebody/base"
     assert (tiny_unet.run(fresh.unet) - before).abs().max() > 0.01
+
+
+def test_a_sketch_of_numbers_that_no_weight_has_is_of_another_base(file, fresh):
+    trained = read_adapter(file).fingerprint
+    assert other_weights(trained, trained) is False
+    for value in (10**400, float("nan"), 1e31):
+        assert other_weights({**trained, "sketch": [value] * len(trained["sketch"])}, trained) is True
 
 
 def test_a_base_that_predicts_something_else_is_refused(file, tiny_unet, tiny_clip):

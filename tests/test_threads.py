@@ -24,7 +24,7 @@ PROMPTS = [
 ]
 SEEDS = range(2)
 KINDS = {
-    "free": {},
+    "free": {"convolutions": 2},  # terms beside convolutions as well
     "foldable": {"foldable": True},
     "tied": {"foldable": True, "tied": True},
 }
