@@ -12,14 +12,13 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from comcat_diffusion.adapters import seam
 from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.gate import spoken
-from comcat_diffusion.adapters.merging import NoBase
+from comcat_diffusion.adapters.merging import refuse_infinite
 from comcat_diffusion.adapters.parts import bare, plain_modules
 from comcat_diffusion.adapters.separable import SIDE, TAPS, across, around, first_taps, kernel_of
 from comcat_diffusion.adapters.sidecar import SideCar, factor_of
@@ -209,40 +208,18 @@ class ConvolvedLayer(SideCar):
 
     # Merging
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write adapters (default: the active ones) into the kernel, exactly; the base's is kept for `unmerge`.
-
-        Raises ValueError if an adapter has a region or waits for its trigger, if the kernel is no plain one, or, with
-        `safe_merge`, if the merged one is not finite.
-        """
-        before = [name for name in self.merged_adapters if name in self.r]
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
-        if not names:
-            return
-        self._refuse_to_merge(names)
-        acting = [name for name in before + names if self.scaling[name] != 0]
+    def _write(self, acting: list[str], told: str, safe_merge: bool) -> None:
+        """The kernel with these adapters in it, exactly; raises ValueError if it is no plain one."""
+        if not self.weight.dtype.is_floating_point or self.weight.shape[2:] != (SIDE, SIDE):
+            raise ValueError("Cannot merge into a quantized convolution: keep the COMCAT adapter live.")
         merged = self.weight + sum(self.scaling[name] * self._kernel(name) for name in acting)
-        if safe_merge and not merged.isfinite().all():
-            raise ValueError(f"Merging {', '.join(names)} would write NaN or infinity; nothing changed.")
+        if safe_merge:
+            refuse_infinite([merged], told)
         self._unmerged = (self.weight,)
         self.owner.weight = nn.Parameter(merged, requires_grad=False)
-        self.merged_adapters = before + names
 
     def _kernel(self, name: str) -> torch.Tensor:
         return kernel_of(*(getattr(self, f"comcat_{factor}")[name].weight for factor in FACTORS)).to(self.weight)
-
-    def _refuse_to_merge(self, names: list[str]) -> None:
-        waiting = [name for name in names if self.trigger[name]]
-        if waiting:
-            raise ValueError(
-                f"'{waiting[0]}' acts from its trigger on, which merged weights cannot tell: keep it live, or train it "
-                "again with --everywhere."
-            )
-        if self.regions is not None:
-            raise ValueError("Merged adapters act everywhere: take the regions away (set_regions(pipe, {})) first.")
-        if not self.weight.dtype.is_floating_point or self.weight.shape[2:] != (SIDE, SIDE):
-            raise ValueError("Cannot merge into a quantized convolution: keep the COMCAT adapter live.")
 
     def unmerge(self) -> None:
         """Put the very kernel back that `merge` replaced."""
@@ -260,13 +237,3 @@ class ConvolvedLayer(SideCar):
     def _moving(fn: Callable) -> Callable:
         """What moves tensors and leaves their precision: diffusers casts hosts layer by layer, with all in them."""
         return lambda tensor: tensor.to(fn(tensor[:0]).device)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Leave the base (or, with `merge`, the merged base) behind; the tuner then takes the side-car off."""
-        if not merge:
-            self.unmerge()
-        elif not self.merged:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return NoBase()

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from comcat_diffusion.adapters import guards, seam
@@ -20,36 +19,24 @@ class NoBase(nn.Module):
 
 
 class Merging:
-    """The half of a `ComcatLayer` that merges. `_unmerged`, set there, holds what `unmerge` puts back."""
+    """How a `ComcatLayer` does what `SideCar.merge` asks. `_unmerged`, set there, holds what `unmerge` puts back."""
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write adapters (default: the active ones) into wider projections; the base's own are kept for `unmerge`.
+    def _write(self, acting: list[str], told: str, safe_merge: bool) -> None:
+        """Wider projections with these adapters in the place of the base's own; see `SideCar.merge`.
 
-        Warns, as PEFT's own layers do, if some are merged already. Raises ValueError if an adapter has a region or
-        waits for its trigger, if a projection is quantized or wrapped by another adapter, if the host has fused its
-        projections, if heads would not fit an IP-Adapter's, or, with `safe_merge`, if a merged weight is not finite.
+        Raises ValueError if a projection is quantized or wrapped by another adapter, if the host has fused its
+        projections, or if heads would not fit an IP-Adapter's.
         """
-        before = [name for name in self.merged_adapters if name in self.r]
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
-        if not names:
-            return
-        waiting = [name for name in names if self.trigger[name]]
-        if waiting:
-            raise ValueError(
-                f"'{waiting[0]}' acts from its trigger on, which merged weights cannot tell: keep it live, or train it "
-                "again with --everywhere."
-            )
         attention, base = self.owner, self._base_held()
-        wide = self._wide_heads([name for name in before + names if self.scaling[name] != 0])
+        wide = self._wide_heads(acting)
         self._refuse_to_merge(self.style.held(attention), wide)
         merged = self.style.joined(base, merged_weights(wide, *self.style.cut(base)))
-        if safe_merge and not all(torch.isfinite(linear.weight).all() for linear in merged):
-            raise ValueError(f"Merging {', '.join(names)} would write NaN or infinity; nothing changed.")
+        if safe_merge:
+            refuse_infinite([linear.weight for linear in merged], told)
         self.unmerge()
         if wide.wide != self.width:
             guards.mark_wider(merged[0])
         self._unmerged = (base, merged, seam.set_projections(attention, self.style, merged, wide.wide))
-        self.merged_adapters = before + names
 
     def unmerge(self) -> None:
         """Put the very Linears back that `merge` replaced. Raises ValueError if another adapter has wrapped these."""
@@ -76,19 +63,7 @@ class Merging:
     def _base_projections(self) -> tuple[nn.Module | Part, ...]:
         return self.style.cut(self._base_held())
 
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Leave the base (or, with `merge`, the merged base) behind; the tuner then takes the side-car off."""
-        if not merge:
-            self.unmerge()
-        elif not self.merged:  # the tuner has merged all layers before it takes the first apart
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return NoBase()
-
     def _refuse_to_merge(self, projections: tuple[nn.Module, ...], wide: WideHeads) -> None:
-        if self.regions is not None:
-            raise ValueError("Merged adapters act everywhere: take the regions away (set_regions(pipe, {})) first.")
         if getattr(self.owner, "fused_projections", False):
             raise ValueError("Call unfuse_qkv_projections() before merging: the fused copy would not see the merge.")
         if wide.wide != self.width and (self.style.joint or seam.is_normed(self.owner)):
@@ -108,6 +83,12 @@ class Merging:
                     f"Cannot merge into a projection of type {kind}: it is quantized or wrapped by another adapter. "
                     "Keep the COMCAT adapter live, or fuse and unload the other one first."
                 )
+
+
+def refuse_infinite(weights: Sequence[torch.Tensor], told: str) -> None:
+    """Raise ValueError if a merged weight is not finite."""
+    if not all(weight.isfinite().all() for weight in weights):
+        raise ValueError(f"Merging {told} would write NaN or infinity; nothing changed.")
 
 
 def merge_all(layers: Sequence[Merging], safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

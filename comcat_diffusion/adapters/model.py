@@ -279,8 +279,7 @@ def not_carried(model: nn.Module, module: nn.Module, name: str) -> str | None:
 
 def adapted_layers(model: nn.Module) -> dict[str, ComcatLayer]:
     """The side-cars of a model by the names of their attentions."""
-    end = "." + seam.SIDECAR
-    return {plain_name(n.removesuffix(end)): m for n, m in model.named_modules() if isinstance(m, ComcatLayer)}
+    return {name: layer for name, layer in side_cars(model).items() if isinstance(layer, ComcatLayer)}
 
 
 def side_cars(model: nn.Module) -> dict[str, SideCar]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from comcat_diffusion.adapters.belongings import Belongings
@@ -59,7 +59,7 @@ class SideCar(nn.Module, BaseTunerLayer):
 
     @property
     def base_layer(self) -> nn.Module:
-        """A stub: nothing is wrapped, so whoever unwraps adapters leaves the attention as it was."""
+        """A stub: nothing is wrapped, so whoever unwraps adapters leaves the host as it was."""
         return NoBase()
 
     def get_base_layer(self) -> nn.Module:
@@ -131,16 +131,54 @@ class SideCar(nn.Module, BaseTunerLayer):
             self.gate = None
 
     def leave(self) -> None:
-        """The attention has no side-car any more; merged weights stay."""
+        """The host has no side-car any more; merged weights stay."""
         for name in list(self.r):
             self.belongings.left(name, merged=name in self.merged_adapters)
         self.belongings.sidecar_left()
+
+    # Merging
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write adapters (default: the active ones) into the host's weights; its own are kept for `unmerge`.
+
+        Warns, as PEFT's own layers do, if some are merged already. Raises ValueError if an adapter has a region or
+        waits for its trigger, if the host's weights cannot be written, or, with `safe_merge`, would not be finite.
+        """
+        before = [name for name in self.merged_adapters if name in self.r]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
+        if not names:
+            return
+        waiting = [name for name in names if self.trigger[name]]
+        if waiting:
+            raise ValueError(
+                f"'{waiting[0]}' acts from its trigger on, which merged weights cannot tell: keep it live, or train it "
+                "again with --everywhere."
+            )
+        if self.regions is not None:
+            raise ValueError("Merged adapters act everywhere: take the regions away (set_regions(pipe, {})) first.")
+        self._write([name for name in before + names if self.scaling[name] != 0], ", ".join(names), safe_merge)
+        self.merged_adapters = before + names
+
+    def _write(self, acting: list[str], told: str, safe_merge: bool) -> None:
+        """Put weights with these adapters in the place of the host's. Raises ValueError, of what is `told`."""
+        raise NotImplementedError
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Leave the base (or, with `merge`, the merged base) behind; the tuner then takes the side-car off."""
+        if not merge:
+            self.unmerge()
+        elif not self.merged:  # the tuner has merged all layers before it takes the first apart
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return NoBase()
 
     # What the host asks
 
     @property
     def owner(self) -> nn.Module:
-        """The attention whose side-car this is."""
+        """The module whose side-car this is."""
         return self._owner[0]
 
     @property

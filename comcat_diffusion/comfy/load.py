@@ -28,7 +28,7 @@ from comcat_diffusion.comfy.names import (
     unet_as_diffusers,
     unet_names,
 )
-from comcat_diffusion.comfy.quantized import rounded
+from comcat_diffusion.comfy.quantized import linear_of, rounded
 from comcat_diffusion.comfy.seated import seated
 from comcat_diffusion.comfy.text import SAID, Tokenizer, Tokens, joined
 from comcat_diffusion.comfy.transformers import Kind, as_diffusers, attention_names, kind_of
@@ -131,12 +131,13 @@ def _present(
     model: object, parts: Mapping[str, nn.Module], names: Mapping[str, Mapping[str, str]], trained: dict
 ) -> dict:
     """The fingerprint of a model, seen as diffusers has it, beside that of an adapter's base."""
-    if UNET in parts:
-        found = fingerprint_of(parts[UNET], prediction_of(model))
+    part = UNET if UNET in parts else TRANSFORMER
+    shell = parts[part]
+    if part == UNET:
+        found = fingerprint_of(shell, prediction_of(model))
     else:
-        found = fingerprint_as(type(parts[TRANSFORMER]).__name__, None, parts[TRANSFORMER], "flow")
-    denoiser = UNET if UNET in parts else TRANSFORMER
-    return rounded(found, trained, roughness(model, names[denoiser].values()))
+        found = fingerprint_as(type(shell).__name__, None, shell, "flow")
+    return rounded(found, trained, roughness(model, names[part].values()))
 
 
 def _roots(clip: object) -> dict[str, str]:
@@ -169,7 +170,7 @@ def _guest(
     factors: dict[str, dict[str, nn.Linear]] = {}
     for name, tensor in own.items():
         attention, _, factor = name.rpartition(".")
-        factors.setdefault(attention, {})[factor] = _linear(tensor)
+        factors.setdefault(attention, {})[factor] = linear_of(tensor.float())
     scales = {}
     for attention in factors:
         rank = of_pattern(config.rank_pattern, attention, config.r)
@@ -196,12 +197,6 @@ def _unfolded(
         made = cores.factors_of(shell.get_submodule(attention), config.r, k_mix, v_mix, sets)
         found |= {f"{attention}.{factor}": tensor for factor, tensor in made.items()}
     return found
-
-
-def _linear(weight: torch.Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    made.weight = nn.Parameter(weight.float(), requires_grad=False)
-    return made
 
 
 # Text

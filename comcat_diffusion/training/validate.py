@@ -116,9 +116,8 @@ def _size_facts(config: TrainConfig, dataset: Dataset, denoiser: nn.Module) -> I
     size = count * bases.PRECISIONS[config.save_precision].itemsize / 1000
     yield f"Adapter: {count:,} parameters on {attentions} attentions, {size:,.0f} kB and its header."
     if config.convolutions:
-        beside = {n.rpartition(".")[0]: h * w for n, (h, w) in shapes.items() if n.rpartition(".")[2] in CONVOLVED}
-        own = sum(high * wide for name, (high, wide) in shapes.items() if name.rpartition(".")[0] in beside)
-        yield f"{own:,} of them are in terms beside {len(beside)} convolutions."
+        beside = [high * wide for name, (high, wide) in shapes.items() if name.rpartition(".")[2] in CONVOLVED]
+        yield f"{sum(beside):,} of them are in terms beside {len(beside) // len(CONVOLVED)} convolutions."
     yield becomes(config, denoiser)
 
 
