@@ -10,7 +10,7 @@ from comcat_diffusion.bases import PRECISIONS
 from comcat_diffusion.families.family import Family, Native
 from comcat_diffusion.families.known import family_of_denoiser
 from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.training.learned import adapter_config, targets
+from comcat_diffusion.training.learned import adapter_config, convolutions, targets
 
 SHRUNK, LEAST, MOST = 20, 10_000, 1_000_000  # a file is this part of what is learned, within these bytes
 Shapes = Mapping[str, tuple[int, int]]  # of factors by name, ATTENTION.FACTOR
@@ -22,7 +22,7 @@ def budget(config: TrainConfig, denoiser: nn.Module) -> int:
         return config.max_bytes
     if config.kind != "free" or config.everywhere or config.thumbnail or config.init_adapter:
         return 0
-    if config.convolutions:  # another form of the usual adapter, of as many bytes
+    if convolutions(config, denoiser):  # another form of an adapter of all attentions, of as many bytes
         config = replace(config, convolutions=0, target_modules=None)
     return min(MOST, max(LEAST, _whole(config, denoiser) // SHRUNK))
 
@@ -40,7 +40,7 @@ def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
     family = family_of_denoiser(type(denoiser).__name__, denoiser.config)
     if family is None:  # see export/fit.py
         return f"This adapter is for this tool (about {size})."
-    tools = "this tool and its ComfyUI node" if family.has_node and not config.convolutions else "this tool"
+    tools = "this tool and its ComfyUI node" if family.has_node else "this tool"
     exact = replace(
         shape, tied=False, cores=False, convolutions=0, foldable=True, target_modules=targets(config, denoiser)
     )

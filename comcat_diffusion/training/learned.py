@@ -110,16 +110,24 @@ def awaited(config: TrainConfig, subjects: Sequence[Subject]) -> list[str]:
 
 def adapter_config(shape: AdapterShape, model: nn.Module, words: Sequence[str]) -> ComcatConfig:
     """A model's adapter, which waits for any of the words unless it is to act everywhere."""
+    beside = convolutions(shape, model)
     return ComcatConfig(
         r=shape.rank,
         alpha=shape.alpha,
         foldable=shape.kind != "free",
         tied=shape.kind == "tied",
         cores=shape.kind == "cores",
-        convolutions=shape.convolutions,
+        convolutions=beside,
         trigger=None if shape.everywhere else list(words),
-        target_modules=targets(shape, model) or family_of_model(model).usual_targets(shape.kind),
+        target_modules=targets(shape, model) or family_of_model(model).usual_targets(shape.kind, bool(beside)),
     )
+
+
+def convolutions(shape: AdapterShape, model: nn.Module) -> int:
+    """The rank of the terms beside a model's convolutions: what is asked for, or what its family usually has."""
+    if shape.convolutions is not None or shape.up_blocks_only:
+        return shape.convolutions or 0
+    return family_of_model(model).usual_convolutions(shape.kind)
 
 
 def targets(shape: AdapterShape, model: nn.Module) -> list[str] | str | None:
