@@ -8,6 +8,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,11 +23,12 @@ from comcat_diffusion.training.loop import Loop
 from recipe.subject import TRAIN, TRIGGER, picture
 
 NAME, STEPS = "subject", 5  # a turn
-BOTH = ["attn1", "attn2"]
+DEFAULT = ComcatConfig(r=8, trigger=[TRIGGER], convolutions=8)
 LORA = "LoRA r=16 on all projections"
 ADAPTERS = {
     LORA: LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian", target_modules=DIFFUSERS.names),
-    "free, rank 8, both attentions (the default)": ComcatConfig(r=8, trigger=[TRIGGER], target_modules=BOTH),
+    "free, rank 8, cross-attention and beside convolutions (the default)": DEFAULT,
+    "free, rank 8, both attentions": ComcatConfig(r=8, trigger=[TRIGGER], target_modules=["attn1", "attn2"]),
     "free, rank 8, cross-attention": ComcatConfig(r=8, trigger=[TRIGGER]),
 }
 
@@ -60,7 +62,7 @@ def learning(rounds: int) -> list[dict]:
 def drawing(rounds: int) -> list[dict]:
     """CPU milliseconds of a step of drawing four pictures with guidance, and ratios to the base's."""
     base, pipe = bases.load_base(bases.EMBEDDED), bases.load_base(bases.EMBEDDED)
-    pipe.unet.add_adapter(ComcatConfig(r=8, trigger=[TRIGGER], target_modules=BOTH), NAME)
+    pipe.unet.add_adapter(replace(DEFAULT), NAME)
     listen(pipe)
 
     def turn(call: Callable, number: int) -> None:

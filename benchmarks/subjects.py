@@ -109,16 +109,15 @@ def _by_script(start: Callable, rate: float, kept: Callable, augmented: bool = F
     return learn
 
 
+WITHOUT = "comcat train, convolutions 0"  # what was the default before terms beside convolutions
 METHODS = {
     "comcat train": Method(_comcat(), kept=True),
     "comcat train, 140 steps": Method(_comcat(max_train_steps=140), kept=True),
-    # Terms beside convolutions, and beside cross-attention alone, in as many bytes
-    "comcat train, convolutions 8, attn2": Method(
-        _comcat(convolutions=8, target_modules=["attn2"]), kept=True, once=True
-    ),
+    WITHOUT: Method(_comcat(convolutions=0), kept=True),
+    f"{WITHOUT}, 140 steps": Method(_comcat(convolutions=0, max_train_steps=140), kept=True),
     # What was the default before backgrounds were made for what stands on a plain one
-    "comcat train, 3e-3, without other backgrounds": Method(
-        _comcat(learning_rate=3e-3, background_augmentation=False), kept=True
+    f"{WITHOUT}, 3e-3, without other backgrounds": Method(
+        _comcat(convolutions=0, learning_rate=3e-3, background_augmentation=False), kept=True
     ),
     "diffusers' script, LoRA r=4, 5e-4": Method(_lora(4, 5e-4)),
     "diffusers' script, LoRA r=16, 1e-3": Method(_lora(16, 1e-3)),
@@ -126,9 +125,9 @@ METHODS = {
     "diffusers' script, LoRA r=16, 1e-3, other backgrounds too": Method(_lora(16, 1e-3, augmented=True), once=True),
     "DreamBooth, the whole U-Net, 2e-4": Method(_dreambooth(2e-4), once=True),  # the base's own limit
     # How often a picture is learned by the prompt of all instead of its caption
-    "comcat train, with captions": Method(_comcat(captioned=True), kept=True, once=True),
-    "comcat train, with captions, dropout 0": Method(
-        _comcat(captioned=True, caption_dropout_rate=0.0), kept=True, once=True
+    f"{WITHOUT}, with captions": Method(_comcat(captioned=True, convolutions=0), kept=True, once=True),
+    f"{WITHOUT}, with captions, dropout 0": Method(
+        _comcat(captioned=True, convolutions=0, caption_dropout_rate=0.0), kept=True, once=True
     ),
 }
 
@@ -229,13 +228,13 @@ OURS, LESS, MORE = "comcat train", "diffusers' script, LoRA r=4, 5e-4", "diffuse
 SHOWN = {
     OURS: "`comcat train`",
     OURS + FREELY: "the same, drawn with `--no-keep_background`",
-    f"{OURS}, 3e-3, without other backgrounds": "`comcat train --no-background_augmentation --learning_rate 3e-3`",
+    WITHOUT: "`comcat train --convolutions 0`",
+    f"{WITHOUT}, 3e-3, without other backgrounds": "the same with `--no-background_augmentation --learning_rate 3e-3`",
     LESS: LESS,
     MORE: MORE,
     f"{MORE}, other backgrounds too": f"{MORE}, learned from our other backgrounds too, one training each",
     "DreamBooth, the whole U-Net, 2e-4": "DreamBooth, the whole U-Net, 2e-4, one training each",
     f"{OURS}, 140 steps": "`comcat train`, 140 steps",
-    f"{OURS}, convolutions 8, attn2": "`comcat train --convolutions 8 --target_modules attn2`, one training each",
 }
 DIGITS = {"shape": 3, "colour_off": 1, "background_moved": 1, "likeness": 3, "obeyed": 2}
 
