@@ -47,6 +47,12 @@ class ComcatConfig(PeftConfig):
         default=None,
         metadata={"help": "Their ranks by name of the convolution; others have no term. Default: one rank for all."},
     )
+    convolution_shares: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "How many of the ranks of each of these are of which entry of `trigger_ranks`, in its order."
+        },
+    )
     trigger: list[str] | None = field(
         default=None,
         metadata={"help": "Words that call the adapter: it acts on a prompt's tokens from the first of them on."},
@@ -123,11 +129,20 @@ class ComcatConfig(PeftConfig):
                 raise ValueError(f"The rank beside convolutions must be a whole number of at least 0, not {rank!r}.")
         if self.convolution_ranks and not self.convolutions:
             raise ValueError("convolution_ranks are of terms beside convolutions: set convolutions as well.")
-        if self.convolutions and (self.foldable or self.trigger_ranks):
-            raise ValueError(
-                "Terms beside convolutions are of free adapters of one subject: leave foldable and trigger_ranks out, "
-                "or set convolutions=0."
-            )
+        if self.convolution_shares or (self.convolutions and self.trigger_ranks):
+            self._refuse_other_shares_beside()
+
+    def _refuse_other_shares_beside(self) -> None:
+        """Raise ValueError unless the ranks beside each convolution are shared out among the words."""
+        ranks, shares = self.convolution_ranks or {}, self.convolution_shares or {}
+        for name in sorted({*ranks, *shares}) or [""]:
+            own = shares.get(name)
+            proper = isinstance(own, (list, tuple)) and all(type(count) is int and count >= 0 for count in own)
+            if not proper or len(own) != len(self.trigger_ranks or ()) or sum(own) != ranks.get(name):
+                raise ValueError(
+                    "convolution_shares must share the ranks of convolution_ranks out among the entries of "
+                    f"trigger_ranks, not {own!r} beside '{name}'."
+                )
 
     def _refuse_other_shares(self) -> None:
         """Raise ValueError unless the ranks are shared out among the words."""

@@ -1,14 +1,16 @@
 """The side-car of one convolution: the terms of every adapter beside it, see separable.py for what they add.
 
 The host's own forward makes its output, and what acts is added to it: row by row where the adapter waits for its
-trigger, place by place where it has a region or its background is kept. Without any that acts, there is nothing to add.
+trigger, rank by rank where its ranks wait for words of their own, place by place where it has a region or its
+background is kept. All of these weigh what a term has in its ranks, which are fewer than the channels that go out.
+Without any that acts, there is nothing to add.
 
 Letters: B batch, C channels that come in, O that go out, R rank.
 """
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -22,6 +24,7 @@ from comcat_diffusion.adapters.merging import refuse_infinite
 from comcat_diffusion.adapters.parts import bare, plain_modules
 from comcat_diffusion.adapters.separable import SIDE, TAPS, across, around, first_taps, kernel_of
 from comcat_diffusion.adapters.sidecar import SideCar, factor_of
+from comcat_diffusion.adapters.wide import shared_out
 from comcat_diffusion.attentions import plain
 
 FACTORS = ("conv_down", "conv_taps", "conv_up")
@@ -88,6 +91,12 @@ def ranks_of(config: ComcatConfig, names: list[str]) -> dict[str, int]:
     return {n: config.convolutions if ranks is None else ranks[n] for n in names if ranks is None or n in ranks}
 
 
+def waits_of(config: ComcatConfig, name: str) -> list[tuple[tuple[str, ...], int]]:
+    """For which words how many of the ranks beside a convolution wait; none where all wait for the same."""
+    shares = (config.convolution_shares or {}).get(name, ())
+    return [(tuple(words), own) for (words, _), own in zip(config.trigger_ranks or (), shares, strict=False) if own]
+
+
 @functools.cache
 def convolved(host: type) -> type:
     """The subclass of a convolution that adds what its side-car says to what the host's forward gives."""
@@ -123,9 +132,11 @@ class ConvolvedLayer(SideCar):
     """All adapters of one convolution. `live` names those that act; without any, the host's output is its own."""
 
     adapter_layer_names = tuple(f"comcat_{name}" for name in FACTORS)
+    other_param_names = ("r", "alpha", "scaling", "trigger", "waits")
 
     def __init__(self, host: nn.Conv2d, belongings: object) -> None:
         super().__init__(host, belongings)
+        self.waits: dict[str, Sequence[tuple[tuple[str, ...], int]]] = {}  # for which words how many of its ranks do
         self._unmerged: tuple[nn.Parameter, ...] = ()  # the base's kernel, while a merged one stands in its place
 
     # What PEFT and diffusers ask of a layer
@@ -150,7 +161,13 @@ class ConvolvedLayer(SideCar):
         """Channels that go out."""
         return self.owner.out_channels
 
-    def update_layer(self, adapter_name: str, rank: int, config: ComcatConfig) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        rank: int,
+        config: ComcatConfig,
+        waits: Sequence[tuple[tuple[str, ...], int]] = (),
+    ) -> None:
         """Create an adapter's factors on the base's device and in its precision; what they add is exactly zero.
 
         Raises ValueError if there is such an adapter.
@@ -165,6 +182,7 @@ class ConvolvedLayer(SideCar):
                 with torch.no_grad():
                     factor.weight.copy_(first_taps(rank))
             getattr(self, f"comcat_{name}")[adapter_name] = factor
+        self.waits[adapter_name] = waits
         self._came(adapter_name, rank, config.alpha / config.r * rank, config.trigger)  # as strong as at attentions
 
     def _trained(self, name: str) -> bool:
@@ -178,24 +196,25 @@ class ConvolvedLayer(SideCar):
         for name in live:
             weight = self._weight(name, shares.get(name), made)
             if weight is not None:
-                made = made + weight * self.term(name, hidden)
+                made = made + self.term(name, hidden, weight)
         return made
 
-    def term(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
-        """What an adapter makes of (B, C, h, w), without its scale: (B, O, h', w')."""
+    def term(self, name: str, hidden: torch.Tensor, weight: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """What an adapter makes of (B, C, h, w), its ranks (B, R, h', w') times a weight: (B, O, h', w')."""
         down, taps, up = (getattr(self, f"comcat_{factor}")[name] for factor in FACTORS)
         host = self.owner
-        return up(taps(down(hidden), host.stride, host.padding, host.padding_mode))
+        return up(weight * taps(down(hidden), host.stride, host.padding, host.padding_mode))
 
     def _weight(self, name: str, share: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | float | None:
-        """The scale of each row and place, (B, 1, h', w') where it is not the same; None where that is nothing."""
+        """The scale of each row, rank and place, (B, R, h', w') where it is not the same; None where it is nothing."""
         weight = self.scaling[name]
         if share is not None:  # B, h'*w', 1
             if not share.any():
                 return None
             weight = weight * share.to(like).mT.unflatten(2, like.shape[2:])
         if self.trigger[name]:
-            weight = weight * spoken(self.gate, self.trigger[name], False).to(like).unsqueeze(-1)  # B, 1, 1, 1
+            rows = shared_out(self.waits[name], self.trigger[name], lambda words: spoken(self.gate, words, False))
+            weight = weight * rows.to(like).mT.unsqueeze(-1)  # B, 1 or R, 1, 1
         return weight
 
     def _shares(self, live: list[str], made: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -52,6 +52,7 @@ _CONFIG_FIELDS = (
     "core_sets",
     "convolutions",
     "convolution_ranks",
+    "convolution_shares",
     "trigger",
     "trigger_ranks",
     "target_modules",
@@ -68,6 +69,7 @@ _LATER = (
     "core_sets",
     "convolutions",
     "convolution_ranks",
+    "convolution_shares",
     "trigger",
     "trigger_ranks",
     "modules_to_save",
@@ -300,8 +302,9 @@ def read_tensors(path: str | Path, header: Header) -> dict[str, torch.Tensor]:
             return joined(tensors, header.pieces, foldable)
         if not header.head_ranks:
             return tensors
-        beside = take_terms(tensors, header.convolved) if header.convolved else {}
-        return beside | unpack(tensors, header.head_ranks, header.row_lengths, foldable)
+        beside = take_terms(tensors, header.convolved)
+        factors = unpack(tensors, header.head_ranks, header.row_lengths, foldable)
+        return {name: factor for term in beside for name, factor in term.tensors().items()} | factors
     except ValueError as error:
         raise AdapterFileError(f"{path} is damaged or was edited: {error}.") from error
     except KeyError as missing:
