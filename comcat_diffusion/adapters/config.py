@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peft import PeftConfig
 
@@ -122,8 +122,12 @@ class ComcatConfig(PeftConfig):
             if not math.isfinite(alpha):
                 raise ValueError(f"alpha must be a finite number, not {alpha!r}.")
 
+    def at_attentions(self) -> "ComcatConfig":
+        """The same without what is beside convolutions."""
+        return replace(self, convolutions=0, convolution_ranks=None, convolution_shares=None)
+
     def _refuse_convolutions(self) -> None:
-        """Raise ValueError for ranks beside convolutions that are none, or of a kind that has no such terms."""
+        """Raise ValueError for ranks beside convolutions that are none, or not shared out where those of others are."""
         for rank in (self.convolutions, *(self.convolution_ranks or {}).values()):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < (rank is not self.convolutions):
                 raise ValueError(f"The rank beside convolutions must be a whole number of at least 0, not {rank!r}.")

@@ -10,8 +10,8 @@ Letters: B batch, C channels that come in, O that go out, R rank.
 
 import functools
 import re
-from collections.abc import Callable, Sequence
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self, TypeVar
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from comcat_diffusion.attentions import plain
 FACTORS = ("conv_down", "conv_taps", "conv_up")
 _HOSTS = re.compile(r"(down|up|mid)_blocks?\..*resnets\.\d+\.conv[12]")  # of a U-Net of diffusers
 _UNETS = ("UNet2DConditionModel",)
+Whatever = TypeVar("Whatever")
 
 
 def is_named_so(name: str) -> bool:
@@ -83,6 +84,14 @@ def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[i
     for name, rank in ranks_of(config, list(found)).items():
         shapes |= {f"{name}.{factor}": shape for factor, shape in shapes_beside(found[name], rank).items()}
     return shapes
+
+
+def split(factors: Mapping[str, Whatever]) -> tuple[dict[str, Whatever], dict[str, Whatever]]:
+    """What there is by names of factors, HOST.FACTOR: at attentions, and beside convolutions."""
+    attentions, beside = {}, {}
+    for name, value in factors.items():
+        (beside if name.rpartition(".")[2] in FACTORS else attentions)[name] = value
+    return attentions, beside
 
 
 def ranks_of(config: ComcatConfig, names: list[str]) -> dict[str, int]:
@@ -237,8 +246,12 @@ class ConvolvedLayer(SideCar):
         self._unmerged = (self.weight,)
         self.owner.weight = nn.Parameter(merged, requires_grad=False)
 
+    def factors(self, name: str) -> list[torch.Tensor]:
+        """The weights of an adapter: D, T and U."""
+        return [getattr(self, f"comcat_{factor}")[name].weight for factor in FACTORS]
+
     def _kernel(self, name: str) -> torch.Tensor:
-        return kernel_of(*(getattr(self, f"comcat_{factor}")[name].weight for factor in FACTORS)).to(self.weight)
+        return kernel_of(*self.factors(name)).to(self.weight)
 
     def unmerge(self) -> None:
         """Put the very kernel back that `merge` replaced."""

@@ -7,9 +7,10 @@ from the trigger on and all others, each factor A (down) of the text side become
 
     A' = argmin  sum_called |A' c - A c|^2 + sum_others w |A' c|^2 + e |A' - A|^2  =  A (G_c + e I) (G_c + G_o + e I)^-1
 
-G being the Gram matrices, w one for tokens before the trigger and a tenth for prompts without it. One matrix serves all
-attentions. Of a tied adapter of the sample subject 81 % of what it does are kept, 43 % where nothing is bent, 33 %
-where w is one for all (which drifts by 0.58 of the effect instead of 0.96). What is left is measured on other prompts.
+G being the Gram matrices, w one for tokens before the trigger and a tenth for prompts without it. One matrix serves
+all attentions; terms beside convolutions, which read no text, act as they are. Of a tied adapter of the sample subject
+81 % of what it does are kept, 43 % where nothing is bent, 33 % where w is one for all (which drifts by 0.58 of the
+effect instead of 0.96). What is left is measured on other prompts.
 
 Letters: M context tokens, E width of the text states.
 """

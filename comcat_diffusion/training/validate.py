@@ -111,7 +111,7 @@ def _size_facts(config: TrainConfig, dataset: Dataset, denoiser: nn.Module) -> I
     if not shapes:
         raise ValueError(f"--target_modules {' '.join(config.target_modules or [])}: the base has none of this name.")
     count = sum(high * wide for high, wide in shapes.values())
-    by_attention = expected_shapes(denoiser, replace(adapter, tied=False, cores=False, convolutions=0))
+    by_attention = expected_shapes(denoiser, replace(adapter.at_attentions(), tied=False, cores=False))
     attentions = len({name.rpartition(".")[0] for name in by_attention})
     size = count * bases.PRECISIONS[config.save_precision].itemsize / 1000
     yield f"Adapter: {count:,} parameters on {attentions} attentions, {size:,.0f} kB and its header."
