@@ -35,7 +35,12 @@ from tests.comfyui_families import FAMILIES, with_adapters
 ROOT = Path(__file__).parents[1]
 CLOSE = 1e-5  # of the largest latent, after four steps in float32: the same sums in another order
 STEPS, GUIDANCE, SEED = 4, 2.0, 5  # 999 is a multiple of 3, so the timesteps are whole numbers
-WORDS = {"tied": ["sks dog", "sks"], "free": ["ohwx dog", "ohwx"]}  # as the notes of the files say
+WORDS = {
+    "tied": ["sks dog", "sks"],
+    "free": ["ohwx dog", "ohwx"],
+    "convolved": ["ohwx dog", "ohwx"],
+}  # as the notes of the files say
+KINDS = ("tied", "free", "cores", "convolved")  # that act from their trigger on
 BASES = {"one": one, "two": two, "xl": xl}
 PARTS = (*BASES, "fp8", *FAMILIES, "editor")
 PROBE = """
@@ -90,6 +95,7 @@ def adapters(pipe: StableDiffusionPipeline, folder: Path) -> dict[str, Path]:
         "free": {"trigger": ["ohwx"]},
         "everywhere": {"foldable": True},
         "cores": {"foldable": True, "cores": True, "trigger": ["sks"]},
+        "convolved": {"convolutions": 2, "target_modules": ["attn2"], "trigger": ["ohwx"]},
     }
     files = {}
     for number, (name, options) in enumerate(kinds.items()):
@@ -313,7 +319,7 @@ def other_kind(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str,
     own, base = drawn(pipe, said), drawn(pipe, word.replace("<dog>", "dog"))
     plain = ask(said)
     check(f"{kind}: the base alone", plain, own)
-    for name in ("tied", "free", "cores"):
+    for name in KINDS:
         load_adapter(pipe, files[name], name)
         check(f"{kind}: {name}, from its trigger on", ask(said, (name, 1.0)), drawn(pipe, said), own)
         without = "a photo of a cat"
@@ -360,7 +366,7 @@ def compare(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Pa
     said = "a photo of sks dog, ohwx cat"
     plain, own = running.latent(graph(said)), drawn(pipe, said)
     check("the base alone", plain, own)
-    for name in ("tied", "free", "cores"):
+    for name in KINDS:
         load_adapter(pipe, files[name], name)
         check(f"{name}, from its trigger on", running.latent(graph(said, (name, 1.0))), drawn(pipe, said), own)
         without = "a photo of a cat"
@@ -385,7 +391,8 @@ def compare(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Pa
     three = (("everywhere", 1.0), ("tied", 0.7), ("free", 0.5))
     check("three of them, at strengths of their own", running.latent(graph(said, *three)), drawn(pipe, said), own)
     unload_adapters(pipe)
-    in_places(running, pipe, files, said, own)
+    for other in ("free", "convolved"):
+        in_places(running, pipe, files, said, own, other)
     backgrounds(running, pipe, files, said, kind)
     samplers(running)
     with_weights(running, pipe, files)
@@ -395,30 +402,30 @@ def compare(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Pa
 
 
 def in_places(
-    running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path], said: str, own: torch.Tensor
+    running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path], said: str, own: torch.Tensor, other: str
 ) -> None:
     """One subject on the left, one on the right."""
-    for name in ("tied", "free"):
+    for name in ("tied", other):
         load_adapter(pipe, files[name], name)
     left = torch.zeros(SIDE, SIDE)
     left[:, : SIDE // 2] = 1
-    set_regions(pipe, {"tied": left, "free": 1 - left})
+    set_regions(pipe, {"tied": left, other: 1 - left})
     solid = lambda wide, value: {"class_type": "SolidMask", "inputs": {"value": value, "width": wide, "height": SIDE}}
     wires = {"destination": ["all", 0], "source": ["half", 0]}
     left_half = {"class_type": "MaskComposite", "inputs": {"x": 0, "y": 0, "operation": "add", **wires}}
     right_half = {"class_type": "InvertMask", "inputs": {"mask": ["left", 0]}}
-    inputs = {"first": "tied", "first_mask": ["left", 0], "second": "free", "second_mask": ["right", 0]}
+    inputs = {"first": "tied", "first_mask": ["left", 0], "second": other, "second_mask": ["right", 0]}
     there = {"class_type": "ComcatRegions", "inputs": inputs, "gives_model": True}
     more = {"all": solid(SIDE, 0.0), "half": solid(SIDE // 2, 1.0), "left": left_half, "right": right_half}
-    asked = graph(said, ("tied", 1.0), ("free", 1.0), **more, there=there)
-    check("one on the left, one on the right", running.latent(asked), drawn(pipe, said), own)
+    asked = graph(said, ("tied", 1.0), (other, 1.0), **more, there=there)
+    check(f"one on the left, one ({other}) on the right", running.latent(asked), drawn(pipe, said), own)
     unload_adapters(pipe)
 
 
 def backgrounds(running: ComfyUI, pipe: StableDiffusionPipeline, files: dict[str, Path], said: str, kind: str) -> None:
     """Adapters that act where their subjects are looked at, beside the base's own picture of the same noise."""
     kept = {"class_type": "ComcatKeepBackground", "inputs": {"keep": True}, "gives_model": True}
-    for names in (["tied"], ["free"], ["tied", "free"]):
+    for names in (["tied"], ["free"], ["tied", "free"], ["tied", "convolved"]):
         for name in names:
             load_adapter(pipe, files[name], name)
         pipe.unet.set_adapters(names)

@@ -109,7 +109,7 @@ def main(folder: Path) -> None:
             return x - sigma * (other + GUIDANCE * (own - other))
 
         base = by_diffusers()
-        for names in ((), ("tied",), ("free",), ("cores",), ("tied", "free")):
+        for names in ((), ("tied",), ("free",), ("cores",), ("convolved",), ("tied", "free"), ("tied", "convolved")):
             made = unet
             for name in names:
                 load_adapter(pipe, files[name], name)

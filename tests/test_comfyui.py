@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
-from comcat_diffusion import ComcatConfig, read_adapter, save_adapter
+from comcat_diffusion import ComcatConfig, load_adapter, read_adapter, save_adapter
 from comcat_diffusion.adapters import looking
+from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.combine import combine
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.adapters.looking import looks_of, weights_of
 from comcat_diffusion.adapters.same_base import difference
 from comcat_diffusion.adapters.shrink import shrink
+from comcat_diffusion.adapters.trigger import listen
 from comcat_diffusion.bases import load_base
 from comcat_diffusion.comfy import forge
 from comcat_diffusion.comfy.guests import Guests, guests_of
@@ -58,11 +60,17 @@ class Attention(nn.Module):
 def like_a_picture(attention, x):
     """What the attentions of the U-Net are given, (B, 16, C)."""
     scale = 1 + x.flatten(1).mean(1).view(-1, 1, 1)
-    return torch.ones(len(x), 16, attention.to_q.in_features) * torch.linspace(-1, 1, 16)[:, None] * scale
+    width = attention.to_q.in_features if hasattr(attention, "to_q") else 1
+    return torch.ones(len(x), 16, width) * torch.linspace(-1, 1, 16)[:, None] * scale
+
+
+def like_a_map(convolution, x):
+    """What the convolutions of the U-Net are given, (B, C, 4, 4)."""
+    return like_a_picture(convolution, x)[..., :1].mT.unflatten(-1, (4, 4)).repeat(1, convolution.in_channels, 1, 1)
 
 
 class UNet(nn.Module):
-    """Attentions under the original code's names, one after the other."""
+    """Attentions and convolutions under the original code's names, one after the other."""
 
     def __init__(self, unet: nn.Module, places: dict[str, str]) -> None:
         super().__init__()
@@ -74,7 +82,7 @@ class UNet(nn.Module):
                 if step not in here._modules:
                     here.add_module(step, nn.Module())
                 here = here._modules[step]
-            here.add_module(last, Attention(unet.get_submodule(own)) if ".attn" in f".{own}" else nn.Module())
+            here.add_module(last, _seen_by_comfyui(unet, own))
 
     def forward(self, x, timesteps=None, context=None, transformer_options={}, **kwargs):  # noqa: B006
         assert not kwargs  # what is ours does not come this far
@@ -86,8 +94,16 @@ class UNet(nn.Module):
                 hidden = like_a_picture(attention, x)
                 own = context if name.endswith("attn2") else None
                 found.append(attention(hidden, context=own, transformer_options=options))
+        hosts = [self.get_submodule(name) for own, name in self.places.items() if ".conv" in own]
+        self.maps = [host(like_a_map(host, x)) for host in hosts]
         self.widths = [one.shape[-1] for one in found]
         return torch.cat(found, dim=-1).movedim(-1, 1).unflatten(-1, (4, 4))  # like a picture's
+
+
+def _seen_by_comfyui(unet, own):
+    if ".attn" in own:
+        return Attention(unet.get_submodule(own))
+    return copy.deepcopy(unet.get_submodule(own)) if ".conv" in own else nn.Module()
 
 
 class Model(nn.Module):
@@ -210,6 +226,14 @@ def places(base):
             else:
                 number = per_level * int(rest[0]) + int(rest[2]) + (side == "down_blocks")
                 found[name] = f"{'input' if side == 'down_blocks' else 'output'}_blocks.{number}.1.{tail}"
+        elif name.endswith((".conv1", ".conv2")) and "resnets" in name:
+            side, *rest = name.split(".")
+            tail = "in_layers.2" if name.endswith("1") else "out_layers.3"
+            if side == "mid_block":
+                found[name] = f"middle_block.{2 * int(rest[1])}.{tail}"
+            else:
+                number = per_level * int(rest[0]) + int(rest[2]) + (side == "down_blocks")
+                found[name] = f"{'input' if side == 'down_blocks' else 'output'}_blocks.{number}.0.{tail}"
     for level in range(len(config.block_out_channels) - 1):
         found[f"down {level}"] = f"input_blocks.{per_level * (level + 1)}.0.op"
         found[f"up {level}"] = f"output_blocks.{per_level * (level + 1) - 1}.1.conv"
@@ -236,6 +260,7 @@ def files(base, tmp_path_factory, randomize):
         "both": {"target_modules": ["attn1", "attn2"]},
         "everywhere": {"foldable": True, "tied": True},
         "cores": {"foldable": True, "cores": True, "trigger": ["sks"]},
+        "convolved": {"convolutions": 2, "target_modules": ["attn2"], "trigger": ["sks"]},
     }
     for name, options in kinds.items():
         pipe = load_base("embedded")
@@ -256,7 +281,7 @@ def outputs(patcher, texts, clip, **options):
     if SAID in made[0]:
         acts = {SAID: torch.cat([one[SAID].cond for one in made])}
     states = torch.cat([states for states, _ in conditions])
-    found = model.diffusion_model(torch.zeros(len(texts), 1), context=states, transformer_options=options, **acts)
+    found = model.diffusion_model(torch.zeros(len(texts), 4, 4, 4), context=states, transformer_options=options, **acts)
     patcher.unpatch()
     by_attention = found.flatten(2).movedim(1, -1).split(model.diffusion_model.widths, dim=-1)
     return torch.cat([one.flatten(1) for one in by_attention], dim=1)
@@ -320,9 +345,6 @@ class Guider:
 def by_diffusers(files, name, places, states, said):
     """The same by the adapter's own layers; `said` are the prompts."""
     pipe, found = files[f"{name} pipe"], []
-    from comcat_diffusion.adapters.call import here
-    from comcat_diffusion.adapters.trigger import listen
-
     listen(pipe)
     if hasattr(pipe, "comcat_gate"):
         pipe.comcat_gate.tell(states, said)
@@ -356,6 +378,45 @@ def test_attentions_do_what_they_do_in_diffusers_each_row_from_its_trigger_on(na
     assert_close(chosen, expected, rtol=1e-5, atol=1e-5)
     assert (found - base).abs().max() > 0.05 and header.notes == NOTES
     assert not model.object_patches and torch.equal(outputs(model, texts, clip), base)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True])
+def test_terms_beside_convolutions_do_what_they_do_in_diffusers(packed, files, base, model, clip, places, tmp_path):
+    """Row by row from the trigger on, at their strength, where a mask is white; nothing stays on the model."""
+    texts, unet = ["a photo of sks teddy", "a photo of a ball"], model.model.diffusion_model
+    file = files["convolved"]
+    if packed:
+        shrink(file, tmp_path / "small.safetensors", 12_000)
+        file = tmp_path / "small.safetensors"
+    outputs(model, texts, clip)
+    before = unet.maps
+    loaded, heard, _ = load(model, clip, file, 0.5)
+    left = torch.zeros(8, 8)
+    left[:, :4] = 1
+    placed = regions(loaded, [(file.stem, left)])
+    outputs(loaded, texts, heard)
+    found, pipe = unet.maps, load_base("embedded")
+    outputs(placed, texts, heard)
+    inside = unet.maps
+    load_adapter(pipe, file, "x")
+    pipe.unet.set_adapters(["x"], [0.5])
+    states = torch.cat([encode(heard, text)[0][0] for text in texts])
+    pipe.comcat_gate.tell(states, texts)
+    hosts = [pipe.unet.get_submodule(own) for own in places if ".conv" in own]
+    expected = [host(like_a_map(host, torch.zeros(2, 4, 4, 4))) for host in hosts]
+    here.heard = here.next = None
+    assert len(found) == len(hosts) > 20
+    for was, own, part, wanted in zip(before, found, inside, expected, strict=True):
+        assert_close(own, wanted, rtol=1e-5, atol=1e-5)
+        assert torch.equal(own[1], was[1]) and torch.equal(part[1], was[1])
+        half = own.shape[-1] // 2
+        if own.shape[-1] == 4:
+            assert_close(part[..., :half], own[..., :half], rtol=1e-5, atol=1e-5)
+            assert torch.equal(part[..., half:], was[..., half:])
+    assert max(float((own - was).abs().max()) for own, was in zip(found, before, strict=True)) > 0.05
+    outputs(model, texts, clip)
+    assert all(map(torch.equal, unet.maps, before))
 
 
 def _no_attn1(places, name):

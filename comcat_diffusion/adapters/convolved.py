@@ -29,7 +29,6 @@ from comcat_diffusion.attentions import plain
 
 FACTORS = ("conv_down", "conv_taps", "conv_up")
 _HOSTS = re.compile(r"(down|up|mid)_blocks?\..*resnets\.\d+\.conv[12]")  # of a U-Net of diffusers
-_UNETS = ("UNet2DConditionModel",)
 Whatever = TypeVar("Whatever")
 
 
@@ -43,10 +42,10 @@ def hosts(model: nn.Module) -> dict[str, nn.Conv2d]:
 
     Raises ValueError for a model that is no U-Net of diffusers, and for a convolution of another kind.
     """
-    kind = type(bare(model)).__name__
-    if kind not in _UNETS:
-        raise ValueError(f"Terms beside convolutions are for U-Nets, and this is a {kind}: set convolutions=0.")
     found = {name: plain(module) for name, module in plain_modules(model).items() if is_named_so(name)}
+    if not found:
+        kind = type(bare(model)).__name__
+        raise ValueError(f"Terms beside convolutions are for U-Nets, and this is a {kind}: set convolutions=0.")
     for name, host in found.items():
         reason = why_not(host)
         if reason is not None:

@@ -231,20 +231,6 @@ def kind_of(config: dict) -> str:
     return kinds[0] if kinds else "foldable" if config.get("foldable") else "free"
 
 
-def has_convolutions(header: Header) -> bool:
-    """Whether an adapter has terms beside convolutions."""
-    return any(config.get("convolutions") for config in header.config.values())
-
-
-def refuse_convolutions(header: Header, path: str | Path) -> None:
-    """Raise AdapterFileError for a file with terms beside convolutions, which few can use."""
-    if has_convolutions(header):
-        raise AdapterFileError(
-            f"{path} has terms beside convolutions, which comcat generate, evaluate and train read and nothing else "
-            "does yet: train it again without --convolutions."
-        )
-
-
 def awaited(header: Header) -> set[str]:
     """The words that the adapter of a file waits for, in small letters; none if it acts everywhere."""
     return {word.lower() for config in header.config.values() for word in config.get("trigger") or ()}

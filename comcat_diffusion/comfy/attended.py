@@ -43,16 +43,17 @@ class Carrying(OfGuests):
         """Their factors, and on which tokens they act: what `spread` makes of those of the text."""
         found = []
         for guest in live:
-            tokens = None
-            if guest.trigger:
-                silent = torch.zeros_like(next(iter(said.values())))
-                tokens = spread(
-                    shared_out(guest.waits, guest.trigger, lambda words: said.get(words, silent))  # noqa: B023
-                )
             factors = self._on(attention, device, guest)
             kind = Foldable if "q_core" in factors else Free
-            found.append(kind(guest.scales[attention], tokens, **factors))
+            found.append(kind(guest.scales[attention], self.acting(guest, said, spread), **factors))
         return found
+
+    def acting(self, guest: Guest, said: Said, spread: Spread) -> torch.Tensor | None:
+        """On which tokens a live adapter acts: what `spread` makes of those of the text; None for all."""
+        if not guest.trigger:
+            return None
+        silent = torch.zeros_like(next(iter(said.values())))
+        return spread(shared_out(guest.waits, guest.trigger, lambda words: said.get(words, silent)))
 
     def _on(self, attention: str, device: torch.device, guest: Guest) -> dict[str, nn.Linear]:
         """An adapter's factors on the device that the attention computes on; they are kilobytes, and stay there."""

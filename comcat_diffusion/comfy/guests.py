@@ -22,14 +22,14 @@ Trigger = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Guest:
-    """An adapter that was invited: its factors by attention, and how strong it is."""
+    """An adapter that was invited: its factors by host, an attention or a convolution, and how strong it is."""
 
     name: str
     path: Path
     trigger: Trigger  # words that it waits for; none: it acts everywhere
     waits: tuple[tuple[Trigger, int], ...]  # of several subjects: for which words how many of its ranks do
-    factors: Mapping[str, Mapping[str, nn.Linear]]  # attentions are called as from the model that is patched
-    scales: Mapping[str, float]  # by attention: strength times alpha / r
+    factors: Mapping[str, Mapping[str, nn.Linear]]  # hosts are called as from the model that is patched
+    scales: Mapping[str, float]  # by host: strength times alpha / r
     subjects: Trigger = ()  # what its subjects are called in prompts, by which their places are found
 
     @property

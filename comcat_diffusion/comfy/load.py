@@ -12,7 +12,7 @@ from torch import nn
 from comcat_diffusion.adapters import cores
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.fingerprint import fingerprint_as, layout_of
-from comcat_diffusion.adapters.header import AdapterFileError, Header, called_by, read_adapter, refuse_convolutions
+from comcat_diffusion.adapters.header import AdapterFileError, Header, called_by, read_adapter
 from comcat_diffusion.adapters.model import of_pattern
 from comcat_diffusion.adapters.regions import checked_mask
 from comcat_diffusion.adapters.store import Fitting, expected_shapes, read_fitting
@@ -20,6 +20,7 @@ from comcat_diffusion.adapters.tied import scattered, sides_of
 from comcat_diffusion.comfy.guests import Guest, guests_of, invited
 from comcat_diffusion.comfy.names import (
     ENCODERS,
+    convolution_names,
     fingerprint_of,
     prediction_of,
     roughness,
@@ -47,7 +48,7 @@ def load(
     """
     require_scale(strength, "The strength")
     path = Path(path)
-    trained = _read(path).fingerprint
+    trained = read_adapter(path).fingerprint
     kind = kind_of(model.model.diffusion_model)
     parts, names = _of_unet(model, clip, path) if kind is None else _of_transformer(model, kind)
     present = _present(model, parts, names, trained)
@@ -75,20 +76,12 @@ def load_unet(
     """A clone of a model alone with an adapter of its U-Net; see `load`."""
     require_scale(strength, "The strength")
     path = Path(path)
-    trained, shell = _read(path).fingerprint, unet_as_diffusers(patcher)
-    names = {own: f"diffusion_model.{name}" for own, name in unet_names(patcher.model.diffusion_model).items()}
+    trained, shell, names = read_adapter(path).fingerprint, unet_as_diffusers(patcher), _names_of(patcher)
     present = _present(patcher, {UNET: shell}, {UNET: names}, trained)
     fitting = read_fitting({UNET: shell}, present, path, any_weights, "this model")
     _refuse_rough(patcher, fitting.configs[UNET], names)
     guest = _guest(path, "unet", fitting, shell, names, strength)
     return seated(patcher, invited(guests_of(patcher), guest)), fitting.header
-
-
-def _read(path: Path) -> Header:
-    """The header of a file that can be seated here."""
-    header = read_adapter(path)
-    refuse_convolutions(header, path)
-    return header
 
 
 def save_lora(model: object, path: str | Path, output: str | Path, half: bool = False) -> list[Path]:
@@ -103,15 +96,21 @@ def save_lora(model: object, path: str | Path, output: str | Path, half: bool = 
 
 
 def _of_unet(model: object, clip: object, path: Path) -> tuple[dict[str, nn.Module], dict[str, dict[str, str]]]:
-    """A U-Net and its text encoders as diffusers has them, by part, and the names of their attentions here."""
+    """A U-Net and its text encoders as diffusers has them, by part, and what adapters stand beside is called here."""
     parts = {UNET: unet_as_diffusers(model)}
-    names = {UNET: {own: f"diffusion_model.{name}" for own, name in unet_names(model.model.diffusion_model).items()}}
+    names = {UNET: _names_of(model)}
     for part, root in _roots(clip).items():
         encoder, within = clip.patcher.model.get_submodule(root), _within(path, part)
         parts[part] = text_as_transformers(clip.patcher, root, within)
         here = text_names(encoder, root.partition(".")[0], within)
         names[part] = {own: f"{root}.{name}" for own, name in here.items()}
     return parts, names
+
+
+def _names_of(patcher: object) -> dict[str, str]:
+    """The name here of every attention and convolution of a U-Net that adapters stand beside."""
+    unet = patcher.model.diffusion_model
+    return {own: f"diffusion_model.{name}" for own, name in (unet_names(unet) | convolution_names(unet)).items()}
 
 
 def _of_transformer(model: object, kind: Kind) -> tuple[dict[str, nn.Module], dict[str, dict[str, str]]]:
@@ -169,16 +168,20 @@ def _guest(
         own = _unfolded(own, shapes, shell, config)
     factors: dict[str, dict[str, nn.Linear]] = {}
     for name, tensor in own.items():
-        attention, _, factor = name.rpartition(".")
-        factors.setdefault(attention, {})[factor] = linear_of(tensor.float())
-    scales = {}
-    for attention in factors:
-        rank = of_pattern(config.rank_pattern, attention, config.r)
-        scales[names[attention]] = strength * of_pattern(config.alpha_pattern, attention, config.alpha) / rank
+        host, _, factor = name.rpartition(".")
+        factors.setdefault(host, {})[factor] = linear_of(tensor.float())
+    scales = {names[host]: strength * _scale(config, host, "conv_up" in held) for host, held in factors.items()}
     waits = tuple((tuple(words), count) for words, count in config.trigger_ranks or ())
-    factors = {names[attention]: own for attention, own in factors.items()}
+    factors = {names[host]: held for host, held in factors.items()}
     subjects = tuple(called_by(fitting.header))
     return Guest(path.stem, path.resolve(), tuple(config.trigger or ()), waits, factors, scales, subjects)
+
+
+def _scale(config: ComcatConfig, host: str, beside: bool) -> float:
+    """Alpha by rank at an attention, or at a convolution, beside which it is the same for all."""
+    if beside:
+        return config.alpha / config.r
+    return of_pattern(config.alpha_pattern, host, config.alpha) / of_pattern(config.rank_pattern, host, config.r)
 
 
 def _unfolded(

@@ -18,6 +18,10 @@ ENCODERS = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}
 _UNREAD = {"clip_h": 1}  # last layers of which nobody reads the states; diffusers' copies of 2.x come without them
 _BLOCK = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.1\.(transformer_blocks\.\d+\.attn[12])")
 _MIDDLE = re.compile(r"middle_block\.1\.(transformer_blocks\.\d+\.attn[12])")
+_CONVOLUTION = re.compile(
+    r"(?:(input_blocks|output_blocks)\.(\d+)\.0|middle_block\.([02]))\.(in_layers\.2|out_layers\.3)"
+)
+_CALLED = {"in_layers.2": "conv1", "out_layers.3": "conv2"}  # what diffusers calls the two of a residual block
 _PLACES = ("down_blocks", "up_blocks", "mid_block")  # the order in which diffusers makes a U-Net
 
 
@@ -58,6 +62,19 @@ def unet_names(unet: nn.Module) -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda pair: _PLACES.index(pair[0].partition(".")[0])))  # sorted is stable
 
 
+def convolution_names(unet: nn.Module) -> dict[str, str]:
+    """The same of the convolutions of its residual blocks."""
+    modules, found = dict(unet.named_modules()), {}
+    for name, match in ((name, _CONVOLUTION.fullmatch(name)) for name in modules):
+        if match:
+            side, number, middle, own = match.groups()
+            down = side == "input_blocks"
+            level, place = (0, int(middle) // 2) if middle else _level(modules, side, int(number))
+            block = "mid_block" if middle else f"{'down' if down else 'up'}_blocks.{level}"
+            found[f"{block}.resnets.{place}.{_CALLED[own]}"] = name
+    return found
+
+
 def _level(modules: dict[str, nn.Module], side: str, number: int) -> tuple[int, int]:
     """Of block `number`: the level, and the place within it."""
     if side == "input_blocks":  # the first one reads the picture, and one that halves it stands between two levels
@@ -70,7 +87,7 @@ def _level(modules: dict[str, nn.Module], side: str, number: int) -> tuple[int, 
 def unet_as_diffusers(patcher: object) -> nn.Module:
     """The attentions of a `ModelPatcher`'s U-Net under diffusers' names, keys and values as they are without LoRAs.
 
-    Raises ValueError for a model without attentions that are known.
+    Convolutions are there by their shapes alone. Raises ValueError for a model without attentions that are known.
     """
     unet = patcher.model.diffusion_model
     names = unet_names(unet)
@@ -83,7 +100,12 @@ def unet_as_diffusers(patcher: object) -> nn.Module:
     for own, name in names.items():
         kept = [_linear(patcher, f"diffusion_model.{name}.{projection}") for projection in ("to_k", "to_v")]
         found[own] = Attention(modules[name], own.endswith("attn2"), *kept)
-    return tree(found)
+    return tree(found | {own: _shape_of(modules[name]) for own, name in convolution_names(unet).items()})
+
+
+def _shape_of(host: nn.Conv2d) -> nn.Conv2d:
+    into, out = host.in_channels, host.out_channels
+    return nn.Conv2d(into, out, host.kernel_size, host.stride, host.padding, device="meta")
 
 
 def kept_weight(patcher: object, name: str) -> torch.Tensor | None:

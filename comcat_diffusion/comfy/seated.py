@@ -6,10 +6,12 @@ Letters: B batch, M context tokens, T triggers, P adapters that are placed.
 import logging
 
 import torch
+from torch import nn
 from torch.nn.functional import pad
 
 from comcat_diffusion.comfy.attended import Attended
 from comcat_diffusion.comfy.blocks import block_of
+from comcat_diffusion.comfy.convolved import Convolved, passing
 from comcat_diffusion.comfy.guests import Guests, OfGuests
 from comcat_diffusion.comfy.places import OUTER_SAMPLE, PLACES, Twice
 from comcat_diffusion.comfy.sharing import PICTURE, Picture, masked_shares
@@ -21,7 +23,7 @@ _UNET = "diffusion_model"
 def seated(patcher: object, guests: Guests) -> object:
     """A clone of a `ModelPatcher` with these adapters, and no others; the one that is given stays as it is.
 
-    Raises ValueError if another node has put a forward of its own in the place of an attention's.
+    Raises ValueError if another node has put a forward of its own in the place of an attention's or a convolution's.
     """
     made = patcher.clone()
     model, patches = made.model, made.object_patches
@@ -30,7 +32,8 @@ def seated(patcher: object, guests: Guests) -> object:
         if ours.foreign is not None:
             patches[name] = ours.foreign
     for name in dict.fromkeys(name for guest in guests.all for name in guest.factors):
-        place, kind = block_of(name) or (name, Attended)
+        host = model.get_submodule(name)
+        place, kind = block_of(name) or (name, Convolved if isinstance(host, nn.Conv2d) else Attended)
         there = patches.get(f"{place}.forward")
         if there is not None and not isinstance(there, OfGuests):
             raise ValueError(f"Another node has changed {place} already: load the COMCAT adapter before it.")
@@ -83,11 +86,11 @@ class _Conditions(OfGuests):
 
 
 class _Passed(OfGuests):
-    """The model's `forward`: hands what the texts say on to its attentions."""
+    """The model's `forward`: hands what the texts say on to its attentions and convolutions."""
 
     own = "forward"
 
-    def __init__(self, guests: Guests, owner: torch.nn.Module, *foreign: object) -> None:
+    def __init__(self, guests: Guests, owner: nn.Module, *foreign: object) -> None:
         super().__init__(guests, owner, *foreign)
         self.patch = owner.patch_size if guests.of_tokens else 1
 
@@ -109,7 +112,11 @@ class _Passed(OfGuests):
         if self.guests.of_tokens:
             options[PICTURE] = self._picture(latents, kwargs["context"])
         drawing = options.pop(PLACES, None)
-        run = lambda options: self.before(*args, transformer_options=options, **kwargs)  # noqa: E731
+
+        def run(options: dict) -> torch.Tensor:
+            with passing(options, tuple(latents.shape[-2:])):
+                return self.before(*args, transformer_options=options, **kwargs)
+
         if drawing is not None:
             return drawing.step(latents, options, called, run)
         if any(one.asks() for one in called.values()):
