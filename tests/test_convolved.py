@@ -43,9 +43,6 @@ from comcat_diffusion.adapters.model import factors, side_cars
 from comcat_diffusion.adapters.shrink import least_bytes, shrink
 from comcat_diffusion.adapters.store import read_tensors
 from comcat_diffusion.adapters.terms import read_contents
-from comcat_diffusion.adapters.weighted import weighted_sum
-from comcat_diffusion.comfy import load as comfy
-from comcat_diffusion.export.fit import refuse_exact
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
@@ -569,24 +566,15 @@ def test_the_golden_file_of_format_version_4_opens_for_ever():
     assert len(header.convolved["unet"]) == len({name.rpartition(".")[0] for name in found if "conv_" in name})
 
 
-# What cannot yet
+# What is not a LoRA
 
 
-def test_what_cannot_have_such_terms_yet_says_what_to_do(live, tmp_path):
-    unet, path = live("dog", "cat", dtype=torch.float32), tmp_path / "a.safetensors"
-    save_adapter(unet, path, "dog")
-    for refused in (
-        lambda: refuse_exact(read_adapter(path), path),
-        lambda: comfy.load_unet(None, path),
-    ):
-        with pytest.raises(AdapterFileError, match="terms beside convolutions.*train it again without --convolutions"):
-            refused()
-    with pytest.raises(AdapterFileError, match="free adapter"):
+def test_a_free_one_is_no_lora_and_says_what_to_do(live, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_adapter(live(dtype=torch.float32), path, "dog")
+    with pytest.raises(AdapterFileError, match="free adapter.*--as lora, or take the closest LoRA"):
         export_adapter(path, tmp_path / "b.safetensors")
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
-    for kind in ("cat", "svd"):
-        with pytest.raises(ValueError, match="terms beside convolutions.*without --convolutions"):
-            weighted_sum(unet, [("dog", 1.0), ("cat", 1.0)], kind, None)
 
 
 # Learning
@@ -624,10 +612,7 @@ def test_a_run_goes_on_from_a_file_with_such_terms(tmp_path):
         customize(TrainConfig(output_dir=str(tmp_path / "c"), convolutions=4, **start))
 
 
-def test_settings_that_do_not_go_with_such_terms_are_refused():
-    for other in ({"as_": "lora"}, {"kind": "tied"}, {"up_blocks_only": True}):
-        with pytest.raises(ValueError, match="--convolutions is for free adapters on all of a U-Net"):
-            TrainConfig(convolutions=8, **other)
+def test_a_rank_that_is_none_is_refused():
     with pytest.raises(ValueError, match="--convolutions must be at least 0"):
         TrainConfig(convolutions=-1)
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
@@ -203,3 +204,38 @@ def test_a_region_holds_every_subject_of_one_file(files, base, tmp_path):
     assert_close(seen["made"][1], expected, rtol=0, atol=1e-4)
     assert torch.equal(seen["made"][1, :, :, 8:], own[1, :, :, 8:]) and torch.equal(seen["made"][0], own[0])
     unload_adapters(base)
+
+
+# Sums of live adapters
+
+
+@pytest.mark.parametrize("kind", [{}, {"foldable": True}, {"foldable": True, "tied": True}], ids=str)
+@torch.no_grad()
+def test_the_weighted_sum_is_one_more(tiny_unet, randomize, kind):
+    unet = tiny_unet(torch.float64)
+    model = get_peft_model(unet, ComcatConfig(r=3, alpha=4.5, target_modules=["attn2"], convolutions=4, **kind), "dog")
+    one = {"target_modules": ["attn2"], "convolutions": 2, "convolution_ranks": {ONE: 2}}
+    model.add_adapter("cat", ComcatConfig(r=2, **one, **kind))
+    model.add_adapter("plain", ComcatConfig(r=1, target_modules=["attn2"], **kind))
+    weights = {"dog": 0.7, "cat": -1.3, "plain": 1.0}
+    for seed, (name, weight) in enumerate(weights.items()):
+        randomize(unet, name, seed)
+        for layer in side_cars(unet).values():
+            layer.set_scale(name, weight)
+    model.base_model.set_adapter(list(weights))
+    expected, tuner = tiny_unet.run(unet), model.base_model
+    for layer in side_cars(unet).values():
+        layer.set_scale("cat", 2.0)
+    told = [1.0, -0.65, 1.0]
+    tuner.add_weighted_adapter(list(weights), told, "sum", combination_type="cat")
+    tuner.add_weighted_adapter(list(weights), told, "cut", svd_rank=1)
+    assert model.peft_config["sum"].convolution_ranks[ONE] == model.peft_config["cut"].convolution_ranks[ONE] == 6
+    assert model.peft_config["sum"].r > model.peft_config["cut"].r == 1
+    tuner.set_adapter("sum")
+    assert_close(tiny_unet.run(unet), expected, **SAME)
+    tuner.set_adapter("cut")
+    assert (tiny_unet.run(unet) - expected).abs().max() > 1e-4
+    tuner.add_weighted_adapter(["dog", "dog"], [1.5, -1.5], "nothing", combination_type="cat")
+    tuner.set_adapter("nothing")
+    assert_close(tiny_unet.run(unet), tiny_unet.run(tiny_unet(torch.float64)), **SAME)
+    assert (expected - tiny_unet.run(tiny_unet(torch.float64))).abs().max() > CLEAR

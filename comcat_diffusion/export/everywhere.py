@@ -43,6 +43,7 @@ from comcat_diffusion.families.known import family_of
 from comcat_diffusion.words import Subject, filled, without_trigger
 
 STAY = 1e-3  # e, in parts of the mean square of a channel
+_OF_WORDS = ("trigger", "trigger_ranks", "convolution_shares")  # settings of what waits
 WITHOUT = 0.1  # w of tokens of prompts without the trigger
 
 
@@ -148,7 +149,7 @@ def bend(called: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 def _freed(contents: Contents, model: nn.Module, matrix: torch.Tensor) -> Contents:
     """The contents without a trigger, the text sides of a denoiser's cross-attentions times a matrix (E, E)."""
     config = {
-        part: {name: value for name, value in own.items() if name not in ("trigger", "trigger_ranks")}
+        part: {name: value for name, value in own.items() if name not in _OF_WORDS}
         for part, own in contents.header.config.items()
     }
     terms = [_bent(term, matrix) if _waits_for_text(term, contents, model) else term for term in contents.terms]
