@@ -183,7 +183,7 @@ def test_train_generate_and_info_from_any_folder(tmp_path, monkeypatch, capfd):
     assert "pictures/sheet.png" in capfd.readouterr().out
     assert main(["info", "o/sks-teddy.safetensors"]) == 0
     told = capfd.readouterr().out
-    assert "sks teddy" in told and "on attn1 (7 attentions) and attn2 (7 attentions)" in told
+    assert "sks teddy" in told and "on attn2 (7 attentions), with terms beside" in told
 
 
 @pytest.mark.slow

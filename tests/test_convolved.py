@@ -44,8 +44,10 @@ from comcat_diffusion.adapters.shrink import least_bytes, shrink
 from comcat_diffusion.adapters.store import read_tensors
 from comcat_diffusion.adapters.terms import read_contents
 from comcat_diffusion.export.lora import export_adapter
+from comcat_diffusion.training.becomes import budget
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
+from comcat_diffusion.training.learned import adapter_config
 from tests import reference
 from tests.test_trigger import WITH, WITHOUT, drawn, embedded, far, waiting  # noqa: F401
 
@@ -631,3 +633,15 @@ def test_gradients_are_the_same_with_checkpointing(waiting):  # noqa: F811
     for name, grad in found[0].items():
         assert_close(found[1][name], grad)
     assert any(grad.abs().max() > 0 for name, grad in found[0].items() if "conv_" in name)
+
+
+def test_the_default_has_them_where_there_are_convolutions(tiny_unet, tiny_klein):
+    unet, flow = tiny_unet(), tiny_klein()
+    usual = adapter_config(TrainConfig(), unet, ["sks"])
+    assert (usual.convolutions, usual.target_modules, usual.r) == (8, None, 8)  # None: cross-attention
+    without = adapter_config(TrainConfig(convolutions=0), unet, ["sks"])
+    assert (without.convolutions, sorted(without.target_modules)) == (0, ["attn1", "attn2"])
+    assert budget(TrainConfig(), unet) == budget(TrainConfig(convolutions=0), unet)
+    for other in (TrainConfig(kind="tied"), TrainConfig(up_blocks_only=True), TrainConfig(as_="lora")):
+        assert adapter_config(other, unet, ["sks"]).convolutions == 0
+    assert adapter_config(TrainConfig(), flow, ["sks"]).convolutions == 0

@@ -117,9 +117,16 @@ class Family:
     has_node = True  # whether the ComfyUI nodes put its adapters on
     lora_prefix = ""  # of LoRA files that diffusers loads; default: the component's name
 
-    def usual_targets(self, kind: str) -> list[str] | None:
-        """The attentions that a new adapter of a kind is on where none are named; None: all that see words."""
+    def usual_targets(self, kind: str, beside: bool = False) -> list[str] | None:
+        """The attentions that a new adapter of a kind is on where none are named; None: all that see words.
+
+        `beside` says whether it has terms beside convolutions, too.
+        """
         return None
+
+    def usual_convolutions(self, kind: str) -> int:
+        """The rank of the terms that a new adapter of a kind has beside convolutions where nothing is said of them."""
+        return 0
 
     # Sizes; `denoiser` and `vae` are configurations, `factor` the pixels of one latent place
 

@@ -42,7 +42,7 @@ class Flux2Klein(Flux1):
         """FLUX.2 [dev], which is told its guidance, reads by another model."""
         return not denoiser.get("guidance_embeds", False)
 
-    def usual_targets(self, kind: str) -> list[str] | None:
+    def usual_targets(self, kind: str, beside: bool = False) -> list[str] | None:
         """The blocks of one stream too: the text's keys and values alone carry no subject; docs/log.md, 2026-11-29."""
         return ["attn"]
 

@@ -26,9 +26,16 @@ class StableDiffusion(Family):
         """Every U-Net that takes no pooled text."""
         return denoiser.get("addition_embed_type") is None and denoiser.get("encoder_hid_dim_type") is None
 
-    def usual_targets(self, kind: str) -> list[str] | None:
-        """A free one on self-attention too, which carries shapes far from the base's own; docs/log.md, 2026-11-29."""
-        return ["attn1", "attn2"] if kind == "free" else None
+    def usual_targets(self, kind: str, beside: bool = False) -> list[str] | None:
+        """A free one on self-attention too, which carries shapes far from the base's own; docs/log.md, 2026-11-29.
+
+        Convolutions carry them better.
+        """
+        return ["attn1", "attn2"] if kind == "free" and not beside else None
+
+    def usual_convolutions(self, kind: str) -> int:
+        """A free one has them: eyes, wheels and round outlines are theirs; docs/log.md, 2026-11-30."""
+        return 8 if kind == "free" else 0
 
     def grain(self, denoiser: Mapping, factor: int) -> int:
         """Every level of the U-Net but the last halves the latents."""

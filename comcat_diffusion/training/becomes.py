@@ -9,9 +9,9 @@ from comcat_diffusion.adapters.separable import TAPS
 from comcat_diffusion.adapters.store import expected_shapes
 from comcat_diffusion.bases import PRECISIONS
 from comcat_diffusion.families.family import Family, Native
-from comcat_diffusion.families.known import family_of_denoiser
+from comcat_diffusion.families.known import family_of_denoiser, family_of_model
 from comcat_diffusion.training.config import TrainConfig
-from comcat_diffusion.training.learned import adapter_config, targets
+from comcat_diffusion.training.learned import adapter_config, convolutions, targets
 
 SHRUNK, LEAST, MOST = 20, 10_000, 1_000_000  # a file is this part of what is learned, within these bytes
 Shapes = Mapping[str, tuple[int, int]]  # of factors by name, ATTENTION.FACTOR
@@ -23,7 +23,7 @@ def budget(config: TrainConfig, denoiser: nn.Module) -> int:
         return config.max_bytes
     if config.kind != "free" or config.everywhere or config.thumbnail or config.init_adapter:
         return 0
-    if config.convolutions:  # another form of the usual adapter, of as many bytes
+    if convolutions(config, denoiser):  # another form of an adapter of all attentions, of as many bytes
         config = replace(config, convolutions=0, target_modules=None)
     return min(MOST, max(LEAST, _whole(config, denoiser) // SHRUNK))
 
@@ -41,8 +41,8 @@ def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
     family = family_of_denoiser(type(denoiser).__name__, denoiser.config)
     if family is None:  # see export/fit.py
         return f"This adapter is for this tool (about {size})."
-    tools = "this tool and its ComfyUI node" if family.has_node and not config.convolutions else "this tool"
-    kept = shape if config.convolutions else shape.at_attentions()  # a LoRA has such terms where they are asked for
+    tools = "this tool and its ComfyUI node" if family.has_node else "this tool"
+    kept = shape if _with_convolutions(config, denoiser) else shape.at_attentions()
     exact = replace(kept, tied=False, cores=False, foldable=True, target_modules=targets(config, denoiser))
     lora = expected_shapes(denoiser, exact)
     larger = f"{lora_bytes(lora, config.rank, family) / 1000:,.0f} kB"
@@ -57,6 +57,14 @@ def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
         f"This adapter is for {tools} (about {size}); nothing else changes. For a LoRA that "
         f"every program reads (about {larger}, half in fp16), which changes other prompts too, say --as lora."
     )
+
+
+def _with_convolutions(config: TrainConfig, denoiser: nn.Module) -> bool:
+    """Whether the same settings with --as lora have terms beside convolutions: if these are asked for, or usual then."""
+    family = family_of_model(denoiser)
+    if config.convolutions in (None, family.usual_convolutions(config.kind)):
+        return bool(family.usual_convolutions("foldable"))
+    return bool(config.convolutions)
 
 
 def lora_bytes(foldable: Shapes, rank: int, family: Family) -> int:

@@ -183,8 +183,8 @@ class AdapterShape(Group):
     )
     target_modules: list[str] | None = option(
         None,
-        "Attentions to adapt, for instance attn2. Default: cross-attention, and of a free adapter on a U-Net "
-        "self-attention too.",
+        "Attentions to adapt, for instance attn2. Default: cross-attention, and of a free adapter on a U-Net without "
+        "--convolutions self-attention too.",
     )
     up_blocks_only: bool = option(
         False,
@@ -192,10 +192,10 @@ class AdapterShape(Group):
         formerly="way_up",
     )
 
-    convolutions: int = option(
-        0,
-        "Also rank of terms beside the convolutions of a U-Net's residual blocks, which carry fine detail; 8 is usual, "
-        "with --target_modules attn2. For this tool alone, not for its ComfyUI node. 0: none.",
+    convolutions: int | None = option(
+        None,
+        "Rank of terms beside the convolutions of a U-Net's residual blocks, which carry fine detail. Default: 8 for a "
+        "free adapter on a U-Net, and none for others. 0: none, and self-attention in their place.",
     )
 
     def check(self) -> None:

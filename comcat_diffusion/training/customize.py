@@ -286,6 +286,7 @@ def _resolved(config: TrainConfig, pipe: DiffusionPipeline, dataset: Dataset) ->
         config,
         pretrained_model_name_or_path=config.pretrained_model_name_or_path or bases.EMBEDDED,
         learning_rate=config.learning_rate or KINDS[config.kind],
+        convolutions=learned.convolutions(config, denoiser(pipe)),
         max_bytes=budget(config, denoiser(pipe)),
         resolution=bases.asked_resolution(pipe, config.resolution),
         train_batch_size=config.train_batch_size or default_batch(bases.native_resolution(pipe), len(dataset.examples)),

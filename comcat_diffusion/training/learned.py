@@ -109,17 +109,25 @@ def awaited(config: TrainConfig, subjects: Sequence[Subject]) -> list[str]:
 
 def adapter_config(shape: AdapterShape, model: nn.Module, words: Sequence[str]) -> ComcatConfig:
     """A model's adapter, which waits for any of the words unless it is to act everywhere."""
+    beside = convolutions(shape, model)
     return ComcatConfig(
         r=shape.rank,
         alpha=shape.alpha,
         foldable=shape.kind != "free",
         tied=shape.kind == "tied",
         cores=shape.kind == "cores",
-        convolutions=shape.convolutions,
-        convolution_ranks=_ranks_beside(shape, model),
+        convolutions=beside,
+        convolution_ranks=_ranks_beside(shape, model) if beside and shape.up_blocks_only else None,
         trigger=None if shape.everywhere else list(words),
-        target_modules=targets(shape, model) or family_of_model(model).usual_targets(shape.kind),
+        target_modules=targets(shape, model) or family_of_model(model).usual_targets(shape.kind, bool(beside)),
     )
+
+
+def convolutions(shape: AdapterShape, model: nn.Module) -> int:
+    """The rank of the terms beside a model's convolutions: what is asked for, or what its family usually has."""
+    if shape.convolutions is not None or shape.up_blocks_only:
+        return shape.convolutions or 0
+    return family_of_model(model).usual_convolutions(shape.kind)
 
 
 def targets(shape: AdapterShape, model: nn.Module) -> list[str] | str | None:
@@ -133,10 +141,8 @@ def targets(shape: AdapterShape, model: nn.Module) -> list[str] | str | None:
     return rf"up_blocks\..*\.({'|'.join(names)})"
 
 
-def _ranks_beside(shape: AdapterShape, model: nn.Module) -> dict[str, int] | None:
-    """The ranks beside single convolutions, where not all are to have a term."""
-    if not (shape.convolutions and shape.up_blocks_only):
-        return None
+def _ranks_beside(shape: AdapterShape, model: nn.Module) -> dict[str, int]:
+    """The ranks beside the convolutions of the way up."""
     return {n: shape.convolutions for n in plain_modules(model) if is_named_so(n) and n.startswith("up_blocks.")}
 
 

@@ -107,15 +107,15 @@ def _refusals(config: TrainConfig, dataset: Dataset) -> Iterator[str]:
 
 def _size_facts(config: TrainConfig, dataset: Dataset, denoiser: nn.Module) -> Iterator[str]:
     adapter = adapter_config(config, denoiser, awaited(config, dataset.subjects))
-    shapes = expected_shapes(denoiser, adapter)
-    if not shapes:
-        raise ValueError(f"--target_modules {' '.join(config.target_modules or [])}: the base has none of this name.")
-    count = sum(high * wide for high, wide in shapes.values())
     by_attention = expected_shapes(denoiser, replace(adapter.at_attentions(), tied=False, cores=False))
+    if not by_attention:
+        raise ValueError(f"--target_modules {' '.join(config.target_modules or [])}: the base has none of this name.")
+    shapes = expected_shapes(denoiser, adapter)
+    count = sum(high * wide for high, wide in shapes.values())
     attentions = len({name.rpartition(".")[0] for name in by_attention})
     size = count * bases.PRECISIONS[config.save_precision].itemsize / 1000
     yield f"Adapter: {count:,} parameters on {attentions} attentions, {size:,.0f} kB and its header."
-    if config.convolutions:
+    if adapter.convolutions:
         beside = [high * wide for name, (high, wide) in shapes.items() if name.rpartition(".")[2] in CONVOLVED]
         yield f"{sum(beside):,} of them are in terms beside {len(beside) // len(CONVOLVED)} convolutions."
     yield becomes(config, denoiser)
