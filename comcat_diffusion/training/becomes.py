@@ -60,7 +60,7 @@ def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
 
 
 def _with_convolutions(config: TrainConfig, denoiser: nn.Module) -> bool:
-    """Whether the same settings with --as lora have terms beside convolutions: if these are asked for, or usual then."""
+    """Whether the same settings with --as lora have terms beside convolutions: those asked for, or usual then."""
     family = family_of_model(denoiser)
     if config.convolutions in (None, family.usual_convolutions(config.kind)):
         return bool(family.usual_convolutions("foldable"))
