@@ -28,7 +28,6 @@ from comcat_diffusion import (
     unmerge_adapters,
 )
 from comcat_diffusion.adapters import separable as maths
-from comcat_diffusion.adapters.combine import combine
 from comcat_diffusion.adapters.convolved import FACTORS, ConvolvedLayer
 from comcat_diffusion.adapters.convolved_rows import (
     CONV_BITS,
@@ -44,8 +43,6 @@ from comcat_diffusion.adapters.model import factors, side_cars
 from comcat_diffusion.adapters.shrink import least_bytes, shrink
 from comcat_diffusion.adapters.store import read_tensors
 from comcat_diffusion.adapters.terms import read_contents
-from comcat_diffusion.adapters.weighted import weighted_sum
-from comcat_diffusion.export.fit import refuse_exact
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.training.becomes import budget
 from comcat_diffusion.training.config import TrainConfig
@@ -166,9 +163,14 @@ def test_ranks_of_single_convolutions(live):
 
 
 def test_what_has_no_such_terms_is_refused_by_name(tiny_unet, tiny_sd3, tiny_clip):
-    for wrong in ({"foldable": True}, {"trigger": ["a", "b"], "trigger_ranks": [[["a"], 1], [["b"], 1]]}):
-        with pytest.raises(ValueError, match="convolutions are of free adapters of one subject"):
-            ComcatConfig(r=2, convolutions=8, **wrong)
+    several = {"trigger": ["a", "b"], "trigger_ranks": [[["a"], 1], [["b"], 1]], "convolution_ranks": {ONE: 8}}
+    right = {ONE: [5, 3]}
+    assert ComcatConfig(r=2, convolutions=8, convolution_shares=right, **several).convolution_shares == right
+    for wrong in (None, {}, {ONE: [5, 2]}, {ONE: [8]}, {ONE: [9, -1]}, {ONE: [True, 7]}, {ONE: 8}, {"b": [5, 3]}):
+        with pytest.raises(ValueError, match="convolution_shares must share the ranks of convolution_ranks out"):
+            ComcatConfig(r=2, convolutions=8, convolution_shares=wrong, **several)
+    with pytest.raises(ValueError, match="convolution_shares must share"):
+        ComcatConfig(r=2, convolutions=8, convolution_ranks={ONE: 8}, convolution_shares=right)
     for wrong in ({"convolutions": -1}, {"convolutions": True}, {"convolutions": 4, "convolution_ranks": {"a": 0}}):
         with pytest.raises(ValueError, match="rank beside convolutions must be a whole number"):
             ComcatConfig(**wrong)
@@ -516,7 +518,7 @@ def test_what_is_packed_is_unpacked_exactly():
         rank_bytes(len(term.up), term.down.shape[1], count)
         for term, own in zip(terms, bits, strict=True) for count in own
     )  # fmt: skip
-    found = take_terms(dict(tensors), convolved)
+    found = {name: factor for term in take_terms(dict(tensors), convolved) for name, factor in term.tensors().items()}
     down, taps, up = (found[f"unet.b.conv1.{name}"] for name in FACTORS)
     was = terms[0].down[[0, 2]], terms[0].taps[[0, 2]], 2 * terms[0].up[:, [0, 2]]
     for made, before, coarse in zip((down, taps, up.T), (*was[:2], was[2].T), (0.35, 0.01, 0.35), strict=True):
@@ -549,7 +551,7 @@ def test_a_damaged_packed_file_is_refused(tiny_unet, packed, damage):
 
 def test_without_room_for_a_rank_the_attentions_have_all_of_it(packed, tmp_path):
     dense, _, _ = packed
-    least = least_bytes(read_contents(dense, convolutions=True))
+    least = least_bytes(read_contents(dense))
     made = shrink(dense, tmp_path / "least.safetensors", least)
     assert made.bytes <= least and made.header.format_version == 2
 
@@ -566,24 +568,15 @@ def test_the_golden_file_of_format_version_4_opens_for_ever():
     assert len(header.convolved["unet"]) == len({name.rpartition(".")[0] for name in found if "conv_" in name})
 
 
-# What cannot yet
+# What is not a LoRA
 
 
-def test_what_cannot_have_such_terms_yet_says_what_to_do(live, tmp_path):
-    unet, path = live("dog", "cat", dtype=torch.float32), tmp_path / "a.safetensors"
-    save_adapter(unet, path, "dog")
-    for refused in (
-        lambda: combine([(path, 1.0), (path, 1.0)], tmp_path / "b.safetensors"),
-        lambda: refuse_exact(read_adapter(path), path),
-    ):
-        with pytest.raises(AdapterFileError, match="terms beside convolutions.*train it again without --convolutions"):
-            refused()
-    with pytest.raises(AdapterFileError, match="free adapter"):
+def test_a_free_one_is_no_lora_and_says_what_to_do(live, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_adapter(live(dtype=torch.float32), path, "dog")
+    with pytest.raises(AdapterFileError, match="free adapter.*--as lora, or take the closest LoRA"):
         export_adapter(path, tmp_path / "b.safetensors")
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
-    for kind in ("cat", "svd"):
-        with pytest.raises(ValueError, match="terms beside convolutions.*without --convolutions"):
-            weighted_sum(unet, [("dog", 1.0), ("cat", 1.0)], kind, None)
 
 
 # Learning
@@ -621,10 +614,7 @@ def test_a_run_goes_on_from_a_file_with_such_terms(tmp_path):
         customize(TrainConfig(output_dir=str(tmp_path / "c"), convolutions=4, **start))
 
 
-def test_settings_that_do_not_go_with_such_terms_are_refused():
-    for other in ({"as_": "lora"}, {"kind": "tied"}, {"up_blocks_only": True}):
-        with pytest.raises(ValueError, match="--convolutions is for free adapters on all of a U-Net"):
-            TrainConfig(convolutions=8, **other)
+def test_a_rank_that_is_none_is_refused():
     with pytest.raises(ValueError, match="--convolutions must be at least 0"):
         TrainConfig(convolutions=-1)
 

@@ -3,18 +3,20 @@
     Delta W_K,h = s G'_h Ak_h^T        Delta W_V,h = s G_h^T Av_h^T        (as Linears store them, D x C)
 
 is up @ down with the text side as `down`. Of a tied adapter all heads share that, so the rank is R instead of H*R. The
-same of a file, without its base, is export/lora.py.
+same of a file, without its base, is export/lora.py. A term beside a convolution is a LoRA of it.
 
-Letters: H heads, D head width, R rank, C channels.
+Letters: H heads, D head width, R rank, C channels, O channels that go out.
 """
 
 import torch
 from torch import nn
 
 from comcat_diffusion import heads as maths
+from comcat_diffusion.adapters.convolved import ConvolvedLayer
 from comcat_diffusion.adapters.layer import ComcatLayer
-from comcat_diffusion.adapters.model import adapted_layers
+from comcat_diffusion.adapters.model import adapted_layers, side_cars
 from comcat_diffusion.adapters.parts import bare
+from comcat_diffusion.adapters.separable import lowered
 from comcat_diffusion.families.family import STREAM_ROWS
 
 
@@ -42,6 +44,11 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, to
             made = [(projection, torch.cat([k_down, v_down]), torch.cat(ups, dim=1))]
         for projection, down, up in made:
             found[f"{path}.{projection}.lora_A.weight"], found[f"{path}.{projection}.lora_B.weight"] = down, up
+    for name, layer in side_cars(bare(model)).items():
+        if isinstance(layer, ConvolvedLayer) and adapter_name in layer.r:
+            down, taps, up = (factor.detach() for factor in layer.factors(adapter_name))
+            found[f"{name}.lora_A.weight"] = lowered(down, taps)
+            found[f"{name}.lora_B.weight"] = layer.alpha[adapter_name] / layer.r[adapter_name] * up[:, :, None, None]
     return found
 
 

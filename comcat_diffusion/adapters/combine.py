@@ -13,6 +13,7 @@ import torch
 
 from comcat_diffusion import heads as maths
 from comcat_diffusion.adapters.alike import refuse_unlike, several_words
+from comcat_diffusion.adapters.convolved_rows import Beside, summed
 from comcat_diffusion.adapters.header import Header, Notes, Piece, same_words
 from comcat_diffusion.adapters.packing import FLOAT, HeadBits
 from comcat_diffusion.adapters.pieces import own_tensors
@@ -40,6 +41,13 @@ class _Read:
     def is_packed(self) -> bool:
         return bool(self.contents.header.packed)
 
+    @property
+    def beside(self) -> list[Beside]:
+        return [replace(term, scale=self.weight * term.scale) for term in self.contents.beside]
+
+    def ranks_beside(self, part: str) -> dict[str, list[int]]:
+        return {term.convolution: [len(term.down)] for term in self.contents.beside if term.part == part}
+
 
 def combine(
     adapters: Sequence[tuple[str | Path, float]],
@@ -50,17 +58,20 @@ def combine(
     """Write the weighted sum of adapter files, (file, weight) each, as one adapter.
 
     Without a rank the heads' ranks are concatenated, which is exact up to the rounding to `dtype`; where a file is
-    packed, each keeps its own rows (adapters/pieces.py), so that the sum takes about their bytes. With one, every
+    packed, each keeps its own rows (adapters/pieces.py), so that the sum takes about their bytes. Not so if a dense one
+    has terms beside convolutions, which packing would round: then all of the sum is dense. With a rank, every
     head's sum is cut by QR and SVD to its best approximation of that rank; of a foldable adapter it is the product
-    without the base, G' Ak^T and Av G, that is approximated. Raises ValueError for adapters of different bases or
-    kinds and for weights without meaning.
+    without the base, G' Ak^T and Av G, that is approximated. Terms beside convolutions keep all of their ranks. Raises
+    ValueError for adapters of different bases or kinds and for weights without meaning.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"The rank must be a whole number of at least 1, not {rank}.")
     refuse_unlike(adapters, rank)
     read = [_Read(path, weight, read_contents(path)) for path, weight in adapters]
     _refuse_misfits(read)
-    waiting, apart = _waiting(read), rank is None and len(read) > 1 and any(file.is_packed for file in read)
+    packable = all(file.is_packed or not file.contents.beside for file in read)
+    apart = packable and rank is None and len(read) > 1 and any(file.is_packed for file in read)
+    waiting, beside = _waiting(read), [term for file in read for term in file.beside]
     added = _added(read, {part for file in read for part in file.contents.header.config} if apart else set(waiting))
     whole = kept = 0.0
     combined = []
@@ -75,24 +86,31 @@ def combine(
     configs = {part: {**config, **waiting.get(part, {})} for part, config in configs.items()}
     header = replace(read[0].contents.header, config=configs, notes=_notes(read), tokens=words)
     pieces = [piece for file in read for piece in _pieces(file, dtype)] if apart else []
-    header = write_contents(output, Contents(header, combined, vectors), dtype, pieces)
+    header = write_contents(output, Contents(header, combined, vectors, summed(beside)), dtype, pieces)
     named = [(Path(file.path).name, file.contents.header) for file in read]
     doubts = tuple(f"{text}: this word will call the sum of both." for text in same_words(named))
     return Combined(header, max(term.rank for term in combined), kept / whole if whole else 1.0, doubts)
 
 
 def _waiting(read: list[_Read]) -> dict[str, dict]:
-    """By part in which files wait for words of their own: all of these, and how many ranks wait for which."""
+    """By part in which files wait for words of their own: all of these, and how many ranks wait for which.
+
+    Of convolutions how many of their ranks do, in the same order.
+    """
     found, headers = {}, [file.contents.header for file in read]
     for part in {part for header in headers for part in header.config if several_words(headers, part)}:
         own = [file for file in read if part in file.contents.header.config]
-        shares = []
+        shares, beside = [], {name: [] for file in own for name in file.ranks_beside(part)}
         for file in own:
             config = file.contents.header.config[part]
             rank = max(term.rank for term in file.contents.terms if term.part == part)
-            shares += config.get("trigger_ranks") or [[list(config["trigger"]), rank]]
+            mine = config.get("trigger_ranks") or [[list(config["trigger"]), rank]]
+            shares += mine
+            there = config.get("convolution_shares") or file.ranks_beside(part)
+            for name, counts in beside.items():
+                counts += there.get(name, [0] * len(mine))
         words = list(dict.fromkeys(word for own_words, _ in shares for word in own_words))
-        found[part] = {"trigger": words, "trigger_ranks": shares}
+        found[part] = {"trigger": words, "trigger_ranks": shares, "convolution_shares": beside}
     return found
 
 
@@ -122,7 +140,7 @@ def _pieces(file: _Read, dtype: torch.dtype) -> Iterator[tuple[Piece, dict[str, 
     if header.pieces:
         for number, piece in enumerate(header.pieces):
             alpha = {part: file.weight * strength for part, strength in piece.alpha.items()}
-            yield replace(piece, alpha=alpha), own_tensors(packed, number)
+            yield replace(piece, alpha=alpha, weight=file.weight * piece.weight), own_tensors(packed, number)
         return
     if not header.head_ranks:
         directions: HeadBits = {}
@@ -131,7 +149,7 @@ def _pieces(file: _Read, dtype: torch.dtype) -> Iterator[tuple[Piece, dict[str, 
         header, content = assembled(file.contents, dtype, directions)
         packed = safetensors.torch.load(content)
     alpha = {part: file.weight * header.config[part]["alpha"] for part in header.head_ranks}
-    yield Piece(alpha, header.head_ranks, header.row_lengths), packed
+    yield Piece(alpha, header.head_ranks, header.row_lengths, header.convolved, file.weight), packed
 
 
 def concatenated(terms: Sequence[Term]) -> Term:
@@ -170,6 +188,10 @@ def _refuse_misfits(read: list[_Read]) -> None:
                 raise ValueError(
                     f"{first_path} and {path} are tied and adapt different attentions; load them side by side instead."
                 )
+    for file in read:
+        for term in file.contents.beside:
+            if widths.setdefault(term.key, term.channels) != term.channels:
+                raise ValueError(f"{first_path} and {file.path} do not fit each other: {term.key} has other channels.")
 
 
 def _channels(term: Term) -> tuple:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peft import PeftConfig
 
@@ -46,6 +46,12 @@ class ComcatConfig(PeftConfig):
     convolution_ranks: dict[str, int] | None = field(
         default=None,
         metadata={"help": "Their ranks by name of the convolution; others have no term. Default: one rank for all."},
+    )
+    convolution_shares: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "How many of the ranks of each of these are of which entry of `trigger_ranks`, in its order."
+        },
     )
     trigger: list[str] | None = field(
         default=None,
@@ -116,18 +122,31 @@ class ComcatConfig(PeftConfig):
             if not math.isfinite(alpha):
                 raise ValueError(f"alpha must be a finite number, not {alpha!r}.")
 
+    def at_attentions(self) -> "ComcatConfig":
+        """The same without what is beside convolutions."""
+        return replace(self, convolutions=0, convolution_ranks=None, convolution_shares=None)
+
     def _refuse_convolutions(self) -> None:
-        """Raise ValueError for ranks beside convolutions that are none, or of a kind that has no such terms."""
+        """Raise ValueError for ranks beside convolutions that are none, or not shared out where those of others are."""
         for rank in (self.convolutions, *(self.convolution_ranks or {}).values()):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < (rank is not self.convolutions):
                 raise ValueError(f"The rank beside convolutions must be a whole number of at least 0, not {rank!r}.")
         if self.convolution_ranks and not self.convolutions:
             raise ValueError("convolution_ranks are of terms beside convolutions: set convolutions as well.")
-        if self.convolutions and (self.foldable or self.trigger_ranks):
-            raise ValueError(
-                "Terms beside convolutions are of free adapters of one subject: leave foldable and trigger_ranks out, "
-                "or set convolutions=0."
-            )
+        if self.convolution_shares or (self.convolutions and self.trigger_ranks):
+            self._refuse_other_shares_beside()
+
+    def _refuse_other_shares_beside(self) -> None:
+        """Raise ValueError unless the ranks beside each convolution are shared out among the words."""
+        ranks, shares = self.convolution_ranks or {}, self.convolution_shares or {}
+        for name in sorted({*ranks, *shares}) or [""]:
+            own = shares.get(name)
+            proper = isinstance(own, (list, tuple)) and all(type(count) is int and count >= 0 for count in own)
+            if not proper or len(own) != len(self.trigger_ranks or ()) or sum(own) != ranks.get(name):
+                raise ValueError(
+                    "convolution_shares must share the ranks of convolution_ranks out among the entries of "
+                    f"trigger_ranks, not {own!r} beside '{name}'."
+                )
 
     def _refuse_other_shares(self) -> None:
         """Raise ValueError unless the ranks are shared out among the words."""

@@ -1,15 +1,17 @@
 """The side-car of one convolution: the terms of every adapter beside it, see separable.py for what they add.
 
 The host's own forward makes its output, and what acts is added to it: row by row where the adapter waits for its
-trigger, place by place where it has a region or its background is kept. Without any that acts, there is nothing to add.
+trigger, rank by rank where its ranks wait for words of their own, place by place where it has a region or its
+background is kept. All of these weigh what a term has in its ranks, which are fewer than the channels that go out.
+Without any that acts, there is nothing to add.
 
 Letters: B batch, C channels that come in, O that go out, R rank.
 """
 
 import functools
 import re
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self, TypeVar
 
 import torch
 from torch import nn
@@ -22,10 +24,12 @@ from comcat_diffusion.adapters.merging import refuse_infinite
 from comcat_diffusion.adapters.parts import bare, plain_modules
 from comcat_diffusion.adapters.separable import SIDE, TAPS, across, around, first_taps, kernel_of
 from comcat_diffusion.adapters.sidecar import SideCar, factor_of
+from comcat_diffusion.adapters.wide import shared_out
 from comcat_diffusion.attentions import plain
 
 FACTORS = ("conv_down", "conv_taps", "conv_up")
 _HOSTS = re.compile(r"(down|up|mid)_blocks?\..*resnets\.\d+\.conv[12]")  # of a U-Net of diffusers
+Whatever = TypeVar("Whatever")
 
 
 def is_named_so(name: str) -> bool:
@@ -81,10 +85,24 @@ def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[i
     return shapes
 
 
+def split(factors: Mapping[str, Whatever]) -> tuple[dict[str, Whatever], dict[str, Whatever]]:
+    """What there is by names of factors, HOST.FACTOR: at attentions, and beside convolutions."""
+    attentions, beside = {}, {}
+    for name, value in factors.items():
+        (beside if name.rpartition(".")[2] in FACTORS else attentions)[name] = value
+    return attentions, beside
+
+
 def ranks_of(config: ComcatConfig, names: list[str]) -> dict[str, int]:
     """The rank beside each of these convolutions, of those that have any."""
     ranks = config.convolution_ranks
     return {n: config.convolutions if ranks is None else ranks[n] for n in names if ranks is None or n in ranks}
+
+
+def waits_of(config: ComcatConfig, name: str) -> list[tuple[tuple[str, ...], int]]:
+    """For which words how many of the ranks beside a convolution wait; none where all wait for the same."""
+    shares = (config.convolution_shares or {}).get(name, ())
+    return [(tuple(words), own) for (words, _), own in zip(config.trigger_ranks or (), shares, strict=False) if own]
 
 
 @functools.cache
@@ -122,9 +140,11 @@ class ConvolvedLayer(SideCar):
     """All adapters of one convolution. `live` names those that act; without any, the host's output is its own."""
 
     adapter_layer_names = tuple(f"comcat_{name}" for name in FACTORS)
+    other_param_names = ("r", "alpha", "scaling", "trigger", "waits")
 
     def __init__(self, host: nn.Conv2d, belongings: object) -> None:
         super().__init__(host, belongings)
+        self.waits: dict[str, Sequence[tuple[tuple[str, ...], int]]] = {}  # for which words how many of its ranks do
         self._unmerged: tuple[nn.Parameter, ...] = ()  # the base's kernel, while a merged one stands in its place
 
     # What PEFT and diffusers ask of a layer
@@ -149,7 +169,13 @@ class ConvolvedLayer(SideCar):
         """Channels that go out."""
         return self.owner.out_channels
 
-    def update_layer(self, adapter_name: str, rank: int, config: ComcatConfig) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        rank: int,
+        config: ComcatConfig,
+        waits: Sequence[tuple[tuple[str, ...], int]] = (),
+    ) -> None:
         """Create an adapter's factors on the base's device and in its precision; what they add is exactly zero.
 
         Raises ValueError if there is such an adapter.
@@ -164,6 +190,7 @@ class ConvolvedLayer(SideCar):
                 with torch.no_grad():
                     factor.weight.copy_(first_taps(rank))
             getattr(self, f"comcat_{name}")[adapter_name] = factor
+        self.waits[adapter_name] = waits
         self._came(adapter_name, rank, config.alpha / config.r * rank, config.trigger)  # as strong as at attentions
 
     def _trained(self, name: str) -> bool:
@@ -177,24 +204,25 @@ class ConvolvedLayer(SideCar):
         for name in live:
             weight = self._weight(name, shares.get(name), made)
             if weight is not None:
-                made = made + weight * self.term(name, hidden)
+                made = made + self.term(name, hidden, weight)
         return made
 
-    def term(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
-        """What an adapter makes of (B, C, h, w), without its scale: (B, O, h', w')."""
+    def term(self, name: str, hidden: torch.Tensor, weight: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """What an adapter makes of (B, C, h, w), its ranks (B, R, h', w') times a weight: (B, O, h', w')."""
         down, taps, up = (getattr(self, f"comcat_{factor}")[name] for factor in FACTORS)
         host = self.owner
-        return up(taps(down(hidden), host.stride, host.padding, host.padding_mode))
+        return up(weight * taps(down(hidden), host.stride, host.padding, host.padding_mode))
 
     def _weight(self, name: str, share: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | float | None:
-        """The scale of each row and place, (B, 1, h', w') where it is not the same; None where that is nothing."""
+        """The scale of each row, rank and place, (B, R, h', w') where it is not the same; None where it is nothing."""
         weight = self.scaling[name]
         if share is not None:  # B, h'*w', 1
             if not share.any():
                 return None
             weight = weight * share.to(like).mT.unflatten(2, like.shape[2:])
         if self.trigger[name]:
-            weight = weight * spoken(self.gate, self.trigger[name], False).to(like).unsqueeze(-1)  # B, 1, 1, 1
+            rows = shared_out(self.waits[name], self.trigger[name], lambda words: spoken(self.gate, words, False))
+            weight = weight * rows.to(like).mT.unsqueeze(-1)  # B, 1 or R, 1, 1
         return weight
 
     def _shares(self, live: list[str], made: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -217,8 +245,12 @@ class ConvolvedLayer(SideCar):
         self._unmerged = (self.weight,)
         self.owner.weight = nn.Parameter(merged, requires_grad=False)
 
+    def factors(self, name: str) -> list[torch.Tensor]:
+        """The weights of an adapter: D, T and U."""
+        return [getattr(self, f"comcat_{factor}")[name].weight for factor in FACTORS]
+
     def _kernel(self, name: str) -> torch.Tensor:
-        return kernel_of(*(getattr(self, f"comcat_{factor}")[name].weight for factor in FACTORS)).to(self.weight)
+        return kernel_of(*self.factors(name)).to(self.weight)
 
     def unmerge(self) -> None:
         """Put the very kernel back that `merge` replaced."""

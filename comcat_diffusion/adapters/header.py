@@ -1,6 +1,7 @@
 """What an adapter file says of itself, readable without torch: the header of `NAME.safetensors`."""
 
 import base64
+import bisect
 import itertools
 import json
 import math
@@ -19,12 +20,11 @@ from comcat_diffusion.words import Subject, words_of
 FORMAT_VERSION = 1
 PACKED_VERSION = 2  # keeps only the rows that each head has, see adapters/packing.py
 PIECES_VERSION = 3  # the same for each of several adapters in one file, see adapters/pieces.py
-CONVOLVED_VERSION = 4  # a packed file with terms beside convolutions, see adapters/convolved_rows.py
-_PACKED_VERSIONS = (PACKED_VERSION, CONVOLVED_VERSION)
+CONVOLVED_VERSION = 4  # either with terms beside convolutions, see adapters/convolved_rows.py
 KEY = "comcat"
 _FACTORS = 4  # of an attention, of whichever kind
 _DERIVED = ("target_modules", "rank_pattern")  # what a packed file's config leaves out, see settings_of_layers
-_OF_CONVOLVED = ("convolutions", "convolution_ranks")  # the same of terms beside convolutions
+OF_CONVOLVED = ("convolutions", "convolution_ranks", "convolution_shares")  # the same of terms beside convolutions
 THUMBNAIL = "modelspec.thumbnail"
 LONGEST_HEADER = 4 << 20  # bytes; an honest header is a few tens of kilobytes
 
@@ -61,6 +61,8 @@ class Piece:
     alpha: dict[str, float]  # by component: its strength, divided by the rank of an attention
     head_ranks: dict[str, dict[str, list[list[int]]]]  # as of a packed file
     row_lengths: dict[str, list[list[int]]]
+    convolved: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    weight: float = 1.0  # of its terms beside convolutions, whose strength `alpha` is not
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,16 @@ class Header:
                     found.setdefault(part, {}).setdefault(name, []).append(products)
         return found
 
+    @property
+    def beside(self) -> dict[str, dict[str, list[int]]]:
+        """Of packed parts and their convolutions: the rank in each piece, 0 where it has none; of a dense file none."""
+        found: dict[str, dict[str, list[int]]] = {}
+        packed = self.pieces or [self]
+        for part, name in {(p, n) for own in packed for p, names in own.convolved.items() for n in names}:
+            ranks = [own.convolved.get(part, {}).get(name, (0,))[0] for own in packed if part in own.head_ranks]
+            found.setdefault(part, {})[name] = ranks
+        return found
+
     def metadata(self) -> dict[str, str]:
         """As the string pairs of a safetensors header; the `modelspec.*` keys are what other tools read."""
         notes, content = self.notes, asdict(self)
@@ -105,13 +117,16 @@ class Header:
         for name in ("head_ranks", "row_lengths", "convolved", "pieces", "tokens"):
             if not content[name]:  # a file that does without is one that older versions read
                 del content[name]
+        for piece in content.get("pieces", ()):
+            if not piece["convolved"]:
+                del piece["convolved"], piece["weight"]
         if not notes.others:
             del content["notes"]["others"]
         for part in self.packed:  # the ranks of the heads say which layers there are, and of which rank
             told = () if self.config[part].get("tied") else _DERIVED
             content["config"][part] = {n: v for n, v in content["config"][part].items() if v and n not in told}
-        for part in self.convolved:
-            for name in _OF_CONVOLVED:
+        for part in self.beside:
+            for name in OF_CONVOLVED:
                 content["config"][part].pop(name, None)
         pairs = {
             KEY: json.dumps(content, sort_keys=True, separators=(",", ":") if self.packed else None),
@@ -197,8 +212,9 @@ def _parsed(metadata: dict[str, str], path: Path) -> Header:
                         n: config["r"] if header.pieces else max(map(max, own[0])) for n, own in attentions.items()
                     }
                     config.update(settings_of_layers(ranks, config["r"]))
-            for part, convolutions in header.convolved.items():
-                header.config[part].update(settings_of_convolutions({n: own[0] for n, own in convolutions.items()}))
+            for part, convolutions in header.beside.items():
+                header.config[part].update(settings_of_convolutions({n: sum(own) for n, own in convolutions.items()}))
+                header.config[part].update(_shares_of_convolutions(header, part, convolutions))
             return header
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError, re.error) as error:
         raise AdapterFileError(f"{path} has a header that does not make sense ({error}).") from error
@@ -213,20 +229,6 @@ def kind_of(config: dict) -> str:
     """What kind of adapter a header's configuration of one part describes: tied, cores, foldable or free."""
     kinds = [kind for kind in ("tied", "cores") if config.get(kind)]
     return kinds[0] if kinds else "foldable" if config.get("foldable") else "free"
-
-
-def has_convolutions(header: Header) -> bool:
-    """Whether an adapter has terms beside convolutions."""
-    return any(config.get("convolutions") for config in header.config.values())
-
-
-def refuse_convolutions(header: Header, path: str | Path) -> None:
-    """Raise AdapterFileError for a file with terms beside convolutions, which few can use."""
-    if has_convolutions(header):
-        raise AdapterFileError(
-            f"{path} has terms beside convolutions, which comcat generate, evaluate and train read and nothing else "
-            "does yet: train it again without --convolutions."
-        )
 
 
 def awaited(header: Header) -> set[str]:
@@ -260,7 +262,26 @@ def settings_of_layers(ranks: dict[str, int], common: int) -> dict:
 
 def settings_of_convolutions(ranks: dict[str, int]) -> dict:
     """The settings of a configuration that name every convolution with a term beside it and its rank."""
-    return {"convolutions": max(ranks.values()), "convolution_ranks": ranks}
+    return {"convolutions": max(ranks.values()), "convolution_ranks": dict(sorted(ranks.items()))}
+
+
+def _shares_of_convolutions(header: Header, part: str, ranks: dict[str, list[int]]) -> dict:
+    """The setting that says of which words ranks beside convolutions are, from those of every piece.
+
+    A piece's words are those that its ranks at attentions wait for, and these stand piece by piece, word by word.
+    """
+    words = header.config[part].get("trigger_ranks")
+    if not words:
+        return {}
+    ends = list(itertools.accumulate(count for _, count in words))
+    last = itertools.accumulate(_rank(piece, part) for piece in header.pieces if part in piece.head_ranks)
+    of_piece = [min(bisect.bisect_left(ends, end), len(ends) - 1) for end in last]
+    found = {}
+    for name, own in sorted(ranks.items()):
+        found[name] = [0] * len(words)
+        for word, count in zip(of_piece, own, strict=True):
+            found[name][word] += count
+    return {"convolution_shares": found}
 
 
 def _refuse_other_types(header: Header) -> None:
@@ -285,20 +306,25 @@ def _refuse_other_types(header: Header) -> None:
 
 
 def _refuse_other_ranks(header: Header) -> None:
-    if bool(header.head_ranks) != (header.format_version in _PACKED_VERSIONS):
-        raise TypeError("head_ranks belong to packed files and to no others")
-    if bool(header.convolved) != (header.format_version == CONVOLVED_VERSION):
+    version, beside = header.format_version, any(own.convolved for own in (header, *header.pieces))
+    if beside != (version == CONVOLVED_VERSION):
         raise TypeError(f"convolved belongs to files of version {CONVOLVED_VERSION} and to no others")
-    for part, convolutions in header.convolved.items():
-        numbers = [number for own in convolutions.values() for number in own]
-        proper = all(type(number) is int and number > 0 for number in numbers)
-        if part not in header.head_ranks or not proper or {len(own) for own in convolutions.values()} != {3}:
-            raise TypeError(f"convolved of {part} is not three whole numbers for each convolution")
-    if bool(header.pieces) != (header.format_version == PIECES_VERSION):
+    if version != CONVOLVED_VERSION and bool(header.pieces) != (version == PIECES_VERSION):
         raise TypeError(f"pieces belong to files of version {PIECES_VERSION} and to no others")
+    if bool(header.head_ranks) != (version in (PACKED_VERSION, CONVOLVED_VERSION) and not header.pieces):
+        raise TypeError("head_ranks belong to packed files and to no others")
     _refuse_other_pieces(header)
     for packed in (header, *header.pieces):
         _refuse_other_heads(header, packed)
+        _refuse_other_convolutions(packed)
+
+
+def _refuse_other_convolutions(packed: Header | Piece) -> None:
+    for part, convolutions in packed.convolved.items():
+        numbers = [number for own in convolutions.values() for number in own]
+        proper = all(type(number) is int and number > 0 for number in numbers)
+        if part not in packed.head_ranks or not proper or {len(own) for own in convolutions.values()} != {3}:
+            raise TypeError(f"convolved of {part} is not three whole numbers for each convolution")
 
 
 def _refuse_other_pieces(header: Header) -> None:
@@ -307,11 +333,17 @@ def _refuse_other_pieces(header: Header) -> None:
         numbers = all(type(a) in (int, float) and math.isfinite(a) for a in piece.alpha.values())
         if piece.alpha.keys() != piece.head_ranks.keys() or not piece.head_ranks or not numbers:
             raise TypeError("the alpha of a piece is not one number for each of its parts")
+        if type(piece.weight) not in (int, float) or not math.isfinite(piece.weight):
+            raise TypeError("the weight of a piece is not a number")
     for part in {part for piece in header.pieces for part in piece.head_ranks}:
-        own = [piece.head_ranks[part] for piece in header.pieces if part in piece.head_ranks]
-        ranks = sum(max(1, *(r for products in one.values() for heads in products for r in heads)) for one in own)
+        ranks = sum(_rank(piece, part) for piece in header.pieces if part in piece.head_ranks)
         if ranks != header.config[part]["r"]:
             raise TypeError(f"the ranks of the pieces of {part} are not those of the whole")
+
+
+def _rank(piece: Piece, part: str) -> int:
+    """The ranks that heads of a part have of a piece."""
+    return max(1, *(rank for products in piece.head_ranks[part].values() for heads in products for rank in heads))
 
 
 def _refuse_other_heads(header: Header, packed: Header | Piece) -> None:

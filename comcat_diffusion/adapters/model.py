@@ -31,6 +31,7 @@ _SAME_WHEN_SWAPPED = (
     "core_sets",
     "convolutions",
     "convolution_ranks",
+    "convolution_shares",
     "trigger",
     "trigger_ranks",
 )
@@ -163,7 +164,8 @@ class ComcatModel(BaseTuner):
         if not isinstance(layer, convolved.ConvolvedLayer):
             layer = convolved.ConvolvedLayer(host, self._belongings)
             seam.attach(host, layer, convolved.convolved)
-        layer.update_layer(adapter_name, convolved.ranks_of(peft_config, [name])[name], peft_config)
+        rank = convolved.ranks_of(peft_config, [name])[name]
+        layer.update_layer(adapter_name, rank, peft_config, convolved.waits_of(peft_config, name))
 
     def add_weighted_adapter(
         self,

@@ -48,6 +48,11 @@ def kernel_of(down: torch.Tensor, taps: torch.Tensor, up: torch.Tensor) -> torch
     return torch.einsum("or,rt,rc->oct", up, taps, down).unflatten(2, (SIDE, SIDE))
 
 
+def lowered(down: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    """The first two steps as one kernel, (R, C, 3, 3), which a LoRA of the convolution has for its `down`."""
+    return torch.einsum("rt,rc->rct", taps, down).unflatten(2, (SIDE, SIDE))
+
+
 def energies(down: torch.Tensor, taps: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """The squared norm of each rank's own kernel: (R,)."""
     return down.square().sum(1) * taps.square().sum(1) * up.square().sum(0)

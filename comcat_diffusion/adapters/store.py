@@ -52,6 +52,7 @@ _CONFIG_FIELDS = (
     "core_sets",
     "convolutions",
     "convolution_ranks",
+    "convolution_shares",
     "trigger",
     "trigger_ranks",
     "target_modules",
@@ -68,6 +69,7 @@ _LATER = (
     "core_sets",
     "convolutions",
     "convolution_ranks",
+    "convolution_shares",
     "trigger",
     "trigger_ranks",
     "modules_to_save",
@@ -100,11 +102,12 @@ def save_adapter(
         found = {name: factor.detach() for name, factor in factors(model, adapter_name).items()}
         if found:
             config[part] = plain_config(model.peft_config[adapter_name])
+            found, beside = convolved.split(found)
             if model.peft_config[adapter_name].tied:
                 found = gathered(found, sides_of(model, found))
             if model.peft_config[adapter_name].cores:
                 found = cores.gathered(found)
-            tensors |= {f"{part}.{name}": factor for name, factor in found.items()}
+            tensors |= {f"{part}.{name}": factor for name, factor in (found | beside).items()}
             tensors |= whole_tensors(model, part, adapter_name)
             luggage = belongings_of(model).brought(adapter_name)
             words |= {word.token: word.vectors() for word in luggage if isinstance(word, LearnedWord)}
@@ -257,10 +260,11 @@ def _fill(model: nn.Module, config: ComcatConfig, adapter_name: str, part: str, 
     """Write a file's tensors into an adapter that is in its place, and freeze it."""
     places = factors(model, adapter_name)
     own = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
+    shapes = {name: factor.shape for name, factor in convolved.split(places)[0].items()}
     if config.tied:
-        own = scattered(own, {name: factor.shape for name, factor in places.items()}, sides_of(model, places))
+        own |= scattered(own, shapes, sides_of(model, shapes))
     if config.cores:
-        own = cores.scattered(own, {name: factor.shape for name, factor in places.items()})
+        own |= cores.scattered(own, shapes)
     for name, factor in places.items():
         factor.requires_grad_(False)
         factor.data = own[name].to(factor.device, factor.dtype)
@@ -300,8 +304,9 @@ def read_tensors(path: str | Path, header: Header) -> dict[str, torch.Tensor]:
             return joined(tensors, header.pieces, foldable)
         if not header.head_ranks:
             return tensors
-        beside = take_terms(tensors, header.convolved) if header.convolved else {}
-        return beside | unpack(tensors, header.head_ranks, header.row_lengths, foldable)
+        beside = take_terms(tensors, header.convolved)
+        factors = unpack(tensors, header.head_ranks, header.row_lengths, foldable)
+        return {name: factor for term in beside for name, factor in term.tensors().items()} | factors
     except ValueError as error:
         raise AdapterFileError(f"{path} is damaged or was edited: {error}.") from error
     except KeyError as missing:
@@ -357,11 +362,11 @@ def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[i
         rank = of_pattern(config.rank_pattern, key, config.r)
         made = factor_shapes(module, rank, config.foldable, config.tied, config.cores)
         shapes |= {f"{key}.{name}": (outof, into) for name, (into, outof) in made.items()}
-    if config.convolutions:
-        shapes |= convolved.expected_shapes(model, config)
     if config.cores:
-        return cores.gathered_shapes(shapes)
-    return tied_shapes(shapes, sides_of(model, shapes)) if config.tied else shapes
+        shapes = cores.gathered_shapes(shapes)
+    elif config.tied:
+        shapes = tied_shapes(shapes, sides_of(model, shapes))
+    return shapes | (convolved.expected_shapes(model, config) if config.convolutions else {})
 
 
 def _refuse_other_tensors(tensors: dict, parts: dict, configs: dict[str, ComcatConfig], path: str | Path) -> None:

@@ -21,13 +21,13 @@ from comcat_diffusion.adapters.cores import refuse_cores
 from comcat_diffusion.adapters.header import (
     CONVOLVED_VERSION,
     FORMAT_VERSION,
+    OF_CONVOLVED,
     PACKED_VERSION,
     PIECES_VERSION,
     AdapterFileError,
     Header,
     Piece,
     read_adapter,
-    refuse_convolutions,
     settings_of_convolutions,
     settings_of_layers,
 )
@@ -124,15 +124,12 @@ class Contents:
     beside: list[Beside] = field(default_factory=list)  # what there is beside convolutions
 
 
-def read_contents(path: str | Path, convolutions: bool = False) -> Contents:
+def read_contents(path: str | Path) -> Contents:
     """A file taken apart. What needs no base is checked as strictly as when loading.
 
-    Raises AdapterFileError for a damaged file, naming the attention whose factors do not fit each other, and for one
-    with terms beside convolutions, unless `convolutions` says that the caller knows of them.
+    Raises AdapterFileError for a damaged file, naming the attention or convolution whose factors do not fit each other.
     """
     header = read_adapter(path)
-    if not convolutions:
-        refuse_convolutions(header, path)
     refuse_cores(header.config, path)
     tensors = read_tensors(path, header)
     configs = {part: config_of(fields, path) for part, fields in header.config.items()}
@@ -153,8 +150,10 @@ def read_contents(path: str | Path, convolutions: bool = False) -> Contents:
         if part not in configs:
             raise AdapterFileError(f"{path} has tensors of '{part}', of which its header does not speak.")
         config = configs[part]
-        if convolutions and sorted(factors) == sorted(CONVOLVED):
+        if sorted(factors) == sorted(CONVOLVED):
             beside.append(Beside(part, attention, config.alpha / config.r, *(factors[name] for name in CONVOLVED)))
+            if not beside[-1].fits:
+                raise AdapterFileError(f"{path} has factors of {part}.{attention} that do not fit: it is damaged.")
             continue
         rank = of_pattern(config.rank_pattern, attention, config.r)
         alpha = of_pattern(config.alpha_pattern, attention, config.alpha)
@@ -198,6 +197,7 @@ def assembled(
         common = next((term.rank for term in own if term.attention == TEXT), None)
         common = common or Counter(term.rank for term in own).most_common(1)[0][0]
         config[part] = _config(own, common, contents.header.config[part])
+        config[part] |= _config_beside(contents, part)
         for term in own:
             gain = term.scale * term.rank / common
             for name, factor in term.factors.items():
@@ -208,14 +208,17 @@ def assembled(
     elif head_bits:
         tensors, row_lengths = pack(tensors, head_bits, dtype)
         packed, convolved = pack_terms(contents.beside, beside_bits) if contents.beside else ({}, {})
-        for part, own in convolved.items():
-            config[part] |= settings_of_convolutions({name: rank for name, (rank, *_) in own.items()})
+        for part, own in config.items():
+            ranks = {name: rank for name, (rank, *_) in convolved.get(part, {}).items()}
+            config[part] = _without_convolutions(own) | (settings_of_convolutions(ranks) if ranks else {})
         tensors |= packed
     else:
+        tensors |= {name: factor for term in contents.beside for name, factor in term.tensors().items()}
         tensors = {name: factor.to(dtype) for name, factor in tensors.items()}
     tensors |= {name: vectors.to(dtype) for name, vectors in contents.tokens.items()}
-    packed_version = CONVOLVED_VERSION if convolved else PACKED_VERSION
-    version = PIECES_VERSION if pieces else packed_version if head_bits else FORMAT_VERSION
+    version = PIECES_VERSION if pieces else PACKED_VERSION if head_bits else FORMAT_VERSION
+    if convolved or any(piece.convolved for piece, _ in pieces):
+        version = CONVOLVED_VERSION
     header = replace(
         contents.header,
         config=config,
@@ -258,8 +261,20 @@ def _by_part(terms: Iterable[Term]) -> dict[str, list[Term]]:
     return parts
 
 
+def _config_beside(contents: Contents, part: str) -> dict:
+    """The settings of what there is beside the convolutions of a part."""
+    ranks = {term.convolution: len(term.down) for term in contents.beside if term.part == part}
+    shares = contents.header.config[part].get("convolution_shares")
+    return settings_of_convolutions(ranks) | ({"convolution_shares": shares} if shares else {}) if ranks else {}
+
+
+def _without_convolutions(config: dict) -> dict:
+    return {name: value for name, value in config.items() if name not in OF_CONVOLVED}
+
+
 def _config(terms: list[Term], common: int, before: dict) -> dict:
     """The configuration of these terms; what they do not say is as it was `before`."""
+    before = _without_convolutions(before)
     layers = settings_of_layers({term.attention: term.rank for term in terms}, common)
     if terms[0].tied:  # whose text side does not say of which attentions it is
         ranks = {"rank_pattern": layers["rank_pattern"], "alpha_pattern": {}}

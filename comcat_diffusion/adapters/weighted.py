@@ -2,6 +2,7 @@
 
 The maths is that of adapter files (terms.py, combine.py): what adapters add to an attention are products, and the sum
 of products is that of their ranks side by side. The attentions that share a text side, of tied adapters, are one term.
+So are the terms beside a convolution, which keep all of their ranks.
 
 Letters: H heads, R rank, C channels, D head width.
 """
@@ -16,9 +17,11 @@ from torch import nn
 
 from comcat_diffusion.adapters.combine import concatenated, cut
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.header import settings_of_layers
+from comcat_diffusion.adapters.convolved import ConvolvedLayer, split
+from comcat_diffusion.adapters.convolved_rows import Beside, summed
+from comcat_diffusion.adapters.header import settings_of_convolutions, settings_of_layers
 from comcat_diffusion.adapters.layer import ComcatLayer, factor_shapes
-from comcat_diffusion.adapters.model import adapted_layers, factors
+from comcat_diffusion.adapters.model import adapted_layers, factors, side_cars
 from comcat_diffusion.adapters.packing import FOLDABLE, FREE
 from comcat_diffusion.adapters.terms import CONTEXT, Term
 from comcat_diffusion.adapters.tied import CORES, SHARED, TEXT, Sides, gathered, scattered, sides_of
@@ -38,24 +41,40 @@ def weighted_sum(
     config = _common_config(model, adapters, kind, rank)
     layers = adapted_layers(model)
     own = {name: {key: f.detach() for key, f in factors(model, name).items()} for name, _ in adapters}
-    keys = {key for found in own.values() for key in found}
+    keys = {key for found in own.values() for key in split(found)[0]}
     sides = sides_of(model, keys) if config.tied else {key.rpartition(".")[0]: [key.rpartition(".")[0]] for key in keys}
-    summed = {}
+    terms_of = {}
     for side, members in sides.items():
         terms = [
             replace(term, scale=weight * term.scale)
             for name, weight in adapters
             if (term := _term(own[name], name, members, layers, config)) is not None
         ]
-        summed[side] = concatenated(terms)
+        terms_of[side] = concatenated(terms)
         if kind == "svd":
-            summed[side] = cut(summed[side], rank or max(term.rank for term in terms))[0]
-    ranks = {name: summed[side].rank for side, members in sides.items() for name in members}
-    common = summed[TEXT].rank if TEXT in summed else Counter(ranks.values()).most_common(1)[0][0]
+            terms_of[side] = cut(terms_of[side], rank or max(term.rank for term in terms))[0]
+    ranks = {name: terms_of[side].rank for side, members in sides.items() for name in members}
+    common = terms_of[TEXT].rank if TEXT in terms_of else Counter(ranks.values()).most_common(1)[0][0]
+    beside = _beside(model, adapters)
     kept = {"foldable": config.foldable, "tied": config.tied, "trigger": config.trigger}
+    kept |= settings_of_convolutions({term.convolution: len(term.down) for term in beside}) if beside else {}
     made = ComcatConfig(r=common, alpha=float(common), **kept, **settings_of_layers(ranks, common))
     dtype = next(iter(own[adapters[0][0]].values())).dtype
-    return made, {key: value.to(dtype) for key, value in _factors(summed, common, sides, layers).items()}
+    found = _factors(terms_of, common, sides, layers)
+    for term in beside:
+        found |= {name.removeprefix(f"{term.part}."): factor for name, factor in term.tensors().items()}
+    return made, {key: value.to(dtype) for key, value in found.items()}
+
+
+def _beside(model: nn.Module, adapters: Sequence[tuple[str, float]]) -> list[Beside]:
+    """What adapters, (name, weight) each, add beside convolutions, as strong as they are."""
+    found = []
+    for name, weight in adapters:
+        for host, layer in side_cars(model).items():
+            if isinstance(layer, ConvolvedLayer) and name in layer.r:
+                held = (factor.detach() for factor in layer.factors(name))
+                found.append(Beside("", host, weight * layer.scaling[name], *held))
+    return summed(found)
 
 
 def _common_config(
@@ -76,11 +95,6 @@ def _common_config(
             raise ValueError(f"The weight of '{name}' must be a finite number, not {weight}.")
         if known[name].trigger_ranks:
             raise ValueError(f"'{name}' holds several subjects with words of their own, which have no weighted sum.")
-        if known[name].convolutions:
-            raise ValueError(
-                f"'{name}' has terms beside convolutions, which have no weighted sum: let both act instead, or train "
-                "it again without --convolutions."
-            )
         if known[name].cores:
             raise ValueError(f"'{name}' is of cores, which have no weighted sum of their kind: let both act instead.")
         if known[name].modules_to_save:

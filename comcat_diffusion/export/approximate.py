@@ -7,7 +7,7 @@ have a closed form, since the best unconstrained change of a product is of rank 
     G_h  = argmin |G Wo_h - Ao_h|           whatever the values are
 
 How well it fits is a property of the adapter: heads span D of C channels. So the error is measured on the denoiser
-itself, and what is too far off is not written.
+itself, and what is too far off is not written. Terms beside convolutions are LoRAs already and stay as they are.
 
 Letters: H heads, D head width, R rank, C channels, N tokens.
 """
@@ -53,7 +53,8 @@ def approximate(
     """
     contents = read_contents(adapter)
     refuse_foldable(contents.header, adapter)
-    if not any((left @ right).any() for term in contents.terms for left, right in term.products()):
+    acting = any((left @ right).any() for term in contents.terms for left, right in term.products())
+    if not acting and not any(term.shares().any() for term in contents.beside):
         raise AdapterFileError(f"{adapter} adds nothing to its base, since all its products are zero; train it first.")
     if layers_of(pipe):
         raise ValueError("The pipeline carries adapters already; approximate on a freshly loaded base.")

@@ -153,7 +153,9 @@ def _facts(header: Header, shared: Shared) -> dict[str, str]:
     facts = {"file": f"{markdown.code(shared.adapter, in_table=True)}, {shared.bytes:,} bytes"}
     for part, config in header.config.items():
         most = " at most" * (part in header.packed)
-        facts[f"adapter of {markdown.text(part)}"] = markdown.text(f"{kind_of(config)}, rank {config.get('r')}{most}")
+        beside = ", with terms beside convolutions" * bool(config.get("convolutions"))
+        told = f"{kind_of(config)}, rank {config.get('r')}{most}{beside}"
+        facts[f"adapter of {markdown.text(part)}"] = markdown.text(told)
     for name, told in (("training", header.notes.training), ("written by", header.versions)):
         facts[name] = markdown.text(", ".join(f"{key} {value}" for key, value in told.items())) or "not said"
     return facts

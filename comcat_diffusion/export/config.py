@@ -90,7 +90,11 @@ class CombineConfig(OneOutput):
         "Adapter files of one base, each with a weight after a colon if wanted.",
         required="name at least one adapter file",
     )
-    rank: int | None = option(None, "Cut the sum to this rank. Default: all ranks side by side, which is exact.")
+    rank: int | None = option(
+        None,
+        "Cut the sum to this rank; terms beside convolutions keep theirs. Default: all ranks side by side, which is "
+        "exact.",
+    )
     save_precision: str = option("fp16", "Precision of the file.", choices=("fp16", "bf16", "fp32"))
 
     def check(self) -> None:

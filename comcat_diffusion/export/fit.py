@@ -7,10 +7,8 @@ from comcat_diffusion import atomic
 from comcat_diffusion.adapters.header import (
     AdapterFileError,
     Header,
-    has_convolutions,
     kind_of,
     read_adapter,
-    refuse_convolutions,
 )
 from comcat_diffusion.families.family import DENOISERS, Family
 from comcat_diffusion.families.known import family_of_denoiser, names
@@ -40,9 +38,8 @@ def refuse_trigger(header: Header, adapter: str | Path) -> None:
 def _ways_out(header: Header) -> str:
     """What to do with an adapter that is no LoRA; the closest one is offered where there is one."""
     family, again = family_in(header), "train it again with --as lora"
-    beside = has_convolutions(header)
-    near = family is not None and (family.same_text or not waits(header)) and not beside
-    node = " or its ComfyUI node" if family is not None and family.has_node and not beside else ""
+    near = family is not None and (family.same_text or not waits(header))
+    node = " or its ComfyUI node" if family is not None and family.has_node else ""
     ways = f", {again}, or take the closest LoRA (export --approximate)" if near else f", or {again}"
     return f"use it as it is with comcat-diffusion{node}{ways}."
 
@@ -90,7 +87,6 @@ def needs_base(header: Header) -> bool:
 def refuse_exact(header: Header, adapter: str | Path) -> None:
     """Raise AdapterFileError for an adapter that need not be approximated, or that is of no model with LoRA files."""
     refuse_other_models(header, adapter)
-    refuse_convolutions(header, adapter)
     if is_exact(header):
         raise AdapterFileError(f"{adapter} is foldable already and exports exactly; nothing has to be approximated.")
     family = family_in(header)

@@ -8,7 +8,10 @@ which is a LoRA of rank H*R: down holds the Ak_h of all heads, up is block-diago
 included, since it stands beside the queries that meet the changed keys). Tools disagree on how alpha and ranks that
 differ by module go together, so no strength is left to them: s is in `up`, and alpha is one number for the file.
 
-Letters: H heads, D head width, R rank, C channels, K = H*R.
+A term beside a convolution is the LoRA of it whose `down` is of 3 x 3 places, each rank's with one pattern of taps, and
+whose `up` is of one (adapters/separable.py). So it takes nine times the numbers of the channels that come in.
+
+Letters: H heads, D head width, R rank, C channels, O channels that go out, K = H*R.
 """
 
 import re
@@ -22,8 +25,10 @@ from torch import nn
 
 from comcat_diffusion import atomic
 from comcat_diffusion.adapters.as_lora import placed, text_encoder_name, up_of
+from comcat_diffusion.adapters.convolved_rows import Beside
 from comcat_diffusion.adapters.cores import has_cores
 from comcat_diffusion.adapters.header import AdapterFileError, Header, kind_of, read_adapter
+from comcat_diffusion.adapters.separable import lowered
 from comcat_diffusion.adapters.store import TOKEN, safetensors_bytes
 from comcat_diffusion.adapters.terms import Contents, Term, read_contents
 from comcat_diffusion.export.clients import FORMATS
@@ -33,17 +38,18 @@ from comcat_diffusion.export.spread import spread, unfolded
 from comcat_diffusion.families.family import Family, Native
 
 _CLIPS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-_WIDTH_SDXL, _SDXL_BLOCK = 2048, 3  # width of SDXL's text states; attentions and a resampler per block of its U-Net
+_WIDTH_SDXL, _SDXL_BLOCK = 2048, 3  # width of SDXL's text states; layers and a resampler per block of its U-Net
+_SDXL_CONVOLUTIONS = {"conv1": "in_layers.2", "conv2": "out_layers.3"}  # as its original code counts a block's layers
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA of one projection: the weight changes by up @ down."""
+    """A LoRA of one projection, or of a convolution: the weight changes by up @ down."""
 
     part: str  # component of the pipeline
     projection: str  # name within the component
-    down: torch.Tensor  # K, C
-    up: torch.Tensor  # H*D, K
+    down: torch.Tensor  # K, C; of a convolution R, C, 3, 3
+    up: torch.Tensor  # H*D, K; of a convolution O, R, 1, 1
 
     @property
     def rank(self) -> int:
@@ -90,6 +96,7 @@ def export_adapter(
         contents = spread(contents, models, adapter) if needs_base(header) else contents
     family = family_in(header)
     loras = [lora for term in contents.terms for lora in as_loras(term, family)]
+    loras += [lora for term in contents.beside for lora in beside_as_loras(term)]
     if not loras:
         raise AdapterFileError(f"{adapter} adds nothing to its base, since all its products are zero; train it first.")
     if format == "kohya":
@@ -118,6 +125,16 @@ def as_loras(term: Term, family: Family) -> list[Lora]:
         if acts.any():
             loras.append(Lora(term.part, f"{term.attention}.{projection}", factors[down][acts], up[:, acts]))
     return loras
+
+
+def beside_as_loras(term: Beside) -> list[Lora]:
+    """The LoRA of a convolution that does what a term beside it does; none if that is nothing."""
+    acts = term.shares() != 0
+    if not acts.any():
+        return []
+    kept = term.kept(acts)
+    up = kept.scale * kept.up.double()
+    return [Lora(term.part, term.convolution, lowered(kept.down.double(), kept.taps.double()), up[:, :, None, None])]
 
 
 def _word_files(contents: Contents, output: Path) -> dict[Path, bytes]:
@@ -204,9 +221,11 @@ def _original_name(name: str) -> str:
     """SDXL's blocks as its original code counts them, which is how kohya names them."""
 
     def counted(found: re.Match) -> str:
-        block, attention = int(found[2]), int(found[3])
-        place = _SDXL_BLOCK * block + attention
-        return f"input_blocks.{place + 1}.1." if found[1] == "down" else f"output_blocks.{place}.1."
+        block, layer, kind = int(found[2]), int(found[4]), int(found[3] == "attentions")
+        place = _SDXL_BLOCK * block + layer
+        return f"input_blocks.{place + 1}.{kind}." if found[1] == "down" else f"output_blocks.{place}.{kind}."
 
-    name = re.sub(r"^(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", counted, name)
-    return re.sub(r"^mid_block\.attentions\.0\.", "middle_block.1.", name)
+    name = re.sub(r"^(down|up)_blocks\.(\d+)\.(attentions|resnets)\.(\d+)\.", counted, name)
+    name = re.sub(r"^mid_block\.attentions\.0\.", "middle_block.1.", name)
+    name = re.sub(r"^mid_block\.resnets\.(\d+)\.", lambda found: f"middle_block.{2 * int(found[1])}.", name)
+    return re.sub(r"(?<=\.)conv[12]$", lambda found: _SDXL_CONVOLUTIONS[found[0]], name)

@@ -15,6 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from comcat_diffusion import bases
 from comcat_diffusion.adapters import cores, tied
+from comcat_diffusion.adapters.convolved import FACTORS, split
+from comcat_diffusion.adapters.convolved_rows import Beside
 from comcat_diffusion.adapters.fingerprint import layout_of
 from comcat_diffusion.adapters.header import AdapterFileError, Header
 from comcat_diffusion.adapters.parts import components
@@ -61,7 +63,8 @@ def spread(contents: Contents, models: Mapping[str, nn.Module], path: str | Path
     terms = [term for term in contents.terms if not term.tied]
     for part in dict.fromkeys(term.part for term in contents.terms if term.tied):
         own = [term for term in contents.terms if term.part == part]
-        terms += _spread(own, models[part], replace(config_of(contents.header.config[part], path), tied=False))
+        config = config_of(contents.header.config[part], path).at_attentions()
+        terms += _spread(own, models[part], replace(config, tied=False))
     return replace(contents, terms=sorted(terms, key=lambda term: term.key))
 
 
@@ -70,23 +73,26 @@ def unfolded(header: Header, models: Mapping[str, nn.Module], path: str | Path) 
 
     Raises AdapterFileError for parts that are not among the models.
     """
-    tensors, terms = read_tensors(path, header), []
+    tensors, terms, beside = read_tensors(path, header), [], []
     for part, fields in header.config.items():
         config, model = config_of(fields, path), models.get(part)
         if model is None or any(parameter.is_meta for parameter in model.parameters()):
             raise AdapterFileError(f"{path} holds cores of a {part}: name its base, whose weights they are made for.")
-        foldable = expected_shapes(model, replace(config, cores=False))
+        foldable = expected_shapes(model, replace(config.at_attentions(), cores=False))
         heights = {name.rpartition(".")[0]: high for name, (high, _) in foldable.items()}
         shapes = {f"{name}.{mix}": (high, config.r) for name, high in heights.items() for mix in cores.MIXES}
-        own = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
+        own = {n.removeprefix(f"{part}."): tensor for n, tensor in tensors.items() if n.startswith(f"{part}.")}
         mixes = cores.scattered(own, shapes)
         for name in heights:
             pair = [mixes[f"{name}.{mix}"] for mix in cores.MIXES]
             sets = config.core_sets.get(name, "")
             factors = cores.factors_of(model.get_submodule(name), config.r, *pair, sets)
             terms.append(Term(part, name, config.alpha / config.r, config.r, True, factors))
+        for name in sorted({factor.rpartition(".")[0] for factor in split(own)[1]}):
+            held = (own[f"{name}.{factor}"] for factor in FACTORS)
+            beside.append(Beside(part, name, config.alpha / config.r, *held))
     words = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{TOKEN}.")}
-    return Contents(header, sorted(terms, key=lambda term: term.key), words)
+    return Contents(header, sorted(terms, key=lambda term: term.key), words, beside)
 
 
 def _spread(terms: list[Term], model: nn.Module, config: object) -> list[Term]:

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 from torch import nn
 
+from comcat_diffusion.adapters.separable import TAPS
 from comcat_diffusion.adapters.store import expected_shapes
 from comcat_diffusion.bases import PRECISIONS
 from comcat_diffusion.families.family import Family, Native
-from comcat_diffusion.families.known import family_of_denoiser
+from comcat_diffusion.families.known import family_of_denoiser, family_of_model
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learned import adapter_config, convolutions, targets
 
@@ -41,9 +42,8 @@ def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
     if family is None:  # see export/fit.py
         return f"This adapter is for this tool (about {size})."
     tools = "this tool and its ComfyUI node" if family.has_node else "this tool"
-    exact = replace(
-        shape, tied=False, cores=False, convolutions=0, foldable=True, target_modules=targets(config, denoiser)
-    )
+    kept = shape if _with_convolutions(config, denoiser) else shape.at_attentions()
+    exact = replace(kept, tied=False, cores=False, foldable=True, target_modules=targets(config, denoiser))
     lora = expected_shapes(denoiser, exact)
     larger = f"{lora_bytes(lora, config.rank, family) / 1000:,.0f} kB"
     if config.kind == "free":
@@ -59,13 +59,26 @@ def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
     )
 
 
+def _with_convolutions(config: TrainConfig, denoiser: nn.Module) -> bool:
+    """Whether the same settings with --as lora have terms beside convolutions: those asked for, or usual then."""
+    family = family_of_model(denoiser)
+    if config.convolutions in (None, family.usual_convolutions(config.kind)):
+        return bool(family.usual_convolutions("foldable"))
+    return bool(config.convolutions)
+
+
 def lora_bytes(foldable: Shapes, rank: int, family: Family) -> int:
     """Bytes in float32 of the LoRA that a foldable adapter with factors of these shapes becomes, without its header.
 
-    (H*R, C) and (H*R, D) become `down` (H*R, C) and `up` (H*D, H*R), see export/lora.py.
+    (H*R, C) and (H*R, D) become `down` (H*R, C) and `up` (H*D, H*R), see export/lora.py; beside convolutions (R, C),
+    (R, 9) and (O, R) become (R, C, 3, 3) and (O, R, 1, 1).
     """
     count = 0
     for name, (rows, width) in foldable.items():
+        if name.endswith(".conv_down"):
+            count += rows * width * TAPS
+        if name.endswith(".conv_up"):
+            count += rows * width
         if name.endswith(".q_core"):
             attention = name.removesuffix(".q_core")
             columns, native = foldable[f"{attention}.k_down"][1], _native(family, attention)

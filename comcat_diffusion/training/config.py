@@ -208,11 +208,6 @@ class AdapterShape(Group):
         object.__setattr__(self, "kind", self.kind or "free")
         require_at_least(self, 1, "rank")
         require_at_least(self, 0, "convolutions")
-        require(
-            not self.convolutions or (self.kind == "free" and not self.up_blocks_only),
-            "--convolutions is for free adapters on all of a U-Net: leave it out, or leave out --as lora, --kind and "
-            "--up_blocks_only.",
-        )
         require_finite(self, "alpha", above=0)
 
 

@@ -13,12 +13,11 @@ from torch.nn.functional import pad
 
 from comcat_diffusion.adapters import tied
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.convolved import FACTORS as CONVOLVED
-from comcat_diffusion.adapters.convolved import ConvolvedLayer
+from comcat_diffusion.adapters.convolved import ConvolvedLayer, is_named_so, split
 from comcat_diffusion.adapters.convolved_rows import Beside
 from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors, side_cars
 from comcat_diffusion.adapters.packing import COLUMNS, PRODUCT
-from comcat_diffusion.adapters.parts import denoiser
+from comcat_diffusion.adapters.parts import denoiser, plain_modules
 from comcat_diffusion.adapters.placing import add_adapter
 from comcat_diffusion.adapters.store import TOKEN
 from comcat_diffusion.adapters.terms import CONTEXT, Contents, Term
@@ -58,8 +57,8 @@ def prepare(config: TrainConfig, pipe: DiffusionPipeline, subjects: Sequence[Sub
             model = denoiser(pipe)
             add_adapter(model, adapter_config(config, model, awaited(config, subjects)), ADAPTER)
             for encoder in encoders.values() if config.train_text_encoder else ():
-                shape = replace(adapter_config(config, encoder, ()), target_modules=None, convolutions=0)
-                encoder.add_adapter(shape, ADAPTER)
+                shape = adapter_config(config, encoder, ()).at_attentions()
+                encoder.add_adapter(replace(shape, target_modules=None), ADAPTER)
         listen(pipe)
     for model in (denoiser(pipe), *encoders.values()):
         for factor in factors(model, ADAPTER).values():
@@ -118,6 +117,7 @@ def adapter_config(shape: AdapterShape, model: nn.Module, words: Sequence[str]) 
         tied=shape.kind == "tied",
         cores=shape.kind == "cores",
         convolutions=beside,
+        convolution_ranks=_ranks_beside(shape, model) if beside and shape.up_blocks_only else None,
         trigger=None if shape.everywhere else list(words),
         target_modules=targets(shape, model) or family_of_model(model).usual_targets(shape.kind, bool(beside)),
     )
@@ -139,6 +139,11 @@ def targets(shape: AdapterShape, model: nn.Module) -> list[str] | str | None:
         return shape.target_modules
     names = map(re.escape, shape.target_modules or default_targets(model))
     return rf"up_blocks\..*\.({'|'.join(names)})"
+
+
+def _ranks_beside(shape: AdapterShape, model: nn.Module) -> dict[str, int]:
+    """The ranks beside the convolutions of the way up."""
+    return {n: shape.convolutions for n in plain_modules(model) if is_named_so(n) and n.startswith("up_blocks.")}
 
 
 def add_tokens(pipe: DiffusionPipeline, learner: Learner) -> None:
@@ -199,10 +204,10 @@ def take(learner: Learner, ema: "Ema", contents: Contents) -> None:
     terms = {term.key: term for term in contents.terms}
     parts = {learner.family.part: learner.denoiser, **learner.encoders}
     for part, model in parts.items():
+        _take_beside({term.key: term for term in contents.beside}, part, model)
         if any(term.tied for term in contents.terms if term.part == part):
             _take_tied(terms, part, model)
             continue
-        _take_beside({term.key: term for term in contents.beside}, part, model)
         for attention, layer in adapted_layers(model).items():
             own = {name: getattr(layer, f"comcat_{name}") for name in PRODUCT}
             term = terms.get(f"{part}.{attention}")
@@ -225,7 +230,7 @@ def _take_beside(terms: Mapping[str, Beside], part: str, model: nn.Module) -> No
     for name, layer in side_cars(model).items():
         if not isinstance(layer, ConvolvedLayer) or ADAPTER not in layer.r:
             continue
-        down, taps, up = (getattr(layer, f"comcat_{factor}")[ADAPTER].weight for factor in CONVOLVED)
+        down, taps, up = layer.factors(ADAPTER)
         for factor in (down, taps, up):
             factor.zero_()
         term = terms.get(f"{part}.{name}")
@@ -235,7 +240,7 @@ def _take_beside(terms: Mapping[str, Beside], part: str, model: nn.Module) -> No
 
 
 def _take_tied(terms: Mapping[str, Term], part: str, model: nn.Module) -> None:
-    places, layers, whole = factors(model, ADAPTER), adapted_layers(model), {}
+    places, layers, whole = split(factors(model, ADAPTER))[0], adapted_layers(model), {}
     sides = tied.sides_of(model, places)
     for side, attentions in sides.items():
         term, layer = terms[f"{part}.{side}"], layers[attentions[0]]

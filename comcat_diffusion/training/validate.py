@@ -107,7 +107,7 @@ def _refusals(config: TrainConfig, dataset: Dataset) -> Iterator[str]:
 
 def _size_facts(config: TrainConfig, dataset: Dataset, denoiser: nn.Module) -> Iterator[str]:
     adapter = adapter_config(config, denoiser, awaited(config, dataset.subjects))
-    by_attention = expected_shapes(denoiser, replace(adapter, tied=False, cores=False, convolutions=0))
+    by_attention = expected_shapes(denoiser, replace(adapter.at_attentions(), tied=False, cores=False))
     if not by_attention:
         raise ValueError(f"--target_modules {' '.join(config.target_modules or [])}: the base has none of this name.")
     shapes = expected_shapes(denoiser, adapter)
