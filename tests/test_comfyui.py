@@ -458,6 +458,36 @@ def test_several_subjects_in_one_file_are_several_files(packed, files, model, cl
     assert (found - outputs(model, texts, heard)).abs().amax(dim=1).gt(0.05).tolist() == [True, True, True, False]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True])
+def test_terms_of_several_subjects_wait_for_words_of_their_own(packed, files, model, clip, tmp_path, randomize):
+    pipe, unet = load_base("embedded"), model.model.diffusion_model
+    beside = {
+        "convolutions": 1,
+        "convolution_ranks": {"mid_block.resnets.0.conv1": 1, "up_blocks.0.resnets.0.conv2": 2},
+    }
+    pipe.unet.add_adapter(ComcatConfig(r=3, target_modules=["attn2"], trigger=["ohwx"], **beside), "other")
+    randomize(pipe.unet, "other", 7, std=0.3)
+    ones = [files["convolved"], tmp_path / "other.safetensors"]
+    save_adapter(pipe, ones[1], "other", "embedded", NOTES)
+    if packed:
+        for number, (one, small) in enumerate(zip(ones, (14_000, 9_000), strict=True)):
+            shrink(one, tmp_path / f"{number}.safetensors", small)
+            ones[number] = tmp_path / f"{number}.safetensors"
+    combine([(ones[0], 1.0), (ones[1], 0.5)], tmp_path / "both.safetensors", dtype=torch.float32)
+    one, heard, _ = load(*load(model, clip, ones[0])[:2], ones[1], 0.5)
+    made, _, _ = load(model, clip, tmp_path / "both.safetensors")
+    texts = ["a photo of sks teddy", "a photo of ohwx cat", "an ohwx cat, sks teddy", "a ball"]
+    maps = []
+    for patcher in (made, one, model):
+        outputs(patcher, texts, heard)
+        maps.append(torch.cat([own.flatten(1) for own in unet.maps], dim=1))
+    found, expected, base = maps
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found - base).abs().amax(dim=1).gt(0.01).tolist() == [True, True, True, False]
+    assert torch.equal(found[3], base[3])
+
+
 STEPS = [[3.0, 2.0, 1.0]] * 2  # sigmas, both times
 ASKS, NONE = "a photo of sks teddy, ohwx cat", "a blue ball"  # begin, a, photo, of, sks, teddy
 

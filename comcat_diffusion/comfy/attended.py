@@ -13,7 +13,7 @@ from comcat_diffusion.adapters.blend import blended
 from comcat_diffusion.adapters.regions import grid_of
 from comcat_diffusion.adapters.seam import View
 from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, shared_out
-from comcat_diffusion.comfy.guests import Guest, Guests, OfGuests, Trigger
+from comcat_diffusion.comfy.guests import Guest, Guests, OfGuests, Trigger, Waits
 from comcat_diffusion.comfy.places import PLACES, Places, looks
 from comcat_diffusion.comfy.sharing import masked_shares
 from comcat_diffusion.comfy.text import SAID
@@ -45,15 +45,8 @@ class Carrying(OfGuests):
         for guest in live:
             factors = self._on(attention, device, guest)
             kind = Foldable if "q_core" in factors else Free
-            found.append(kind(guest.scales[attention], self.acting(guest, said, spread), **factors))
+            found.append(kind(guest.scales[attention], acting(guest, guest.waits, said, spread), **factors))
         return found
-
-    def acting(self, guest: Guest, said: Said, spread: Spread) -> torch.Tensor | None:
-        """On which tokens a live adapter acts: what `spread` makes of those of the text; None for all."""
-        if not guest.trigger:
-            return None
-        silent = torch.zeros_like(next(iter(said.values())))
-        return spread(shared_out(guest.waits, guest.trigger, lambda words: said.get(words, silent)))
 
     def _on(self, attention: str, device: torch.device, guest: Guest) -> dict[str, nn.Linear]:
         """An adapter's factors on the device that the attention computes on; they are kilobytes, and stay there."""
@@ -62,6 +55,14 @@ class Carrying(OfGuests):
             copies = _copies(guest.factors[attention])
             self._moved[key] = {name: factor.to(device) for name, factor in copies.items()}
         return self._moved[key]
+
+
+def acting(guest: Guest, waits: Waits, said: Said, spread: Spread) -> torch.Tensor | None:
+    """On which tokens a live adapter's ranks act: what `spread` makes of those of the text; None for all."""
+    if not guest.trigger:
+        return None
+    silent = torch.zeros_like(next(iter(said.values())))
+    return spread(shared_out(waits, guest.trigger, lambda words: said.get(words, silent)))
 
 
 def of_text(tokens: torch.Tensor) -> torch.Tensor:

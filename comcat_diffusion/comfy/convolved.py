@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from comcat_diffusion.adapters.separable import across, around
-from comcat_diffusion.comfy.attended import Carrying, of_picture
+from comcat_diffusion.comfy.attended import Carrying, acting, of_picture
 from comcat_diffusion.comfy.guests import Guest, Guests
 from comcat_diffusion.comfy.places import PLACES
 from comcat_diffusion.comfy.sharing import masked_shares
@@ -71,7 +71,7 @@ class Convolved(Carrying):
 
     def _rows(self, guest: Guest, said: Said, like: torch.Tensor) -> torch.Tensor:
         """Which rows an adapter's ranks act on, (B or 1, R or 1, 1, 1)."""
-        acts = self.acting(guest, said, of_picture)
+        acts = acting(guest, guest.waits_beside[self.name], said, of_picture)
         return like.new_ones(1, 1, 1, 1) if acts is None else acts.to(like).mT.unsqueeze(-1)
 
     def _shares(self, live: list[str], made: torch.Tensor, options: Mapping) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from comcat_diffusion.comfy.places import looks, of_both
 from comcat_diffusion.comfy.text import SAID, Said
 
 Trigger = tuple[str, ...]
+Waits = tuple[tuple[Trigger, int], ...]  # for which words how many ranks wait; none: all for the same
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,11 @@ class Guest:
     name: str
     path: Path
     trigger: Trigger  # words that it waits for; none: it acts everywhere
-    waits: tuple[tuple[Trigger, int], ...]  # of several subjects: for which words how many of its ranks do
+    waits: Waits  # of its ranks at attentions
     factors: Mapping[str, Mapping[str, nn.Linear]]  # hosts are called as from the model that is patched
     scales: Mapping[str, float]  # by host: strength times alpha / r
     subjects: Trigger = ()  # what its subjects are called in prompts, by which their places are found
+    waits_beside: Mapping[str, Waits] = field(default_factory=lambda: MappingProxyType({}))  # beside each convolution
 
     @property
     def words(self) -> list[Trigger]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from comcat_diffusion.adapters import cores
 from comcat_diffusion.adapters.config import ComcatConfig
+from comcat_diffusion.adapters.convolved import split, waits_of
 from comcat_diffusion.adapters.fingerprint import fingerprint_as, layout_of
 from comcat_diffusion.adapters.header import AdapterFileError, Header, called_by, read_adapter
 from comcat_diffusion.adapters.model import of_pattern
@@ -160,21 +161,24 @@ def _guest(
     if config.modules_to_save:
         raise AdapterFileError(f"{path} trains whole modules, which no ComfyUI node can put in place.")
     own = {n.removeprefix(f"{part}."): t for n, t in fitting.tensors.items() if n.startswith(f"{part}.")}
+    own, beside = split(own)
     if config.tied or config.cores:
-        shapes = expected_shapes(shell, replace(config, tied=False, cores=False))
+        shapes = expected_shapes(shell, replace(config.at_attentions(), tied=False, cores=False))
     if config.tied:
         own = scattered(own, shapes, sides_of(shell, shapes))
     if config.cores:
         own = _unfolded(own, shapes, shell, config)
     factors: dict[str, dict[str, nn.Linear]] = {}
-    for name, tensor in own.items():
+    for name, tensor in (own | beside).items():
         host, _, factor = name.rpartition(".")
         factors.setdefault(host, {})[factor] = linear_of(tensor.float())
     scales = {names[host]: strength * _scale(config, host, "conv_up" in held) for host, held in factors.items()}
     waits = tuple((tuple(words), count) for words, count in config.trigger_ranks or ())
+    waits_beside = {names[host]: tuple(waits_of(config, host)) for host in factors if "conv_up" in factors[host]}
     factors = {names[host]: held for host, held in factors.items()}
     subjects = tuple(called_by(fitting.header))
-    return Guest(path.stem, path.resolve(), tuple(config.trigger or ()), waits, factors, scales, subjects)
+    words = tuple(config.trigger or ())
+    return Guest(path.stem, path.resolve(), words, waits, factors, scales, subjects, waits_beside)
 
 
 def _scale(config: ComcatConfig, host: str, beside: bool) -> float:
