@@ -134,6 +134,7 @@ COMCAT = {
     "comcat": {},
     "comcat_foldable": {"foldable": True},
     "comcat_tied": {"foldable": True, "tied": True},  # of cross-attentions alone, which all read the same text
+    "comcat_beside": {"convolutions": 8},  # terms beside convolutions as well, as the default has them
 }
 
 
