@@ -12,7 +12,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
 import copy
 import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -22,6 +22,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig, ViTModel
 
 from comcat_diffusion.adapters.model import factors
+from comcat_diffusion.training import class_pictures, preview
 from tests.adapter_cases import CASES, TARGETS, Case
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -38,6 +39,15 @@ def pytest_collection_finish() -> None:
     """Let no later collection walk what importing left: a run frees memory twice, at 0.25 s each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sketches() -> Iterator[None]:
+    """What trainings in this process draw takes 4 steps instead of 25: seconds each, and longer than most trainings."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(preview, "STEPS", 4)
+        patched.setattr(class_pictures, "STEPS", 4)
+        yield
 
 
 @dataclass(frozen=True)
