@@ -28,6 +28,21 @@ from tests.adapter_cases import CASES, TARGETS, Case
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+# Files of tests that read, say and refuse, and compute nothing that a processor rounds in its own way. Marked `words`.
+WORDS = frozenset(
+    """backgrounds cli colours config crops docs evaluate_best folder full_disk help hub images infotext markdown masks
+    packaging plots remarks sentences studio twins ui validate words""".split()
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What `make test-kernels` leaves out is marked before `-m` chooses."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in WORDS:
+            item.add_marker("words")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Weights that a test draws without a seed are the same in every order, worker and run."""
