@@ -53,7 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
         "test": sorted((photographs.FOLDER / "test").iterdir()),
     }
     report = {"circumstances": shared.circumstances(device, torch.float32), "rows": []}
-    report |= {"more": " and ".join(folder.name for folder in flags.more)} if flags.more else {}
+    for name in ("more", "learn_more"):
+        folders = getattr(flags, name)
+        report |= {name: " and ".join(folder.name for folder in folders)} if folders else {}
     report |= {"crops": flags.crops, "photographs": {name: len(found) for name, found in sets.items()}}
     for row in rows(flags, sets, device):
         report["rows"].append(row)
@@ -77,6 +79,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--learn", type=int, metavar="N", help="of so many photographs (default: those calibrated on)")
     parser.add_argument(
         "--more", type=Path, nargs="+", metavar="FOLDER", help="where photographs beyond the usual sixteen are taken"
+    )
+    parser.add_argument(
+        "--learn_more", type=Path, nargs="+", metavar="FOLDER", help="likewise, for learning (default: those of --more)"
     )
     parser.add_argument(
         "--rate", type=float, default=FEATURES_RATE, help="learning rate of these (default: %(default)s)"
@@ -127,7 +132,7 @@ def rows(flags: argparse.Namespace, sets: dict[str, list[Path]], device: torch.d
             yield row | judged(small) | {"widths": plan.widths}
             if flags.finetune:
                 started, busy = time.perf_counter(), time.process_time()
-                shown = calibrating(flags.learn or flags.photographs, flags.more)
+                shown = calibrating(flags.learn or flags.photographs, flags.learn_more or flags.more)
                 small = finetuned(small, dense, shown, flags, kept)
                 row |= {"finetuned_on": flags.finetune * len(shown), "of_photographs": len(shown), "rate": flags.rate}
                 row |= {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - busy}
@@ -239,6 +244,8 @@ def table(report: dict) -> str:
     )
     if "more" in report:
         title = f"{title[:-1]}; photographs beyond the sixteen are those of {report['more']}:"
+    if "learn_more" in report:
+        title = f"{title[:-1]}, those learned from of {report['learn_more']}:"
     return "\n\n".join(
         [title, shared.markdown_table(columns, cells), shared.circumstances_text(report["circumstances"])]
     )

@@ -14,13 +14,13 @@ def table(report: dict) -> str:
         run = json.loads((shared.RESULTS / f"{name}.json").read_text())
         command = run["circumstances"]["command"]
         commands.append(f"- `{name}`: `{command}`")
-        key = (run["photographs"]["calibration"], run["crops"], run.get("more", ""), "--plans" in command)
+        key = (run["photographs"]["calibration"], run["crops"], run.get("more", ""), chosen_on(command))
         for row in run["rows"]:
             if row["part"] == "model" and row["removed"] in REMOVED and "finetuned_on" not in row:
                 lines.setdefault(key, {})[row["removed"]] = f"{row['class_token']:.3f} / {row['patches']:.3f}"
     cells = [
-        [f"{count:,}", str(crops), more, "16 photographs" if earlier else "these", *(found.get(r, "") for r in REMOVED)]
-        for (count, crops, more, earlier), found in sorted(lines.items(), key=lambda line: line[0])
+        [f"{count:,}", str(crops), more, widths, *(found.get(r, "") for r in REMOVED)]
+        for (count, crops, more, widths), found in sorted(lines.items(), key=lambda line: line[0])
     ]
     columns = ["photographs", "crops of each", "beyond the sixteen", "widths by"]
     columns += [f"{removed:.0%} removed" for removed in REMOVED]
@@ -31,3 +31,12 @@ def table(report: dict) -> str:
             "\n".join(["Each run's circumstances stand in its JSON:", "", *commands]),
         ]
     )
+
+
+def chosen_on(command: str) -> str:
+    """What the widths of such a run were chosen on: its own photographs, or those of the run whose plans it took."""
+    _, found, after = command.partition("--plans ")
+    if not found:
+        return "these"
+    earlier = json.loads((shared.ROOT / after.split()[0]).read_text())
+    return f"{earlier['photographs']['calibration']} photographs"

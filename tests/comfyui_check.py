@@ -93,7 +93,7 @@ def adapters(pipe: StableDiffusionPipeline, folder: Path) -> dict[str, Path]:
     kinds = {
         "tied": {"foldable": True, "tied": True, "trigger": ["sks"]},
         "free": {"trigger": ["ohwx"]},
-        "everywhere": {"foldable": True},
+        "everywhere": {"foldable": True, "convolutions": 2},
         "cores": {"foldable": True, "cores": True, "trigger": ["sks"]},
         "convolved": {"convolutions": 2, "target_modules": ["attn2"], "trigger": ["ohwx"]},
     }

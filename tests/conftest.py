@@ -12,7 +12,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
 import copy
 import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -22,9 +22,25 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig, ViTModel
 
 from comcat_diffusion.adapters.model import factors
+from comcat_diffusion.training import class_pictures, preview
 from tests.adapter_cases import CASES, TARGETS, Case
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+# Files of tests that read, say and refuse, and compute nothing that a processor rounds in its own way. Marked `words`.
+WORDS = frozenset(
+    """backgrounds cli colours config crops docs evaluate_best folder full_disk help hub images infotext markdown masks
+    packaging plots remarks sentences studio twins ui validate words""".split()
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What `make test-kernels` leaves out is marked before `-m` chooses."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in WORDS:
+            item.add_marker("words")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -38,6 +54,15 @@ def pytest_collection_finish() -> None:
     """Let no later collection walk what importing left: a run frees memory twice, at 0.25 s each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sketches() -> Iterator[None]:
+    """What trainings in this process draw takes 4 steps instead of 25: seconds each, and longer than most trainings."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(preview, "STEPS", 4)
+        patched.setattr(class_pictures, "STEPS", 4)
+        yield
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
 from tests import tiny_bases
+from tests.quick_training import BARE
 
 PICTURES = str(bases.assets() / "subject" / "train")
 
@@ -25,6 +26,7 @@ def sd1(tmp_path_factory):
 
 def trained(base, output, **more):
     settings = {"instance_data_dir": PICTURES, "instance_prompt": "a photo of sks teddy", "rank": 2}
+    settings |= {"num_validation_images": 1, **BARE}
     base, output = str(base), str(output)
     return customize(
         TrainConfig(pretrained_model_name_or_path=base, output_dir=output, max_train_steps=2, **{**settings, **more})

@@ -123,8 +123,11 @@ def test_the_goals_are_measured_first_and_a_table_is_in_order():
     rows = [{"part": "model", "removed": part, "method": "output"} | about for part in (0.61, 0.44)]
     rows.append(rows[0] | {"finetuned_on": 2000, "of_photographs": 230, "rate": 1e-5})
     report = {"rows": [{"part": "dense"} | about, *rows], "crops": 6, "photographs": {"calibration": 16, "test": 25}}
+    report |= {"more": "one", "learn_more": "one and another"}
     report["circumstances"] = circumstances(torch.device("cpu"), torch.float32)
-    lines = [line for line in features.table(report).splitlines() if "of the model" in line]
+    title, *lines = features.table(report).splitlines()
+    assert title.endswith("photographs beyond the sixteen are those of one, those learned from of one and another:")
+    lines = [line for line in lines if "of the model" in line]
     shown = [line.split(" | ")[:2] for line in lines]
     assert [row for row, _ in shown] == ["| 44% of the model", *["| 61% of the model"] * 2]
     assert [how for _, how in shown] == ["output", "output", "output, then 2,000 crops of 230 photographs"]

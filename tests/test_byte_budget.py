@@ -13,11 +13,12 @@ from comcat_diffusion.training import learned
 from comcat_diffusion.training.becomes import budget
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
+from tests.quick_training import BARE
 from tests.test_checkpoint import Stop
 
 BUDGET = 12_000  # about an eighth of the whole adapter
 SETTINGS = {"max_train_steps": 10, "skip_final_inference": True, "learning_rate": 4e-3, "max_bytes": BUDGET}
-SETTINGS |= {"kind": "free"}
+SETTINGS |= {"kind": "free", "train_batch_size": 1, **BARE}
 
 
 @pytest.fixture

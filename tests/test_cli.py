@@ -16,6 +16,7 @@ from comcat_diffusion import bases, commands, load_adapter, read_adapter
 from comcat_diffusion.adapters.shrink import shrink
 from comcat_diffusion.cli import COMMANDS, main
 from comcat_diffusion.training.loop import Step
+from tests.quick_training import FLAGS
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,7 +130,7 @@ def test_no_file_of_the_user_is_replaced_unless_asked(tmp_path, capsys):
 def test_info_tells_the_whole_header_without_torch_and_saves_the_thumbnail(tmp_path, capsys):
     from PIL import Image
 
-    sample = ["--max_train_steps", "1", "--num_validation_images", "1", "--thumbnail"]
+    sample = ["--max_train_steps", "1", "--num_validation_images", "1", "--thumbnail", *FLAGS]
     assert main(["train", "--output_dir", str(tmp_path), *sample]) == 0
     file, preview = tmp_path / "sks-teddy.safetensors", tmp_path / "preview.jpg"
     code = f"import sys\nfrom comcat_diffusion.cli import main\nassert main(['info', {str(file)!r}]) == 0\n"

@@ -24,7 +24,7 @@ from comcat_diffusion.compression import (
 from comcat_diffusion.compression.by_output import every_unit
 from comcat_diffusion.compression.modules import is_compressed
 from comcat_diffusion.compression.planning import count
-from comcat_diffusion.compression.regression import RIDGES, UNTESTED, Regression
+from comcat_diffusion.compression.regression import RIDGES, UNTESTED, WHOLE, Regression, gram
 from tests import reference_compression as slow
 from tests.compression_models import batches, built, out, pictures
 
@@ -56,6 +56,12 @@ def test_the_regression_is_the_stacked_least_squares_problem(biased):
         assert (ours is None) is (theirs is None) is (not biased and theirs is None)
         if ours is not None:
             assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("channels", [1, WHOLE, 2 * WHOLE + 3])
+def test_a_gram_matrix_of_which_half_is_computed_is_whole(channels):
+    x = noise(20, channels)
+    assert_close(gram(x), x.mT @ x, rtol=0, atol=1e-12)
 
 
 def test_tokens_that_weigh_more_are_fitted_as_if_they_came_more_often():

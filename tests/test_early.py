@@ -9,6 +9,7 @@ import pytest
 
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
+from tests.quick_training import QUICK
 
 ROOT = Path(__file__).parents[1]
 # Runs every command line of a list in one process, and tells of each its status, its words and what it has imported.
@@ -51,7 +52,7 @@ def adapters(tmp_path_factory):
         "foldable": {"kind": "foldable", "everywhere": True},
     }
     for name, kind in kinds.items():
-        settings = {"output_dir": str(folder / name), "max_train_steps": 1, "skip_final_inference": True}
+        settings = {"output_dir": str(folder / name), "max_train_steps": 1, "skip_final_inference": True, **QUICK}
         files[name] = customize(TrainConfig(**settings, **kind)).adapter
     return files
 

@@ -52,6 +52,7 @@ from comcat_diffusion.training.suitable import refuse_pipeline
 from comcat_diffusion.training.validate import validate
 from comcat_diffusion.words import Subject
 from tests import tiny_families
+from tests.quick_training import BARE
 
 PICTURES = str(bases.assets() / "subject" / "train")
 PROMPT, OTHER = "a photo of sks teddy", "a photo of a teddy"
@@ -89,7 +90,7 @@ def settings(base, output, **more) -> TrainConfig:
     return TrainConfig(
         **{
             "pretrained_model_name_or_path": base, "output_dir": str(output), "mixed_precision": "no",
-            "max_train_steps": 4, "lr_warmup_steps": 0, "num_validation_images": 1, "thumbnail": False,
+            "max_train_steps": 4, "lr_warmup_steps": 0, "num_validation_images": 1, "thumbnail": False, **BARE,
         } | own | more
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from comcat_diffusion.training import checkpoint
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import Silent, customize
 from tests.compression_models import built
+from tests.quick_training import FLAGS, QUICK
 
 
 @contextlib.contextmanager
@@ -73,7 +74,7 @@ class FullAfter(Silent):
 @pytest.mark.slow
 def test_the_checkpoint_before_stays_and_the_run_goes_on_from_it(tmp_path):
     settings = {"max_train_steps": 3, "checkpointing_steps": 1, "skip_final_inference": True, "use_ema": True}
-    settings |= {"kind": "free", "max_bytes": 0}  # whose tensors are most of a checkpoint
+    settings |= {**QUICK, "kind": "free"}  # whose tensors are most of a checkpoint
     wanted = customize(TrainConfig(output_dir=str(tmp_path / "whole"), **settings)).adapter.read_bytes()
     folder, run = tmp_path / "run/checkpoints", {"output_dir": str(tmp_path / "run"), **settings}
     told = r"checkpoint-3 could not be written .* left behind\. The last good checkpoint is .*checkpoint-2\."
@@ -118,7 +119,7 @@ def test_the_command_line_says_it_in_a_sentence(tmp_path, capsys):
     file = tmp_path / "sks-teddy.safetensors"
     file.write_bytes(b"older")
     settings = ["--max_train_steps", "1", "--skip_final_inference", "--overwrite", "--output_dir", str(tmp_path)]
-    settings += ["--max_bytes", "0"]
+    settings += FLAGS
     with longest_file(10_000):
         assert main(["train", *settings]) == 2
     said = capsys.readouterr().err

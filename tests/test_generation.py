@@ -15,6 +15,7 @@ from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.generation.sheet import Row, contact_sheet, footer_of
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
+from tests.quick_training import BARE, QUICK
 from tests.test_adapter_file import edit, rewritten
 
 PROMPT = "a photo of sks teddy on the left, red background"
@@ -22,9 +23,8 @@ PROMPT = "a photo of sks teddy on the left, red background"
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    settings = TrainConfig(
-        output_dir=str(tmp_path_factory.mktemp("run")), max_train_steps=15, skip_final_inference=True
-    )
+    few = {"max_train_steps": 15, "train_batch_size": 1, "skip_final_inference": True, **BARE}
+    settings = TrainConfig(output_dir=str(tmp_path_factory.mktemp("run")), **few)
     return str(customize(settings).adapter)
 
 
@@ -136,7 +136,7 @@ def test_scale_zero_is_the_base_and_scales_differ(config, adapter):
 def test_merging_first_draws_the_same_pictures(config, tmp_path):
     with pytest.raises(ValueError, match=r"--merge: .*sks-teddy.safetensors acts from its trigger on.*--everywhere"):
         generate(config(merge=True))
-    settings = {"everywhere": True, "kind": "free", "skip_final_inference": True, "max_train_steps": 15}
+    settings = {"everywhere": True, "kind": "free", "skip_final_inference": True, "max_train_steps": 15, **QUICK}
     adapter = str(customize(TrainConfig(output_dir=str(tmp_path / "o"), **settings)).adapter)
     config = functools.partial(config, adapter=[adapter])
     assert np.abs(pixels(generate(config())) - pixels(generate(config(merge=True)))).max() <= 1

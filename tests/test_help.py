@@ -15,6 +15,7 @@ from comcat_diffusion.cli import COMMANDS, _parser, main
 from comcat_diffusion.config import FEW, flag_of, from_arguments
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.named import with_words
+from tests.quick_training import FLAGS
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,6 +177,6 @@ def test_a_subject_is_validated_and_taught_by_two_words(tmp_path, capsys):
     words = [str(ROOT / "assets" / "subject" / "train"), "sks teddy", "--output_dir", str(tmp_path)]
     assert main(["validate", *words]) == 0
     assert "'sks teddy': 4 pictures" in capsys.readouterr().out
-    assert main(["train", *words, "--max_train_steps", "1", "--skip_final_inference"]) == 0
+    assert main(["train", *words, "--max_train_steps", "1", "--skip_final_inference", *FLAGS]) == 0
     notes = read_adapter(tmp_path / "sks-teddy.safetensors").notes
     assert (notes.trigger, notes.class_word, notes.instance_prompt) == ("sks", "teddy", "a photo of sks teddy")

@@ -14,6 +14,7 @@ from comcat_diffusion.cli import main
 from comcat_diffusion.training.config import SubjectConfig, TrainConfig, ValidateConfig
 from comcat_diffusion.training.customize import Silent, customize
 from comcat_diffusion.training.validate import validate
+from tests.quick_training import QUICK
 from tests.test_colours import P3
 from tests.test_twins import photo
 
@@ -44,7 +45,7 @@ def said(pictures, **settings):
     own = {"instance_data_dir": str(pictures), "instance_prompt": "a photo of sks teddy", **settings}
     report, listener = validate(ValidateConfig(**own)), Listener()
     assert not report.errors, report.errors
-    quick = {"max_train_steps": 1, "skip_final_inference": True, "max_bytes": 0, "output_dir": "run"}
+    quick = {"max_train_steps": 1, "skip_final_inference": True, "output_dir": "run", **QUICK}
     customize(TrainConfig(**own, **quick), listener)
     shutil.rmtree("run")
     return report, listener.notes

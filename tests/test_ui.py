@@ -32,6 +32,7 @@ from comcat_diffusion.ui.jobs import Job, Queue
 from comcat_diffusion.ui.port import address_of
 from comcat_diffusion.ui.progress import Cancelled, Paused, Progress
 from comcat_diffusion.ui.settings import Refused
+from tests.quick_training import QUICK
 
 TRAIN = bases.assets() / "subject" / "train"
 HOST = "http://127.0.0.1:7860"
@@ -809,7 +810,7 @@ def test_a_base_that_is_kept_draws_what_a_fresh_one_does(tmp_path):
     from comcat_diffusion.training.customize import customize
     from comcat_diffusion.ui.loaded import Loaded
 
-    quick = {"skip_final_inference": True, "max_bytes": 0, "max_train_steps": 4}
+    quick = {"skip_final_inference": True, "max_train_steps": 4, **QUICK}
     free = customize(TrainConfig(output_dir=str(tmp_path / "free"), **quick)).adapter
     lora = customize(TrainConfig(output_dir=str(tmp_path / "lora"), as_="lora", **quick)).adapter
 

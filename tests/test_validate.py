@@ -17,6 +17,7 @@ from comcat_diffusion.training.customize import customize
 from comcat_diffusion.training.suitable import refuse_pipeline
 from comcat_diffusion.training.validate import validate
 from tests import tiny_bases
+from tests.quick_training import QUICK
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_what_a_run_would_refuse_is_an_error(pictures, tmp_path, settings, messa
 
 @pytest.mark.slow
 def test_the_size_told_of_an_adapter_that_is_learned_on_is_its_own(pictures, tmp_path):
-    settings = {"rank": 2, "kind": "free", "max_train_steps": 1, "skip_final_inference": True, "max_bytes": 0}
+    settings = {"rank": 2, "kind": "free", "max_train_steps": 1, "skip_final_inference": True, **QUICK}
     first = customize(TrainConfig(output_dir=str(tmp_path / "first"), **settings))
     told = found(pictures, init_adapter=str(first.adapter)).facts
     assert any(f"{first.parameters:,} parameters" in fact for fact in told)
@@ -76,7 +77,8 @@ def test_the_sample_is_fine():
 @pytest.mark.slow
 def test_the_size_that_is_told_is_the_one_that_is_written(tmp_path):
     (told,) = [fact for fact in validate(ValidateConfig(rank=3)).facts if fact.startswith("Adapter")]
-    outcome = customize(TrainConfig(rank=3, max_train_steps=1, output_dir=str(tmp_path), skip_final_inference=True))
+    few = {"max_train_steps": 1, "output_dir": str(tmp_path), "skip_final_inference": True, **QUICK}
+    outcome = customize(TrainConfig(rank=3, **few))
     assert f"{outcome.parameters:,} parameters" in told
 
 

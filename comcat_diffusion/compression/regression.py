@@ -13,6 +13,7 @@ import torch
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the mean variance of a channel
 UNTESTED = 1e-2  # the ridge where there is one group only, so that none can be left out
+WHOLE = 256  # columns whose products are taken at once, both halves of the square
 DIRECTIONS = 64  # of the output, at random, that a ridge is chosen by where there are more: they cost a solution each
 
 
@@ -45,7 +46,7 @@ class Regression:
             mine, wanted = x[belongs == group], y[belongs == group]
             counted = root[belongs == group]  # n, 1
             self.tokens[group] += float(counted.square().sum())
-            parts = ((counted * mine).sum(0), (counted * wanted).sum(0), mine.mT @ mine, mine.mT @ wanted)
+            parts = ((counted * mine).sum(0), (counted * wanted).sum(0), gram(mine), mine.mT @ wanted)
             for total, part in zip(self.sums, parts, strict=True):
                 total[group] += part.double()
 
@@ -104,6 +105,15 @@ class Regression:
                     error = error + ((other_y - y) - (other_x - x) @ weight).square().sum()
                 losses[place] += self.tokens[group] * error
         return RIDGES[int(losses.argmin())]
+
+
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """x^T x, (C, C), of (N, C): what stands on both sides of the diagonal is computed once, half of the work."""
+    if x.shape[1] <= WHOLE:
+        return x.mT @ x
+    first, second = x.tensor_split(2, dim=1)
+    across = first.mT @ second
+    return torch.cat([torch.cat([gram(first), across], 1), torch.cat([across.mT, gram(second)], 1)])
 
 
 def _some(size: int) -> torch.Tensor:
