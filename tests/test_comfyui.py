@@ -261,6 +261,8 @@ def files(base, tmp_path_factory, randomize):
         "everywhere": {"foldable": True, "tied": True},
         "cores": {"foldable": True, "cores": True, "trigger": ["sks"]},
         "convolved": {"convolutions": 2, "target_modules": ["attn2"], "trigger": ["sks"]},
+        "tied_convolved": {"foldable": True, "tied": True, "convolutions": 2, "trigger": ["sks"]},
+        "cores_convolved": {"foldable": True, "cores": True, "convolutions": 2, "trigger": ["sks"]},
     }
     for name, options in kinds.items():
         pipe = load_base("embedded")
@@ -381,12 +383,12 @@ def test_attentions_do_what_they_do_in_diffusers_each_row_from_its_trigger_on(na
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("packed", [False, True])
-def test_terms_beside_convolutions_do_what_they_do_in_diffusers(packed, files, base, model, clip, places, tmp_path):
+@pytest.mark.parametrize("kind", ["convolved", "packed", "tied_convolved", "cores_convolved"])
+def test_terms_beside_convolutions_do_what_they_do_in_diffusers(kind, files, model, clip, places, tmp_path):
     """Row by row from the trigger on, at their strength, where a mask is white; nothing stays on the model."""
     texts, unet = ["a photo of sks teddy", "a photo of a ball"], model.model.diffusion_model
-    file = files["convolved"]
-    if packed:
+    file = files["convolved" if kind == "packed" else kind]
+    if kind == "packed":
         shrink(file, tmp_path / "small.safetensors", 12_000)
         file = tmp_path / "small.safetensors"
     outputs(model, texts, clip)
