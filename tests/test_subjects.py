@@ -27,6 +27,7 @@ from comcat_diffusion.training.config import SubjectConfig, TrainConfig
 from comcat_diffusion.training.customize import Silent, customize
 from comcat_diffusion.training.dataset import read_dataset
 from tests import tiny_bases
+from tests.quick_training import QUICK
 
 TRAIN = bases.assets() / "subject" / "train"
 BASE = bases.assets() / "tiny-sd"
@@ -52,8 +53,7 @@ def without_captions():
 
 def run(output, **settings):
     listener = Listener()
-    defaults = {"max_train_steps": 2, "skip_final_inference": True, "train_batch_size": 2}
-    defaults["background_augmentation"] = False  # which is seconds, and tests/test_backgrounds.py its own
+    defaults = {"max_train_steps": 2, "skip_final_inference": True, **QUICK, "train_batch_size": 2}
     if "subjects" not in settings:
         defaults |= {"instance_data_dir": str(without_captions()), "instance_prompt": "a photo of sks teddy"}
     outcome = customize(TrainConfig(**{**defaults, "output_dir": str(output), **settings}), listener)
