@@ -293,9 +293,10 @@ def test_peft_s_own_file_and_model(tiny_unet, live):
 @torch.no_grad()
 def test_an_adapter_is_swapped_for_another_in_place(tiny_unet, live, tmp_path):
     wrapped = [get_peft_model(tiny_unet(torch.float64), CONFIG, "default") for _ in range(2)]
-    for model, seed in zip(wrapped, (0, 1), strict=True):
+    both = live("a", "b")
+    for model, kept in zip(wrapped, "ab", strict=True):
         for name, factor in factors(model.base_model.model, "default").items():
-            factor.data.copy_(factors(live("a", "b"), "ab"[seed])[name])
+            factor.data.copy_(factors(both, kept)[name])
     wrapped[1].save_pretrained(tmp_path)
     hotswap_adapter(wrapped[0], tmp_path, adapter_name="default", torch_device="cpu")
     one, other = (tiny_unet.run(model.base_model.model) for model in wrapped)
@@ -320,8 +321,9 @@ def test_merged_is_unmerged_and_the_base_s_kernel_comes_back(tiny_unet, live):
 @torch.no_grad()
 def test_merging_for_good_leaves_a_plain_model(tiny_unet, live):
     wrapped = get_peft_model(tiny_unet(torch.float64), CONFIG, "dog")
+    given = factors(live(), "dog")
     for name, factor in factors(wrapped.base_model.model, "dog").items():
-        factor.data.copy_(factors(live(), "dog")[name])
+        factor.data.copy_(given[name])
     full = tiny_unet.run(wrapped.base_model.model)
     merged = wrapped.merge_and_unload()
     assert not side_cars(merged)

@@ -27,6 +27,7 @@ from comcat_diffusion.training.config import SubjectConfig, TrainConfig
 from comcat_diffusion.training.customize import Silent, customize
 from comcat_diffusion.training.dataset import read_dataset
 from tests import tiny_bases
+from tests.quick_training import BARE, QUICK
 
 TRAIN = bases.assets() / "subject" / "train"
 BASE = bases.assets() / "tiny-sd"
@@ -52,8 +53,7 @@ def without_captions():
 
 def run(output, **settings):
     listener = Listener()
-    defaults = {"max_train_steps": 2, "skip_final_inference": True, "train_batch_size": 2}
-    defaults["background_augmentation"] = False  # which is seconds, and tests/test_backgrounds.py its own
+    defaults = {"max_train_steps": 2, "skip_final_inference": True, **QUICK, "train_batch_size": 2}
     if "subjects" not in settings:
         defaults |= {"instance_data_dir": str(without_captions()), "instance_prompt": "a photo of sks teddy"}
     outcome = customize(TrainConfig(**{**defaults, "output_dir": str(output), **settings}), listener)
@@ -456,9 +456,10 @@ def test_two_processes_learn_what_one_with_the_larger_batch_learns(tmp_path):
     # A large epsilon makes AdamW's step a smooth function of the gradient: otherwise the sign of a gradient that is
     # zero up to rounding would decide about a whole step.
     settings |= {"learning_rate": 1e-1, "adam_epsilon": 1e-1, "lr_scheduler": "constant"}
-    alone = customize(TrainConfig(output_dir=str(tmp_path / "1"), train_batch_size=4, **settings), Listener())
+    alone = customize(TrainConfig(output_dir=str(tmp_path / "1"), train_batch_size=4, **BARE, **settings), Listener())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["train_customize.py", "--output_dir", str(tmp_path / "2"), "--train_batch_size", "2"]
+    command += [f"--no-{name}" for name in BARE]
     command += [text for name, value in settings.items() for text in (f"--{name}", str(value)) if text != "True"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     root = Path(__file__).parents[1]
