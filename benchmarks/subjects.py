@@ -79,8 +79,9 @@ def _comcat(captioned: bool = False, **settings: object) -> Callable:
     return learn
 
 
-def _lora(rank: int, rate: float, augmented: bool = False) -> Callable:
-    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=DIFFUSERS.names)
+def _lora(rank: int, rate: float, augmented: bool = False, beside: bool = False) -> Callable:
+    names = [*DIFFUSERS.names, *["conv1", "conv2"] * beside]
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=names)
 
     def start(pipe: DiffusionPipeline) -> None:
         pipe.unet.requires_grad_(False)
@@ -123,6 +124,8 @@ METHODS = {
     "diffusers' script, LoRA r=16, 1e-3": Method(_lora(16, 1e-3)),
     # What the other backgrounds do for it
     "diffusers' script, LoRA r=16, 1e-3, other backgrounds too": Method(_lora(16, 1e-3, augmented=True), once=True),
+    # And what the convolutions of the residual blocks do, which the script leaves as they are
+    "diffusers' script, LoRA r=16, 1e-3, convolutions too": Method(_lora(16, 1e-3, beside=True), once=True),
     "DreamBooth, the whole U-Net, 2e-4": Method(_dreambooth(2e-4), once=True),  # the base's own limit
     # How often a picture is learned by the prompt of all instead of its caption
     f"{WITHOUT}, with captions": Method(_comcat(captioned=True, convolutions=0), kept=True, once=True),
@@ -227,14 +230,15 @@ def _likeness(made: list[Image.Image], held_out: list[Image.Image], judge: Featu
 OURS, LESS, MORE = "comcat train", "diffusers' script, LoRA r=4, 5e-4", "diffusers' script, LoRA r=16, 1e-3"
 SHOWN = {
     OURS: "`comcat train`",
-    OURS + FREELY: "the same, drawn with `--no-keep_background`",
+    f"{OURS}, 140 steps": "`comcat train`, 140 steps",
+    OURS + FREELY: "`comcat train`, drawn with `--no-keep_background`",
     WITHOUT: "`comcat train --convolutions 0`",
     f"{WITHOUT}, 3e-3, without other backgrounds": "the same with `--no-background_augmentation --learning_rate 3e-3`",
     LESS: LESS,
     MORE: MORE,
     f"{MORE}, other backgrounds too": f"{MORE}, learned from our other backgrounds too, one training each",
+    f"{MORE}, convolutions too": f"{MORE}, on the convolutions of residual blocks too, one training each",
     "DreamBooth, the whole U-Net, 2e-4": "DreamBooth, the whole U-Net, 2e-4, one training each",
-    f"{OURS}, 140 steps": "`comcat train`, 140 steps",
 }
 DIGITS = {"shape": 3, "colour_off": 1, "background_moved": 1, "likeness": 3, "obeyed": 2}
 
