@@ -27,10 +27,18 @@ _TOLD = {
 
 
 def lora_metadata(
-    header: Header, tensors: Mapping[str, torch.Tensor], output: Path, ranks: Counter, alpha: float | None
+    header: Header,
+    tensors: Mapping[str, torch.Tensor],
+    output: Path,
+    ranks: Counter,
+    beside: Counter,
+    alpha: float | None,
 ) -> dict[str, str]:
-    """All pairs of a LoRA's header. `ranks` counts its projections by rank; `alpha` is None where none is written."""
-    return _modelspec(header, tensors) | _training(header, output, ranks, alpha)
+    """All pairs of a LoRA's header.
+
+    `ranks` counts its projections by rank, `beside` its convolutions; `alpha` is None where none is written.
+    """
+    return _modelspec(header, tensors) | _training(header, output) | _network(ranks, beside, alpha)
 
 
 def _modelspec(header: Header, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -54,15 +62,26 @@ def _weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
-def _training(header: Header, output: Path, ranks: Counter, alpha: float | None) -> dict[str, str]:
+def _network(ranks: Counter, beside: Counter, alpha: float | None) -> dict[str, str]:
+    """What the scripts are told to make such a LoRA; of convolutions they make one only where they get a `conv_dim`."""
+    ranks, one = ranks or beside, len(ranks) <= 1 and len(beside) <= 1
+    convolutions = {}
+    if len(beside) == 1:
+        rank = next(iter(beside))
+        convolutions = {"conv_dim": str(rank), "conv_alpha": str(rank if alpha is None else alpha)}
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(next(iter(ranks))) if one else "Dynamic",
+        "ss_network_alpha": str(ranks.most_common(1)[0][0] if alpha is None else alpha),
+        "ss_network_args": json.dumps(convolutions),
+    }
+
+
+def _training(header: Header, output: Path) -> dict[str, str]:
     told, phrase = header.notes.training, header.notes.phrase
     width, prediction = header.width, header.fingerprint.get("prediction_type")
     base = header.base_model
     pairs = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(ranks.most_common(1)[0][0] if alpha is None else alpha),
-        "ss_network_args": "{}",
         "ss_v2": str(width == 1024),
         "ss_clip_skip": "None",
         "ss_output_name": output.stem,
