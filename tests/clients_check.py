@@ -1,4 +1,4 @@
-"""`make test-clients INVOKEAI=folder SDNEXT=folder A1111=folder KOHYA=folder FORGE=folder`: what they do with exports.
+"""`make test-clients INVOKEAI=folder A1111=folder ...`, whose names the Makefile has: what they do with our exports.
 
 Their own code, imported from their checkouts (clients_loaders.py), says for what it takes a file, and changes the
 weights of small random bases of each family. These have to be the weights that a merged adapter has, which on a U-Net
@@ -88,7 +88,7 @@ def off(found: nn.Module, merged: nn.Module, base: nn.Module) -> tuple[float, li
 
 def asked(program: str, base: nn.Module, family: str, kind: str) -> bool:
     """Whether a program reads LoRAs of a base by itself, and is asked here how."""
-    unets_alone = program in ("a1111", "forge", "kohya")
+    unets_alone = program in ("a1111", "comfyui", "forge", "kohya")
     return bool(kind) and family not in CLIENTS[program].lacks and (is_unet(base) or not unets_alone)
 
 
@@ -100,7 +100,7 @@ def is_unet(base: nn.Module) -> bool:
 def main(programs: dict[str, Path]) -> None:
     """Every base in every program, by the file that an export for it writes."""
     # Those that bring no package `modules` or `networks` of their own name come after those that do.
-    able = ("invokeai", "sdnext", "a1111", "kohya", "forge")
+    able = ("invokeai", "sdnext", "a1111", "kohya", "forge", "comfyui")
     loaders = {name: getattr(clients_loaders, name)(programs[name]) for name in able if name in programs}
     with tempfile.TemporaryDirectory() as place, torch.no_grad():
         for name, (make, *kinds) in BASES.items():

@@ -181,7 +181,7 @@ def forge(folder: Path) -> Loader:
     def load(file: Path, base: nn.Module, kind: str) -> nn.Module | None:
         whole = nn.Module()
         whole.diffusion_model = made = _of_original_names(base)
-        whole.config, made.config = types.SimpleNamespace(huggingface_repo=kind), _as_forge_counts(base)
+        whole.config, made.config = types.SimpleNamespace(huggingface_repo=kind), _as_settings(base)
         patches, unread = load_lora(load_file(file), model_lora_keys_unet(whole, {}))
         if unread:
             print(f"  Forge leaves {len(unread)} tensors unread, {next(iter(unread))} first.")
@@ -193,8 +193,8 @@ def forge(folder: Path) -> Loader:
     return load
 
 
-def _as_forge_counts(unet: UNet2DConditionModel) -> dict[str, object]:
-    """Where a U-Net's attentions are, in the words of Forge's settings of it."""
+def _as_settings(unet: UNet2DConditionModel) -> dict[str, object]:
+    """Where a U-Net's attentions are, in the words of ComfyUI's settings of it, which Forge has too."""
 
     def depths(block: nn.Module) -> list[int]:
         attentions = getattr(block, "attentions", None)
@@ -207,6 +207,28 @@ def _as_forge_counts(unet: UNet2DConditionModel) -> dict[str, object]:
         "transformer_depth_middle": len(unet.mid_block.attentions[0].transformer_blocks),
         "transformer_depth_output": [depth for block in unet.up_blocks for depth in depths(block)][::-1],
     }
+
+
+def comfyui(folder: Path) -> Loader:
+    """The same by ComfyUI's, which says by how much a weight changes and leaves the rest to its patcher."""
+    sys.argv = ["comfyui", "--cpu"]  # which ComfyUI reads when it is imported
+    sys.path.insert(0, str(folder))
+    from comfy import options
+
+    options.enable_args_parsing()
+    from comfy import lora
+    from comfy.lora_convert import convert_lora
+
+    def load(file: Path, base: nn.Module, kind: str) -> nn.Module | None:
+        whole = nn.Module()
+        whole.diffusion_model = made = _of_original_names(base)
+        whole.model_config = types.SimpleNamespace(unet_config=_as_settings(base))
+        for name, patch in lora.load_lora(convert_lora(load_file(file)), lora.model_lora_keys_unet(whole, {})).items():
+            weight = whole.get_parameter(name)
+            weight.data = lora.calculate_weight([(1.0, patch, 1.0, None, None)], weight.data.clone(), name)
+        return made
+
+    return load
 
 
 def kohya(folder: Path) -> Loader:
