@@ -88,7 +88,7 @@ def off(found: nn.Module, merged: nn.Module, base: nn.Module) -> tuple[float, li
 
 def asked(program: str, base: nn.Module, family: str, kind: str) -> bool:
     """Whether a program reads LoRAs of a base by itself, and is asked here how."""
-    unets_alone = program in ("a1111", "comfyui", "forge", "kohya")
+    unets_alone = program in ("a1111", "comfyui", "forge")
     return bool(kind) and family not in CLIENTS[program].lacks and (is_unet(base) or not unets_alone)
 
 

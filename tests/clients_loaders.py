@@ -9,6 +9,7 @@ import copy
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 
-from tests import comfyui_bases
+from tests import comfyui_bases, comfyui_transformers
 from tests.test_comfyui_transformers import native
 
 Loader = Callable[[Path, nn.Module, str], nn.Module | None]
@@ -148,19 +149,18 @@ def a1111(folder: Path) -> Loader:
     return load
 
 
-def _of_original_names(unet: UNet2DConditionModel) -> nn.Module:
-    """Modules with a U-Net's weights as the original code calls them."""
-    root = nn.Module()
-    for name, tensor in comfyui_bases.original_names(unet).items():
-        *path, last, weight = name.split(".")
+def _of_original_names(base: nn.Module) -> nn.Module:
+    """Modules with a base's weights as the original code calls them."""
+    root, names = nn.Module(), comfyui_bases if isinstance(base, UNet2DConditionModel) else comfyui_transformers
+    for name, tensor in names.original_names(base).items():
+        *path, weight = name.split(".")
         here = root
-        for step in path:
+        for depth, step in enumerate(path, 1):
             if step not in here._modules:
-                here.add_module(step, nn.Module())
+                layer = depth == len(path) and weight == "weight"
+                here.add_module(step, _layer(tensor) if layer else nn.Module())
             here = here._modules[step]
-        if last not in here._modules:
-            here.add_module(last, _layer(tensor) if weight == "weight" else nn.Module())
-        here._modules[last].register_parameter(weight, nn.Parameter(tensor.clone(), requires_grad=False))
+        here.register_parameter(weight, nn.Parameter(tensor.clone(), requires_grad=False))
     return root
 
 
@@ -238,10 +238,12 @@ def kohya(folder: Path) -> Loader:
     absent = [name for name in ("cv2", "torchvision") if importlib.util.find_spec(name) is None]
     StandIns(lambda name: name.partition(".")[0] in absent)
     from library import sdxl_original_unet as xl
-    from networks import lora
+    from networks import lora, lora_flux, lora_sd3
 
     def load(file: Path, base: nn.Module, kind: str) -> nn.Module | None:
-        if kind == "sdxl":
+        if not isinstance(base, UNet2DConditionModel):
+            made = _in_named_blocks(base)
+        elif kind == "sdxl":
             xl.MODEL_CHANNELS = base.config.block_out_channels[0]
             xl.TIME_EMBED_DIM, xl.ADM_IN_CHANNELS = 4 * xl.MODEL_CHANNELS, 8
             made = xl.SdxlUNet2DConditionModel()
@@ -249,8 +251,22 @@ def kohya(folder: Path) -> Loader:
             assert not unknown, unknown
         else:
             made = copy.deepcopy(base)  # whose blocks have the names of the scripts' own
-        network, weights = lora.create_network_from_weights(1.0, str(file), None, nn.Module(), made, for_inference=True)
-        network.merge_to(nn.Module(), made, weights, torch.float32, torch.device("cpu"))
+        scripts = {"f1": lora_flux, "chroma": lora_flux, "sd3": lora_sd3}.get(kind, lora)
+        texts = nn.Module() if scripts is lora else [nn.Module()] * 3
+        network, weights = scripts.create_network_from_weights(1.0, str(file), None, texts, made, for_inference=True)
+        network.merge_to(texts, made, weights, torch.float32, torch.device("cpu"))
         return made
 
     return load
+
+
+def _in_named_blocks(transformer: nn.Module) -> nn.Module:
+    """A transformer under its native names, its blocks of the classes by whose names kohya's scripts find them."""
+    made = _of_original_names(transformer)
+    blocks = {r"double_blocks\.\d+": "DoubleStreamBlock", r"single_blocks\.\d+": "SingleStreamBlock"}
+    blocks[r"joint_blocks\.\d+\.\w+_block"] = "SingleDiTBlock"
+    for name, module in made.named_modules():
+        for pattern, kind in blocks.items():
+            if re.fullmatch(pattern, name):
+                module.__class__ = type(kind, (nn.Module,), {})
+    return made
