@@ -51,10 +51,13 @@ test-forge: .venv/installed
 	test -f "$(FORGE)/backend/nn/unet.py" || { echo "Name the folder of a Forge: make test-forge FORGE=..."; exit 2; }
 	$(or $(FORGE_PYTHON),$(BIN)/python) -m tests.forge_check "$(FORGE)"
 
-# What other programs' own loaders make of exports: make test-clients INVOKEAI=../InvokeAI A1111=../webui SDNEXT=../sdnext, or some.
-# Their code is imported; what else it wants is stood in for, but pydantic-settings, picklescan, blake3 and gguf are needed.
+# What other programs' own loaders make of exports: make test-clients INVOKEAI=../InvokeAI A1111=../webui SDNEXT=../sdnext
+# KOHYA=../sd-scripts FORGE=../forge COMFYUI=../ComfyUI, or some. Their code is imported; what else it wants is stood in for,
+# but InvokeAI's wants pydantic-settings, picklescan, blake3 and gguf, Forge's gguf, kohya's einops, and ComfyUI's all of
+# ComfyUI's requirements: CLIENTS_PYTHON=.../python is one that has them.
+CLIENTS = INVOKEAI SDNEXT A1111 KOHYA FORGE COMFYUI
 test-clients: .venv/installed
-	$(BIN)/python -m tests.clients_check $(foreach one,INVOKEAI SDNEXT A1111,$(if $($(one)),"$(one)=$($(one))"))
+	$(or $(CLIENTS_PYTHON),$(BIN)/python) -m tests.clients_check $(foreach one,$(CLIENTS),$(if $($(one)),"$(one)=$($(one))"))
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,23 +1,17 @@
-"""`make test-clients INVOKEAI=folder A1111=folder SDNEXT=folder`: what these programs' loaders do with our exports.
+"""`make test-clients INVOKEAI=folder A1111=folder ...`, whose names the Makefile has: what they do with our exports.
 
-Their own code, imported from their checkouts, says for what it takes a file, and changes the weights of small random
-bases of each family. These have to be the weights that a merged adapter has. What their packages want beside (pages,
-image tools, settings) is stood in for, since nothing of it has a part in reading a LoRA.
+Their own code, imported from their checkouts (clients_loaders.py), says for what it takes a file, and changes the
+weights of small random bases of each family. These have to be the weights that a merged adapter has, which on a U-Net
+has terms beside convolutions as well.
 """
 
 import copy
-import importlib.abc
-import importlib.machinery
 import sys
 import tempfile
-import types
-from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
 from torch import nn
 
 from comcat_diffusion import ComcatConfig, merge_adapters, save_adapter
@@ -27,8 +21,7 @@ from comcat_diffusion.export.clients import CLIENTS, format_of
 from comcat_diffusion.export.fit import family_in
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.families.known import family_of_model
-from tests import comfyui_bases, comfyui_transformers, tiny_families
-from tests.test_comfyui_transformers import native
+from tests import clients_loaders, comfyui_bases, comfyui_transformers, tiny_families
 
 CLOSE = 1e-6  # of weights of order one, in float32
 
@@ -45,7 +38,8 @@ def xl() -> UNet2DConditionModel:
     """One whose blocks are counted as Stable Diffusion XL's are."""
     return unet(
         2048,
-        block_out_channels=(32,) * 3,
+        block_out_channels=(32, 64, 128),
+        use_linear_projection=True,
         transformer_layers_per_block=(1, 2, 10),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -66,166 +60,48 @@ BASES = {
 }
 
 
-class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Modules that can be imported, and hold whatever is asked of them."""
-
-    def __init__(self, wanted: Callable[[str], bool]) -> None:
-        self.wanted = wanted
-        sys.meta_path.insert(0, self)
-
-    def find_spec(self, name: str, path: object, target: object = None) -> object:
-        """See importlib."""
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if self.wanted(name) else None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> MagicMock:
-        """See importlib."""
-        made = MagicMock(name=spec.name)
-        made.__spec__, made.__path__, made.__name__ = spec, [], spec.name
-        return made
-
-    def exec_module(self, module: object) -> None:
-        """See importlib."""
-
-
-def invokeai(folder: Path) -> Callable[[Path, nn.Module, str], nn.Module | None]:
-    """What loads a file into a copy of a base as InvokeAI does; None if it takes the file for nothing that it loads."""
-    sys.path.append(str(folder))
-    missing: set[str] = set()
-    StandIns(lambda name: name.partition(".")[0] in missing)
-    while True:
-        try:
-            from invokeai.backend.model_manager.configs.factory import ModelConfigFactory
-            from invokeai.backend.model_manager.load.model_loaders.lora import LoRALoader
-            from invokeai.backend.patches.layer_patcher import LayerPatcher
-            from invokeai.backend.util.original_weights_storage import OriginalWeightsStorage
-
-            break
-        except ModuleNotFoundError as error:
-            if error.name.startswith("invokeai") or error.name in missing:
-                raise
-            missing.add(error.name.partition(".")[0])
-            for name in [name for name in sys.modules if name.partition(".")[0] == "invokeai"]:
-                del sys.modules[name]
-
-    def load(file: Path, base: nn.Module, kind: str) -> nn.Module | None:
-        config = ModelConfigFactory.from_model_on_disk(file).config
-        if config.base.value != kind:
-            print(f"  InvokeAI takes it for one of {config.base.value}.")
-            return None
-        config.path = str(file)
-        loader = types.SimpleNamespace(_model_base=config.base, _torch_dtype=torch.float32)
-        patch = LoRALoader._load_model(loader, config)
-        made = native(base).model.diffusion_model if kind == "flux" else copy.deepcopy(base)
-        prefix = "lora_unet_" if isinstance(base, UNet2DConditionModel) else "lora_transformer-"
-        kept = OriginalWeightsStorage()
-        LayerPatcher.apply_smart_model_patch(made, prefix, patch, 1.0, kept, {}, torch.float32, True, False)
-        return made
-
-    return load
-
-
-def sdnext(folder: Path) -> Callable[[Path, nn.Module, str], nn.Module | None]:
-    """The same by SD.Next's native loaders."""
-    sys.path.append(str(folder))
-    StandIns(lambda name: name.startswith("modules.") and not f"{name}.".startswith("modules.lora."))
-    from modules import sd_models, shared
-
-    sd_models.read_state_dict = lambda file, what=None: load_file(file)
-    shared.opts.extra_networks_default_multiplier, shared.compiled_model_state = 1.0, None
-    from modules.lora import lora_load
-
-    def load(file: Path, base: nn.Module, kind: str) -> nn.Module | None:
-        made = copy.deepcopy(base)
-        shared.sd_model = types.SimpleNamespace(**{"unet" if kind in ("sd", "sdxl") else "transformer": made})
-        shared.sd_model_type = kind
-        lora_load.lora_cache.clear()
-        disk = types.SimpleNamespace(filename=str(file), name=file.stem, shorthash="", sd_version="", metadata={})
-        network = lora_load.load_safetensors(file.stem, disk)
-        if network is None:
-            return None
-        _apply(network)
-        return made
-
-    return load
-
-
-def _apply(network: object) -> None:
-    """Add what a network of A1111's classes, which SD.Next has too, does to the weights that it was found for."""
-    network.te_multiplier = network.unet_multiplier = 1.0
-    network.dyn_dim = None
-    for module in network.modules.values():
-        module.sd_module.weight.data += module.calc_updown(module.sd_module.weight)[0]
-
-
-def a1111(folder: Path) -> Callable[[Path, nn.Module, str], nn.Module | None]:
-    """The same by A1111's own, which knows the three kinds of Stable Diffusion of U-Nets under the original names."""
-    sys.path.append(str(folder / "extensions-builtin" / "Lora"))
-    beside = ("modules", "gradio", "einops")
-    StandIns(lambda name: name.partition(".")[0] in beside and not name.startswith("modules.lora"))
-    from modules import devices, sd_models, shared
-
-    devices.cpu, devices.dtype = torch.device("cpu"), torch.float32
-    sd_models.read_state_dict = lambda file, what=None: load_file(file)
-    import networks
-
-    def load(file: Path, base: nn.Module, kind: str) -> nn.Module | None:
-        whole = nn.Module()
-        whole.diffusion_model = made = _of_original_names(base)
-        told = types.SimpleNamespace(embedders=[]), types.SimpleNamespace(wrapped=nn.Module())
-        shared.sd_model = types.SimpleNamespace(
-            model=whole, is_sdxl=kind == "sdxl", conditioner=told[0], cond_stage_model=told[1]
-        )
-        disk = types.SimpleNamespace(filename=str(file), name=file.stem, read_hash=lambda: None)
-        network = networks.load_network(file.stem, disk)
-        _apply(network)
-        return made
-
-    return load
-
-
-def _of_original_names(unet: UNet2DConditionModel) -> nn.Module:
-    """Modules with a U-Net's weights as the original code calls them."""
-    root = nn.Module()
-    for name, tensor in comfyui_bases.original_names(unet).items():
-        *path, last, weight = name.split(".")
-        here = root
-        for step in path:
-            if step not in here._modules:
-                here.add_module(step, nn.Module())
-            here = here._modules[step]
-        if last not in here._modules:
-            linear = weight == "weight" and tensor.ndim == 2
-            here.add_module(last, nn.Linear(*tensor.shape[::-1], bias=False) if linear else nn.Module())
-        here._modules[last].register_parameter(weight, nn.Parameter(tensor.clone(), requires_grad=False))
-    return root
-
-
 def trained(base: nn.Module, file: Path) -> nn.Module:
     """A random adapter in a file; the base with it merged."""
     made = copy.deepcopy(base)
     targets = family_of_model(base).usual_targets("foldable")
-    made.add_adapter(ComcatConfig(r=2, alpha=3.0, foldable=True, target_modules=targets), "dog")
+    beside = 2 if is_unet(base) else 0
+    config = ComcatConfig(r=2, alpha=3.0, foldable=True, target_modules=targets, convolutions=beside)
+    made.add_adapter(config, "dog")
     noise = torch.Generator().manual_seed(0)
     for factor in factors(made, "dog").values():
-        factor.data = torch.randn(factor.shape, generator=noise) * 0.2
+        factor.data = torch.randn(factor.shape, generator=noise) * 0.3
     save_adapter(made, file, "dog", "somebody/base", Notes("sks", "a photo of sks dog", "dog"))
     merge_adapters(made)
     return made
 
 
-def off(found: nn.Module, merged: nn.Module, base: nn.Module) -> tuple[float, float]:
-    """How far weights are from the merged ones, and how far these are from the base's."""
-    names = comfyui_bases if isinstance(base, UNet2DConditionModel) else comfyui_transformers
+def off(found: nn.Module, merged: nn.Module, base: nn.Module) -> tuple[float, list[float]]:
+    """How far weights are from the merged ones; how far these are from the base's: of Linears, and of convolutions."""
+    names = comfyui_bases if is_unet(base) else comfyui_transformers
     named = nn.Module.state_dict if type(found) is type(base) else names.original_names
     wanted, before, there = named(merged), named(base), found.state_dict()
-    far = lambda one, other: max(float((one[name] - other[name]).abs().max()) for name in before)
-    return far(there, wanted), far(wanted, before)
+    far = lambda one, other, names: max(float((one[name] - other[name]).abs().max()) for name in names)
+    changed = [name for name in before if not torch.equal(wanted[name], before[name])]
+    kinds = [[name for name in changed if before[name].ndim == ndim] for ndim in (2, 4)]
+    return far(there, wanted, before), [far(wanted, before, kind) for kind in kinds if kind]
+
+
+def asked(program: str, base: nn.Module, family: str, kind: str) -> bool:
+    """Whether a program reads LoRAs of a base by itself, and is asked here how."""
+    unets_alone = program in ("a1111", "comfyui", "forge")
+    return bool(kind) and family not in CLIENTS[program].lacks and (is_unet(base) or not unets_alone)
+
+
+def is_unet(base: nn.Module) -> bool:
+    """Whether a base has convolutions that terms can be beside."""
+    return isinstance(base, UNet2DConditionModel)
 
 
 def main(programs: dict[str, Path]) -> None:
     """Every base in every program, by the file that an export for it writes."""
-    able = {"invokeai": invokeai, "sdnext": sdnext, "a1111": a1111}  # the last without a package of its own
-    loaders = {name: make(programs[name]) for name, make in able.items() if name in programs}
+    # Those that bring no package `modules` or `networks` of their own name come after those that do.
+    able = ("invokeai", "sdnext", "a1111", "kohya", "forge", "comfyui")
+    loaders = {name: getattr(clients_loaders, name)(programs[name]) for name in able if name in programs}
     with tempfile.TemporaryDirectory() as place, torch.no_grad():
         for name, (make, *kinds) in BASES.items():
             torch.manual_seed(0)
@@ -234,15 +110,16 @@ def main(programs: dict[str, Path]) -> None:
             family = family_in(read_adapter(file)).name
             for program, load in loaders.items():
                 kind = kinds[program != "invokeai"]
-                if family in CLIENTS[program].lacks or not kind or (program == "a1111" and kind == "sd3"):
+                if not asked(program, base, family, kind):
                     print(f"{name}, {program}: not asked, or none that it reads by itself")
                     continue
                 lora = Path(place) / f"{file.stem}-{program}.safetensors"
                 export_adapter(file, lora, format_of(program, None, family))
                 found = load(lora, base, kind)
-                far, change = (float("inf"), 0.0) if found is None else off(found, merged, base)
-                print(f"{name}, {program}: weights off by {far:.1e}, changed by {change:.1e}", flush=True)
-                if far > CLOSE or change < 0.1:
+                far, changes = (float("inf"), [0.0]) if found is None else off(found, merged, base)
+                told = ", its convolutions' by ".join(f"{change:.1e}" for change in changes)
+                print(f"{name}, {program}: weights off by {far:.1e}, changed by {told}", flush=True)
+                if far > CLOSE or min(changes) < 0.1 or (found and len(changes) < 1 + is_unet(base)):
                     raise SystemExit(f"{program} reads a LoRA of {name} wrongly.")
     print("They change the weights that are meant.")
 

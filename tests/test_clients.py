@@ -74,6 +74,8 @@ def test_every_program_gets_the_names_that_it_reads(adapters, tmp_path):
     for family in ("FLUX.2 [klein]", "Z-Image", "Qwen-Image"):  # Forge of June 2025 has no engine for them
         with pytest.raises(ValueError, match="Forge reads no LoRAs of "):
             format_of("forge", None, family)
+    with pytest.raises(ValueError, match=r"kohya's sd-scripts reads no LoRAs of Z-Image"):
+        format_of("kohya", None, "Z-Image")
     with pytest.raises(ValueError, match=r"InvokeAI reads no LoRAs of Stable Diffusion 3 and 3\.5"):
         format_of("invokeai", None, "Stable Diffusion 3 and 3.5")
     with pytest.raises(ValueError, match="--format diffusers-lora is not what ComfyUI reads"):
@@ -110,13 +112,13 @@ def test_those_are_named_that_read_a_file(adapters, tmp_path, capsys, randomize)
         )
         told.append(capsys.readouterr().out.splitlines()[-1].partition(":")[0])
     assert told == [
-        "For ComfyUI, kohya's sd-scripts, SD.Next and diffusers",
+        "For ComfyUI, SD.Next and diffusers",
         "For every program",
         "For InvokeAI",
     ]
     text = card(read_adapter(file), Shared("me/dog", "flow.safetensors", 9, lora="flow-lora.safetensors"))
     assert "\nWith ComfyUI or SD.Next: put" in text
-    assert "| ComfyUI, SD.Next, diffusers, kohya's scripts | `flow-lora.safetensors` |" in text
+    assert "| ComfyUI, SD.Next, diffusers | `flow-lora.safetensors` |" in text
     assert "| comcat-diffusion, ComfyUI with the node pack COMCAT | `flow.safetensors` |" in text
 
 

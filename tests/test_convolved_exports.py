@@ -1,5 +1,6 @@
 """Terms beside convolutions as LoRAs: of every kind, in both tools' names, merged, approximated; and trained so."""
 
+import json
 import warnings
 
 import pytest
@@ -173,6 +174,21 @@ def test_sdxl_s_convolutions_have_the_names_of_its_original_code(build_xl, rando
             "input_blocks_1_0_in_layers_2", "input_blocks_8_0_out_layers_3", "middle_block_0_in_layers_2",
             "middle_block_2_out_layers_3", "output_blocks_0_0_in_layers_2", "output_blocks_8_0_out_layers_3",
         )} <= own  # fmt: skip
+
+
+def test_the_header_says_what_kohya_s_scripts_would_be_told(base, randomize, tmp_path):
+    """Their own files have the rank of convolutions in the arguments; one rank of several sizes is `Dynamic`."""
+    whole = written(base, tmp_path / "dog.safetensors", randomize, **KINDS["tied"])
+    for format, alpha in (("kohya", "3.0"), ("diffusers-lora", "3")):
+        made = export_adapter(whole, tmp_path / "lora.safetensors", format, models=components(base)).metadata
+        assert (made["ss_network_dim"], made["ss_network_args"]) == (
+            "2", json.dumps({"conv_dim": "3", "conv_alpha": alpha}),
+        )  # fmt: skip
+    shrink(whole, tmp_path / "small.safetensors", whole.stat().st_size // 8)
+    made = export_adapter(tmp_path / "small.safetensors", tmp_path / "lora.safetensors", models=components(base))
+    assert (made.metadata["ss_network_dim"], made.metadata["ss_network_args"]) == ("Dynamic", "{}")
+    plain = written(base, tmp_path / "plain.safetensors", randomize, foldable=True, convolutions=0)
+    assert export_adapter(plain, tmp_path / "lora.safetensors").metadata["ss_network_args"] == "{}"
 
 
 # The closest LoRA of what is none

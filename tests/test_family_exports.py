@@ -315,6 +315,12 @@ def test_the_size_that_is_told_before_training_is_what_is_written(exported, tmp_
         written = export_adapter(file, tmp_path / "l.safetensors", "kohya", models=models)
         sizes = [t.nbytes for name, t in load_file(written.files[0]).items() if not name.endswith(".alpha")]
         assert lora_bytes(shapes, 2, family_of(pipe)) == sum(sizes)
+        scripts = {
+            "FluxTransformer2DModel": "_flux",
+            "ChromaTransformer2DModel": "_flux",
+            "SD3Transformer2DModel": "_sd3",
+        }
+        assert written.metadata["ss_network_module"] == "networks.lora" + scripts.get(type(model).__name__, "")
     else:
         assert len(spread(read_contents(file), models, file).terms) == len({n.rpartition(".")[0] for n in shapes})
     said = becomes(

@@ -7,10 +7,11 @@ from urllib.parse import quote
 from comcat_diffusion import markdown
 from comcat_diffusion.adapters.header import Header, kind_of
 from comcat_diffusion.config import EMBEDDED, EMBEDDED_FLOW, is_hub_id
-from comcat_diffusion.export.clients import CLIENTS, readers
+from comcat_diffusion.export.clients import CLIENTS, Client, readers
 from comcat_diffusion.export.fit import family_in, waits
 from comcat_diffusion.families.family import UNET
 
+_WITHOUT_PAGE = {"diffusers": "diffusers", "kohya": "kohya's scripts"}  # by client, as the card calls them
 _CARD = """\
 ---
 {front}
@@ -113,7 +114,7 @@ def _argument(words: str, always: bool = False) -> str:
 def _works(header: Header, shared: Shared) -> str:
     """A table of which program reads which file."""
     rows = [(", ".join(["comcat-diffusion", *_shells(header)]), shared.adapter)]
-    rows += [(", ".join([*_programs(header), "diffusers", "kohya's scripts"]), shared.lora)] if shared.lora else []
+    rows += [(", ".join([*_programs(header), *_by_command(header)]), shared.lora)] if shared.lora else []
     lines = ["| program | file |", "| --- | --- |"]
     lines += [f"| {program} | {markdown.code(file, in_table=True)} |" for program, file in rows]
     if waits(header):
@@ -136,9 +137,17 @@ def _shells(header: Header) -> list[str]:
 
 def _programs(header: Header) -> list[str]:
     """Those with a page that read the LoRA, whose names are those of most."""
+    return [client.name for key, client in _readers(header).items() if key not in _WITHOUT_PAGE]
+
+
+def _by_command(header: Header) -> list[str]:
+    """The others, which are told of a file by a command or a program of one's own."""
+    return [told for key, told in _WITHOUT_PAGE.items() if key in _readers(header)]
+
+
+def _readers(header: Header) -> dict[str, Client]:
     family = family_in(header)
-    able = readers(family.name if family else "", CLIENTS["all"].format)
-    return [client.name for key, client in able.items() if key not in ("diffusers", "kohya")]
+    return readers(family.name if family else "", CLIENTS["all"].format)
 
 
 def _front(header: Header, base: str) -> str:

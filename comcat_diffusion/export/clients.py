@@ -26,8 +26,17 @@ class Client:
 # diffusers reads kohya's; so kohya's is what one file for all of them has. InvokeAI takes a FLUX.2 [klein] of native
 # names for a FLUX.1 and changes nothing with it, and knows no such Z-Image; SD.Next gives what Stable Diffusion 3 does
 # to its text to the picture instead (tests/clients_check.py). Forge of June 2025 has engines for Stable Diffusion 1 to
-# 3.5 and XL, FLUX.1 and Chroma alone. See docs/guide.md.
+# 3.5 and XL, FLUX.1 and Chroma alone, and of ours sd-scripts of February 2026 know the same; these, told no
+# --dim_from_weights, train on without the LoRAs of convolutions. See docs/guide.md.
 _INVOKEAI = MappingProxyType(dict.fromkeys(("FLUX.2 [klein]", "Z-Image"), "diffusers-lora"))
+_NO_ENGINE = (
+    "FLUX.2 [klein]",
+    "Z-Image",
+    "Qwen-Image",
+    "Kolors",
+    "PixArt-alpha and PixArt-Sigma",
+    "Sana 1.x",
+)
 _RARE = ("Chroma", "PixArt-alpha and PixArt-Sigma", "Sana 1.x")
 CLIENTS = {
     "all": Client("every program", "kohya", "the program's folder of LoRAs"),
@@ -37,7 +46,7 @@ CLIENTS = {
         "kohya",
         "webui/models/Lora",
         "webui/embeddings",
-        lacks=("FLUX.2 [klein]", "Z-Image", "Qwen-Image", "Kolors", "PixArt-alpha and PixArt-Sigma", "Sana 1.x"),
+        lacks=_NO_ENGINE,
     ),
     "a1111": Client(
         "A1111",
@@ -46,7 +55,12 @@ CLIENTS = {
         "stable-diffusion-webui/embeddings",
         lacks=("FLUX.2 [klein]", "FLUX.1", "Z-Image", "Qwen-Image", "Kolors", *_RARE),
     ),
-    "kohya": Client("kohya's sd-scripts", "kohya", "--network_weights of its scripts"),
+    "kohya": Client(
+        "kohya's sd-scripts",
+        "kohya",
+        "--network_weights of its scripts, in training with --dim_from_weights",
+        lacks=_NO_ENGINE,
+    ),
     "invokeai": Client(
         "InvokeAI",
         "kohya",

@@ -104,8 +104,8 @@ def export_adapter(
     else:
         tensors, alpha = _diffusers(loras, family), None
     tensors = {name: tensor if tensor.dim() == 0 else tensor.to(dtype) for name, tensor in tensors.items()}
-    ranks = Counter(lora.rank for lora in loras)
-    metadata = lora_metadata(header, tensors, Path(output), ranks, alpha)
+    ranks, beside = (Counter(lora.rank for lora in loras if lora.down.ndim == ndim) for ndim in (2, 4))
+    metadata = lora_metadata(header, tensors, Path(output), ranks, beside, alpha)
     files = {Path(output): safetensors_bytes(tensors, metadata)} | _word_files(contents, Path(output))
     for path, content in files.items():
         atomic.write_bytes(path, content)

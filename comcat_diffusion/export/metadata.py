@@ -17,6 +17,12 @@ from comcat_diffusion.adapters.store import safetensors_bytes
 from comcat_diffusion.config import is_hub_id
 
 _BASE_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}  # by the width of the text states
+# Which of kohya's sd-scripts a LoRA is of, if not the one of U-Nets.
+_MODULES = {
+    "FluxTransformer2DModel": "networks.lora_flux",
+    "ChromaTransformer2DModel": "networks.lora_flux",
+    "SD3Transformer2DModel": "networks.lora_sd3",
+}
 # How our notes call what sd-scripts' keys are for.
 _TOLD = {
     "steps": ("ss_steps", "ss_max_train_steps"),
@@ -27,10 +33,18 @@ _TOLD = {
 
 
 def lora_metadata(
-    header: Header, tensors: Mapping[str, torch.Tensor], output: Path, ranks: Counter, alpha: float | None
+    header: Header,
+    tensors: Mapping[str, torch.Tensor],
+    output: Path,
+    ranks: Counter,
+    beside: Counter,
+    alpha: float | None,
 ) -> dict[str, str]:
-    """All pairs of a LoRA's header. `ranks` counts its projections by rank; `alpha` is None where none is written."""
-    return _modelspec(header, tensors) | _training(header, output, ranks, alpha)
+    """All pairs of a LoRA's header.
+
+    `ranks` counts its projections by rank, `beside` its convolutions; `alpha` is None where none is written.
+    """
+    return _modelspec(header, tensors) | _training(header, output) | _network(ranks, beside, alpha)
 
 
 def _modelspec(header: Header, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -54,15 +68,26 @@ def _weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
-def _training(header: Header, output: Path, ranks: Counter, alpha: float | None) -> dict[str, str]:
+def _network(ranks: Counter, beside: Counter, alpha: float | None) -> dict[str, str]:
+    """What the scripts are told to make such a LoRA; of convolutions they make one only where they get a `conv_dim`."""
+    ranks, one = ranks or beside, len(ranks) <= 1 and len(beside) <= 1
+    convolutions = {}
+    if len(beside) == 1:
+        rank = next(iter(beside))
+        convolutions = {"conv_dim": str(rank), "conv_alpha": str(rank if alpha is None else alpha)}
+    return {
+        "ss_network_dim": str(next(iter(ranks))) if one else "Dynamic",
+        "ss_network_alpha": str(ranks.most_common(1)[0][0] if alpha is None else alpha),
+        "ss_network_args": json.dumps(convolutions),
+    }
+
+
+def _training(header: Header, output: Path) -> dict[str, str]:
     told, phrase = header.notes.training, header.notes.phrase
     width, prediction = header.width, header.fingerprint.get("prediction_type")
     base = header.base_model
     pairs = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(ranks.most_common(1)[0][0] if alpha is None else alpha),
-        "ss_network_args": "{}",
+        "ss_network_module": _MODULES.get(str(header.fingerprint.get("class")), "networks.lora"),
         "ss_v2": str(width == 1024),
         "ss_clip_skip": "None",
         "ss_output_name": output.stem,
