@@ -88,7 +88,7 @@ def format_of(client: str, format: str | None, family: str = "") -> str:
     told = CLIENTS[client]
     own = told.others.get(family, told.format)
     if family in told.lacks:
-        raise ValueError(f"{told.name} reads no LoRAs of {family}: choose another program, or --for all.")
+        raise ValueError(f"There are no LoRAs of {family} for {told.name}: choose another program, or --for all.")
     if format is None or client == "all":
         return format or own
     if format != own and client != "diffusers" and (family or not told.others):  # diffusers reads both
