@@ -33,8 +33,8 @@ class ExportConfig(BaseSettings, OneAdapter):
 
     for_: str = option(
         "all",
-        "The program that will read the LoRA; one that reads none of its base is refused. all: one file for all that do "
-        "(of FLUX.2 [klein] and Z-Image InvokeAI wants one of its own).",
+        "The program that will read the LoRA; one that reads none of its base is refused. all: one file for those that "
+        "do (of FLUX.2 [klein] and Z-Image InvokeAI wants one of its own).",
         choices=tuple(CLIENTS),
     )
     format: str | None = option(
