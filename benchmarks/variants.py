@@ -134,7 +134,7 @@ COMCAT = {
     "comcat": {},
     "comcat_foldable": {"foldable": True},
     "comcat_tied": {"foldable": True, "tied": True},  # of cross-attentions alone, which all read the same text
-    "comcat_beside": {"convolutions": 8},  # terms beside convolutions as well, as the default has them
+    "comcat_default": {"r": 8, "convolutions": 8},  # of cross-attentions, and beside convolutions; whatever the rank
 }
 
 
@@ -179,7 +179,7 @@ def add_adapter(model: nn.Module, kind: str, names: list[str], rank: int, adapte
         }
         config = LoraConfig(rank_pattern=ranks, target_modules=list(ranks))
     else:
-        config = ComcatConfig(r=rank, target_modules=names, **COMCAT[kind.removesuffix("_merged")])
+        config = ComcatConfig(**{"r": rank, "target_modules": names} | COMCAT[kind.removesuffix("_merged")])
     inject_adapter_in_model(config, model, adapter_name=adapter_name)
 
 

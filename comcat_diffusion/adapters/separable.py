@@ -23,10 +23,14 @@ def separable(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (1, 1),
     mode: str = "zeros",
+    weight: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
-    """(B, C, h, w) by `down` (R, C), `taps` (R, 9) and `up` (O, R) -> (B, O, h', w'), without the scale."""
+    """(B, C, h, w) by `down` (R, C), `taps` (R, 9) and `up` (O, R) -> (B, O, h', w').
+
+    What there is in the ranks, (B, R, h', w'), is times a `weight`, the scale included.
+    """
     low = across(hidden, down)  # B, R, h, w
-    return across(around(low, taps, stride, padding, mode), up)
+    return across(weight * around(low, taps, stride, padding, mode), up)
 
 
 def across(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,21 @@ class Carrying(OfGuests):
             found.append(kind(guest.scales[attention], acting(guest, guest.waits, said, spread), **factors))
         return found
 
+    def shares(
+        self, live: list[str], options: Mapping, latent: tuple[int, int], grid: tuple[int, int], like: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Of each place of a grid the share of every adapter that acts and has a mask, (N, 1), or is placed, (B, N, 1).
+
+        One that is placed has its share within its mask; see adapters/regions.py and focus.py.
+        """
+        masked = [name for name in live if name in self.guests.masks]
+        found = masked_shares(self.guests.masks, latent, grid) if masked else {}
+        found = {name: found[name] for name in masked}
+        if PLACES in options:
+            named = [name for name in live if name in options[PLACES].called]
+            found |= options[PLACES].shares(named, grid, like, found)
+        return found
+
     def _on(self, attention: str, device: torch.device, guest: Guest) -> dict[str, nn.Linear]:
         """An adapter's factors on the device that the attention computes on; they are kilobytes, and stay there."""
         key = (guest.name, attention, device)
@@ -92,36 +107,28 @@ class Attended(Carrying):
             host = self._view(chosen, said, hidden.device) if chosen else self.attention
             return type(self.attention).forward(host, hidden, *args, **kwargs)
 
-        shares = self._shares(list(live), hidden, options)
-        if PLACES in options:
-            text = kwargs.get("context", args[0] if args else None)
+        shares = {}
+        if PLACES in options or self.guests.masks.keys() & live.keys():
             latent = tuple(options["original_shape"][-2:])
-            shares = self._placed(shares, list(live), hidden, text, options[PLACES], latent)
+            if PLACES in options:
+                text = kwargs.get("context", args[0] if args else None)
+                self._look(options[PLACES], list(live), hidden, text, latent)
+            shares = self.shares(list(live), options, latent, grid_of(latent, hidden.shape[1]), hidden)
         return blended(shares, list(live), hidden, attend) if shares else attend(list(live))
 
-    def _shares(self, live: list[str], hidden: torch.Tensor, options: Mapping) -> dict[str, torch.Tensor]:
-        """Of N tokens the share, (N, 1), of every adapter that acts and has a mask; see adapters/regions.py."""
-        masked = [name for name in live if name in self.guests.masks]
-        if not masked:
-            return {}
-        latent = tuple(options["original_shape"][-2:])
-        found = masked_shares(self.guests.masks, latent, grid_of(latent, hidden.shape[1]))
-        return {name: found[name] for name in masked}
-
-    def _placed(
+    def _look(
         self,
-        masked: dict[str, torch.Tensor],
+        places: Places,
         live: list[str],
         hidden: torch.Tensor,
         text: torch.Tensor | None,
-        places: Places,
         latent: tuple[int, int],
-    ) -> dict[str, torch.Tensor]:
-        """Shares, (B, N, 1), of those too that act where they are looked at, within their masks; see focus.py."""
-        named = [name for name in live if name in places.called]
-        for name in named if places.at is None and looks(self.name) else ():
-            places.look(name, self.attention, hidden, text, latent)
-        return {**masked, **places.shares(named, grid_of(latent, hidden.shape[1]), hidden, masked)}
+    ) -> None:
+        """While the base draws, note where this attention looks at their words; see adapters/focus.py."""
+        if places.at is None and looks(self.name):
+            for name in live:
+                if name in places.called:
+                    places.look(name, self.attention, hidden, text, latent)
 
     def _view(self, live: list[Guest], said: Said, device: torch.device) -> View:
         host, spread = self.attention, of_text if self.name.endswith("attn2") else of_picture

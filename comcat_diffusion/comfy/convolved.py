@@ -13,11 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from comcat_diffusion.adapters.separable import across, around
+from comcat_diffusion.adapters.separable import separable
 from comcat_diffusion.comfy.attended import Carrying, acting, of_picture
 from comcat_diffusion.comfy.guests import Guest, Guests
-from comcat_diffusion.comfy.places import PLACES
-from comcat_diffusion.comfy.sharing import masked_shares
 from comcat_diffusion.comfy.text import SAID, Said
 
 
@@ -54,11 +52,12 @@ class Convolved(Carrying):
         made, options = self.before(hidden), _here.options
         said = options.get(SAID, {})
         live = self.live(self.name, said)
-        shares = self._shares([guest.name for guest in live], made, options) if live else {}
+        names, grid = [guest.name for guest in live], tuple(made.shape[2:])
+        shares = self.shares(names, options, _here.latent, grid, made) if live else {}
         for guest in live:
             weight = guest.scales[self.name] * self._rows(guest, said, made)
             if guest.name in shares:
-                weight = weight * shares[guest.name].to(made)
+                weight = weight * shares[guest.name].to(made).mT.unflatten(-1, grid)  # B or none, 1, h', w'
             made = made + self._term(self._on(self.name, hidden.device, guest), hidden, weight)
         return made
 
@@ -66,21 +65,9 @@ class Convolved(Carrying):
         """What a term adds, (B, O, h', w'); weights are of each row, rank and place, or of all."""
         down, taps, up = (factors[f"conv_{name}"].weight.to(hidden) for name in ("down", "taps", "up"))
         host = self.host
-        low = around(across(hidden, down), taps, host.stride, host.padding, host.padding_mode)
-        return across(low * weight, up)
+        return separable(hidden, down, taps, up, host.stride, host.padding, host.padding_mode, weight)
 
     def _rows(self, guest: Guest, said: Said, like: torch.Tensor) -> torch.Tensor:
         """Which rows an adapter's ranks act on, (B or 1, R or 1, 1, 1)."""
         acts = acting(guest, guest.waits_beside[self.name], said, of_picture)
         return like.new_ones(1, 1, 1, 1) if acts is None else acts.to(like).mT.unsqueeze(-1)
-
-    def _shares(self, live: list[str], made: torch.Tensor, options: Mapping) -> dict[str, torch.Tensor]:
-        """Of each place the share, (B or 1, 1, h', w'), of those adapters that do not act everywhere."""
-        grid = tuple(made.shape[2:])
-        masks = {name: mask for name, mask in self.guests.masks.items() if name in live}
-        shares = masked_shares(self.guests.masks, _here.latent, grid) if masks else {}
-        shares = {name: shares[name].unsqueeze(0) for name in masks}
-        if PLACES in options:
-            named = [name for name in live if name in options[PLACES].called]
-            shares |= options[PLACES].shares(named, grid, made, shares)
-        return {name: share.mT.unflatten(2, grid) for name, share in shares.items()}
