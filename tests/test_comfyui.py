@@ -217,23 +217,18 @@ def places(base):
     """Where the attentions of the embedded base are in the original code's count, and where its levels end."""
     found, config = {}, base.unet.config
     per_level = config.layers_per_block + 1
+    layers = {".conv1": "in_layers.2", ".conv2": "out_layers.3"}
     for name, _ in base.unet.named_modules():
-        if name.endswith((".attn1", ".attn2")):
+        end = name[-6:]
+        if end in (".attn1", ".attn2") or (end in layers and "resnets" in name):
             side, *rest = name.split(".")
-            tail = name[name.index("transformer_blocks") :]
+            kind = int(end not in layers)  # of a block, which has the two convolutions first
+            tail = layers[end] if end in layers else name[name.index("transformer_blocks") :]
             if side == "mid_block":
-                found[name] = f"middle_block.1.{tail}"
+                found[name] = f"middle_block.{1 if kind else 2 * int(rest[1])}.{tail}"
             else:
                 number = per_level * int(rest[0]) + int(rest[2]) + (side == "down_blocks")
-                found[name] = f"{'input' if side == 'down_blocks' else 'output'}_blocks.{number}.1.{tail}"
-        elif name.endswith((".conv1", ".conv2")) and "resnets" in name:
-            side, *rest = name.split(".")
-            tail = "in_layers.2" if name.endswith("1") else "out_layers.3"
-            if side == "mid_block":
-                found[name] = f"middle_block.{2 * int(rest[1])}.{tail}"
-            else:
-                number = per_level * int(rest[0]) + int(rest[2]) + (side == "down_blocks")
-                found[name] = f"{'input' if side == 'down_blocks' else 'output'}_blocks.{number}.0.{tail}"
+                found[name] = f"{'input' if side == 'down_blocks' else 'output'}_blocks.{number}.{kind}.{tail}"
     for level in range(len(config.block_out_channels) - 1):
         found[f"down {level}"] = f"input_blocks.{per_level * (level + 1)}.0.op"
         found[f"up {level}"] = f"output_blocks.{per_level * (level + 1) - 1}.1.conv"
