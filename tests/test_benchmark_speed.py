@@ -116,7 +116,7 @@ def test_the_architectures_are_those_of_the_published_bases():
 
 def test_sizes_are_those_of_a_real_adapter(folder, tiny_unet, tmp_path):
     for options in variants.COMCAT.values():
-        config = ComcatConfig(r=2, target_modules=["attn2"], **options)
+        config = ComcatConfig(**{"r": 2, "target_modules": ["attn2"]} | options)
         expected = usage.adapter_size(tiny_unet(), copy.deepcopy(config))
         unet = tiny_unet(torch.float32)
         unet.add_adapter(config, "size")
