@@ -41,11 +41,13 @@ class ComcatConfig(PeftConfig):
     )
     convolutions: int = field(
         default=0,
-        metadata={"help": "Rank of the terms beside the convolutions of a U-Net's residual blocks. 0: there are none."},
+        metadata={
+            "help": "Rank of the terms beside the second convolution of each residual block of a U-Net. 0: there are none."
+        },
     )
     convolution_ranks: dict[str, int] | None = field(
         default=None,
-        metadata={"help": "Their ranks by name of the convolution; others have no term. Default: one rank for all."},
+        metadata={"help": "Their ranks by name of the convolution, of a block's first as well; others have no term."},
     )
     convolution_shares: dict[str, list[int]] | None = field(
         default=None,

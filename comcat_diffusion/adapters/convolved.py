@@ -33,8 +33,13 @@ Whatever = TypeVar("Whatever")
 
 
 def is_named_so(name: str) -> bool:
-    """Whether a module of this name in a U-Net is one of the convolutions that terms stand beside."""
+    """Whether a module of this name in a U-Net is one of the convolutions that terms can stand beside."""
     return _HOSTS.fullmatch(name) is not None
+
+
+def is_usual(name: str) -> bool:
+    """Whether it has a term where none are named: a residual block's second; its first teach little more (docs/log.md)."""
+    return is_named_so(name) and name.endswith(".conv2")
 
 
 def hosts(model: nn.Module) -> dict[str, nn.Conv2d]:
@@ -95,8 +100,9 @@ def split(factors: Mapping[str, Whatever]) -> tuple[dict[str, Whatever], dict[st
 
 def ranks_of(config: ComcatConfig, names: list[str]) -> dict[str, int]:
     """The rank beside each of these convolutions, of those that have any."""
-    ranks = config.convolution_ranks
-    return {n: config.convolutions if ranks is None else ranks[n] for n in names if ranks is None or n in ranks}
+    if config.convolution_ranks is None:
+        return {name: config.convolutions for name in names if is_usual(name)}
+    return {name: config.convolution_ranks[name] for name in names if name in config.convolution_ranks}
 
 
 def waits_of(config: ComcatConfig, name: str) -> list[tuple[tuple[str, ...], int]]:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from comcat_diffusion.adapters import tied
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.convolved import ConvolvedLayer, is_named_so, split
+from comcat_diffusion.adapters.convolved import ConvolvedLayer, is_usual, split
 from comcat_diffusion.adapters.convolved_rows import Beside
 from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors, side_cars
 from comcat_diffusion.adapters.packing import COLUMNS, PRODUCT
@@ -143,7 +143,7 @@ def targets(shape: AdapterShape, model: nn.Module) -> list[str] | str | None:
 
 def _ranks_beside(shape: AdapterShape, model: nn.Module) -> dict[str, int]:
     """The ranks beside the convolutions of the way up."""
-    return {n: shape.convolutions for n in plain_modules(model) if is_named_so(n) and n.startswith("up_blocks.")}
+    return {n: shape.convolutions for n in plain_modules(model) if is_usual(n) and n.startswith("up_blocks.")}
 
 
 def add_tokens(pipe: DiffusionPipeline, learner: Learner) -> None:
