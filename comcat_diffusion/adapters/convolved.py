@@ -38,7 +38,7 @@ def is_named_so(name: str) -> bool:
 
 
 def is_usual(name: str) -> bool:
-    """Whether it has a term where none are named: a residual block's second; its first teach little more (docs/log.md)."""
+    """Whether it has a term where none are named: the second of a residual block; docs/log.md, 2026-11-30."""
     return is_named_so(name) and name.endswith(".conv2")
 
 
