@@ -22,7 +22,7 @@ import torch
 
 from comcat_diffusion import atomic
 from comcat_diffusion import heads as maths
-from comcat_diffusion.adapters.convolved_rows import Beside, rank_bytes
+from comcat_diffusion.adapters.beside_rows import Beside, rank_bytes
 from comcat_diffusion.adapters.header import Header
 from comcat_diffusion.adapters.packing import FLOAT, LEAST, MOST_BITS, HeadBits, HeadRanks, row_bytes
 from comcat_diffusion.adapters.terms import Contents, Term, assembled, read_contents, refuse_several

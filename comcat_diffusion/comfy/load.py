@@ -10,8 +10,9 @@ from safetensors import safe_open
 from torch import nn
 
 from comcat_diffusion.adapters import cores
+from comcat_diffusion.adapters.beside import waits_of
+from comcat_diffusion.adapters.beside_kinds import split
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.convolved import split, waits_of
 from comcat_diffusion.adapters.fingerprint import fingerprint_as, layout_of
 from comcat_diffusion.adapters.header import AdapterFileError, Header, called_by, read_adapter
 from comcat_diffusion.adapters.model import of_pattern
