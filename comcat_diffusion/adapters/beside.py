@@ -105,9 +105,10 @@ class BesideLayer(SideCar):
 
         Raises ValueError for a model that has none, and for a module of another kind.
         """
-        found = {name: plain(module) for name, module in plain_modules(model).items() if cls.can_stand(model, name)}
+        own = bare(model)
+        found = {name: plain(module) for name, module in plain_modules(own).items() if cls.can_stand(own, name)}
         if not found:
-            raise ValueError(cls.nowhere.format(type(bare(model)).__name__))
+            raise ValueError(cls.nowhere.format(type(own).__name__))
         for name, host in found.items():
             reason = cls.why_not(host)
             if reason is None and not seam.is_adapted(host) and "forward" in vars(host):
@@ -153,12 +154,12 @@ class BesideLayer(SideCar):
     @property
     def in_features(self) -> int:
         """Channels that come in."""
-        return self.weight.shape[1]
+        return next(iter(self.shapes(self.owner, 1).values()))[1]
 
     @property
     def out_features(self) -> int:
         """Channels that go out."""
-        return self.weight.shape[0]
+        return list(self.shapes(self.owner, 1).values())[-1][0]
 
     def update_layer(self, adapter_name: str, rank: int, config: ComcatConfig, waits: Waits = ()) -> None:
         """Create an adapter's factors on the base's device and in its precision; what they add is exactly zero.
@@ -238,6 +239,21 @@ class BesideLayer(SideCar):
         """Raise ValueError unless the base's weight is a plain one."""
         raise NotImplementedError
 
+    def come_off(self) -> list[str]:
+        """Leave the host as it was, to go on another (`go_on`). Returns the names of adapters that were merged."""
+        merged = list(self.merged_adapters)
+        self.unmerge()
+        del self.owner._modules[seam.SIDECAR]
+        self.owner.__class__ = type(self.owner).host
+        return merged
+
+    def go_on(self, host: nn.Module, merged: list[str]) -> None:
+        """Stand beside this module from now on, with these adapters merged; the inverse of `come_off`."""
+        self._owner = (host,)
+        seam.attach(host, self, added_to)
+        if merged:
+            self.merge(adapter_names=merged)
+
     def unmerge(self) -> None:
         """Put the very weight back that `merge` replaced."""
         if self._unmerged:
@@ -258,5 +274,6 @@ class BesideLayer(SideCar):
 
 def waits_of(config: ComcatConfig, name: str) -> list[tuple[tuple[str, ...], int]]:
     """For which words how many of the ranks beside a module wait; none where all wait for the same."""
-    shares = next((own[name] for kind in KINDS if name in (own := getattr(config, kind.shares) or {})), ())
+    told = (getattr(config, kind.shares) or {} for kind in KINDS if kind.shares)
+    shares = next((own[name] for own in told if name in own), ())
     return [(tuple(words), own) for (words, _), own in zip(config.trigger_ranks or (), shares, strict=False) if own]

@@ -1,6 +1,6 @@
 """The kinds of terms beside modules of a base, other than attentions: what their settings and factors are called.
 
-What a kind adds stands with its side-car (convolved.py); what is common to all of them is in beside.py.
+What a kind adds stands with its side-car (convolved.py, fed.py); what is common to all of them is in beside.py.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,16 @@ CONVOLUTIONS = Kind(
     ("conv_down", "conv_taps", "conv_up"),
     ("conv_rows", "conv_bits", "conv_scales"),
 )
-KINDS = (CONVOLUTIONS,)
+FEED_FORWARDS = Kind(
+    "feed_forwards",
+    "feed_forward_ranks",
+    "",
+    "fed",
+    5,
+    ("feed_down", "feed_up"),
+    ("feed_rows", "feed_bits", "feed_scales"),
+)
+KINDS = (CONVOLUTIONS, FEED_FORWARDS)
 _BY_FACTOR = {factor: kind for kind in KINDS for factor in kind.factors}
 
 

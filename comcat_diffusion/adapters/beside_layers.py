@@ -5,8 +5,9 @@ from torch import nn
 from comcat_diffusion.adapters.beside import BesideLayer
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.convolved import ConvolvedLayer
+from comcat_diffusion.adapters.fed import FedLayer
 
-LAYERS: tuple[type[BesideLayer], ...] = (ConvolvedLayer,)
+LAYERS: tuple[type[BesideLayer], ...] = (ConvolvedLayer, FedLayer)
 
 
 def layers_of(config: ComcatConfig) -> list[type[BesideLayer]]:

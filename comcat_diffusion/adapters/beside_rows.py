@@ -1,12 +1,12 @@
 """Terms beside modules that are no attentions in few bytes: each rank rounded to the bits that it is worth.
 
 A packed file (packing.py), or one of its pieces (pieces.py), with such terms says in its header of every host of a kind
-(beside_kinds.py; format version 4 for convolutions) its rank and channels, [R, O, C], in the order of their names, and
-has three tensors more of this kind. A rank has a row of D (C numbers), one of T where there are taps (9) and one of U
-(O), see separable.py. Bits (K) says of how many bits the numbers of D and U are, for each of the K ranks; those of T
-are of 8. Rows has the bytes of all rows, host by host the rows of D, of T and of U, each written as packing.py writes
-rows. Scales (K, 3, or 2 without taps) are what the numbers of a rank's rows are to be multiplied with; in bfloat16,
-whose error of a five-hundredth of a row is far below that of rounding its numbers.
+(beside_kinds.py; format version 4 for convolutions, 5 for feed-forwards) its rank and channels, [R, O, C], in the order
+of their names, and has three tensors more of this kind. A rank has a row of D (C numbers), one of T where there are
+taps (9) and one of U (O), see separable.py. Bits (K) says of how many bits the numbers of D and U are, for each of the
+K ranks; those of T are of 8. Rows has the bytes of all rows, host by host the rows of D, of T and of U, each written as
+packing.py writes rows. Scales (K, 3, or 2 without taps) are what the numbers of a rank's rows are to be multiplied
+with; in bfloat16, whose error of a five-hundredth of a row is far below that of rounding its numbers.
 
 Letters: R rank, C channels that come in, O that go out, K ranks of all hosts of a kind.
 """
@@ -22,7 +22,9 @@ from comcat_diffusion.adapters.beside_kinds import CONVOLUTIONS, KINDS, Kind, ki
 from comcat_diffusion.adapters.header import Header, Piece, told_of
 from comcat_diffusion.adapters.packing import LEAST, MOST, MOST_BITS, byte_count, read_rows, written_rows
 from comcat_diffusion.adapters.separable import TAPS, energies
+from comcat_diffusion.heads import product_svd, truncate
 
+ROUNDING = 1e-12  # relative, of singular values in float64: what is below counts as nothing
 Bits = int | torch.Tensor  # of one rank, or of each, (K,)
 Told = Mapping[str, Mapping[str, Sequence[int]]]  # by part and host: [R, O, C]
 
@@ -79,6 +81,14 @@ class Beside:
     def shares(self) -> torch.Tensor:
         """What each rank is worth, (R,): its energy by channel that goes out, by which a base's kernels are alike."""
         return self.scale**2 * energies(*(factor.double() for factor in (*self.lower, self.up))) / len(self.up)
+
+    def decomposed(self) -> "Beside":
+        """The same by its singular directions, the largest first; with taps, which have none in common, as it is."""
+        if self.taps is not None:
+            return self
+        u, s, vh = product_svd(self.scale * self.up.double()[None], self.down.double()[None])
+        up, down = truncate(u, s * (s > ROUNDING * s.amax()), vh, s.shape[1])
+        return replace(self, scale=1.0, down=down[0], up=up[0])
 
     def kept(self, ranks: torch.Tensor) -> "Beside":
         """The same of these ranks alone."""

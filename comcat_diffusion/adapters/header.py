@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from comcat_diffusion.adapters.beside_kinds import CONVOLUTIONS, KINDS, Kind
+from comcat_diffusion.adapters.beside_kinds import CONVOLUTIONS, FEED_FORWARDS, KINDS, Kind
 from comcat_diffusion.adapters.same_base import NARROWER
 from comcat_diffusion.families.known import family_of_denoiser
 from comcat_diffusion.words import Subject, words_of
@@ -81,6 +81,7 @@ class Header:
     row_lengths: dict[str, list[list[int]]] = field(default_factory=dict)  # see adapters/packing.py
     # Packed files with terms beside convolutions. By component and convolution: rank, channels that go out and come in.
     convolved: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    fed: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # the same of terms beside feed-forwards
     pieces: list[Piece] = field(default_factory=list)  # of files of several packed adapters
     tokens: list[str] = field(default_factory=list)  # new words whose embeddings the file brings
     thumbnail: str = ""  # a small picture as a data URI, where one was asked for
@@ -232,6 +233,15 @@ def kind_of(config: dict) -> str:
     return kinds[0] if kinds else "foldable" if config.get("foldable") else "free"
 
 
+def refuse_feed_forwards(header: Header, path: str | Path) -> None:
+    """Raise AdapterFileError for a file with terms beside feed-forwards, which few can use."""
+    if any(config.get(FEED_FORWARDS.setting) for config in header.config.values()):
+        raise AdapterFileError(
+            f"{path} has terms beside feed-forwards, which comcat generate, evaluate, train and shrink read and "
+            "nothing else does yet: train it again without --feed_forwards."
+        )
+
+
 def awaited(header: Header) -> set[str]:
     """The words that the adapter of a file waits for, in small letters; none if it acts everywhere."""
     return {word.lower() for config in header.config.values() for word in config.get("trigger") or ()}
@@ -263,7 +273,7 @@ def settings_of_layers(ranks: dict[str, int], common: int) -> dict:
 
 def told_of(packed: Header | Piece, kind: Kind) -> dict[str, dict[str, list[int]]]:
     """What a packed file, or a piece of one, says of a kind of terms: [R, O, C] by part and host."""
-    return getattr(packed, kind.told)
+    return getattr(packed, kind.told, {})  # pieces have no terms beside feed-forwards yet
 
 
 def version_beside(packed: Sequence[Header | Piece]) -> int:
@@ -277,7 +287,7 @@ def _shares_beside(header: Header, part: str, kind: Kind, ranks: dict[str, list[
     A piece's words are those that its ranks at attentions wait for, and these stand piece by piece, word by word.
     """
     words = header.config[part].get("trigger_ranks")
-    if not words:
+    if not words or not kind.shares:
         return {}
     ends = list(itertools.accumulate(count for _, count in words))
     last = itertools.accumulate(_rank(piece, part) for piece in header.pieces if part in piece.head_ranks)

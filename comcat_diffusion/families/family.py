@@ -104,6 +104,9 @@ class Family:
     # What a family subtracts that is asked to subtract nothing, where its pipeline would then go without guidance.
     nothing: str | None = None
     carries = ""  # a pattern of the names of the attentions that carry adapters; none: all that can
+    # A pattern of the names of the Linears of feed-forwards that terms can stand beside; none: beside none. They see
+    # the picture's tokens, and the text's before or behind them.
+    feed_forwards = ""
     fewest_steps = 1  # in which its pipeline draws
     same_text = False  # whether attentions are given the same text states at every step of a drawing
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16")  # in which it draws; another overflows

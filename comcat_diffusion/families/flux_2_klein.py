@@ -35,6 +35,7 @@ class Flux2Klein(Flux1):
     heavy = ("text_encoder",)
     guidance = 4.0
     architecture = "flux-2-klein"
+    feed_forwards = r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
     stream_rows = STREAM_ROWS
     said, conditions = Family.said, Family.conditions
 
