@@ -120,6 +120,7 @@ def adapter_config(shape: AdapterShape, model: nn.Module, words: Sequence[str]) 
         cores=shape.kind == "cores",
         convolutions=beside,
         convolution_ranks=_ranks_beside(shape, model) if beside and shape.up_blocks_only else None,
+        feed_forwards=shape.feed_forwards,
         trigger=None if shape.everywhere else list(words),
         target_modules=targets(shape, model) or family_of_model(model).usual_targets(shape.kind, bool(beside)),
     )
