@@ -35,11 +35,13 @@ from comcat_diffusion.adapters.beside_rows import Beside, pack_terms, rank_bytes
 from comcat_diffusion.adapters.combine import combine
 from comcat_diffusion.adapters.fed import FACTORS, FedLayer
 from comcat_diffusion.adapters.header import AdapterFileError, Notes, read_adapter
+from comcat_diffusion.adapters.merge import bake_adapters
 from comcat_diffusion.adapters.model import factors, side_cars
 from comcat_diffusion.adapters.shrink import least_bytes, shrink
 from comcat_diffusion.adapters.store import read_tensors
 from comcat_diffusion.adapters.terms import read_contents
 from comcat_diffusion.cli import main
+from comcat_diffusion.comfy.load import load
 from comcat_diffusion.export.fit import refuse_exact
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.families.known import family_of
@@ -330,6 +332,10 @@ def test_merging_for_good_leaves_a_plain_model(tiny_klein, live, targets):
     merged = wrapped.merge_and_unload()
     assert not side_cars(merged)
     assert_close(tiny_klein.run(merged), full, **SAME)
+    model = live(foldable=True, target_modules=targets)
+    bake_adapters(model)
+    assert not side_cars(model) and {type(m) for m in model.modules()} == {type(m) for m in merged.modules()}
+    assert_close(tiny_klein.run(model), full, **SAME)
 
 
 @torch.no_grad()
@@ -681,6 +687,10 @@ def test_what_other_programs_cannot_read_yet_is_refused_in_a_sentence(live, tmp_
         combine([(path, 1.0), (path, 1.0)], tmp_path / "b.safetensors")
     with pytest.raises(AdapterFileError, match=told):
         refuse_exact(read_adapter(path), path)
+    with pytest.raises(AdapterFileError, match=told):
+        load(None, None, path)
+    with pytest.raises(ValueError, match="writes in no LoRA yet: leave it out, or --as lora"):
+        TrainConfig(as_="lora", feed_forwards=4)
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 

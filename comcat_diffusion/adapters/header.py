@@ -237,7 +237,7 @@ def refuse_feed_forwards(header: Header, path: str | Path) -> None:
     """Raise AdapterFileError for a file with terms beside feed-forwards, which few can use."""
     if any(config.get(FEED_FORWARDS.setting) for config in header.config.values()):
         raise AdapterFileError(
-            f"{path} has terms beside feed-forwards, which comcat generate, evaluate, train and shrink read and "
+            f"{path} has terms beside feed-forwards, which comcat generate, evaluate, train, shrink and merge read and "
             "nothing else does yet: train it again without --feed_forwards."
         )
 
