@@ -767,6 +767,7 @@ def test_what_a_run_would_do_is_said_before(settings, tmp_path, tiny_klein):
     assert any("--feed_forwards is for Stable Diffusion 3 and 3.5, FLUX.2 [klein]" in error for error in told)
     with pytest.raises(ValueError, match="--feed_forwards must be at least 0"):
         TrainConfig(feed_forwards=-1)
-    assert adapter_config(TrainConfig(), tiny_klein(), ["sks"]).feed_forwards == 0
-    asked = TrainConfig(feed_forwards=8)
+    usual, asked = TrainConfig(), TrainConfig(feed_forwards=8)
+    found = [adapter_config(config, tiny_klein(), ["sks"]) for config in (usual, asked)]
+    assert [(own.feed_forwards, own.target_modules) for own in found] == [(0, ["attn"]), (8, None)]
     assert budget(asked, tiny_klein()) == budget(TrainConfig(), tiny_klein()) and asked.feed_forwards == 8

@@ -123,7 +123,7 @@ class Family:
     def usual_targets(self, kind: str, beside: bool = False) -> list[str] | None:
         """The attentions that a new adapter of a kind is on where none are named; None: all that see words.
 
-        `beside` says whether it has terms beside convolutions, too.
+        `beside` says whether it has terms beside convolutions or feed-forwards, too.
         """
         return None
 

@@ -112,6 +112,7 @@ def awaited(config: TrainConfig, subjects: Sequence[Subject]) -> list[str]:
 def adapter_config(shape: AdapterShape, model: nn.Module, words: Sequence[str]) -> ComcatConfig:
     """A model's adapter, which waits for any of the words unless it is to act everywhere."""
     beside = convolutions(shape, model)
+    usual = family_of_model(model).usual_targets(shape.kind, bool(beside or shape.feed_forwards))
     return ComcatConfig(
         r=shape.rank,
         alpha=shape.alpha,
@@ -122,7 +123,7 @@ def adapter_config(shape: AdapterShape, model: nn.Module, words: Sequence[str]) 
         convolution_ranks=_ranks_beside(shape, model) if beside and shape.up_blocks_only else None,
         feed_forwards=shape.feed_forwards,
         trigger=None if shape.everywhere else list(words),
-        target_modules=targets(shape, model) or family_of_model(model).usual_targets(shape.kind, bool(beside)),
+        target_modules=targets(shape, model) or usual,
     )
 
 
