@@ -506,8 +506,17 @@ def test_gradients_are_the_same_with_checkpointing(waiting):
 # The file
 
 
-def test_a_file_brings_back_the_very_same(tiny_klein, live, tmp_path):
-    model = live(dtype=torch.float32, feed_forward_ranks={OUT: 2})
+KINDS = {
+    "free": {},
+    "foldable": {"foldable": True},
+    "tied": {"foldable": True, "tied": True},
+    "cores": {"foldable": True, "cores": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_every_kind_brings_back_the_very_same(tiny_klein, live, tmp_path, kind):
+    model = live(dtype=torch.float32, feed_forward_ranks={OUT: 2}, **KINDS[kind])
     save_adapter(model, tmp_path / "a.safetensors", "dog")
     other, seed = tiny_klein(torch.float32), torch.get_rng_state()
     header = load_adapter(other, tmp_path / "a.safetensors", "dog")
@@ -517,6 +526,9 @@ def test_a_file_brings_back_the_very_same(tiny_klein, live, tmp_path):
         assert torch.equal(tiny_klein.run(other), tiny_klein.run(model))
     save_adapter(other, tmp_path / "b.safetensors", "dog")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    if kind != "cores":  # which cannot be cut
+        shrink(tmp_path / "a.safetensors", tmp_path / "c.safetensors", 4_000)
+        assert load_adapter(tiny_klein(torch.float32), tmp_path / "c.safetensors", "dog").format_version == 5
 
 
 def test_a_file_without_such_terms_says_nothing_of_them(live, tmp_path):
