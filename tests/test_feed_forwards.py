@@ -7,6 +7,7 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -346,6 +347,29 @@ def test_what_is_refused_to_merge_leaves_all_as_it_was(tiny_klein, live):
     with pytest.raises(ValueError, match="keep it live"):
         merge_adapters(model)
     assert model.get_submodule(OUT).weight is weight and torch.equal(tiny_klein.run(model), full)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets", [None, STREAM], ids=["text", "stream"])
+def test_offloading_changes_nothing(live, tiny_klein, targets):
+    model, still = live(target_modules=targets), live(target_modules=targets)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))  # what enable_sequential_cpu_offload uses
+    assert all(parameter.device.type == "meta" for parameter in factors(model, "dog").values())
+    assert torch.equal(tiny_klein.run(model), tiny_klein.run(still))
+
+
+@torch.no_grad()
+def test_layerwise_casting_to_float8_leaves_the_factors_alone(live, tiny_klein):
+    model, cast = live(dtype=torch.float32), {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.bfloat16}
+    before = {name: factor.clone() for name, factor in factors(model, "dog").items()}
+    model.enable_layerwise_casting(**cast)
+    model.get_submodule(OUT)(noise(1, 5, 64).bfloat16())
+    assert model.get_submodule(OUT).weight.dtype == torch.float8_e4m3fn
+    assert all(torch.equal(factor, before[name]) for name, factor in factors(model, "dog").items())
+    model = tiny_klein(torch.float32)
+    model.enable_layerwise_casting(**cast)
+    with pytest.raises(ValueError, match="replaced its forward; attach adapters before"):
+        model.add_adapter(config(), "dog")
 
 
 @torch.no_grad()
