@@ -248,16 +248,21 @@ def _told(header: "Header", part: str) -> str:
         ranks = [rank for pieces in own for products in pieces for heads in products for rank in heads]
         rank = f"ranks {min(ranks)} to {max(ranks)} by head" + " and piece" * bool(header.pieces)
     acts = f", from {' or '.join(config['trigger'])} on" if config.get("trigger") else ""
-    beside = f", with terms beside {_beside(config)}" if config.get("convolutions") else ""
+    beside = "".join(f", with terms beside {told}" for told in _beside(config))
     return f"{kind_of(config)}, {rank}, alpha {config.get('alpha')}, on {named}{beside}{acts}"
 
 
-def _beside(config: dict) -> str:
-    """Beside which convolutions, of which ranks."""
-    own = config.get("convolution_ranks")
-    if own is None:
-        return f"all convolutions of residual blocks of rank {config['convolutions']}"
-    return f"{len(own)} convolutions of ranks {min(own.values())} to {max(own.values())}"
+def _beside(config: dict) -> Iterator[str]:
+    """Beside which modules that are no attentions, of which ranks."""
+    for setting, ranks, hosts, whose in (
+        ("convolutions", "convolution_ranks", "convolutions", " of residual blocks"),
+        ("feed_forwards", "feed_forward_ranks", "Linears of feed-forwards", ""),
+    ):
+        own = config.get(ranks)
+        if own is not None:
+            yield f"{len(own)} {hosts} of ranks {min(own.values())} to {max(own.values())}"
+        elif config.get(setting):
+            yield f"all {hosts}{whose} of rank {config[setting]}"
 
 
 def _size(path: str | Path) -> str:

@@ -163,3 +163,19 @@ def separable(hidden, down, taps, up, stride=1) -> torch.Tensor:
                     if 0 <= i < height and 0 <= j < width:
                         made[:, :, y, x] += taps[rank, tap] * low[:, i, j, None] * up[:, rank]
     return made
+
+
+def fed(hidden, host, adapters) -> torch.Tensor:
+    """W x + b + sum_a s_a m_a sum_r U[:, r] (D[r] x), token by token, rank by rank.
+
+    (B, N, C); of each adapter its scale s, m (B, N), D (R, C) and U (O, R) -> (B, N, O).
+    """
+    made = torch.zeros(*hidden.shape[:2], len(host.weight), dtype=torch.float64)
+    for row in range(hidden.shape[0]):
+        for token in range(hidden.shape[1]):
+            x = hidden[row, token].double()
+            made[row, token] = host.weight.double() @ x + (0 if host.bias is None else host.bias.double())
+            for scale, share, down, up in adapters:
+                for d, u in zip(down.double(), up.double().T, strict=True):
+                    made[row, token] += scale * share[row, token] * u * (d @ x)
+    return made

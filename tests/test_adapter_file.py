@@ -26,7 +26,7 @@ from comcat_diffusion import (
     unload_adapters,
     unmerge_adapters,
 )
-from comcat_diffusion.adapters.header import AdapterFileError, Notes
+from comcat_diffusion.adapters.header import NEWEST, AdapterFileError, Notes
 from comcat_diffusion.adapters.model import factors
 from comcat_diffusion.adapters.same_base import other_weights
 
@@ -219,7 +219,7 @@ BROKEN = {
     "configuration that does not make sense": lambda tensors, metadata: edit(
         metadata, lambda h: h["config"]["unet"].update(r=0)
     ),
-    "update comcat-diffusion": lambda tensors, metadata: edit(metadata, lambda h: h.update(format_version=5)),
+    "update comcat-diffusion": lambda tensors, metadata: edit(metadata, lambda h: h.update(format_version=NEWEST + 1)),
     "header that does not make sense": lambda tensors, metadata: metadata.update(comcat="{"),
     "not a COMCAT adapter": lambda tensors, metadata: metadata.pop("comcat"),
 }

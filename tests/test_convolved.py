@@ -28,17 +28,10 @@ from comcat_diffusion import (
     unmerge_adapters,
 )
 from comcat_diffusion.adapters import separable as maths
-from comcat_diffusion.adapters.convolved import FACTORS, ConvolvedLayer, hosts
-from comcat_diffusion.adapters.convolved_rows import (
-    CONV_BITS,
-    CONV_ROWS,
-    CONV_SCALES,
-    Beside,
-    pack_terms,
-    rank_bytes,
-    take_terms,
-)
-from comcat_diffusion.adapters.header import AdapterFileError, Notes, read_adapter
+from comcat_diffusion.adapters.beside_kinds import CONVOLUTIONS
+from comcat_diffusion.adapters.beside_rows import Beside, pack_terms, rank_bytes, take_terms
+from comcat_diffusion.adapters.convolved import FACTORS, ConvolvedLayer
+from comcat_diffusion.adapters.header import AdapterFileError, Notes, Piece, read_adapter
 from comcat_diffusion.adapters.model import factors, side_cars
 from comcat_diffusion.adapters.shrink import least_bytes, shrink
 from comcat_diffusion.adapters.store import read_tensors
@@ -51,6 +44,7 @@ from comcat_diffusion.training.learned import adapter_config
 from tests import reference
 from tests.test_trigger import WITH, WITHOUT, drawn, embedded, far, waiting  # noqa: F401
 
+CONV_ROWS, CONV_BITS, CONV_SCALES = CONVOLUTIONS.tensors
 GOLDEN = Path(__file__).parent / "golden" / "adapter-v4.safetensors"
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 SAME = {"rtol": 0.0, "atol": 1e-10}
@@ -476,7 +470,7 @@ def test_a_damaged_file_is_refused(tiny_unet, live, tmp_path, damage):
 def packed(tiny_unet, live, tmp_path):
     """A dense file with terms beside convolutions, in float32, and the same of 7,500 bytes."""
     dense, small = tmp_path / "dense.safetensors", tmp_path / "small.safetensors"
-    unet = live(dtype=torch.float32, convolution_ranks=dict.fromkeys(hosts(tiny_unet()), 4))
+    unet = live(dtype=torch.float32, convolution_ranks=dict.fromkeys(ConvolvedLayer.hosts(tiny_unet()), 4))
     for seed, factor in enumerate(factors(unet, "dog").values()):
         factor.data *= 1 + seed % 3
     save_adapter(unet, dense, "dog", notes=Notes("sks", "a photo of sks dog", "dog"))
@@ -514,13 +508,17 @@ def test_what_is_packed_is_unpacked_exactly():
         down, taps, up = (noise(*shape, seed=seed).float() for shape in ((rank, into), (rank, 9), (outof, rank)))
         terms.append(Beside("unet", name, 2.0, down, taps, up))
         bits.append([8, 0, 3][:rank])
-    tensors, convolved = pack_terms(terms, bits)
-    assert convolved == {"unet": {"a.conv2": [1, 6, 4], "b.conv1": [2, 5, 7]}}
+    tensors, told = pack_terms(terms, bits)
+    assert told == {CONVOLUTIONS: {"unet": {"a.conv2": [1, 6, 4], "b.conv1": [2, 5, 7]}}}
     assert sum(tensor.nbytes for tensor in tensors.values()) == sum(
         rank_bytes(len(term.up), term.down.shape[1], count)
         for term, own in zip(terms, bits, strict=True) for count in own
     )  # fmt: skip
-    found = {name: factor for term in take_terms(dict(tensors), convolved) for name, factor in term.tensors().items()}
+    found = {
+        name: factor
+        for term in take_terms(dict(tensors), Piece({}, {}, {}, told[CONVOLUTIONS]))
+        for name, factor in term.tensors().items()
+    }
     down, taps, up = (found[f"unet.b.conv1.{name}"] for name in FACTORS)
     was = terms[0].down[[0, 2]], terms[0].taps[[0, 2]], 2 * terms[0].up[:, [0, 2]]
     for made, before, coarse in zip((down, taps, up.T), (*was[:2], was[2].T), (0.35, 0.01, 0.35), strict=True):

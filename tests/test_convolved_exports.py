@@ -20,7 +20,7 @@ from comcat_diffusion import (
     unmerge_adapters,
 )
 from comcat_diffusion.adapters import separable as maths
-from comcat_diffusion.adapters.convolved import hosts
+from comcat_diffusion.adapters.convolved import ConvolvedLayer
 from comcat_diffusion.adapters.effect import predictions
 from comcat_diffusion.adapters.model import factors, side_cars
 from comcat_diffusion.adapters.parts import components
@@ -155,7 +155,7 @@ def test_a_shrunk_one_exports_what_is_left_of_it(base, randomize, tmp_path):
 @pytest.mark.parametrize("format", FORMATS)
 def test_sdxl_s_convolutions_have_the_names_of_its_original_code(build_xl, randomize, tmp_path, format):  # noqa: F811
     live, fresh = build_xl(), build_xl()
-    ranks = dict.fromkeys(hosts(live.unet), 3)
+    ranks = dict.fromkeys(ConvolvedLayer.hosts(live.unet), 3)
     live.unet.add_adapter(ComcatConfig(r=2, alpha=3.0, foldable=True, convolutions=3, convolution_ranks=ranks), "dog")
     randomize(live.unet, "dog", 3)
     save_adapter(live, tmp_path / "dog.safetensors", "dog")

@@ -3,7 +3,7 @@
     Delta W_K,h = s G'_h Ak_h^T        Delta W_V,h = s G_h^T Av_h^T        (as Linears store them, D x C)
 
 is up @ down with the text side as `down`. Of a tied adapter all heads share that, so the rank is R instead of H*R. The
-same of a file, without its base, is export/lora.py. A term beside a convolution is a LoRA of it.
+same of a file, without its base, is export/lora.py. A term beside another module is a LoRA of it.
 
 Letters: H heads, D head width, R rank, C channels, O channels that go out.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from comcat_diffusion import heads as maths
-from comcat_diffusion.adapters.convolved import ConvolvedLayer
+from comcat_diffusion.adapters.beside import BesideLayer
 from comcat_diffusion.adapters.layer import ComcatLayer
 from comcat_diffusion.adapters.model import adapted_layers, side_cars
 from comcat_diffusion.adapters.parts import bare
@@ -45,10 +45,14 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, to
         for projection, down, up in made:
             found[f"{path}.{projection}.lora_A.weight"], found[f"{path}.{projection}.lora_B.weight"] = down, up
     for name, layer in side_cars(bare(model)).items():
-        if isinstance(layer, ConvolvedLayer) and adapter_name in layer.r:
-            down, taps, up = (factor.detach() for factor in layer.factors(adapter_name))
-            found[f"{name}.lora_A.weight"] = lowered(down, taps)
-            found[f"{name}.lora_B.weight"] = layer.alpha[adapter_name] / layer.r[adapter_name] * up[:, :, None, None]
+        if isinstance(layer, BesideLayer) and adapter_name in layer.r:
+            *lower, up = (factor.detach() for factor in layer.factors(adapter_name))
+            up = layer.alpha[adapter_name] / layer.r[adapter_name] * up
+            made = (lowered(*lower), up[:, :, None, None]) if len(lower) > 1 else (lower[0].clone(), up)
+            for factor, own, axis in zip(("lora_A", "lora_B"), made, (0, 1), strict=True):
+                # A Linear that also makes an attention's keys and values has their ranks first.
+                before = found.get(f"{name}.{factor}.weight")
+                found[f"{name}.{factor}.weight"] = own if before is None else torch.cat([before, own], dim=axis)
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 
 from comcat_diffusion import heads as maths
 from comcat_diffusion.adapters.alike import refuse_unlike, several_words
-from comcat_diffusion.adapters.convolved_rows import Beside, summed
+from comcat_diffusion.adapters.beside_rows import Beside, summed
 from comcat_diffusion.adapters.header import Header, Notes, Piece, same_words
 from comcat_diffusion.adapters.packing import FLOAT, HeadBits
 from comcat_diffusion.adapters.pieces import own_tensors
@@ -46,7 +46,7 @@ class _Read:
         return [replace(term, scale=self.weight * term.scale) for term in self.contents.beside]
 
     def ranks_beside(self, part: str) -> dict[str, list[int]]:
-        return {term.convolution: [len(term.down)] for term in self.contents.beside if term.part == part}
+        return {term.host: [len(term.down)] for term in self.contents.beside if term.part == part}
 
 
 def combine(

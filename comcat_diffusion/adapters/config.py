@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from peft import PeftConfig
 
+from comcat_diffusion.adapters.beside_kinds import KINDS, Kind
 from comcat_diffusion.adapters.peft_type import COMCAT
 
 
@@ -55,6 +56,14 @@ class ComcatConfig(PeftConfig):
         metadata={
             "help": "How many of the ranks of each of these are of which entry of `trigger_ranks`, in its order."
         },
+    )
+    feed_forwards: int = field(
+        default=0,
+        metadata={"help": "Rank of the terms beside the Linears of a transformer's feed-forwards. 0: there are none."},
+    )
+    feed_forward_ranks: dict[str, int] | None = field(
+        default=None,
+        metadata={"help": "Their ranks by name of the Linear; others have no term."},
     )
     trigger: list[str] | None = field(
         default=None,
@@ -114,7 +123,8 @@ class ComcatConfig(PeftConfig):
             self.core_sets = {}  # PEFT wrote it before there were any
         if not all(re.fullmatch("[0-9]+", told) for told in (self.core_sets or {}).values()):
             raise ValueError(f"core_sets must be digits by the names of attentions, not {self.core_sets!r}.")
-        self._refuse_convolutions()
+        for kind in KINDS:
+            self._refuse_beside(kind)
         if self.trigger is not None and not (self.trigger and all(word.strip() for word in self.trigger)):
             raise ValueError(f"trigger must be a list of words, not {self.trigger!r}.")
         if self.trigger_ranks is not None:
@@ -126,29 +136,34 @@ class ComcatConfig(PeftConfig):
                 raise ValueError(f"alpha must be a finite number, not {alpha!r}.")
 
     def at_attentions(self) -> "ComcatConfig":
-        """The same without what is beside convolutions."""
-        return replace(self, convolutions=0, convolution_ranks=None, convolution_shares=None)
+        """The same without what is beside other modules."""
+        return replace(self, **{name: 0 if name == kind.setting else None for kind in KINDS for name in kind.settings})
 
-    def _refuse_convolutions(self) -> None:
-        """Raise ValueError for ranks beside convolutions that are none, or not shared out where those of others are."""
-        for rank in (self.convolutions, *(self.convolution_ranks or {}).values()):
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < (rank is not self.convolutions):
-                raise ValueError(f"The rank beside convolutions must be a whole number of at least 0, not {rank!r}.")
-        if self.convolution_ranks and not self.convolutions:
-            raise ValueError("convolution_ranks are of terms beside convolutions: set convolutions as well.")
-        if self.convolution_shares or (self.convolutions and self.trigger_ranks):
-            self._refuse_other_shares_beside()
+    def _refuse_beside(self, kind: Kind) -> None:
+        """Raise ValueError for ranks beside modules that are none, or not shared out where those of others are."""
+        common, ranks = getattr(self, kind.setting), getattr(self, kind.ranks)
+        for rank in (common, *(ranks or {}).values()):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < (rank is not common):
+                raise ValueError(f"The rank beside {kind.noun} must be a whole number of at least 0, not {rank!r}.")
+        if ranks and not common:
+            raise ValueError(f"{kind.ranks} are of terms beside {kind.noun}: set {kind.setting} as well.")
+        if common and self.trigger_ranks and not kind.shares:
+            raise ValueError(
+                f"Terms beside {kind.noun} are of one subject: leave trigger_ranks out, or set {kind.setting}=0."
+            )
+        if kind.shares and (getattr(self, kind.shares) or (common and self.trigger_ranks)):
+            self._refuse_other_shares_beside(kind)
 
-    def _refuse_other_shares_beside(self) -> None:
-        """Raise ValueError unless the ranks beside each convolution are shared out among the words."""
-        ranks, shares = self.convolution_ranks or {}, self.convolution_shares or {}
+    def _refuse_other_shares_beside(self, kind: Kind) -> None:
+        """Raise ValueError unless the ranks beside each module are shared out among the words."""
+        ranks, shares = getattr(self, kind.ranks) or {}, getattr(self, kind.shares) or {}
         for name in sorted({*ranks, *shares}) or [""]:
             own = shares.get(name)
             proper = isinstance(own, (list, tuple)) and all(type(count) is int and count >= 0 for count in own)
             if not proper or len(own) != len(self.trigger_ranks or ()) or sum(own) != ranks.get(name):
                 raise ValueError(
-                    "convolution_shares must share the ranks of convolution_ranks out among the entries of "
-                    f"trigger_ranks, not {own!r} beside '{name}'."
+                    f"{kind.shares} must share the ranks of {kind.ranks} out among the entries of trigger_ranks, not "
+                    f"{own!r} beside '{name}'."
                 )
 
     def _refuse_other_shares(self) -> None:

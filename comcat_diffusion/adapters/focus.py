@@ -142,17 +142,20 @@ class Focus(Follower):
         return self._divided(live, hidden, masked, around)
 
     @torch.compiler.disable
-    def of_map(
-        self, live: list[str], made: torch.Tensor, masked: Mapping[str, torch.Tensor]
+    def beside(
+        self, live: list[str], places: torch.Tensor, masked: Mapping[str, torch.Tensor], stream: bool = False
     ) -> dict[str, torch.Tensor]:
-        """As `shares`, of each place of a feature map (B, C, h, w): (B, h*w, 1). Nothing looks at words there."""
+        """As `shares`, (B, N, 1), of what is no attention: nothing looks at words there. It makes (B, N, C) of places.
+
+        In a `stream` words stand beside these, as in attentions over one.
+        """
         if here.latent is None:
             raise ValueError(OUTSIDE)
-        places = made.flatten(2).mT  # B, h*w, C
         if self._at is None and self.asked:
             named = [name for name in live if name in self.words]
             return {**masked, **dict.fromkeys(named, places.new_zeros(1, places.shape[1], 1))}
-        return self._divided(live, places, masked)
+        around = words_in(here.latent, places.shape[1], here.words_at) if stream else (0, 0)
+        return self._divided(live, places, masked, around)
 
     def _divided(
         self,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from comcat_diffusion.adapters.beside_kinds import CONVOLUTIONS, FEED_FORWARDS, KINDS, Kind
 from comcat_diffusion.adapters.same_base import NARROWER
 from comcat_diffusion.families.known import family_of_denoiser
 from comcat_diffusion.words import Subject, words_of
@@ -20,11 +21,10 @@ from comcat_diffusion.words import Subject, words_of
 FORMAT_VERSION = 1
 PACKED_VERSION = 2  # keeps only the rows that each head has, see adapters/packing.py
 PIECES_VERSION = 3  # the same for each of several adapters in one file, see adapters/pieces.py
-CONVOLVED_VERSION = 4  # either with terms beside convolutions, see adapters/convolved_rows.py
+NEWEST = max(kind.version for kind in KINDS)  # later ones are either with terms beside other modules
 KEY = "comcat"
 _FACTORS = 4  # of an attention, of whichever kind
 _DERIVED = ("target_modules", "rank_pattern")  # what a packed file's config leaves out, see settings_of_layers
-OF_CONVOLVED = ("convolutions", "convolution_ranks", "convolution_shares")  # the same of terms beside convolutions
 THUMBNAIL = "modelspec.thumbnail"
 LONGEST_HEADER = 4 << 20  # bytes; an honest header is a few tens of kilobytes
 
@@ -81,6 +81,7 @@ class Header:
     row_lengths: dict[str, list[list[int]]] = field(default_factory=dict)  # see adapters/packing.py
     # Packed files with terms beside convolutions. By component and convolution: rank, channels that go out and come in.
     convolved: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    fed: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # the same of terms beside feed-forwards
     pieces: list[Piece] = field(default_factory=list)  # of files of several packed adapters
     tokens: list[str] = field(default_factory=list)  # new words whose embeddings the file brings
     thumbnail: str = ""  # a small picture as a data URI, where one was asked for
@@ -100,13 +101,12 @@ class Header:
                     found.setdefault(part, {}).setdefault(name, []).append(products)
         return found
 
-    @property
-    def beside(self) -> dict[str, dict[str, list[int]]]:
-        """Of packed parts and their convolutions: the rank in each piece, 0 where it has none; of a dense file none."""
+    def beside(self, kind: Kind) -> dict[str, dict[str, list[int]]]:
+        """Of packed parts and a kind's hosts: the rank in each piece, 0 where it has none; of a dense file none."""
         found: dict[str, dict[str, list[int]]] = {}
         packed = self.pieces or [self]
-        for part, name in {(p, n) for own in packed for p, names in own.convolved.items() for n in names}:
-            ranks = [own.convolved.get(part, {}).get(name, (0,))[0] for own in packed if part in own.head_ranks]
+        for part, name in {(p, n) for own in packed for p, names in told_of(own, kind).items() for n in names}:
+            ranks = [told_of(own, kind).get(part, {}).get(name, (0,))[0] for own in packed if part in own.head_ranks]
             found.setdefault(part, {})[name] = ranks
         return found
 
@@ -114,20 +114,21 @@ class Header:
         """As the string pairs of a safetensors header; the `modelspec.*` keys are what other tools read."""
         notes, content = self.notes, asdict(self)
         del content["thumbnail"]  # it stands where other tools look for it
-        for name in ("head_ranks", "row_lengths", "convolved", "pieces", "tokens"):
+        for name in ("head_ranks", "row_lengths", *(kind.told for kind in KINDS), "pieces", "tokens"):
             if not content[name]:  # a file that does without is one that older versions read
                 del content[name]
         for piece in content.get("pieces", ()):
-            if not piece["convolved"]:
-                del piece["convolved"], piece["weight"]
+            if not piece[CONVOLUTIONS.told]:
+                del piece[CONVOLUTIONS.told], piece["weight"]
         if not notes.others:
             del content["notes"]["others"]
         for part in self.packed:  # the ranks of the heads say which layers there are, and of which rank
             told = () if self.config[part].get("tied") else _DERIVED
             content["config"][part] = {n: v for n, v in content["config"][part].items() if v and n not in told}
-        for part in self.beside:
-            for name in OF_CONVOLVED:
-                content["config"][part].pop(name, None)
+        for kind in KINDS:
+            for part in self.beside(kind):
+                for name in kind.settings:
+                    content["config"][part].pop(name, None)
         pairs = {
             KEY: json.dumps(content, sort_keys=True, separators=(",", ":") if self.packed else None),
             "format": "pt",
@@ -199,7 +200,7 @@ def _parsed(metadata: dict[str, str], path: Path) -> Header:
     try:
         content = json.loads(metadata[KEY])
         version = content["format_version"]
-        if version in (FORMAT_VERSION, PACKED_VERSION, PIECES_VERSION, CONVOLVED_VERSION):
+        if version in range(FORMAT_VERSION, NEWEST + 1):
             content["notes"] = Notes(**content["notes"])
             content["pieces"] = [Piece(**piece) for piece in content.get("pieces", [])]
             header = Header(**content, thumbnail=metadata.get(THUMBNAIL, ""))
@@ -212,16 +213,17 @@ def _parsed(metadata: dict[str, str], path: Path) -> Header:
                         n: config["r"] if header.pieces else max(map(max, own[0])) for n, own in attentions.items()
                     }
                     config.update(settings_of_layers(ranks, config["r"]))
-            for part, convolutions in header.beside.items():
-                header.config[part].update(settings_of_convolutions({n: sum(own) for n, own in convolutions.items()}))
-                header.config[part].update(_shares_of_convolutions(header, part, convolutions))
+            for kind in KINDS:
+                for part, hosts in header.beside(kind).items():
+                    header.config[part].update(kind.of_ranks({name: sum(own) for name, own in hosts.items()}))
+                    header.config[part].update(_shares_beside(header, part, kind, hosts))
             return header
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError, re.error) as error:
         raise AdapterFileError(f"{path} has a header that does not make sense ({error}).") from error
-    newer = isinstance(version, int) and version > CONVOLVED_VERSION
+    newer = isinstance(version, int) and version > NEWEST
     way_out = "update comcat-diffusion" if newer else "the file was not written by comcat-diffusion"
     raise AdapterFileError(
-        f"{path} has format version {version!r}, this program reads {FORMAT_VERSION} to {CONVOLVED_VERSION}: {way_out}."
+        f"{path} has format version {version!r}, this program reads {FORMAT_VERSION} to {NEWEST}: {way_out}."
     )
 
 
@@ -229,6 +231,15 @@ def kind_of(config: dict) -> str:
     """What kind of adapter a header's configuration of one part describes: tied, cores, foldable or free."""
     kinds = [kind for kind in ("tied", "cores") if config.get(kind)]
     return kinds[0] if kinds else "foldable" if config.get("foldable") else "free"
+
+
+def refuse_feed_forwards(header: Header, path: str | Path) -> None:
+    """Raise AdapterFileError for a file with terms beside feed-forwards, which few can use."""
+    if any(config.get(FEED_FORWARDS.setting) for config in header.config.values()):
+        raise AdapterFileError(
+            f"{path} has terms beside feed-forwards, which comcat generate, evaluate, train, shrink and merge read and "
+            "nothing else does yet: train it again without --feed_forwards."
+        )
 
 
 def awaited(header: Header) -> set[str]:
@@ -260,18 +271,23 @@ def settings_of_layers(ranks: dict[str, int], common: int) -> dict:
     return {"target_modules": sorted(ranks), "rank_pattern": others}
 
 
-def settings_of_convolutions(ranks: dict[str, int]) -> dict:
-    """The settings of a configuration that name every convolution with a term beside it and its rank."""
-    return {"convolutions": max(ranks.values()), "convolution_ranks": dict(sorted(ranks.items()))}
+def told_of(packed: Header | Piece, kind: Kind) -> dict[str, dict[str, list[int]]]:
+    """What a packed file, or a piece of one, says of a kind of terms: [R, O, C] by part and host."""
+    return getattr(packed, kind.told, {})  # pieces have no terms beside feed-forwards yet
 
 
-def _shares_of_convolutions(header: Header, part: str, ranks: dict[str, list[int]]) -> dict:
-    """The setting that says of which words ranks beside convolutions are, from those of every piece.
+def version_beside(packed: Sequence[Header | Piece]) -> int:
+    """The format version that the terms beside other modules ask for, in a file of these; 0: there are none."""
+    return max((kind.version for kind in KINDS if any(told_of(own, kind) for own in packed)), default=0)
+
+
+def _shares_beside(header: Header, part: str, kind: Kind, ranks: dict[str, list[int]]) -> dict:
+    """The setting that says of which words ranks beside a kind's hosts are, from those of every piece.
 
     A piece's words are those that its ranks at attentions wait for, and these stand piece by piece, word by word.
     """
     words = header.config[part].get("trigger_ranks")
-    if not words:
+    if not words or not kind.shares:
         return {}
     ends = list(itertools.accumulate(count for _, count in words))
     last = itertools.accumulate(_rank(piece, part) for piece in header.pieces if part in piece.head_ranks)
@@ -281,7 +297,7 @@ def _shares_of_convolutions(header: Header, part: str, ranks: dict[str, list[int
         found[name] = [0] * len(words)
         for word, count in zip(of_piece, own, strict=True):
             found[name][word] += count
-    return {"convolution_shares": found}
+    return {kind.shares: found}
 
 
 def _refuse_other_types(header: Header) -> None:
@@ -306,25 +322,26 @@ def _refuse_other_types(header: Header) -> None:
 
 
 def _refuse_other_ranks(header: Header) -> None:
-    version, beside = header.format_version, any(own.convolved for own in (header, *header.pieces))
-    if beside != (version == CONVOLVED_VERSION):
-        raise TypeError(f"convolved belongs to files of version {CONVOLVED_VERSION} and to no others")
-    if version != CONVOLVED_VERSION and bool(header.pieces) != (version == PIECES_VERSION):
+    version, beside = header.format_version, version_beside((header, *header.pieces))
+    if beside != (version if version > PIECES_VERSION else 0):
+        raise TypeError("terms beside other modules belong to files of their own version and to no others")
+    if not beside and bool(header.pieces) != (version == PIECES_VERSION):
         raise TypeError(f"pieces belong to files of version {PIECES_VERSION} and to no others")
-    if bool(header.head_ranks) != (version in (PACKED_VERSION, CONVOLVED_VERSION) and not header.pieces):
+    if bool(header.head_ranks) != ((beside or version == PACKED_VERSION) and not header.pieces):
         raise TypeError("head_ranks belong to packed files and to no others")
     _refuse_other_pieces(header)
     for packed in (header, *header.pieces):
         _refuse_other_heads(header, packed)
-        _refuse_other_convolutions(packed)
+        for kind in KINDS:
+            _refuse_other_hosts(packed, kind)
 
 
-def _refuse_other_convolutions(packed: Header | Piece) -> None:
-    for part, convolutions in packed.convolved.items():
-        numbers = [number for own in convolutions.values() for number in own]
+def _refuse_other_hosts(packed: Header | Piece, kind: Kind) -> None:
+    for part, hosts in told_of(packed, kind).items():
+        numbers = [number for own in hosts.values() for number in own]
         proper = all(type(number) is int and number > 0 for number in numbers)
-        if part not in packed.head_ranks or not proper or {len(own) for own in convolutions.values()} != {3}:
-            raise TypeError(f"convolved of {part} is not three whole numbers for each convolution")
+        if part not in packed.head_ranks or not proper or {len(own) for own in hosts.values()} != {3}:
+            raise TypeError(f"{kind.told} of {part} is not three whole numbers for each of its {kind.noun}")
 
 
 def _refuse_other_pieces(header: Header) -> None:

@@ -27,6 +27,10 @@ class Merging:
         Raises ValueError if a projection is quantized or wrapped by another adapter, if the host has fused its
         projections, or if heads would not fit an IP-Adapter's.
         """
+        with seam.bare_projections(self.owner, self.style):
+            self._write_bare(acting, told, safe_merge)
+
+    def _write_bare(self, acting: list[str], told: str, safe_merge: bool) -> None:
         attention, base = self.owner, self._base_held()
         wide = self._wide_heads(acting)
         self._refuse_to_merge(self.style.held(attention), wide)
@@ -46,7 +50,8 @@ class Merging:
         now = self.style.held(self.owner)
         if any(here is not ours for here, ours in zip(now, merged, strict=True)):
             raise ValueError("Cannot unmerge: another adapter wraps the merged projections. Unload that one first.")
-        seam.set_projections(self.owner, self.style, base, width_attributes)
+        with seam.bare_projections(self.owner, self.style):
+            seam.set_projections(self.owner, self.style, base, width_attributes)
         self._unmerged, self.merged_adapters = None, []
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:

@@ -8,8 +8,11 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from comcat_diffusion.adapters import convolved, guards, seam
+from comcat_diffusion.adapters import guards, seam
 from comcat_diffusion.adapters.belongings import Belongings
+from comcat_diffusion.adapters.beside import BesideLayer, added_to, waits_of
+from comcat_diffusion.adapters.beside_kinds import KINDS
+from comcat_diffusion.adapters.beside_layers import layer_at, layers_of
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.layer import ComcatLayer, factor_shapes
 from comcat_diffusion.adapters.merging import merge_all
@@ -29,16 +32,14 @@ _SAME_WHEN_SWAPPED = (
     "alpha_pattern",
     *_KINDS,
     "core_sets",
-    "convolutions",
-    "convolution_ranks",
-    "convolution_shares",
+    *(name for kind in KINDS for name in kind.settings),
     "trigger",
     "trigger_ranks",
 )
 
 
 class ComcatModel(BaseTuner):
-    """Adds a `ComcatLayer` beside every targeted attention of a model, in place, and a `ConvolvedLayer` if asked to."""
+    """Adds a `ComcatLayer` beside every targeted attention of a model, in place, and a `BesideLayer` where asked to."""
 
     prefix = guards.PREFIX
     tuner_layer_cls = SideCar
@@ -89,10 +90,10 @@ class ComcatModel(BaseTuner):
     def _prepare_model(self, peft_config: ComcatConfig, model: nn.Module) -> None:
         # PEFT creates layer by layer: refuse before the first, so that a refused model is left as it was.
         texts = set()  # widths of what a tied adapter's text side reads
-        if peft_config.convolutions:
-            convolved.hosts(model)
+        for layer in layers_of(peft_config):
+            layer.hosts(model)
         for name, module in model.named_modules():
-            if peft_config.convolutions and convolved.is_named_so(plain_name(name)):
+            if layer_at(bare(model), peft_config, plain_name(name)) is not None:
                 continue
             if name and seam.SIDECAR not in name.split(".") and self._check_target_module_exists(peft_config, name):
                 name, module = plain_name(name), bare(module)
@@ -108,15 +109,15 @@ class ComcatModel(BaseTuner):
                     texts.add(tuple(shapes[factor] for factor in SHARED))
         if len(texts) > 1:
             raise ValueError(OTHER_TEXT)
-        if peft_config.convolutions and not self._able:
+        if layers_of(peft_config) and not self._able:
             raise ValueError(f"Target modules {peft_config.target_modules} are no attentions of this model: name some.")
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: ComcatConfig, key: str) -> object:
-        """As PEFT's, or a convolution; a compiled block does not change the names of what is in it."""
-        key = key.replace("_orig_mod.", "")
-        if peft_config.convolutions and convolved.is_named_so(key):
-            return bool(convolved.ranks_of(peft_config, [key]))
+    def _check_target_module_exists(self, peft_config: ComcatConfig, key: str) -> object:
+        """As PEFT's, or what a term stands beside; a compiled block does not change the names of what is in it."""
+        key, model = key.replace("_orig_mod.", ""), bare(self.model)
+        layer = layer_at(model, peft_config, key)
+        if layer is not None:
+            return bool(layer.ranks_of(model, peft_config, [key]))
         return check_target_module_exists(peft_config, key)
 
     def _refuse(self, module: nn.Module, name: str) -> None:
@@ -142,8 +143,9 @@ class ComcatModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         target, current_key = bare(target), plain_name(current_key)
-        if peft_config.convolutions and convolved.is_named_so(current_key):
-            self._put_beside(plain(target), current_key, peft_config, adapter_name)
+        kind = layer_at(bare(self.model), peft_config, current_key)
+        if kind is not None:
+            self._put_beside(kind, plain(target), current_key, peft_config, adapter_name)
             return
         if current_key not in self._able:  # a state dict names it
             self._refuse(target, current_key)
@@ -158,14 +160,16 @@ class ComcatModel(BaseTuner):
         if peft_config.tied:
             self._tied[side] = {name: getattr(layer, f"comcat_{name}")[adapter_name] for name in SHARED}
 
-    def _put_beside(self, host: nn.Conv2d, name: str, peft_config: ComcatConfig, adapter_name: str) -> None:
-        """An adapter's term beside a convolution."""
+    def _put_beside(
+        self, kind: type[BesideLayer], host: nn.Module, name: str, peft_config: ComcatConfig, adapter_name: str
+    ) -> None:
+        """An adapter's term beside a module that is no attention."""
         layer = host._modules.get(seam.SIDECAR)
-        if not isinstance(layer, convolved.ConvolvedLayer):
-            layer = convolved.ConvolvedLayer(host, self._belongings)
-            seam.attach(host, layer, convolved.convolved)
-        rank = convolved.ranks_of(peft_config, [name])[name]
-        layer.update_layer(adapter_name, rank, peft_config, convolved.waits_of(peft_config, name))
+        if not isinstance(layer, kind):
+            layer = kind(host, self._belongings)
+            seam.attach(host, layer, added_to)
+        rank = kind.ranks_of(bare(self.model), peft_config, [name])[name]
+        layer.update_layer(adapter_name, rank, peft_config, waits_of(peft_config, name))
 
     def add_weighted_adapter(
         self,
@@ -285,7 +289,7 @@ def adapted_layers(model: nn.Module) -> dict[str, ComcatLayer]:
 
 
 def side_cars(model: nn.Module) -> dict[str, SideCar]:
-    """The side-cars of a model, of attentions and of convolutions, by the names of their hosts."""
+    """The side-cars of a model, of attentions and of other modules, by the names of their hosts."""
     end = "." + seam.SIDECAR
     found = {plain_name(n.removesuffix(end)): m for n, m in model.named_modules() if isinstance(m, SideCar)}
     return {name.removesuffix(".base_layer"): m for name, m in found.items()}  # beside other methods' adapters

@@ -2,7 +2,7 @@
 
 The header's `pieces` say of each what a packed file of it alone would (`head_ranks`, `row_lengths`), and under `alpha`
 its strength, by part: its term is scaled by alpha over its own rank there, so that a weight costs no second rounding.
-Where it has terms beside convolutions, `convolved` says which (convolved_rows.py), and `weight` what these are times.
+Where it has terms beside convolutions, `convolved` says which (beside_rows.py), and `weight` what these are times.
 Its tensors are those of that file behind its number, NUMBER.PART.C or NUMBER.PART.rows; embeddings of new words stand
 beside them. What is read is the sum: head by head the ranks of the pieces side by side, zeros where a head of one has
 fewer than its others or an attention is not among its own. So whoever reads dense factors reads these.
@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import pad
 
-from comcat_diffusion.adapters.convolved_rows import summed, take_terms
+from comcat_diffusion.adapters.beside_rows import summed, take_terms
 from comcat_diffusion.adapters.header import Piece
 from comcat_diffusion.adapters.packing import COLUMNS, FOLDABLE, FREE, MOST, NO_FACTOR, dense_rank, unpack
 
@@ -54,7 +54,7 @@ def joined(
     rows, beside = [], []
     for number, piece in enumerate(pieces):
         own = own_tensors(tensors, number)
-        beside += [replace(term, scale=piece.weight) for term in take_terms(own, piece.convolved)]
+        beside += [replace(term, scale=piece.weight) for term in take_terms(own, piece)]
         rows.append(unpack(own, piece.head_ranks, piece.row_lengths, foldable))
     for term in summed(beside):
         found |= term.tensors()

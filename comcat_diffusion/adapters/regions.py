@@ -97,8 +97,11 @@ def grid_of(latent: tuple[int, int], tokens: int) -> tuple[int, int]:
 
 
 def words_in(latent: tuple[int, int], tokens: int, words_at: Sequence[int]) -> tuple[int, int]:
-    """Of a stream's N tokens, how many stand before the picture's and behind; latents are as large as it has tokens."""
-    words = tokens - math.prod(latent)
+    """Of a stream's N tokens, how many stand before the picture's and behind; latents are as large as it has tokens.
+
+    The picture's alone, of which there may be fewer, are no stream.
+    """
+    words = max(0, tokens - math.prod(latent))
     return (0, words) if words_at else (words, 0)
 
 

@@ -7,7 +7,8 @@ processor and attention function works, without knowing of the adapter.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -219,6 +220,21 @@ def set_projections(
     for name, value in attributes.items():
         setattr(attention, name, value)
     return before
+
+
+@contextmanager
+def bare_projections(attention: nn.Module, style: Style) -> Iterator[None]:
+    """An attention whose projections have no side-cars of their own while it is merged or unmerged.
+
+    Afterwards these are on what stands in the places of their hosts, as if they had been merged last.
+    """
+    held = {path: module._modules.get(SIDECAR) for path, module in zip(style.paths, style.held(attention), strict=True)}
+    layers = {path: (layer, layer.come_off()) for path, layer in held.items() if hasattr(layer, "come_off")}
+    try:
+        yield
+    finally:
+        for path, (layer, merged) in layers.items():
+            layer.go_on(attention.get_submodule(path), merged)
 
 
 def _blank(host: type, make: Callable[[type], type] | None = None) -> nn.Module:

@@ -8,6 +8,8 @@ rank, where the kernel of a LoRA of convolutions costs 9 C + O. Ours; the paper'
 Letters: B batch, C channels that come in, O that go out, R rank.
 """
 
+import math
+
 import torch
 from torch.nn.functional import conv2d, pad
 
@@ -57,9 +59,10 @@ def lowered(down: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     return torch.einsum("rt,rc->rct", taps, down).unflatten(2, (SIDE, SIDE))
 
 
-def energies(down: torch.Tensor, taps: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """The squared norm of each rank's own kernel: (R,)."""
-    return down.square().sum(1) * taps.square().sum(1) * up.square().sum(0)
+def energies(*factors: torch.Tensor) -> torch.Tensor:
+    """The squared norm of each rank's own kernel, (R,), by D, T and U, or, of no convolution, by D and U."""
+    *lower, up = factors
+    return math.prod([*(factor.square().sum(1) for factor in lower), up.square().sum(0)])
 
 
 def first_taps(rank: int) -> torch.Tensor:

@@ -7,7 +7,8 @@ attention and product, QK or VO. As it is, it would let some attentions displace
 self-attention half the effect was lost where shares lose a tenth, and weighing by sampled activations was no better
 (docs/log.md). So no base is needed.
 
-Ranks of terms beside convolutions compete for a share of the bytes of their own, by the energy of their kernels.
+Ranks of terms beside other modules compete for a share of the bytes of their own, by the energy of their kernels; of
+those without taps by that of singular directions.
 
 Letters: H heads, R rank, C channels, E the rows of a left factor.
 """
@@ -22,17 +23,17 @@ import torch
 
 from comcat_diffusion import atomic
 from comcat_diffusion import heads as maths
-from comcat_diffusion.adapters.convolved_rows import Beside, rank_bytes
+from comcat_diffusion.adapters.beside_kinds import CONVOLUTIONS, Kind
+from comcat_diffusion.adapters.beside_rows import ROUNDING, Beside, rank_bytes
 from comcat_diffusion.adapters.header import Header
 from comcat_diffusion.adapters.packing import FLOAT, LEAST, MOST_BITS, HeadBits, HeadRanks, row_bytes
 from comcat_diffusion.adapters.terms import Contents, Term, assembled, read_contents, refuse_several
 
-ROUNDING = 1e-12  # relative; products are computed in float64
 # By bits of a number: the share of a direction's energy that is lost when both of its rows, of normally distributed
 # numbers, are rounded to them (a test measures it).
 LOST = {0: 1.0, 2: 0.44, 3: 0.09, 4: 0.024, 5: 0.0064, 6: 0.0017, 7: 0.0004, 8: 0.0001}
 _NEXT = {0: LEAST} | {bits: bits + 1 for bits in range(LEAST, MOST_BITS)}
-BESIDE_SHARE = 0.6  # of the bytes, for what stands beside convolutions, where there is any
+BESIDE_SHARE = 0.6  # of the bytes, for what stands beside other modules, where there is any
 _ATTEMPTS, _NEAR = 8, 8  # attempts to fill the budget, each a whole file made in memory; bytes that may be left
 
 
@@ -74,16 +75,18 @@ class _Direction:
 
 @dataclass(frozen=True)
 class _Rank(_Direction):
-    """One rank of a term beside a convolution; its rows are of the channels that go out and come in."""
+    """One rank of a term beside another module; its rows are of the channels that go out and come in."""
+
+    kind: Kind = CONVOLUTIONS
 
     @classmethod
     def of(cls, term: Beside) -> list["_Rank"]:
         """All of a term's."""
-        return [cls(share, (len(term.up), term.down.shape[1])) for share in term.shares().tolist()]
+        return [cls(share, term.channels, term.kind) for share in term.shares().tolist()]
 
     def bytes(self, bits: int) -> int:
         """See `_Direction`."""
-        return rank_bytes(*self.rows, bits)
+        return rank_bytes(*self.rows, bits, self.kind)
 
 
 class AddsNothing(ValueError):
@@ -96,7 +99,7 @@ def shrink(adapter: str | Path, output: str | Path, max_bytes: int) -> Shrunk:
     Factors are float16 if all directions fit that way, else whole numbers of 2 to 8 bits. Raises ValueError if not even
     one direction of one head fits, naming the least.
     """
-    whole_file = read_contents(adapter)
+    whole_file = read_contents(adapter, feed_forwards=True)
     refuse_several(whole_file.header, adapter, "shrinking")
     made, content = shrunk(whole_file, max_bytes)
     atomic.write_bytes(output, content)
@@ -105,6 +108,7 @@ def shrink(adapter: str | Path, output: str | Path, max_bytes: int) -> Shrunk:
 
 def shrunk(whole_file: Contents, max_bytes: int) -> tuple[Shrunk, bytes]:
     """As `shrink`, in memory: what was made, and the file's bytes."""
+    whole_file = replace(whole_file, beside=[term.decomposed() for term in whole_file.beside])
     layers = [_Layer.of(term) for term in whole_file.terms]
     directions = _directions(layers)
     if not any(direction.share for direction in directions):
@@ -149,7 +153,7 @@ def _richest(
 ) -> tuple[Header, bytes]:
     """The richest file within the budget. How long the header is depends on what is in the file, so it is tried out.
 
-    What stands `beside` convolutions has its bits already.
+    What stands `beside` other modules has its bits already.
     """
     best = _made(whole_file, layers, _cheapest(directions), beside)
     if len(best[1]) > max_bytes:
@@ -212,7 +216,7 @@ def _kept(layers: list[_Layer], content: bytes) -> float:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "made.safetensors"
         file.write_bytes(content)
-        after = {term.key: term.products() for term in read_contents(file).terms}
+        after = {term.key: term.products() for term in read_contents(file, feed_forwards=True).terms}
     shares = []
     for layer in layers:
         for number, (left, right) in enumerate(layer.term.products()):

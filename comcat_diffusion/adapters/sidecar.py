@@ -1,7 +1,7 @@
 """What a module carries that adapters add to: which adapters it has, how strong they are, and which of them act.
 
 Such a side-car is a child of its host, in the shape that PEFT and diffusers expect of a layer; what it adds is its own
-affair (layer.py beside attentions, convolved.py beside convolutions).
+affair (layer.py beside attentions, beside.py beside other modules).
 """
 
 import math

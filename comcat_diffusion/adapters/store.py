@@ -13,9 +13,10 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from comcat_diffusion import atomic
-from comcat_diffusion.adapters import convolved, cores, seam
+from comcat_diffusion.adapters import beside_layers, cores, seam
+from comcat_diffusion.adapters.beside_kinds import split
+from comcat_diffusion.adapters.beside_rows import take_terms
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.convolved_rows import take_terms
 from comcat_diffusion.adapters.fingerprint import fingerprint
 from comcat_diffusion.adapters.header import AdapterFileError, Header, Notes, read_adapter
 from comcat_diffusion.adapters.layer import factor_shapes
@@ -53,6 +54,8 @@ _CONFIG_FIELDS = (
     "convolutions",
     "convolution_ranks",
     "convolution_shares",
+    "feed_forwards",
+    "feed_forward_ranks",
     "trigger",
     "trigger_ranks",
     "target_modules",
@@ -70,6 +73,8 @@ _LATER = (
     "convolutions",
     "convolution_ranks",
     "convolution_shares",
+    "feed_forwards",
+    "feed_forward_ranks",
     "trigger",
     "trigger_ranks",
     "modules_to_save",
@@ -102,7 +107,7 @@ def save_adapter(
         found = {name: factor.detach() for name, factor in factors(model, adapter_name).items()}
         if found:
             config[part] = plain_config(model.peft_config[adapter_name])
-            found, beside = convolved.split(found)
+            found, beside = split(found)
             if model.peft_config[adapter_name].tied:
                 found = gathered(found, sides_of(model, found))
             if model.peft_config[adapter_name].cores:
@@ -260,7 +265,7 @@ def _fill(model: nn.Module, config: ComcatConfig, adapter_name: str, part: str, 
     """Write a file's tensors into an adapter that is in its place, and freeze it."""
     places = factors(model, adapter_name)
     own = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
-    shapes = {name: factor.shape for name, factor in convolved.split(places)[0].items()}
+    shapes = {name: factor.shape for name, factor in split(places)[0].items()}
     if config.tied:
         own |= scattered(own, shapes, sides_of(model, shapes))
     if config.cores:
@@ -304,7 +309,7 @@ def read_tensors(path: str | Path, header: Header) -> dict[str, torch.Tensor]:
             return joined(tensors, header.pieces, foldable)
         if not header.head_ranks:
             return tensors
-        beside = take_terms(tensors, header.convolved)
+        beside = take_terms(tensors, header)
         factors = unpack(tensors, header.head_ranks, header.row_lengths, foldable)
         return {name: factor for term in beside for name, factor in term.tensors().items()} | factors
     except ValueError as error:
@@ -346,7 +351,7 @@ def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[i
     """Names and shapes of the factors that a file of this configuration has for this model.
 
     Raises ValueError for a tied one whose attentions read different text, for attentions that its family leaves be, and
-    for terms beside convolutions where there are none.
+    for terms beside other modules where there are none.
     """
     if config.target_modules is None:
         config.target_modules = default_targets(model)
@@ -366,7 +371,7 @@ def expected_shapes(model: nn.Module, config: ComcatConfig) -> dict[str, tuple[i
         shapes = cores.gathered_shapes(shapes)
     elif config.tied:
         shapes = tied_shapes(shapes, sides_of(model, shapes))
-    return shapes | (convolved.expected_shapes(model, config) if config.convolutions else {})
+    return shapes | beside_layers.expected_shapes(model, config)
 
 
 def _refuse_other_tensors(tensors: dict, parts: dict, configs: dict[str, ComcatConfig], path: str | Path) -> None:

@@ -15,21 +15,20 @@ from torch.nn.functional import pad
 
 from comcat_diffusion import atomic
 from comcat_diffusion import heads as maths
-from comcat_diffusion.adapters.convolved import FACTORS as CONVOLVED
-from comcat_diffusion.adapters.convolved_rows import Beside, pack_terms
+from comcat_diffusion.adapters.beside_kinds import KINDS, at_attentions, kind_with
+from comcat_diffusion.adapters.beside_rows import Beside, pack_terms
 from comcat_diffusion.adapters.cores import refuse_cores
 from comcat_diffusion.adapters.header import (
-    CONVOLVED_VERSION,
     FORMAT_VERSION,
-    OF_CONVOLVED,
     PACKED_VERSION,
     PIECES_VERSION,
     AdapterFileError,
     Header,
     Piece,
     read_adapter,
-    settings_of_convolutions,
+    refuse_feed_forwards,
     settings_of_layers,
+    version_beside,
 )
 from comcat_diffusion.adapters.model import of_pattern
 from comcat_diffusion.adapters.packing import COLUMNS, FOLDABLE, FREE, HeadBits, pack, ranks_of
@@ -121,15 +120,18 @@ class Contents:
     header: Header
     terms: list[Term]
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)  # embeddings (n, E) by name, token.NUMBER.ENCODER
-    beside: list[Beside] = field(default_factory=list)  # what there is beside convolutions
+    beside: list[Beside] = field(default_factory=list)  # what there is beside other modules
 
 
-def read_contents(path: str | Path) -> Contents:
+def read_contents(path: str | Path, feed_forwards: bool = False) -> Contents:
     """A file taken apart. What needs no base is checked as strictly as when loading.
 
-    Raises AdapterFileError for a damaged file, naming the attention or convolution whose factors do not fit each other.
+    Raises AdapterFileError for a damaged file, naming the module whose factors do not fit each other, and for one with
+    terms beside feed-forwards, unless `feed_forwards` says that the caller knows of them.
     """
     header = read_adapter(path)
+    if not feed_forwards:
+        refuse_feed_forwards(header, path)
     refuse_cores(header.config, path)
     tensors = read_tensors(path, header)
     configs = {part: config_of(fields, path) for part, fields in header.config.items()}
@@ -150,8 +152,8 @@ def read_contents(path: str | Path) -> Contents:
         if part not in configs:
             raise AdapterFileError(f"{path} has tensors of '{part}', of which its header does not speak.")
         config = configs[part]
-        if sorted(factors) == sorted(CONVOLVED):
-            beside.append(Beside(part, attention, config.alpha / config.r, *(factors[name] for name in CONVOLVED)))
+        if kind_with(factors):
+            beside.append(Beside.of(part, attention, config.alpha / config.r, factors))
             if not beside[-1].fits:
                 raise AdapterFileError(f"{path} has factors of {part}.{attention} that do not fit: it is damaged.")
             continue
@@ -186,7 +188,7 @@ def assembled(
 ) -> tuple[Header, bytes]:
     """A file of these terms that keeps the header's base and notes: dense, or packed where `head_bits` are given.
 
-    Those beside convolutions are packed as well, with the `beside_bits` of each. Or of `pieces` and the tensors of
+    Those beside other modules are packed as well, with the `beside_bits` of each. Or of `pieces` and the tensors of
     each, whose sum these terms are.
 
     A layer whose rank is not the common one would be scaled by alpha / rank, so its factors on the context's side
@@ -202,34 +204,33 @@ def assembled(
             gain = term.scale * term.rank / common
             for name, factor in term.factors.items():
                 tensors[f"{term.key}.{name}"] = factor * gain if name in CONTEXT else factor
-    row_lengths, convolved = {}, {}
+    row_lengths, told = {}, {}
     if pieces:
         tensors = apart([packed for _, packed in pieces])
     elif head_bits:
         tensors, row_lengths = pack(tensors, head_bits, dtype)
-        packed, convolved = pack_terms(contents.beside, beside_bits) if contents.beside else ({}, {})
+        packed, told = pack_terms(contents.beside, beside_bits) if contents.beside else ({}, {})
         for part, own in config.items():
-            ranks = {name: rank for name, (rank, *_) in convolved.get(part, {}).items()}
-            config[part] = _without_convolutions(own) | (settings_of_convolutions(ranks) if ranks else {})
+            config[part] = at_attentions(own)
+            for kind, hosts in told.items():
+                config[part] |= kind.of_ranks({name: rank for name, (rank, *_) in hosts.get(part, {}).items()})
         tensors |= packed
     else:
         tensors |= {name: factor for term in contents.beside for name, factor in term.tensors().items()}
         tensors = {name: factor.to(dtype) for name, factor in tensors.items()}
     tensors |= {name: vectors.to(dtype) for name, vectors in contents.tokens.items()}
     version = PIECES_VERSION if pieces else PACKED_VERSION if head_bits else FORMAT_VERSION
-    if convolved or any(piece.convolved for piece, _ in pieces):
-        version = CONVOLVED_VERSION
     header = replace(
         contents.header,
         config=config,
         versions=library_versions(),
-        format_version=version,
         head_ranks=ranks_of(head_bits or {}),
         row_lengths=row_lengths,
-        convolved=convolved,
         pieces=[piece for piece, _ in pieces],
         thumbnail="",  # it shows what the file did before, and would cost more bytes than the ranks
+        **{kind.told: told.get(kind, {}) for kind in KINDS},
     )
+    header = replace(header, format_version=version_beside((header, *header.pieces)) or version)
     return header, serialized(tensors, header)
 
 
@@ -262,19 +263,19 @@ def _by_part(terms: Iterable[Term]) -> dict[str, list[Term]]:
 
 
 def _config_beside(contents: Contents, part: str) -> dict:
-    """The settings of what there is beside the convolutions of a part."""
-    ranks = {term.convolution: len(term.down) for term in contents.beside if term.part == part}
-    shares = contents.header.config[part].get("convolution_shares")
-    return settings_of_convolutions(ranks) | ({"convolution_shares": shares} if shares else {}) if ranks else {}
-
-
-def _without_convolutions(config: dict) -> dict:
-    return {name: value for name, value in config.items() if name not in OF_CONVOLVED}
+    """The settings of what there is beside other modules of a part."""
+    found, before = {}, contents.header.config[part]
+    for kind in KINDS:
+        ranks = {term.host: len(term.down) for term in contents.beside if (term.part, term.kind) == (part, kind)}
+        found |= kind.of_ranks(ranks)
+        if ranks and kind.shares and before.get(kind.shares):
+            found[kind.shares] = before[kind.shares]
+    return found
 
 
 def _config(terms: list[Term], common: int, before: dict) -> dict:
     """The configuration of these terms; what they do not say is as it was `before`."""
-    before = _without_convolutions(before)
+    before = at_attentions(before)
     layers = settings_of_layers({term.attention: term.rank for term in terms}, common)
     if terms[0].tied:  # whose text side does not say of which attentions it is
         ranks = {"rank_pattern": layers["rank_pattern"], "alpha_pattern": {}}

@@ -2,7 +2,7 @@
 
 The maths is that of adapter files (terms.py, combine.py): what adapters add to an attention are products, and the sum
 of products is that of their ranks side by side. The attentions that share a text side, of tied adapters, are one term.
-So are the terms beside a convolution, which keep all of their ranks.
+So are the terms beside another module, which keep all of their ranks.
 
 Letters: H heads, R rank, C channels, D head width.
 """
@@ -15,11 +15,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from comcat_diffusion.adapters.beside import BesideLayer
+from comcat_diffusion.adapters.beside_kinds import split
+from comcat_diffusion.adapters.beside_rows import Beside, summed
 from comcat_diffusion.adapters.combine import concatenated, cut
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.convolved import ConvolvedLayer, split
-from comcat_diffusion.adapters.convolved_rows import Beside, summed
-from comcat_diffusion.adapters.header import settings_of_convolutions, settings_of_layers
+from comcat_diffusion.adapters.header import settings_of_layers
 from comcat_diffusion.adapters.layer import ComcatLayer, factor_shapes
 from comcat_diffusion.adapters.model import adapted_layers, factors, side_cars
 from comcat_diffusion.adapters.packing import FOLDABLE, FREE
@@ -57,7 +58,8 @@ def weighted_sum(
     common = terms_of[TEXT].rank if TEXT in terms_of else Counter(ranks.values()).most_common(1)[0][0]
     beside = _beside(model, adapters)
     kept = {"foldable": config.foldable, "tied": config.tied, "trigger": config.trigger}
-    kept |= settings_of_convolutions({term.convolution: len(term.down) for term in beside}) if beside else {}
+    for of_kind in {term.kind for term in beside}:
+        kept |= of_kind.of_ranks({term.host: len(term.down) for term in beside if term.kind == of_kind})
     made = ComcatConfig(r=common, alpha=float(common), **kept, **settings_of_layers(ranks, common))
     dtype = next(iter(own[adapters[0][0]].values())).dtype
     found = _factors(terms_of, common, sides, layers)
@@ -67,13 +69,13 @@ def weighted_sum(
 
 
 def _beside(model: nn.Module, adapters: Sequence[tuple[str, float]]) -> list[Beside]:
-    """What adapters, (name, weight) each, add beside convolutions, as strong as they are."""
+    """What adapters, (name, weight) each, add beside other modules, as strong as they are."""
     found = []
     for name, weight in adapters:
         for host, layer in side_cars(model).items():
-            if isinstance(layer, ConvolvedLayer) and name in layer.r:
-                held = (factor.detach() for factor in layer.factors(name))
-                found.append(Beside("", host, weight * layer.scaling[name], *held))
+            if isinstance(layer, BesideLayer) and name in layer.r:
+                held = dict(zip(layer.kind.factors, (factor.detach() for factor in layer.factors(name)), strict=True))
+                found.append(Beside.of("", host, weight * layer.scaling[name], held))
     return summed(found)
 
 

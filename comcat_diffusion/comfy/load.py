@@ -10,10 +10,11 @@ from safetensors import safe_open
 from torch import nn
 
 from comcat_diffusion.adapters import cores
+from comcat_diffusion.adapters.beside import waits_of
+from comcat_diffusion.adapters.beside_kinds import split
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.convolved import split, waits_of
 from comcat_diffusion.adapters.fingerprint import fingerprint_as, layout_of
-from comcat_diffusion.adapters.header import AdapterFileError, Header, called_by, read_adapter
+from comcat_diffusion.adapters.header import AdapterFileError, Header, called_by, read_adapter, refuse_feed_forwards
 from comcat_diffusion.adapters.model import of_pattern
 from comcat_diffusion.adapters.regions import checked_mask
 from comcat_diffusion.adapters.store import Fitting, expected_shapes, read_fitting
@@ -49,7 +50,9 @@ def load(
     """
     require_scale(strength, "The strength")
     path = Path(path)
-    trained = read_adapter(path).fingerprint
+    header = read_adapter(path)
+    refuse_feed_forwards(header, path)
+    trained = header.fingerprint
     kind = kind_of(model.model.diffusion_model)
     parts, names = _of_unet(model, clip, path) if kind is None else _of_transformer(model, kind)
     present = _present(model, parts, names, trained)

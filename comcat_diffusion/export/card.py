@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from comcat_diffusion import markdown
+from comcat_diffusion.adapters.beside_kinds import KINDS
 from comcat_diffusion.adapters.header import Header, kind_of
 from comcat_diffusion.config import EMBEDDED, EMBEDDED_FLOW, is_hub_id
 from comcat_diffusion.export.clients import CLIENTS, Client, readers
@@ -128,8 +129,8 @@ def _works(header: Header, shared: Shared) -> str:
 def _shells(header: Header) -> list[str]:
     """Other programs in which the adapter file itself works, with what brings it there."""
     family = family_in(header)
-    whole = any(config.get("modules_to_save") for config in header.config.values())
-    if whole or family is None or not family.has_node:
+    own = any(config.get("modules_to_save") or config.get("feed_forwards") for config in header.config.values())
+    if own or family is None or not family.has_node:
         return []
     forge = set(header.config) == {UNET} and not header.tokens
     return ["ComfyUI with the node pack COMCAT"] + ["Forge with the extension COMCAT"] * forge
@@ -162,7 +163,7 @@ def _facts(header: Header, shared: Shared) -> dict[str, str]:
     facts = {"file": f"{markdown.code(shared.adapter, in_table=True)}, {shared.bytes:,} bytes"}
     for part, config in header.config.items():
         most = " at most" * (part in header.packed)
-        beside = ", with terms beside convolutions" * bool(config.get("convolutions"))
+        beside = "".join(f", with terms beside {kind.noun}" for kind in KINDS if config.get(kind.setting))
         told = f"{kind_of(config)}, rank {config.get('r')}{most}{beside}"
         facts[f"adapter of {markdown.text(part)}"] = markdown.text(told)
     for name, told in (("training", header.notes.training), ("written by", header.versions)):

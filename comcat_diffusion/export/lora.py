@@ -25,7 +25,7 @@ from torch import nn
 
 from comcat_diffusion import atomic
 from comcat_diffusion.adapters.as_lora import placed, text_encoder_name, up_of
-from comcat_diffusion.adapters.convolved_rows import Beside
+from comcat_diffusion.adapters.beside_rows import Beside
 from comcat_diffusion.adapters.cores import has_cores
 from comcat_diffusion.adapters.header import AdapterFileError, Header, kind_of, read_adapter
 from comcat_diffusion.adapters.separable import lowered
@@ -134,7 +134,7 @@ def beside_as_loras(term: Beside) -> list[Lora]:
         return []
     kept = term.kept(acts)
     up = kept.scale * kept.up.double()
-    return [Lora(term.part, term.convolution, lowered(kept.down.double(), kept.taps.double()), up[:, :, None, None])]
+    return [Lora(term.part, term.host, lowered(kept.down.double(), kept.taps.double()), up[:, :, None, None])]
 
 
 def _word_files(contents: Contents, output: Path) -> dict[Path, bytes]:

@@ -15,8 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from comcat_diffusion import bases
 from comcat_diffusion.adapters import cores, tied
-from comcat_diffusion.adapters.convolved import FACTORS, split
-from comcat_diffusion.adapters.convolved_rows import Beside
+from comcat_diffusion.adapters.beside_kinds import split
+from comcat_diffusion.adapters.beside_rows import Beside
 from comcat_diffusion.adapters.fingerprint import layout_of
 from comcat_diffusion.adapters.header import AdapterFileError, Header
 from comcat_diffusion.adapters.parts import components
@@ -88,9 +88,11 @@ def unfolded(header: Header, models: Mapping[str, nn.Module], path: str | Path) 
             sets = config.core_sets.get(name, "")
             factors = cores.factors_of(model.get_submodule(name), config.r, *pair, sets)
             terms.append(Term(part, name, config.alpha / config.r, config.r, True, factors))
-        for name in sorted({factor.rpartition(".")[0] for factor in split(own)[1]}):
-            held = (own[f"{name}.{factor}"] for factor in FACTORS)
-            beside.append(Beside(part, name, config.alpha / config.r, *held))
+        held: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in sorted(split(own)[1].items()):
+            host, _, factor = name.rpartition(".")
+            held.setdefault(host, {})[factor] = tensor
+        beside += [Beside.of(part, host, config.alpha / config.r, factors) for host, factors in held.items()]
     words = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{TOKEN}.")}
     return Contents(header, sorted(terms, key=lambda term: term.key), words, beside)
 

@@ -104,6 +104,9 @@ class Family:
     # What a family subtracts that is asked to subtract nothing, where its pipeline would then go without guidance.
     nothing: str | None = None
     carries = ""  # a pattern of the names of the attentions that carry adapters; none: all that can
+    # A pattern of the names of the Linears of feed-forwards that terms can stand beside; none: beside none. They see
+    # the picture's tokens, and the text's before or behind them.
+    feed_forwards = ""
     fewest_steps = 1  # in which its pipeline draws
     same_text = False  # whether attentions are given the same text states at every step of a drawing
     precisions: tuple[str, ...] = ("fp32", "fp16", "bf16")  # in which it draws; another overflows
@@ -120,7 +123,7 @@ class Family:
     def usual_targets(self, kind: str, beside: bool = False) -> list[str] | None:
         """The attentions that a new adapter of a kind is on where none are named; None: all that see words.
 
-        `beside` says whether it has terms beside convolutions, too.
+        `beside` says whether it has terms beside convolutions or feed-forwards, too.
         """
         return None
 

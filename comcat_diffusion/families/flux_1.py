@@ -41,6 +41,7 @@ class Flux1(Family):
     packing = 2
     states_at = (0,)  # the negative prompt's are made in a call of their own
     architecture = "flux-1-dev"
+    feed_forwards = r"single_transformer_blocks\.\d+\.proj_(mlp|out)"
     stream_rows = 7  # of the native Linear that a block of one stream begins with, in heights of its queries
 
     def native(self, denoiser: Mapping, vae: Mapping) -> int:

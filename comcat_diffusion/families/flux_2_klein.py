@@ -35,6 +35,7 @@ class Flux2Klein(Flux1):
     heavy = ("text_encoder",)
     guidance = 4.0
     architecture = "flux-2-klein"
+    feed_forwards = r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
     stream_rows = STREAM_ROWS
     said, conditions = Family.said, Family.conditions
 
@@ -43,8 +44,11 @@ class Flux2Klein(Flux1):
         return not denoiser.get("guidance_embeds", False)
 
     def usual_targets(self, kind: str, beside: bool = False) -> list[str] | None:
-        """The blocks of one stream too: the text's keys and values alone carry no subject; docs/log.md, 2026-11-29."""
-        return ["attn"]
+        """The blocks of one stream too: the text's keys and values alone carry no subject; docs/log.md, 2026-11-29.
+
+        Terms beside feed-forwards in these blocks carry it better.
+        """
+        return None if beside else ["attn"]
 
     def encode(self, pipe: DiffusionPipeline, prompts: Sequence[str]) -> Condition:
         """States (B, M, E) of three layers."""

@@ -41,6 +41,7 @@ class QwenImage(Family):
     packing = 2
     states_at = (0,)  # the negative prompt's are made in a call of their own
     architecture = "qwen-image"
+    feed_forwards = r"transformer_blocks\.\d+\.img_mlp\.net\.(0\.proj|2)"
 
     def factor(self, vae: Mapping) -> int:
         """See `Family`."""

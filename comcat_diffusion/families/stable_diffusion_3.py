@@ -29,6 +29,7 @@ class StableDiffusion3(Family):
     denoisers = ("SD3Transformer2DModel",)
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     architecture = "stable-diffusion-3"
+    feed_forwards = r"transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)"  # the picture's
     optional = ("text_encoder_3", "tokenizer_3")
     heavy = ("text_encoder_3",)
     guidance = 7.0

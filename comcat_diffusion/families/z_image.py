@@ -39,6 +39,7 @@ class ZImage(Family):
     flow = Flow(times="none")
     flow_samplers = ("FlowMatchEulerDiscreteScheduler",)
     architecture = "z-image"
+    feed_forwards = r"layers\.\d+\.feed_forward\.w[123]"
 
     def native(self, denoiser: Mapping, vae: Mapping) -> int:
         """As the autoencoder says; the transformer has places for many sizes."""

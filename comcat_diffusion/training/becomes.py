@@ -25,6 +25,7 @@ def budget(config: TrainConfig, denoiser: nn.Module) -> int:
         return 0
     if convolutions(config, denoiser):  # another form of an adapter of all attentions, of as many bytes
         config = replace(config, convolutions=0, target_modules=None)
+    config = replace(config, feed_forwards=0)
     return min(MOST, max(LEAST, _whole(config, denoiser) // SHRUNK))
 
 
@@ -39,7 +40,7 @@ def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
     shape, most = adapter_config(config, denoiser, ["a word"]), budget(config, denoiser)
     size = f"{most / 1000:,.0f} kB at most" if most else f"{_whole(config, denoiser) / 1000:,.0f} kB"
     family = family_of_denoiser(type(denoiser).__name__, denoiser.config)
-    if family is None:  # see export/fit.py
+    if family is None or config.feed_forwards:  # see export/fit.py
         return f"This adapter is for this tool (about {size})."
     tools = "this tool and its ComfyUI node" if family.has_node else "this tool"
     kept = shape if _with_convolutions(config, denoiser) else shape.at_attentions()

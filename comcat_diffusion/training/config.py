@@ -19,7 +19,7 @@ from comcat_diffusion.words import places
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 STEADY_SCHEDULES = ("constant", "constant_with_warmup")  # whose rate does not depend on how long the run is
 CUT_AT = 0.8  # of all steps; the rest make good what cutting the ranks to a budget of bytes has cost
-CUT_BESIDE_AT = 0.6  # the same with terms beside convolutions, of which more is cut
+CUT_BESIDE_AT = 0.6  # the same with terms beside other modules, of which more is cut
 PRIORS = ("none", "images", "teacher")
 KINDS = {
     "tied": 1e-2,
@@ -198,16 +198,24 @@ class AdapterShape(Group):
         "Default: 8 for a free adapter on a U-Net, and none for others. 0: none, and self-attention in their place.",
     )
 
+    feed_forwards: int = option(
+        0,
+        "Rank of terms beside the Linears of a transformer's feed-forwards, which carry fine detail. Default: none.",
+    )
+
     def check(self) -> None:
         """A head is given something, at a strength that is a number; `as_` chooses kind and place."""
         if self.as_ == "lora":
             told = "--kind free is outside of what a LoRA can express: leave it out, or leave out --as lora."
             require(self.kind != "free", told)
+            told = "--feed_forwards makes terms that comcat export writes in no LoRA yet: leave it out, or --as lora."
+            require(not self.feed_forwards, told)
             for name, value in (("kind", "foldable"), ("everywhere", True)):
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "kind", self.kind or "free")
         require_at_least(self, 1, "rank")
         require_at_least(self, 0, "convolutions")
+        require_at_least(self, 0, "feed_forwards")
         require_finite(self, "alpha", above=0)
 
 
@@ -441,7 +449,7 @@ class TrainConfig(
     @property
     def cut_step(self) -> int | None:
         """The step after which what is learned is shrunk to a budget of bytes, where there is one."""
-        at = CUT_BESIDE_AT if self.convolutions else CUT_AT
+        at = CUT_BESIDE_AT if self.convolutions or self.feed_forwards else CUT_AT
         return max(1, round(at * self.max_train_steps)) if self.max_bytes else None
 
     @property

@@ -12,9 +12,11 @@ from torch import nn
 from torch.nn.functional import pad
 
 from comcat_diffusion.adapters import tied
+from comcat_diffusion.adapters.beside import BesideLayer
+from comcat_diffusion.adapters.beside_kinds import split
+from comcat_diffusion.adapters.beside_rows import Beside
 from comcat_diffusion.adapters.config import ComcatConfig
-from comcat_diffusion.adapters.convolved import ConvolvedLayer, is_usual, split
-from comcat_diffusion.adapters.convolved_rows import Beside
+from comcat_diffusion.adapters.convolved import ConvolvedLayer
 from comcat_diffusion.adapters.model import adapted_layers, default_targets, factors, side_cars
 from comcat_diffusion.adapters.packing import COLUMNS, PRODUCT
 from comcat_diffusion.adapters.parts import denoiser, plain_modules
@@ -110,6 +112,7 @@ def awaited(config: TrainConfig, subjects: Sequence[Subject]) -> list[str]:
 def adapter_config(shape: AdapterShape, model: nn.Module, words: Sequence[str]) -> ComcatConfig:
     """A model's adapter, which waits for any of the words unless it is to act everywhere."""
     beside = convolutions(shape, model)
+    usual = family_of_model(model).usual_targets(shape.kind, bool(beside or shape.feed_forwards))
     return ComcatConfig(
         r=shape.rank,
         alpha=shape.alpha,
@@ -118,8 +121,9 @@ def adapter_config(shape: AdapterShape, model: nn.Module, words: Sequence[str]) 
         cores=shape.kind == "cores",
         convolutions=beside,
         convolution_ranks=_ranks_beside(shape, model) if beside and shape.up_blocks_only else None,
+        feed_forwards=shape.feed_forwards,
         trigger=None if shape.everywhere else list(words),
-        target_modules=targets(shape, model) or family_of_model(model).usual_targets(shape.kind, bool(beside)),
+        target_modules=targets(shape, model) or usual,
     )
 
 
@@ -143,7 +147,8 @@ def targets(shape: AdapterShape, model: nn.Module) -> list[str] | str | None:
 
 def _ranks_beside(shape: AdapterShape, model: nn.Module) -> dict[str, int]:
     """The ranks beside the convolutions of the way up."""
-    return {n: shape.convolutions for n in plain_modules(model) if is_usual(n) and n.startswith("up_blocks.")}
+    usual = (name for name in plain_modules(model) if ConvolvedLayer.is_usual(model, name))
+    return {name: shape.convolutions for name in usual if name.startswith("up_blocks.")}
 
 
 def add_tokens(pipe: DiffusionPipeline, learner: Learner) -> None:
@@ -228,15 +233,16 @@ def take(learner: Learner, ema: "Ema", contents: Contents) -> None:
 
 def _take_beside(terms: Mapping[str, Beside], part: str, model: nn.Module) -> None:
     for name, layer in side_cars(model).items():
-        if not isinstance(layer, ConvolvedLayer) or ADAPTER not in layer.r:
+        if not isinstance(layer, BesideLayer) or ADAPTER not in layer.r:
             continue
-        down, taps, up = layer.factors(ADAPTER)
-        for factor in (down, taps, up):
+        *lower, up = layer.factors(ADAPTER)
+        for factor in (*lower, up):
             factor.zero_()
         term = terms.get(f"{part}.{name}")
         if term is not None:
-            rank = len(term.down)
-            down[:rank], taps[:rank], up[:, :rank] = term.down, term.taps, term.scale / layer.scaling[ADAPTER] * term.up
+            for factor, given in zip(lower, term.lower, strict=True):
+                factor[: len(given)] = given
+            up[:, : len(term.down)] = term.scale / layer.scaling[ADAPTER] * term.up
 
 
 def _take_tied(terms: Mapping[str, Term], part: str, model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from comcat_diffusion.adapters.beside_kinds import KINDS
 from comcat_diffusion.adapters.header import kind_of, read_adapter
 from comcat_diffusion.families.family import DENOISERS
 from comcat_diffusion.places import asked_name, assets, place_of
@@ -63,7 +64,7 @@ def with_initial(config: TrainConfig, subjects: Sequence[Subject]) -> TrainConfi
         raise ValueError(f"--init_adapter {path} holds several subjects: learn on one of the files it was made of.")
     words = found.get("trigger") or []
     shape = {"kind": kind_of(found), "rank": found["r"], "alpha": found.get("alpha"), "everywhere": not words}
-    shape["convolutions"] = found.get("convolutions", 0)
+    shape |= {kind.setting: found.get(kind.setting, 0) for kind in KINDS}
     shape["train_text_encoder"] = len(parts) > 1  # what was adapted goes on being so
     untouched = LearningSettings()
     for name, value in shape.items():

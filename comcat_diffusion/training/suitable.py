@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from comcat_diffusion import bases
 from comcat_diffusion.adapters.parts import denoiser
 from comcat_diffusion.families.family import UNET, Family
-from comcat_diffusion.families.known import family_in, known_family, unknown
+from comcat_diffusion.families.known import FAMILIES, family_in, known_family, unknown
 from comcat_diffusion.training.config import TrainConfig
 
 WAY_OUT = "name a text-to-image base, such as the one that it was made from"
@@ -92,6 +92,9 @@ def refuse_settings(config: TrainConfig, family: Family) -> None:
         raise ValueError(f"--up_blocks_only is for U-Nets; the {family.noun} of {family.name} has none.")
     if config.convolutions and family.part != UNET:
         raise ValueError(f"--convolutions is for U-Nets; the {family.noun} of {family.name} is none: leave it out.")
+    if config.feed_forwards and not family.feed_forwards:
+        known = ", ".join(own.name for own in FAMILIES if own.feed_forwards)
+        raise ValueError(f"--feed_forwards is for {known}, and this base is {family.name}: leave it out.")
     if config.mixed_precision == "fp16" and "fp16" not in family.precisions:
         raise ValueError(f"--mixed_precision fp16: {family.name} overflows in it; use bf16 or no.")
     for flag, asked in trained if not family.trains_text else ():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from torch import nn
 
 from comcat_diffusion import bases
-from comcat_diffusion.adapters.convolved import FACTORS as CONVOLVED
+from comcat_diffusion.adapters.beside_kinds import CONVOLUTIONS, FEED_FORWARDS
 from comcat_diffusion.adapters.store import expected_shapes
 from comcat_diffusion.training import suitable
 from comcat_diffusion.training.becomes import becomes
@@ -115,9 +115,14 @@ def _size_facts(config: TrainConfig, dataset: Dataset, denoiser: nn.Module) -> I
     attentions = len({name.rpartition(".")[0] for name in by_attention})
     size = count * bases.PRECISIONS[config.save_precision].itemsize / 1000
     yield f"Adapter: {count:,} parameters on {attentions} attentions, {size:,.0f} kB and its header."
-    if adapter.convolutions:
-        beside = [high * wide for name, (high, wide) in shapes.items() if name.rpartition(".")[2] in CONVOLVED]
-        yield f"{sum(beside):,} of them are in terms beside {len(beside) // len(CONVOLVED)} convolutions."
+    convolved, fed = (
+        [high * wide for name, (high, wide) in shapes.items() if name.rpartition(".")[2] in kind.factors]
+        for kind in (CONVOLUTIONS, FEED_FORWARDS)
+    )
+    if convolved:
+        yield f"{sum(convolved):,} of them are in terms beside {len(convolved) // 3} convolutions."
+    if fed:
+        yield f"{sum(fed):,} of them are in terms beside {len(fed) // 2} Linears of feed-forwards."
     yield becomes(config, denoiser)
 
 

@@ -14,7 +14,9 @@ from comcat_diffusion.adapters.store import read_tensors
 from tests.conftest import build_tiny_unet
 from tests.test_adapter_file import GOLDEN, _by_formula, _with_adapter, pipeline
 from tests.test_convolved import GOLDEN as CONVOLVED
+from tests.test_feed_forwards import GOLDEN as FED
 from tests.test_pieces import GOLDEN as PIECES
+from tests.tiny_families import klein_transformer
 
 
 def first() -> None:
@@ -47,7 +49,8 @@ def _remember(path: Path) -> None:
         name: [list(tensor.shape), float(tensor.double().abs().sum())]
         for name, tensor in read_tensors(path, header).items()
     }
-    path.with_suffix(".json").write_text(json.dumps({"config": header.config["unet"], "sums": sums}, indent=1) + "\n")
+    (config,) = header.config.values()
+    path.with_suffix(".json").write_text(json.dumps({"config": config, "sums": sums}, indent=1) + "\n")
 
 
 def fourth() -> None:
@@ -62,8 +65,22 @@ def fourth() -> None:
     _remember(CONVOLVED)
 
 
+def fifth() -> None:
+    """Version 5: terms beside feed-forwards, in whole numbers, and what they are when read."""
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = klein_transformer()
+        model.add_adapter(ComcatConfig(r=2, feed_forwards=4, trigger=["sks"]), "golden")
+        _by_formula(model)
+        dense = Path(folder) / "dense.safetensors"
+        save_adapter(model, dense, "golden", "tests/tiny", Notes("sks", "a photo of sks dog", "dog"))
+        shrink(dense, FED, 3_400)
+    _remember(FED)
+
+
 if __name__ == "__main__":
-    for file, write in ((GOLDEN, first), (PIECES, third), (CONVOLVED, fourth)):
+    for file, write in ((GOLDEN, first), (PIECES, third), (CONVOLVED, fourth), (FED, fifth)):
         if file.exists():
             print(f"{file} exists and is never written again.")
         else:
