@@ -46,7 +46,7 @@ class Flux2Klein(Flux1):
     def usual_targets(self, kind: str, beside: bool = False) -> list[str] | None:
         """The blocks of one stream too: the text's keys and values alone carry no subject; docs/log.md, 2026-11-29.
 
-        Terms beside feed-forwards in these blocks carry it better.
+        With terms beside feed-forwards these carry it there; docs/log.md, 2026-11-30.
         """
         return None if beside else ["attn"]
 

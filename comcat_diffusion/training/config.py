@@ -200,7 +200,8 @@ class AdapterShape(Group):
 
     feed_forwards: int = option(
         0,
-        "Rank of terms beside the Linears of a transformer's feed-forwards, which carry fine detail. Default: none.",
+        "Rank of terms beside the Linears of a transformer's feed-forwards, which bring detail where pictures have "
+        "captions. Default: none.",
     )
 
     def check(self) -> None:
