@@ -15,7 +15,6 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from comcat_diffusion import ComcatConfig, merge_adapters, save_adapter
-from comcat_diffusion.adapters.convolved import ConvolvedLayer
 from comcat_diffusion.adapters.header import Notes, read_adapter
 from comcat_diffusion.adapters.model import factors
 from comcat_diffusion.export.clients import CLIENTS, format_of
@@ -65,9 +64,8 @@ def trained(base: nn.Module, file: Path) -> nn.Module:
     """A random adapter in a file; the base with it merged."""
     made = copy.deepcopy(base)
     targets = family_of_model(base).usual_targets("foldable")
-    beside = dict.fromkeys(ConvolvedLayer.hosts(base), 2) if is_unet(base) else {}
-    own = {"convolutions": 2, "convolution_ranks": beside} if beside else {}
-    config = ComcatConfig(r=2, alpha=3.0, foldable=True, target_modules=targets, **own)
+    beside = 2 if is_unet(base) else 0
+    config = ComcatConfig(r=2, alpha=3.0, foldable=True, target_modules=targets, convolutions=beside)
     made.add_adapter(config, "dog")
     noise = torch.Generator().manual_seed(0)
     for factor in factors(made, "dog").values():

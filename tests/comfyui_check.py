@@ -25,7 +25,6 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
 from comcat_diffusion import ComcatConfig, keep_background, load_adapter, remember_prompts, save_adapter, set_regions
-from comcat_diffusion.adapters.convolved import ConvolvedLayer
 from comcat_diffusion.adapters.header import Notes
 from comcat_diffusion.adapters.merge import unload_adapters
 from comcat_diffusion.adapters.model import factors
@@ -100,8 +99,6 @@ def adapters(pipe: StableDiffusionPipeline, folder: Path) -> dict[str, Path]:
     }
     files = {}
     for number, (name, options) in enumerate(kinds.items()):
-        if "convolutions" in options:  # the first of each residual block too
-            options |= {"convolution_ranks": dict.fromkeys(ConvolvedLayer.hosts(pipe.unet), 2)}
         pipe.unet.add_adapter(ComcatConfig(r=2, alpha=3.0, **options), name)
         models, tokens = [pipe.unet], None
         if name == "everywhere":

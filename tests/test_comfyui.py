@@ -18,7 +18,6 @@ from comcat_diffusion import ComcatConfig, load_adapter, read_adapter, save_adap
 from comcat_diffusion.adapters import looking
 from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.combine import combine
-from comcat_diffusion.adapters.convolved import ConvolvedLayer
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.adapters.looking import looks_of, weights_of
 from comcat_diffusion.adapters.same_base import difference
@@ -262,8 +261,6 @@ def files(base, tmp_path_factory, randomize):
     }
     for name, options in kinds.items():
         pipe = load_base("embedded")
-        if "convolutions" in options:  # the first of each residual block too
-            options |= {"convolution_ranks": dict.fromkeys(ConvolvedLayer.hosts(pipe.unet), 2)}
         pipe.unet.add_adapter(ComcatConfig(r=2, alpha=3.0, **options), name)
         randomize(pipe.unet, name, 1, std=1.0 if name == "cores" else 0.3)
         found[name] = folder / f"{name}.safetensors"

@@ -49,10 +49,10 @@ GOLDEN = Path(__file__).parent / "golden" / "adapter-v4.safetensors"
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 SAME = {"rtol": 0.0, "atol": 1e-10}
 CLEAR = 0.01  # an effect on the output this large cannot be rounding
-CONVS = 8  # residual blocks of the tiny U-Net: two going down, two in the middle and four going up
+CONVS = 16  # of the tiny U-Net's residual blocks: two going down, two in the middle and four going up
 CONFIG = ComcatConfig(r=3, target_modules=["attn2"], convolutions=4)
-UP = "unet.up_blocks.2.resnets.1.conv2.conv_up"
-ONE = "down_blocks.0.resnets.0.conv2"
+UP = "unet.up_blocks.2.resnets.1.conv1.conv_up"
+ONE = "down_blocks.0.resnets.0.conv1"
 
 
 def distance(left, right) -> float:
@@ -128,10 +128,10 @@ def test_a_convolution_with_an_adapter_is_the_formula(live, mode):
 # Who gets them
 
 
-def test_every_residual_block_s_second_convolution_gets_a_term(live):
+def test_every_residual_block_s_two_convolutions_get_a_term(live):
     unet = live()
     found = {name for name, layer in side_cars(unet).items() if isinstance(layer, ConvolvedLayer)}
-    assert len(found) == CONVS and all(".resnets." in name and name.endswith(".conv2") for name in found)
+    assert len(found) == CONVS and all(".resnets." in name and name[-5:] in ("conv1", "conv2") for name in found)
     names = {name for name in factors(unet, "dog") if "conv_" in name}
     assert names == {f"{name}.{factor}" for name in found for factor in FACTORS}
     trained = {name for name, p in unet.named_parameters() if p.requires_grad}
@@ -177,7 +177,7 @@ def test_what_has_no_such_terms_is_refused_by_name(tiny_unet, tiny_sd3, tiny_cli
     unet = tiny_unet(torch.float32)
     with pytest.raises(ValueError, match="no attentions of this model"):
         unet.add_adapter(ComcatConfig(r=2, target_modules=["nothing"], convolutions=8), "dog")
-    unet.down_blocks[0].resnets[0].conv2 = nn.Conv2d(16, 16, 3, 1, 2, dilation=2)
+    unet.down_blocks[0].resnets[0].conv1 = nn.Conv2d(16, 16, 3, 1, 2, dilation=2)
     with pytest.raises(ValueError, match=rf"Cannot adapt '{ONE}' \(Conv2d\): its kernel"):
         unet.add_adapter(ComcatConfig(r=2, target_modules=["attn2"], convolutions=8), "dog")
     assert not side_cars(unet)
@@ -258,7 +258,7 @@ def test_beside_a_lora_of_the_same_convolution(tiny_unet, live, first):
     unet = live() if first else tiny_unet(torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        unet.add_adapter(LoraConfig(r=2, target_modules=["conv2"], init_lora_weights=False), "style")
+        unet.add_adapter(LoraConfig(r=2, target_modules=["conv1"], init_lora_weights=False), "style")
         if not first:
             unet.add_adapter(ComcatConfig(r=3, target_modules=["attn2"], convolutions=4), "dog")
             own = factors(live(), "dog")
@@ -470,7 +470,7 @@ def test_a_damaged_file_is_refused(tiny_unet, live, tmp_path, damage):
 def packed(tiny_unet, live, tmp_path):
     """A dense file with terms beside convolutions, in float32, and the same of 7,500 bytes."""
     dense, small = tmp_path / "dense.safetensors", tmp_path / "small.safetensors"
-    unet = live(dtype=torch.float32, convolution_ranks=dict.fromkeys(ConvolvedLayer.hosts(tiny_unet()), 4))
+    unet = live(dtype=torch.float32)
     for seed, factor in enumerate(factors(unet, "dog").values()):
         factor.data *= 1 + seed % 3
     save_adapter(unet, dense, "dog", notes=Notes("sks", "a photo of sks dog", "dog"))

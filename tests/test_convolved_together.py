@@ -22,7 +22,7 @@ from comcat_diffusion.bases import load_base
 
 CLEAR = 0.01  # an effect on the output this large cannot be rounding
 SAME = {"rtol": 0.0, "atol": 1e-10}
-ONE = "down_blocks.0.resnets.0.conv2"
+ONE = "down_blocks.0.resnets.0.conv1"
 PROMPTS = ["a photo of sks teddy", "a photo of ohwx cat", "a photo of sks teddy and ohwx cat", "a photo of a ball"]
 
 

@@ -62,11 +62,6 @@ class BesideLayer(SideCar):
         """Whether a module of this name in a model is one that such terms can stand beside."""
         raise NotImplementedError
 
-    @classmethod
-    def is_usual(cls, model: nn.Module, name: str) -> bool:
-        """Whether it has a term where none are named."""
-        return cls.can_stand(model, name)
-
     @staticmethod
     def why_not(module: nn.Module) -> str | None:
         """Why no term can stand beside a module of such a name, or None if one can."""
@@ -122,7 +117,7 @@ class BesideLayer(SideCar):
         """The rank beside each of these modules, of those that have any."""
         common, ranks = getattr(config, cls.kind.setting), getattr(config, cls.kind.ranks)
         if ranks is None:
-            return {name: common for name in names if common and cls.is_usual(model, name)}
+            return {name: common for name in names if common and cls.can_stand(model, name)}
         return {name: ranks[name] for name in names if name in ranks}
 
     @classmethod

@@ -42,10 +42,7 @@ class ComcatConfig(PeftConfig):
     )
     convolutions: int = field(
         default=0,
-        metadata={
-            "help": "Rank of the terms beside the second convolution of each residual block of a U-Net. "
-            "0: there are none."
-        },
+        metadata={"help": "Rank of the terms beside the convolutions of a U-Net's residual blocks. 0: there are none."},
     )
     convolution_ranks: dict[str, int] | None = field(
         default=None,

@@ -46,11 +46,6 @@ class ConvolvedLayer(BesideLayer):
         """The convolutions of residual blocks."""
         return _HOSTS.fullmatch(name) is not None
 
-    @classmethod
-    def is_usual(cls, model: nn.Module, name: str) -> bool:
-        """The second of each block; docs/log.md, 2026-11-30."""
-        return cls.can_stand(model, name) and name.endswith(".conv2")
-
     @staticmethod
     def why_not(module: nn.Module) -> str | None:
         """See `BesideLayer`."""

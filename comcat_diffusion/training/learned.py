@@ -147,8 +147,8 @@ def targets(shape: AdapterShape, model: nn.Module) -> list[str] | str | None:
 
 def _ranks_beside(shape: AdapterShape, model: nn.Module) -> dict[str, int]:
     """The ranks beside the convolutions of the way up."""
-    usual = (name for name in plain_modules(model) if ConvolvedLayer.is_usual(model, name))
-    return {name: shape.convolutions for name in usual if name.startswith("up_blocks.")}
+    found = (name for name in plain_modules(model) if ConvolvedLayer.can_stand(model, name))
+    return {name: shape.convolutions for name in found if name.startswith("up_blocks.")}
 
 
 def add_tokens(pipe: DiffusionPipeline, learner: Learner) -> None:
