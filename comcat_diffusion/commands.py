@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from comcat_diffusion import atomic
+from comcat_diffusion.adapters.beside_kinds import CONVOLUTIONS, FEED_FORWARDS
 from comcat_diffusion.bench.config import BenchConfig
 from comcat_diffusion.compression.config import UNET, CompressConfig
 from comcat_diffusion.config import from_arguments, weighted
@@ -254,15 +255,15 @@ def _told(header: "Header", part: str) -> str:
 
 def _beside(config: dict) -> Iterator[str]:
     """Beside which modules that are no attentions, of which ranks."""
-    for setting, ranks, hosts, whose in (
-        ("convolutions", "convolution_ranks", "convolutions", " of residual blocks"),
-        ("feed_forwards", "feed_forward_ranks", "Linears of feed-forwards", ""),
+    for kind, hosts, whose in (
+        (CONVOLUTIONS, "convolutions", " of residual blocks"),
+        (FEED_FORWARDS, "Linears of feed-forwards", ""),
     ):
-        own = config.get(ranks)
+        own = config.get(kind.ranks)
         if own is not None:
             yield f"{len(own)} {hosts} of ranks {min(own.values())} to {max(own.values())}"
-        elif config.get(setting):
-            yield f"all {hosts}{whose} of rank {config[setting]}"
+        elif config.get(kind.setting):
+            yield f"all {hosts}{whose} of rank {config[kind.setting]}"
 
 
 def _size(path: str | Path) -> str:

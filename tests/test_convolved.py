@@ -42,6 +42,7 @@ from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
 from comcat_diffusion.training.learned import adapter_config
 from tests import reference
+from tests.damage import DAMAGES, damage
 from tests.test_trigger import WITH, WITHOUT, drawn, embedded, far, waiting  # noqa: F401
 
 CONV_ROWS, CONV_BITS, CONV_SCALES = CONVOLUTIONS.tensors
@@ -437,26 +438,11 @@ def test_a_file_without_such_terms_says_nothing_of_them(tiny_unet, live, tmp_pat
     assert b"convolution" not in (tmp_path / "a.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["missing", "more", "shape", "nan", "rank", "unknown"])
-def test_a_damaged_file_is_refused(tiny_unet, live, tmp_path, damage):
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_file_is_refused(tiny_unet, live, tmp_path, how):
     path = tmp_path / "a.safetensors"
     save_adapter(live(dtype=torch.float32), path, "dog")
-    tensors, name = load_file(path), f"unet.{ONE}.conv_taps"
-    metadata = read_adapter(path).metadata()
-    if damage == "missing":
-        del tensors[name]
-    elif damage == "more":
-        tensors[f"unet.{ONE}.conv_bias"] = torch.zeros(1, 1)
-    elif damage == "shape":
-        tensors[name] = tensors[name][:, :8].contiguous()
-    elif damage == "nan":
-        tensors[name][0, 0] = torch.nan
-    elif damage == "rank":
-        metadata["comcat"] = metadata["comcat"].replace('"convolutions": 4', '"convolutions": 3')
-    else:
-        told = '"convolutions": 4, "convolution_ranks": {"conv_in": 2}'
-        metadata["comcat"] = metadata["comcat"].replace('"convolutions": 4', told)
-    save_file(tensors, path, metadata)
+    damage(path, how, f"unet.{ONE}.conv_taps", ("convolutions", "convolution_ranks"), (4, 3), "conv_in")
     unet = tiny_unet(torch.float32)
     with pytest.raises(AdapterFileError):
         load_adapter(unet, path, "dog")

@@ -52,6 +52,7 @@ from comcat_diffusion.training.customize import customize
 from comcat_diffusion.training.learned import adapter_config
 from comcat_diffusion.training.validate import validate
 from tests import reference, tiny_families
+from tests.damage import DAMAGES, damage
 from tests.quick_training import QUICK
 
 GOLDEN = Path(__file__).parent / "golden" / "adapter-v5.safetensors"
@@ -561,26 +562,11 @@ def test_a_file_without_such_terms_says_nothing_of_them(live, tmp_path):
     assert b"feed_forward" not in content and b"fed" not in content
 
 
-@pytest.mark.parametrize("damage", ["missing", "more", "shape", "nan", "rank", "unknown"])
-def test_a_damaged_file_is_refused(tiny_klein, live, tmp_path, damage):
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_file_is_refused(tiny_klein, live, tmp_path, how):
     path = tmp_path / "a.safetensors"
     save_adapter(live(dtype=torch.float32), path, "dog")
-    tensors, name = load_file(path), f"transformer.{OUT}.feed_down"
-    metadata = read_adapter(path).metadata()
-    if damage == "missing":
-        del tensors[name]
-    elif damage == "more":
-        tensors[f"transformer.{OUT}.feed_bias"] = torch.zeros(1, 1)
-    elif damage == "shape":
-        tensors[name] = tensors[name][:, :8].contiguous()
-    elif damage == "nan":
-        tensors[name][0, 0] = torch.nan
-    elif damage == "rank":
-        metadata["comcat"] = metadata["comcat"].replace('"feed_forwards": 3', '"feed_forwards": 4')
-    else:
-        told = '"feed_forwards": 3, "feed_forward_ranks": {"proj_out": 2}'
-        metadata["comcat"] = metadata["comcat"].replace('"feed_forwards": 3', told)
-    save_file(tensors, path, metadata)
+    damage(path, how, f"transformer.{OUT}.feed_down", ("feed_forwards", "feed_forward_ranks"), (3, 4), "proj_out")
     model = tiny_klein(torch.float32)
     with pytest.raises(AdapterFileError):
         load_adapter(model, path, "dog")

@@ -46,7 +46,7 @@ class ComcatConfig(PeftConfig):
     )
     convolution_ranks: dict[str, int] | None = field(
         default=None,
-        metadata={"help": "Their ranks by name of the convolution, of a block's first as well; others have no term."},
+        metadata={"help": "Their ranks by name of the convolution; others have no term. Default: one rank for all."},
     )
     convolution_shares: dict[str, list[int]] | None = field(
         default=None,
@@ -60,7 +60,7 @@ class ComcatConfig(PeftConfig):
     )
     feed_forward_ranks: dict[str, int] | None = field(
         default=None,
-        metadata={"help": "Their ranks by name of the Linear; others have no term."},
+        metadata={"help": "Their ranks by name of the Linear; others have no term. Default: one rank for all."},
     )
     trigger: list[str] | None = field(
         default=None,

@@ -233,9 +233,14 @@ def kind_of(config: dict) -> str:
     return kinds[0] if kinds else "foldable" if config.get("foldable") else "free"
 
 
+def has_feed_forwards(header: Header) -> bool:
+    """Whether a file has terms beside feed-forwards."""
+    return any(config.get(FEED_FORWARDS.setting) for config in header.config.values())
+
+
 def refuse_feed_forwards(header: Header, path: str | Path) -> None:
     """Raise AdapterFileError for a file with terms beside feed-forwards, which few can use."""
-    if any(config.get(FEED_FORWARDS.setting) for config in header.config.values()):
+    if has_feed_forwards(header):
         raise AdapterFileError(
             f"{path} has terms beside feed-forwards, which comcat generate, evaluate, train, shrink and merge read and "
             "nothing else does yet: train it again without --feed_forwards."

@@ -7,6 +7,7 @@ from comcat_diffusion import atomic
 from comcat_diffusion.adapters.header import (
     AdapterFileError,
     Header,
+    has_feed_forwards,
     kind_of,
     read_adapter,
     refuse_feed_forwards,
@@ -78,7 +79,7 @@ def waits(header: Header) -> bool:
 def is_exact(header: Header) -> bool:
     """Whether an adapter is a LoRA up to rounding: a tied one, or cores, together with its base, any other alone."""
     whole = any(config.get("modules_to_save") for config in header.config.values())
-    fed = any(config.get("feed_forwards") for config in header.config.values())  # of which no file is written yet
+    fed = has_feed_forwards(header)  # of which no file is written yet
     return family_in(header) is not None and not (whole or fed or is_free(header) or waits(header))
 
 

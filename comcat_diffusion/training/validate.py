@@ -1,13 +1,13 @@
 """Looking a run over before it starts: its data, its words and its numbers, in seconds and without the weights."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
 
 from comcat_diffusion import bases
-from comcat_diffusion.adapters.beside_kinds import CONVOLUTIONS, FEED_FORWARDS
+from comcat_diffusion.adapters.beside_kinds import CONVOLUTIONS, FEED_FORWARDS, Kind
 from comcat_diffusion.adapters.store import expected_shapes
 from comcat_diffusion.training import suitable
 from comcat_diffusion.training.becomes import becomes
@@ -115,15 +115,18 @@ def _size_facts(config: TrainConfig, dataset: Dataset, denoiser: nn.Module) -> I
     attentions = len({name.rpartition(".")[0] for name in by_attention})
     size = count * bases.PRECISIONS[config.save_precision].itemsize / 1000
     yield f"Adapter: {count:,} parameters on {attentions} attentions, {size:,.0f} kB and its header."
-    convolved, fed = (
-        [high * wide for name, (high, wide) in shapes.items() if name.rpartition(".")[2] in kind.factors]
-        for kind in (CONVOLUTIONS, FEED_FORWARDS)
-    )
+    (convolved, convolutions), (fed, linears) = (_beside(shapes, kind) for kind in (CONVOLUTIONS, FEED_FORWARDS))
     if convolved:
-        yield f"{sum(convolved):,} of them are in terms beside {len(convolved) // 3} convolutions."
+        yield f"{convolved:,} of them are in terms beside {convolutions} convolutions."
     if fed:
-        yield f"{sum(fed):,} of them are in terms beside {len(fed) // 2} Linears of feed-forwards."
+        yield f"{fed:,} of them are in terms beside {linears} Linears of feed-forwards."
     yield becomes(config, denoiser)
+
+
+def _beside(shapes: Mapping[str, tuple[int, int]], kind: Kind) -> tuple[int, int]:
+    """How many numbers the terms of a kind have, and beside how many modules they stand."""
+    own = [high * wide for name, (high, wide) in shapes.items() if name.rpartition(".")[2] in kind.factors]
+    return sum(own), len(own) // len(kind.factors)
 
 
 def _pace_facts(config: TrainConfig, dataset: Dataset) -> Iterator[str]:
