@@ -60,7 +60,7 @@ class Case:
 
     def base(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """The output without any adapter."""
-        return self.run(self.tiny(dtype))
+        return self.tiny.base(dtype)
 
 
 CASES = [f"{kind}-{target}" for kind in ("free", "foldable", "tied") for target in TARGETS]

@@ -25,8 +25,8 @@ from comcat_diffusion.adapters.terms import read_contents
 from comcat_diffusion.export.checkpoint import merge_to_folder
 from comcat_diffusion.export.lora import FORMATS, as_loras, export_adapter
 from comcat_diffusion.families.stable_diffusion import StableDiffusion
-from tests.conftest import _built
 from tests.test_adapter_file import pipeline
+from tests.tiny_models import _built
 
 CLEAR = 0.01  # an effect on the output this large cannot be rounding
 CLOSE = {"rtol": 0.0, "atol": 2e-5}  # float32: the same sums in another order
