@@ -65,6 +65,9 @@ class Case:
 
 CASES = [f"{kind}-{target}" for kind in ("free", "foldable", "tied") for target in TARGETS]
 CASES += ["cores-unet-cross"]  # and in tests/test_joint.py
+# Each kind on the U-Net, and on the others what is another there: a tied text side, and wider heads of a causal mask.
+OFTEN = ("free-unet-cross", "foldable-unet-self", "tied-unet-cross", "cores-unet-cross")
+OFTEN += ("free-clip", "tied-clip", "foldable-vit")
 
 
 def distance(left: torch.Tensor, right: torch.Tensor) -> float:

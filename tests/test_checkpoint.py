@@ -74,7 +74,8 @@ def unbroken(three, tmp_path_factory):
     return customize(TrainConfig(**settings)).adapter.read_bytes()
 
 
-@pytest.mark.parametrize("stop", [1, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (4, STEPS - 1))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [1, 4, STEPS - 1])
 def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(config, tmp_path, unbroken, stop):
     first = customize(config(tmp_path), Stop(stop))
     assert first.interrupted and first.steps == stop and first.adapter.read_bytes() != unbroken

@@ -27,6 +27,7 @@ from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.training.config import TrainConfig
 from tests import tiny_bases
 from tests.reference import directions, rows_of_head
+from tests.slow import slow
 from tests.test_adapter_file import edit, rewritten
 
 CORES = {"foldable": True, "cores": True}
@@ -229,10 +230,10 @@ def test_a_file_of_before_goes_by_the_first_set_wherever_it_is_read(base, askew_
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda sets: sets.update(nowhere="0011"), "says of nowhere what directions go by which no heads have"),
-        (lambda sets: sets.update({min(sets): "01"}), "what directions go by which no heads have"),
+        slow(lambda sets: sets.update(nowhere="0011"), "says of nowhere what directions go by which no heads have"),
+        slow(lambda sets: sets.update({min(sets): "01"}), "what directions go by which no heads have"),
         (lambda sets: sets.update({min(sets): "0a01"}), "core_sets must be digits"),
-        (lambda sets: sets.update({min(sets): 12}), "does not make sense"),
+        slow(lambda sets: sets.update({min(sets): 12}), "does not make sense"),
     ],
 )
 def test_sets_that_no_heads_go_by_are_refused(base, askew_base, tmp_path, change, told):

@@ -29,22 +29,18 @@ from comcat_diffusion.training.becomes import becomes, lora_bytes
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learner import Learner
 from tests import tiny_families
+from tests.slow import mostly
 
 PROMPT = "a photo of sks teddy"
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
 BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "qwen_image", "flux1", "kolors", "chroma")
 
 
-def _mostly(case: str) -> object:
-    """Kinds are much alike, and of each way to name weights one family is enough: `make test-kernels` walks all."""
-    often = case in ("tied-pixart", "tied-sd3", "foldable-klein", "tied-z_image", "foldable-kolors", "cores-klein")
-    return case if often else pytest.param(case, marks=pytest.mark.slow)
-
-
 CASES = [f"{kind}-{name}" for name in BASES for kind in ("tied", "foldable")] + ["cores-klein", "cores-pixart"]
+OFTEN = ("tied-pixart", "tied-sd3", "foldable-klein", "tied-z_image")  # of each way to name weights one
 
 
-@pytest.fixture(scope="module", params=[_mostly(case) for case in CASES])
+@pytest.fixture(scope="module", params=mostly(CASES, *OFTEN))
 def exported(request, tmp_path_factory):
     """A base, an adapter that acts on every token, in self-attentions too where it can, and what it predicts."""
     kind, _, name = request.param.partition("-")

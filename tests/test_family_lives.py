@@ -53,11 +53,12 @@ from comcat_diffusion.training.validate import validate
 from comcat_diffusion.words import Subject
 from tests import tiny_families
 from tests.quick_training import BARE
+from tests.slow import mostly, slow
 
 PICTURES = str(bases.assets() / "subject" / "train")
 PROMPT, OTHER = "a photo of sks teddy", "a photo of a teddy"
 BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "qwen_image", "flux1", "kolors", "chroma")
-OFTEN = ("pixart", "sd3", "klein")
+OFTEN = ("pixart", "klein")  # of each kind of attention one: text beside the picture and within it
 SUBJECTS = [Subject("sks", "teddy")]
 
 
@@ -68,12 +69,7 @@ def folders(tmp_path_factory):
     return {name: getattr(tiny_families, name)(root / name) for name in BASES}
 
 
-def _mostly(name: str) -> object:
-    """Of each kind of attention one, text beside the picture and within it: `make test-kernels` walks them all."""
-    return name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module", params=[_mostly(name) for name in BASES])
+@pytest.fixture(scope="module", params=mostly(BASES, *OFTEN))
 def base(request, folders):
     """The folder of one."""
     return str(folders[request.param])
@@ -134,7 +130,7 @@ def test_training_teaches_the_pictures_and_leaves_other_prompts_alone_to_the_bit
     assert [differs(*pair) for pair in zip(drawn(pipe, OTHER, PROMPT), before, strict=True)] == [False, False]
 
 
-@pytest.mark.parametrize("kind", ["tied", "foldable", "free", pytest.param("cores", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", mostly(["tied", "foldable", "free", "cores"], "tied", "free"))
 def test_what_has_learned_nothing_is_the_base(base, kind, tmp_path):
     pipe = bases.load_base(base)
     (before,) = drawn(pipe, PROMPT)
@@ -152,7 +148,7 @@ RESUMED = tuple(zip(BASES[:-1], cycle(("foldable", "tied", "free", "cores")), st
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [one if one[0] in OFTEN else pytest.param(*one, marks=pytest.mark.slow) for one in RESUMED],
+    [one if one[0] == "klein" else slow(*one) for one in RESUMED],
 )
 def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(folders, name, kind, tmp_path):
     base = str(folders[name])
@@ -701,7 +697,7 @@ def test_a_distilled_base_is_told_and_draws_without_guidance(folders, tmp_path):
     assert "distilled to draw in a few steps" in family_of(pipe).remarks(pipe)[0]
 
 
-@pytest.mark.parametrize("name", [_mostly(name) for name in ("sd3", "klein", "chroma", "z_image", "qwen_image")])
+@pytest.mark.parametrize("name", mostly(["sd3", "klein", "chroma", "z_image", "qwen_image"], "klein"))
 def test_a_scale_in_the_call_and_a_negative_prompt_count(folders, name):
     pipe = bases.load_base(str(folders[name]))
     (before,) = drawn(pipe, PROMPT)
@@ -817,7 +813,7 @@ def lora_layers_of_one(layer, adapter) -> torch.Tensor:
     return change
 
 
-@pytest.mark.parametrize("name", [_mostly(name) for name in ("klein", "flux1", "chroma")])
+@pytest.mark.parametrize("name", mostly(["klein", "flux1", "chroma"], "klein"))
 def test_training_in_every_block_leaves_other_prompts_alone(folders, name, tmp_path):
     base = str(folders[name])
     file = customize(settings(base, tmp_path, kind="tied", target_modules=["attn"], learning_rate=0.02)).adapter

@@ -18,8 +18,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig, ViTModel
 
 from comcat_diffusion.adapters.model import factors
 from comcat_diffusion.training import class_pictures, preview
-from tests.adapter_cases import CASES, TARGETS, Case
+from tests.adapter_cases import CASES, OFTEN, TARGETS, Case
 from tests.copies import Copies
+from tests.slow import mostly
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -265,7 +266,7 @@ def randomize() -> Callable:
     return fill
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=mostly(CASES, *OFTEN))
 def case(request: pytest.FixtureRequest, randomize: Callable) -> Case:
     """One kind of adapter on one family of attentions, see tests/adapter_cases.py."""
     kind, target = request.param.split("-", 1)
