@@ -35,6 +35,7 @@ from comcat_diffusion.families.stable_diffusion import StableDiffusion
 from comcat_diffusion.training.becomes import becomes, lora_bytes
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
+from tests.slow import mostly
 from tests.test_export import build_tiny_xl, build_xl, outputs_of  # noqa: F401
 
 KINDS = {
@@ -63,7 +64,7 @@ def written(base, path, randomize, **options):
     return path
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=mostly(KINDS, "tied", "cores"))
 def file(request, base, randomize, tmp_path_factory):
     """A file of each kind that is a LoRA."""
     return written(base, tmp_path_factory.mktemp(request.param) / "dog.safetensors", randomize, **KINDS[request.param])
@@ -77,7 +78,7 @@ def with_file(base, path, noisy, scale=1.0):
     return found
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", mostly(FORMATS, "kohya"))
 def test_diffusers_loads_the_lora_and_it_does_what_the_adapter_does(base, file, tmp_path, format):
     export_adapter(file, tmp_path / "lora.safetensors", format, models=components(base))
     noisy, plain = predictions(base, PROMPTS, steps=2)
@@ -136,6 +137,7 @@ def test_a_live_adapter_is_what_diffusers_saves_as_a_lora(base, file, tmp_path):
     base.unload_lora_weights()
 
 
+@pytest.mark.slow
 def test_a_shrunk_one_exports_what_is_left_of_it(base, randomize, tmp_path):
     for name in ("foldable", "tied"):
         whole = written(base, tmp_path / f"{name}.safetensors", randomize, r=4, **KINDS[name])
@@ -151,7 +153,7 @@ def test_a_shrunk_one_exports_what_is_left_of_it(base, randomize, tmp_path):
         assert (expected - plain).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", mostly(FORMATS, "kohya"))
 def test_sdxl_s_convolutions_have_the_names_of_its_original_code(build_xl, randomize, tmp_path, format):  # noqa: F811
     live, fresh = build_xl(), build_xl()
     live.unet.add_adapter(ComcatConfig(r=2, alpha=3.0, foldable=True, convolutions=3), "dog")

@@ -754,6 +754,7 @@ def settings(tmp_path_factory):
     return build
 
 
+@pytest.mark.slow
 def test_a_run_within_a_budget_is_cut_and_a_resumed_one_is_the_unbroken_one_to_the_byte(settings, tmp_path):
     few = {"max_bytes": 5_000, "checkpointing_steps": 1}
     whole = customize(settings(tmp_path / "whole", **few)).adapter

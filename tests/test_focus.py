@@ -22,6 +22,7 @@ from comcat_diffusion.adapters.texts import texts_of
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.generation.pictures import use_sampler
+from tests.slow import mostly, slow
 
 WITH, WITHOUT = "a photo of a big sks teddy on the left, red background", "a big teddy on the left, red background"
 BARE = "a photo of a big sks teddy"
@@ -41,7 +42,7 @@ def base(loaded):
     return pipe
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=mostly(KINDS, "tied"))
 def pipe(request, loaded, randomize):
     parts = {**loaded.components, "unet": copy.deepcopy(loaded.unet)}
     own = StableDiffusionPipeline(**parts, requires_safety_checker=False)
@@ -83,7 +84,7 @@ def latents_of(call, prompt, scheduler=None, **more) -> list[torch.Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("sampler", [None, "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("sampler", [None, "EulerAncestralDiscreteScheduler", slow("DPMSolverMultistepScheduler")])
 def test_at_every_step_latents_around_the_subject_are_those_of_the_bases_own_picture(base, pipe, monkeypatch, sampler):
     """To the bit, also where a sampler adds noise or remembers steps: its noise is the same both times."""
     for one in (base, pipe):

@@ -13,11 +13,12 @@ from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.once import text_once
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw
+from tests.slow import mostly
 
 KINDS = {"free": {}, "foldable": {"foldable": True}, "tied": {"foldable": True, "tied": True}}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=mostly(KINDS, "free", "tied"))
 def unet(request, tiny_unet, randomize):
     """With an adapter of each kind on all attentions, self-attentions too."""
     model = tiny_unet(torch.float64)
