@@ -15,7 +15,6 @@ from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
 from tests import tiny_bases
 from tests.quick_training import BARE
-from tests.slow import mostly
 
 PICTURES = str(bases.assets() / "subject" / "train")
 
@@ -47,7 +46,8 @@ def drawn(outcome, output, **more):
     )
 
 
-@pytest.mark.parametrize("kind", mostly(["sd1", "sd2"], "sd1"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_a_folder_trains_and_draws(tmp_path, kind):
     base = getattr(tiny_bases, kind)(tmp_path / kind)
     outcome = trained(base, tmp_path / "out", kind="free", target_modules=["attn1", "attn2"])

@@ -148,6 +148,7 @@ def test_the_last_step_can_be_resumed_too(config, tmp_path, unbroken, kept):
     assert again.adapter.read_bytes() == unbroken
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_adapter_file_of_its_step(unbroken, kept):
     adapter, folders = kept
     assert adapter.read_bytes() == unbroken  # to write the files changes nothing of the run

@@ -64,7 +64,7 @@ def written(base, path, randomize, **options):
     return path
 
 
-@pytest.fixture(scope="module", params=mostly(KINDS, "tied", "cores"))
+@pytest.fixture(scope="module", params=mostly(KINDS, "cores"))
 def file(request, base, randomize, tmp_path_factory):
     """A file of each kind that is a LoRA."""
     return written(base, tmp_path_factory.mktemp(request.param) / "dog.safetensors", randomize, **KINDS[request.param])
@@ -196,6 +196,7 @@ def test_the_header_says_what_kohya_s_scripts_would_be_told(base, randomize, tmp
 # The closest LoRA of what is none
 
 
+@pytest.mark.slow
 def test_the_closest_lora_keeps_the_terms_as_they_are(base, randomize, tmp_path, capsys):
     free = written(base, tmp_path / "free.safetensors", randomize, trigger=["sks"])
     with pytest.raises(ValueError, match="free adapter|acts from 'sks' on"):

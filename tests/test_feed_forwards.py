@@ -767,6 +767,7 @@ def test_a_run_within_a_budget_is_cut_and_a_resumed_one_is_the_unbroken_one_to_t
         assert again.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_file_with_such_terms_and_commands_tell_of_them(settings, tmp_path, capsys):
     first = customize(settings(tmp_path / "a")).adapter
     assert read_adapter(first).format_version == 1
