@@ -68,6 +68,7 @@ CASES += ["cores-unet-cross"]  # and in tests/test_joint.py
 # Each kind on the U-Net, and on the others what is another there: a tied text side, and wider heads of a causal mask.
 OFTEN = ("free-unet-cross", "foldable-unet-self", "tied-unet-cross", "cores-unet-cross")
 OFTEN += ("free-clip", "tied-clip", "foldable-vit")
+FEW = ("free-unet-cross", "cores-unet-cross", "tied-clip", "foldable-vit")  # where all kinds are one to what is asked
 
 
 def distance(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -514,7 +514,7 @@ def test_what_is_packed_is_unpacked_exactly():
         assert distance(made[1], before[1]) < coarse * before[1].abs().max()  # of three; taps always of eight
 
 
-@pytest.mark.parametrize("damage", mostly(["bits", "more", "less", "scales", "rank", "none"], "bits", "less", "rank"))
+@pytest.mark.parametrize("damage", mostly(["bits", "more", "less", "scales", "rank", "none"], "bits", "rank"))
 def test_a_damaged_packed_file_is_refused(tiny_unet, packed, damage):
     _, small, _ = packed
     tensors, metadata = load_file(small), read_adapter(small).metadata()

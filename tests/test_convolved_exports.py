@@ -214,6 +214,7 @@ def test_the_closest_lora_keeps_the_terms_as_they_are(base, randomize, tmp_path,
     assert_close(kernel, 1.5 * maths.kernel_of(*held), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_is_measured_is_all_of_it(base, randomize, tmp_path):
     """Without its attentions, which no LoRA has, an adapter of convolutions alone is off by nothing."""

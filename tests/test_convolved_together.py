@@ -64,7 +64,7 @@ def predicted(base, adapters, noisy=()):
         unload_adapters(base)
 
 
-@pytest.mark.parametrize("names", [slow("ac"), slow("bd"), "ab", slow(("b", "plain")), ("plain", "a")], ids=str)
+@pytest.mark.parametrize("names", [slow("ac"), slow("bd"), "ab", slow(("b", "plain")), slow(("plain", "a"))], ids=str)
 def test_one_file_does_what_two_side_by_side_do_each_from_its_own_word_on(files, base, tmp_path, names):
     both, two = (
         tmp_path / "both.safetensors",

@@ -129,7 +129,7 @@ LEAVING = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("verb", mostly(LEAVING, "unload_lora_weights", "one by one", "another pipeline's"))
+@pytest.mark.parametrize("verb", mostly(LEAVING, "unload_lora_weights", "another pipeline's"))
 def test_a_learned_word_leaves_with_its_adapter(embedded, toy, tmp_path, verb):
     pipe = embedded()
     before = words(pipe)

@@ -419,6 +419,7 @@ def test_a_chatglm_tells_its_pipeline_which_prompts_it_draws(folders):
     assert len(drawn(pipe, PROMPT)) == 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_kolors_keeps_backgrounds_and_finds_outlines(folders, monkeypatch):
     """By its U-Net's attentions on the way up, at words behind what prompts are filled up with."""
@@ -645,6 +646,7 @@ def test_what_the_chat_cuts_off_is_told(folders, tmp_path):
         generate(GenerateConfig(adapter=[str(tmp_path / "a.safetensors")], **config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mostly(["pixart", "klein"], "klein"))
 def test_the_class_is_drawn_where_text_is_read_in_bfloat16(folders, name, tmp_path, monkeypatch):
     monkeypatch.setattr("comcat_diffusion.training.class_pictures.STEPS", 1)
@@ -820,6 +822,7 @@ def lora_layers_of_one(layer, adapter) -> torch.Tensor:
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mostly(["klein", "flux1", "chroma"], "klein"))
 def test_training_in_every_block_leaves_other_prompts_alone(folders, name, tmp_path):
     base = str(folders[name])

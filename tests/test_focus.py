@@ -209,6 +209,7 @@ def test_a_compiled_denoiser_keeps_the_same_background(pipe):
     assert far(drawn(keeping(pipe)), placed) == 0
 
 
+@pytest.mark.slow
 def test_a_mask_bounds_what_is_found(base, pipe):
     set_regions(pipe, {"dog": torch.zeros(16, 16)})
     assert far(drawn(keeping(pipe)), drawn(base)) < 1e-5

@@ -81,7 +81,7 @@ def test_a_copy_made_inside_is_independent(unet, tiny_unet, randomize):
     )
 
 
-@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("regions", mostly([False, True], True))
 def test_pictures_are_the_same_and_their_prompts_read_once(monkeypatch, randomize, regions):
     pipe = bases.load_base("embedded")
     pipe.set_progress_bar_config(disable=True)

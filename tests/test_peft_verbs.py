@@ -24,6 +24,11 @@ QUERIES = {"attn1": "to_q", "attn2": "to_q", "self_attn": "q_proj", "attention":
 
 
 @pytest.fixture
+def case(any_case) -> Case:
+    return any_case
+
+
+@pytest.fixture
 def one(tiny_unet, randomize) -> Case:
     """One case, where all are alike."""
     return Case(tiny_unet, "attn2", "free", randomize)

@@ -84,7 +84,7 @@ def test_every_row_has_its_number_and_its_name_whatever_its_length(count):
         [(0.5, 0.5)] * 12,
         [(0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0)],
         [(0.5 + n * 0.004, 0.5) for n in range(20)],
-        [(n % 7 / 60 + 0.4, n // 7 / 50 + 0.4) for n in range(49)],
+        slow([(n % 7 / 60 + 0.4, n // 7 / 50 + 0.4) for n in range(49)]),
     ],
     ids=["one place", "corners", "a row", "a grid"],
 )

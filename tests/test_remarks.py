@@ -159,7 +159,7 @@ def test_pictures_smaller_than_the_resolution_are_doubted_by_name(pictures):
         slow(0, 3, "1-mask.png is all black"),
         slow(128, 128, "1-mask.png is all one grey"),
         slow(0, 90, "1-mask.png is nowhere white (at most 90 of 255)"),
-        (0, 255, None),
+        slow(0, 255, None),
     ],
 )
 def test_a_mask_that_masks_nothing_is_doubted(pictures, low, high, expected):

@@ -32,7 +32,7 @@ def distance(left: torch.Tensor, right: torch.Tensor) -> float:
     return (left - right).abs().max().item()
 
 
-@pytest.fixture(params=[False, True], ids=["free", "foldable"])
+@pytest.fixture(params=[pytest.param(False, id="free"), slow(True, id="foldable")])  # the latter leaves heads as wide
 def live(request, tiny_unet, randomize):
     """`live(dtype, targets)` gives a UNet with a random adapter named dog that acts."""
 
@@ -260,7 +260,7 @@ def test_a_deepcopy_is_independent_and_equal(live, tiny_unet, randomize):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merged", [False, True], ids=["live", "merged"])
+@pytest.mark.parametrize("merged", [pytest.param(False, id="live"), slow(True, id="merged")])
 def test_a_pickled_module_comes_back_equal_and_names_only_importable_classes(live, tiny_unet, merged):
     unet = live()
     if merged:

@@ -127,6 +127,7 @@ def test_no_other_choice_of_bits_keeps_much_more():
     assert chosen == [8, 8, 8, 8]
 
 
+@pytest.mark.slow
 def test_what_a_rounded_direction_loses_is_as_the_table_says():
     generator = torch.Generator().manual_seed(0)
     sides = torch.randn(2, 2000, 320, generator=generator)

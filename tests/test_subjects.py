@@ -308,6 +308,7 @@ def test_a_token_that_cannot_be_learned_is_refused(tmp_path):
         TrainConfig(placeholder_token="<t>", initializer_token="cat", instance_prompt="a photo of sks cat")
 
 
+@pytest.mark.slow
 def test_the_text_encoder_can_be_adapted_at_its_own_rate(tmp_path):
     settings = {"train_text_encoder": True, "everywhere": True, "kind": "free"}
     outcome, _ = run(tmp_path / "a", **settings, text_encoder_lr=1e-2, save_precision="fp32")

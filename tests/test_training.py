@@ -98,6 +98,7 @@ def test_the_pictures_are_fitted(config, tmp_path):
         assert sum(learned[-15:]) < 0.9 * sum(base[-15:])
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_learned_and_it_goes_on_from_there(config, tmp_path):
     outcome = customize(config(max_train_steps=50), Listener(stop_after=2))
     assert outcome.interrupted and outcome.steps == 2 and read_adapter(outcome.adapter).notes.training["steps"] == 2

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, ViTConfig, ViTModel
 
 from comcat_diffusion.adapters.model import factors
 from comcat_diffusion.training import class_pictures, preview
-from tests.adapter_cases import CASES, OFTEN, TARGETS, Case
+from tests.adapter_cases import CASES, FEW, OFTEN, TARGETS, Case
 from tests.copies import Copies
 from tests.slow import mostly
 
@@ -269,6 +269,16 @@ def randomize() -> Callable:
 @pytest.fixture(params=mostly(CASES, *OFTEN))
 def case(request: pytest.FixtureRequest, randomize: Callable) -> Case:
     """One kind of adapter on one family of attentions, see tests/adapter_cases.py."""
+    return _case(request, randomize)
+
+
+@pytest.fixture(params=mostly(CASES, *FEW))
+def any_case(request: pytest.FixtureRequest, randomize: Callable) -> Case:
+    """The same, for what has little to do with kinds."""
+    return _case(request, randomize)
+
+
+def _case(request: pytest.FixtureRequest, randomize: Callable) -> Case:
     kind, target = request.param.split("-", 1)
     model, name = TARGETS[target]
     return Case(request.getfixturevalue(model), name, kind, randomize)
