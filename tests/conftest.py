@@ -25,6 +25,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fixtures, and the libraries with them: 12 s that a process which hands tests to others need not wait for."""
-    hands_out = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
-    if not hands_out:
+    hands_out = config.getoption("numprocesses", None) and not config.option.collectonly
+    if not hands_out or hasattr(config, "workerinput"):
         config.pluginmanager.import_plugin("tests.tiny_models")

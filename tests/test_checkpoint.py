@@ -310,6 +310,7 @@ def test_another_number_of_threads_is_told(config, tmp_path, two):
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_is_refused(config, tmp_path, two):
     record = two[1] / checkpoint.RECORD
     told = json.loads(record.read_text())

@@ -54,6 +54,7 @@ from comcat_diffusion.training.validate import validate
 from tests import reference, tiny_families
 from tests.damage import DAMAGES, damage
 from tests.quick_training import QUICK
+from tests.slow import mostly
 
 GOLDEN = Path(__file__).parent / "golden" / "adapter-v5.safetensors"
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -384,7 +385,7 @@ def test_torch_compile_traces_a_linear_in_one_graph(live):
 # From the trigger on, and by place
 
 
-FAMILIES = ("klein", "flux1", "sd35", "z_image", "qwen_image", pytest.param("chroma", marks=pytest.mark.slow))
+FAMILIES = mostly(["klein", "flux1", "sd35", "z_image", "qwen_image", "chroma"], "klein", "sd35", "z_image")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -620,7 +621,9 @@ def test_what_is_packed_takes_the_bytes_that_are_counted():
     assert sum(t.nbytes for t in tensors.values()) == sum(rank_bytes(5, 7, bits, FEED_FORWARDS) for bits in (8, 3))
 
 
-@pytest.mark.parametrize("damage", ["bits", "more", "less", "scales", "rank", "none", "version", "huge"])
+@pytest.mark.parametrize(
+    "damage", mostly(["bits", "more", "less", "scales", "rank", "none", "version", "huge"], "bits", "rank", "huge")
+)
 def test_a_damaged_packed_file_is_refused(tiny_klein, packed, damage):
     _, small, _ = packed
     tensors, metadata = load_file(small), read_adapter(small).metadata()

@@ -17,6 +17,7 @@ from comcat_diffusion.generation.sheet import Row, contact_sheet, footer_of
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
 from tests.quick_training import QUICK
+from tests.slow import mostly
 from tests.test_adapter_file import edit, rewritten
 
 PROMPT = "a photo of sks teddy on the left, red background"
@@ -249,6 +250,7 @@ def test_a_sheet_shows_the_subject_itself_at_its_left():
     assert np.flatnonzero(lime.any(0))[-1] < np.flatnonzero(red.any(0))[0] and beside.shape[0] == bare.shape[0]
 
 
+@pytest.mark.slow
 def test_a_sheet_says_below_its_pictures_how_they_were_made(config, adapter):
     made = generate(config(adapter=[f"{adapter}:0.5"], seed=7, compare=True))
     told = json.loads(Image.open(made.sheet).text["comcat"])
@@ -261,7 +263,7 @@ def test_a_sheet_says_below_its_pictures_how_they_were_made(config, adapter):
 
 
 @pytest.mark.parametrize("text", ["word " * 80, "unbroken" * 80, "a b", "x" * 300 + " y " + "z" * 300])
-@pytest.mark.parametrize("columns", [1, 4])
+@pytest.mark.parametrize("columns", mostly([1, 4], 1))
 def test_no_words_of_a_sheet_run_over_its_pictures_or_its_edges(text, columns):
     rows = [Row(name, [Image.new("RGB", (64, 64), "red")] * 2 * columns) for name in ("before", "after")]
     bare, told = (np.asarray(contact_sheet(rows, [text] * 2, columns, footer=footer)) for footer in ("", text))
