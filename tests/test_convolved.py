@@ -626,7 +626,7 @@ def test_gradients_are_the_same_with_checkpointing(waiting):  # noqa: F811
 def test_the_default_has_them_where_there_are_convolutions(tiny_unet, tiny_klein):
     unet, flow = tiny_unet(), tiny_klein()
     usual = adapter_config(TrainConfig(), unet, ["sks"])
-    assert (usual.convolutions, usual.target_modules, usual.r) == (8, None, 8)  # None: cross-attention
+    assert (usual.convolutions, usual.target_modules, usual.r) == (16, None, 8)  # None: cross-attention
     without = adapter_config(TrainConfig(convolutions=0), unet, ["sks"])
     assert (without.convolutions, sorted(without.target_modules)) == (0, ["attn1", "attn2"])
     assert budget(TrainConfig(), unet) == budget(TrainConfig(convolutions=0), unet)

@@ -20,9 +20,10 @@ from comcat_diffusion import (
     unmerge_adapters,
 )
 from comcat_diffusion.adapters import separable as maths
+from comcat_diffusion.adapters.convolved import ConvolvedLayer
 from comcat_diffusion.adapters.effect import predictions
 from comcat_diffusion.adapters.model import factors, side_cars
-from comcat_diffusion.adapters.parts import components
+from comcat_diffusion.adapters.parts import components, plain_modules
 from comcat_diffusion.adapters.shrink import shrink
 from comcat_diffusion.bases import load_base
 from comcat_diffusion.cli import main
@@ -35,6 +36,7 @@ from comcat_diffusion.families.stable_diffusion import StableDiffusion
 from comcat_diffusion.training.becomes import becomes, lora_bytes
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
+from comcat_diffusion.training.learned import adapter_config
 from tests.slow import mostly
 from tests.test_export import build_tiny_xl, build_xl, outputs_of  # noqa: F401
 
@@ -248,13 +250,15 @@ def test_the_card_and_the_folder_to_share_say_what_is_there(base, randomize, tmp
 
 
 def test_how_large_a_lora_with_such_terms_will_be_is_known_before(base, randomize, tmp_path):
-    path = written(base, tmp_path / "dog.safetensors", randomize, foldable=True)
+    learned = TrainConfig(as_="lora", rank=2, convolutions=3)
+    seconds = adapter_config(learned, base.unet, []).convolution_ranks
+    path = written(base, tmp_path / "dog.safetensors", randomize, foldable=True, convolution_ranks=seconds)
     export_adapter(path, tmp_path / "lora.safetensors")
     lora = safetensors.torch.load_file(tmp_path / "lora.safetensors")
     shapes = {n.removeprefix("unet."): tuple(f.shape) for n, f in safetensors.torch.load_file(path).items()}
     whole = sum(tensor.nbytes for name, tensor in lora.items() if not name.endswith(".alpha"))
     assert lora_bytes(shapes, 2, StableDiffusion()) == whole
-    told = becomes(TrainConfig(as_="lora", rank=2, convolutions=3), base.unet)
+    told = becomes(learned, base.unet)
     assert f"exactly, a LoRA that every program reads (at most {whole / 1000:,.0f} kB" in told
 
 
@@ -270,8 +274,10 @@ def test_every_kind_learns_with_such_terms(base, tmp_path, kind):
     made = customize(TrainConfig(output_dir=str(tmp_path), **few, **kind)).adapter
     config, noisy = read_adapter(made).config["unet"], predictions(base, PROMPTS, steps=2)[0]
     assert config["convolutions"] == 2
-    ups = [name for name in config.get("convolution_ranks") or () if not name.startswith("up_blocks.")]
-    assert not ups and bool(config.get("convolution_ranks")) == bool(kind.get("up_blocks_only"))
+    hosts = {name for name in plain_modules(base.unet) if ConvolvedLayer.can_stand(base.unet, name)}
+    where = "up_blocks." if kind.get("up_blocks_only") else ""
+    seconds = {name for name in hosts if name.startswith(where) and name.endswith("conv2")}
+    assert config["convolution_ranks"] == dict.fromkeys(seconds, 2) and seconds
     if kind == {"as_": "lora"}:
         export_adapter(made, tmp_path / "lora.safetensors")
         expected = with_file(base, made, noisy)
