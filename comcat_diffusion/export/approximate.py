@@ -7,7 +7,7 @@ have a closed form, since the best unconstrained change of a product is of rank 
     G_h  = argmin |G Wo_h - Ao_h|           whatever the values are
 
 How well it fits is a property of the adapter: heads span D of C channels. So the error is measured on the denoiser
-itself, and what is too far off is not written. Terms beside convolutions are LoRAs already and stay as they are.
+itself, and what is too far off is not written. Terms beside other modules are LoRAs already and stay as they are.
 
 Letters: H heads, D head width, R rank, C channels, N tokens.
 """
@@ -51,7 +51,7 @@ def approximate(
     The pipeline must carry no adapter, and carries none afterwards. Raises AdapterFileError for an adapter that is
     foldable already or acts on a text encoder, ValueError if the error is above `largest_error`.
     """
-    contents = read_contents(adapter)
+    contents = read_contents(adapter, feed_forwards=True)
     refuse_foldable(contents.header, adapter)
     acting = any((left @ right).any() for term in contents.terms for left, right in term.products())
     if not acting and not any(term.shares().any() for term in contents.beside):

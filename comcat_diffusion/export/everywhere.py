@@ -82,7 +82,7 @@ def act_everywhere(
     AdapterFileError for an adapter without a trigger or without an effect, ValueError for prompts that do not call it,
     and where too little is kept.
     """
-    contents = read_contents(adapter)
+    contents = read_contents(adapter, feed_forwards=True)
     words = tuple(word for config in contents.header.config.values() for word in config.get("trigger") or ())
     if not words:
         raise AdapterFileError(f"{adapter} acts everywhere already.")
