@@ -51,10 +51,10 @@ GGUF = dict.fromkeys(FAMILIES, "flux") | {"sd3": "sd3", "z_image": "lumina2", "q
 ALL = r".*\.attn2?|layers\.\d+\.attention"
 KINDS = {
     "tied": {"foldable": True, "tied": True, "trigger": ["sks"]},
-    "free": {"trigger": ["ohwx"]},
+    "free": {"trigger": ["ohwx"], "feed_forwards": 2},
     "cores": {"foldable": True, "cores": True, "trigger": ["sks"]},
-    "all": {"foldable": True, "trigger": ["sks"], "target_modules": ALL},
-    "everywhere": {"foldable": True, "target_modules": ALL},
+    "all": {"foldable": True, "trigger": ["sks"], "target_modules": ALL, "feed_forwards": 2},
+    "everywhere": {"foldable": True, "target_modules": ALL, "feed_forwards": 2},
 }
 PROBE = f"""
 import comfy.model_detection, comfy.samplers, comfy.sd, folder_paths, os, safetensors.torch, torch

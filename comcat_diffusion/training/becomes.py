@@ -42,7 +42,7 @@ def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
     family = family_of_denoiser(type(denoiser).__name__, denoiser.config)
     if family is None:  # see export/fit.py
         return f"This adapter is for this tool (about {size})."
-    tools = "this tool and its ComfyUI node" if family.has_node and not config.feed_forwards else "this tool"
+    tools = "this tool and its ComfyUI node" if family.has_node else "this tool"
     kept = shape if config.feed_forwards or _with_convolutions(config, denoiser) else shape.at_attentions()
     exact = replace(kept, tied=False, cores=False, foldable=True, target_modules=targets(config, denoiser))
     lora = expected_shapes(denoiser, exact)
