@@ -33,7 +33,6 @@ from comcat_diffusion import (
 from comcat_diffusion.adapters.as_lora import lora_layers
 from comcat_diffusion.adapters.beside_kinds import FEED_FORWARDS
 from comcat_diffusion.adapters.beside_rows import Beside, pack_terms, rank_bytes
-from comcat_diffusion.adapters.combine import combine
 from comcat_diffusion.adapters.fed import FACTORS, FedLayer
 from comcat_diffusion.adapters.header import AdapterFileError, Notes, read_adapter
 from comcat_diffusion.adapters.merge import bake_adapters
@@ -42,7 +41,6 @@ from comcat_diffusion.adapters.shrink import least_bytes, shrink
 from comcat_diffusion.adapters.store import read_tensors
 from comcat_diffusion.adapters.terms import read_contents
 from comcat_diffusion.cli import main
-from comcat_diffusion.comfy.load import load
 from comcat_diffusion.export.approximate import approximate
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.families.known import family_of
@@ -175,7 +173,7 @@ def test_what_has_no_such_terms_is_refused_by_name(tiny_unet, tiny_clip, tiny_kl
     with pytest.raises(ValueError, match="feed_forward_ranks are of terms beside feed-forwards"):
         ComcatConfig(feed_forward_ranks={OUT: 2})
     several = {"trigger": ["a", "b"], "trigger_ranks": [[["a"], 1], [["b"], 1]]}
-    with pytest.raises(ValueError, match="beside feed-forwards are of one subject"):
+    with pytest.raises(ValueError, match="feed_forward_shares must share the ranks of feed_forward_ranks out"):
         ComcatConfig(r=2, feed_forwards=2, **several)
     for model in (tiny_unet(torch.float32), tiny_clip(torch.float32)):
         told = rf"beside feed-forwards are for .*FLUX.2 \[klein\].*this is a {type(model).__name__}"
@@ -650,7 +648,7 @@ def test_a_damaged_packed_file_is_refused(tiny_klein, packed, damage):
 
 def test_without_room_for_a_rank_the_attentions_have_all_of_it(packed, tmp_path):
     dense, _, _ = packed
-    least = least_bytes(read_contents(dense, feed_forwards=True))
+    least = least_bytes(read_contents(dense))
     made = shrink(dense, tmp_path / "least.safetensors", least)
     assert made.bytes <= least and made.header.format_version == 2
 
@@ -667,7 +665,7 @@ def test_the_golden_file_of_format_version_5_opens_for_ever():
     assert len(header.fed["transformer"]) == len({name.rpartition(".")[0] for name in found if "feed_" in name})
 
 
-# What is a LoRA, and what is refused
+# What is a LoRA
 
 
 @torch.no_grad()
@@ -717,16 +715,6 @@ def test_the_weighted_sum_is_one_more(tiny_klein, live):
     layer, hidden = side_cars(inner)[OUT], noise(1, 5, 64)
     expected = layer.term("a", hidden) + 0.5 * layer.term("b", hidden)
     assert_close(layer.owner(hidden), plain_forward(layer, hidden) + expected, **EXACT)
-
-
-def test_what_other_programs_cannot_read_yet_is_refused_in_a_sentence(live, tmp_path):
-    path, told = tmp_path / "a.safetensors", "has terms beside feed-forwards, which comcat generate"
-    save_adapter(live(dtype=torch.float32, foldable=True), path, "dog")
-    with pytest.raises(AdapterFileError, match=told):
-        combine([(path, 1.0), (path, 1.0)], tmp_path / "b.safetensors")
-    with pytest.raises(AdapterFileError, match=told):
-        load(None, None, path)
-    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 # Learning
@@ -814,7 +802,7 @@ def test_what_a_run_would_do_is_said_before(settings, tmp_path, tiny_klein):
     report = validate(settings(tmp_path / "a", ValidateConfig))
     assert not report.errors
     assert any("in terms beside 2 Linears of feed-forwards." in fact for fact in report.facts)
-    assert any(fact.startswith("This adapter is for this tool (about") for fact in report.facts)
+    assert any(fact.startswith("This adapter is for this tool and its ComfyUI node (about") for fact in report.facts)
     told = validate(settings(tmp_path / "a", ValidateConfig, pretrained_model_name_or_path="embedded")).errors
     assert any("--feed_forwards is for Stable Diffusion 3 and 3.5, FLUX.2 [klein]" in error for error in told)
     with pytest.raises(ValueError, match="--feed_forwards must be at least 0"):

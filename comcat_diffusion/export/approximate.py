@@ -51,7 +51,7 @@ def approximate(
     The pipeline must carry no adapter, and carries none afterwards. Raises AdapterFileError for an adapter that is
     foldable already or acts on a text encoder, ValueError if the error is above `largest_error`.
     """
-    contents = read_contents(adapter, feed_forwards=True)
+    contents = read_contents(adapter)
     refuse_foldable(contents.header, adapter)
     acting = any((left @ right).any() for term in contents.terms for left, right in term.products())
     if not acting and not any(term.shares().any() for term in contents.beside):

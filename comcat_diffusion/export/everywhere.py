@@ -25,6 +25,7 @@ from torch import nn
 
 from comcat_diffusion import atomic
 from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters.beside_kinds import KINDS
 from comcat_diffusion.adapters.effect import predictions
 from comcat_diffusion.adapters.header import AdapterFileError, Header
 from comcat_diffusion.adapters.merge import layers_of, unload_adapters
@@ -43,7 +44,7 @@ from comcat_diffusion.families.known import family_of
 from comcat_diffusion.words import Subject, filled, without_trigger
 
 STAY = 1e-3  # e, in parts of the mean square of a channel
-_OF_WORDS = ("trigger", "trigger_ranks", "convolution_shares")  # settings of what waits
+_OF_WORDS = ("trigger", "trigger_ranks", *(kind.shares for kind in KINDS))  # settings of what waits
 WITHOUT = 0.1  # w of tokens of prompts without the trigger
 
 
@@ -82,7 +83,7 @@ def act_everywhere(
     AdapterFileError for an adapter without a trigger or without an effect, ValueError for prompts that do not call it,
     and where too little is kept.
     """
-    contents = read_contents(adapter, feed_forwards=True)
+    contents = read_contents(adapter)
     words = tuple(word for config in contents.header.config.values() for word in config.get("trigger") or ())
     if not words:
         raise AdapterFileError(f"{adapter} acts everywhere already.")

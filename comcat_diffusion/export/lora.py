@@ -94,7 +94,7 @@ def export_adapter(
     if has_cores(header.config):
         contents = unfolded(header, models, adapter)
     else:
-        contents = read_contents(adapter, feed_forwards=True)
+        contents = read_contents(adapter)
         contents = spread(contents, models, adapter) if needs_base(header) else contents
     family = family_in(header)
     loras = [lora for term in contents.terms for lora in as_loras(term, family)]
