@@ -6,7 +6,7 @@ training step of the U-Net (forward, backward, AdamW on the adapter), and one U-
 - bare: the frozen model. Its training step runs the same forward and backward: the input of the earliest adapted
   attention is made to require a gradient, so that the backward pass goes just as far as with an adapter there.
 - comcat: a live adapter of rank R. Also comcat_foldable, comcat_tied and comcat_merged (written into weights), and, of
-  memory alone, comcat_default (rank 8 at cross-attentions and beside the residual blocks' convolutions).
+  memory alone, comcat_default (what `comcat train` has by default: cross-attentions, and beside convolutions).
 - lora: PEFT's LoRA on to_q, to_k, to_v, to_out.0 of the same attentions, rank R*H/2: just as many parameters in
   self-attention, nearly as many in cross-attention (the tables print the counts).
 - two_branch: the authors' formula, both products and the softmax materialized. It gets the factors of `comcat` and must

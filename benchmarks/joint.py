@@ -46,6 +46,7 @@ ALL = (*TEXT, "to_qkv_mlp_proj")
 # So that kinds learn from what the LoRAs learn from
 ALIKE = {"caption_dropout_rate": 0.0, "auto_mask": False, "background_augmentation": False}
 FREE_RATE = {"learning_rate": 3e-3}  # the best of three where that is all they learn from (docs/log.md)
+SMALL = {"max_bytes": 20_000}  # as many for both
 MEASURES = ("shape", "colour_off", "background_moved", "likeness", "obeyed", "drift")
 FREE, KEPT = "drawn.png", "kept.png"
 Learned = tuple[DiffusionPipeline, int, float]  # with what was learned; bytes of its file, seconds of its steps
@@ -91,6 +92,8 @@ METHODS = {
     "cores, and blocks of one stream": _comcat(kind="cores", rank=4, target_modules=["attn"], **ALIKE),
     "LoRA r=4, 1e-3, and blocks of one stream": _lora(4, 1e-3, ALL),
     "LoRA r=16, 1e-3, and blocks of one stream": _lora(16, 1e-3, ALL),
+    "free, and blocks of one stream, 20 kB": _comcat(target_modules=["attn"], **ALIKE, **FREE_RATE, **SMALL),
+    "free, and beside feed-forwards, 20 kB": _comcat(feed_forwards=8, learning_rate=2e-3, **ALIKE, **SMALL),
 }
 
 

@@ -8,28 +8,30 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 
 import torch
+from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
 from benchmarks import circumstances as shared
 from benchmarks.by_script import started
 from benchmarks.customization_runs import crop_of
-from comcat_diffusion import ComcatConfig, bases, keep_background, listen
+from comcat_diffusion import bases, keep_background, listen
 from comcat_diffusion.attentions import DIFFUSERS
+from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.learned import adapter_config
 from comcat_diffusion.training.loop import Loop
 from recipe.subject import TRAIN, TRIGGER, picture
 
 NAME, STEPS = "subject", 5  # a turn
-DEFAULT = ComcatConfig(r=8, trigger=[TRIGGER], convolutions=8)
 LORA = "LoRA r=16 on all projections"
+DEFAULT = TrainConfig()
 ADAPTERS = {
     LORA: LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian", target_modules=DIFFUSERS.names),
     "free, rank 8, cross-attention and beside convolutions (the default)": DEFAULT,
-    "free, rank 8, both attentions": ComcatConfig(r=8, trigger=[TRIGGER], target_modules=["attn1", "attn2"]),
-    "free, rank 8, cross-attention": ComcatConfig(r=8, trigger=[TRIGGER]),
+    "free, rank 8, both attentions": TrainConfig(convolutions=0),
+    "free, rank 8, cross-attention": TrainConfig(convolutions=0, target_modules=["attn2"]),
 }
 
 
@@ -37,15 +39,22 @@ PROMPT = f"a photo of a big {TRIGGER} robot on the left, red background"
 FREELY, KEPT = "the default's adapter, drawn freely", "the same, background kept"
 
 
-def taught(config: LoraConfig | ComcatConfig) -> Loop:
+def taught(config: LoraConfig | TrainConfig) -> Loop:
     """A training on a base of its own, before its first step."""
     pipe, prompt = bases.load_base(bases.EMBEDDED), f"a photo of {TRIGGER} robot"
     crops = [crop_of(pipe, picture("robot", pose), prompt) for pose in TRAIN]
     pipe.unet.requires_grad_(False)
-    pipe.unet.add_adapter(config, NAME)
-    if isinstance(config, ComcatConfig):
-        listen(pipe)
+    if isinstance(config, TrainConfig):
+        with_adapter(pipe, config)
+    else:
+        pipe.unet.add_adapter(config, NAME)
     return started(pipe, crops, rate=1e-3, seed=0)
+
+
+def with_adapter(pipe: StableDiffusionPipeline, config: TrainConfig) -> None:
+    """Add the adapter that these settings train, which waits for the trigger."""
+    pipe.unet.add_adapter(adapter_config(config, pipe.unet, [TRIGGER]), NAME)
+    listen(pipe)
 
 
 def learning(rounds: int) -> list[dict]:
@@ -62,8 +71,7 @@ def learning(rounds: int) -> list[dict]:
 def drawing(rounds: int) -> list[dict]:
     """CPU milliseconds of a step of drawing four pictures with guidance, and ratios to the base's."""
     base, pipe = bases.load_base(bases.EMBEDDED), bases.load_base(bases.EMBEDDED)
-    pipe.unet.add_adapter(replace(DEFAULT), NAME)
-    listen(pipe)
+    with_adapter(pipe, DEFAULT)
 
     def turn(call: Callable, number: int) -> None:
         seeds = [torch.Generator().manual_seed(number + one) for one in range(4)]

@@ -16,6 +16,8 @@ from torch import nn
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.attentions import DIFFUSERS
+from comcat_diffusion.training.config import TrainConfig
+from comcat_diffusion.training.learned import adapter_config
 
 CONTEXT_TOKENS = 77
 NAME = "bench"  # of every adapter here
@@ -134,7 +136,6 @@ COMCAT = {
     "comcat": {},
     "comcat_foldable": {"foldable": True},
     "comcat_tied": {"foldable": True, "tied": True},  # of cross-attentions alone, which all read the same text
-    "comcat_default": {"r": 8, "convolutions": 8},  # of cross-attentions, and beside convolutions; whatever the rank
 }
 
 
@@ -149,8 +150,8 @@ def attentions_of(model: nn.Module, pattern: str) -> list[str]:
 def variant(kind: str, base: nn.Module, pattern: str, rank: int) -> nn.Module:
     """`base` with one kind of adapter on the attentions that a pattern matches; every factor is random, none zero.
 
-    Kinds: bare, those of `COMCAT`, comcat_merged, lora, two_branch. LoRA gets the rank R*H/2, at which a
-    self-attention has exactly the parameters of COMCAT's rank R.
+    Kinds: bare, those of `COMCAT`, comcat_default (as `comcat train` has it), comcat_merged, lora, two_branch. LoRA
+    gets the rank R*H/2, at which a self-attention has exactly the parameters of COMCAT's rank R.
     """
     model = twin(base)
     names = attentions_of(model, pattern)
@@ -178,6 +179,8 @@ def add_adapter(model: nn.Module, kind: str, names: list[str], rank: int, adapte
             for projection in DIFFUSERS.names
         }
         config = LoraConfig(rank_pattern=ranks, target_modules=list(ranks))
+    elif kind == "comcat_default":  # whatever attentions and rank are named
+        config = adapter_config(TrainConfig(everywhere=True), model, ())
     else:
         config = ComcatConfig(**{"r": rank, "target_modules": names} | COMCAT[kind.removesuffix("_merged")])
     inject_adapter_in_model(config, model, adapter_name=adapter_name)

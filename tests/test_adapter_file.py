@@ -29,6 +29,7 @@ from comcat_diffusion import (
 from comcat_diffusion.adapters.header import NEWEST, AdapterFileError, Notes
 from comcat_diffusion.adapters.model import factors
 from comcat_diffusion.adapters.same_base import other_weights
+from tests.slow import slow
 
 GOLDEN = Path(__file__).parent / "golden" / "adapter-v1.safetensors"
 NOTES = Notes("sks", "a photo of sks dog", "dog", {"resolution": 64, "steps": 3, "seed": 0})
@@ -42,7 +43,7 @@ def pipeline(unet, text_encoder=None, prediction_type="epsilon"):
     )
 
 
-@pytest.fixture(params=[False, True], ids=["free", "foldable"])
+@pytest.fixture(params=[pytest.param(False, id="free"), slow(True, id="foldable")])
 def trained(request, tiny_unet, tiny_clip, randomize):
     """A pipeline whose U-Net and text encoder carry a random adapter named dog."""
     pipe = pipeline(tiny_unet(), tiny_clip())

@@ -71,6 +71,7 @@ def test_an_adapter_outside_is_refused_with_its_error_or_forced(randomize, tmp_p
     assert 0.1 < made.error < 1.5 and torch.equal(predicted(pipe), before)
 
 
+@pytest.mark.slow
 def test_the_fit_is_the_least_squares_one(randomize, tmp_path):
     """No other G of a head comes closer to Ao_h: the residual is orthogonal to the rows of Wo_h."""
     file = free_file(tmp_path / "free.safetensors", randomize, inside=False)

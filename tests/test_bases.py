@@ -46,7 +46,8 @@ def drawn(outcome, output, **more):
     )
 
 
-@pytest.mark.parametrize("kind", ["sd1", pytest.param("sd2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_a_folder_trains_and_draws(tmp_path, kind):
     base = getattr(tiny_bases, kind)(tmp_path / kind)
     outcome = trained(base, tmp_path / "out", kind="free", target_modules=["attn1", "attn2"])

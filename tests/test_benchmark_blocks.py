@@ -43,6 +43,7 @@ def test_every_kind_takes_its_steps_on_one_base(monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_loading_and_first_use_are_told_by_kind(monkeypatch, capsys, tmp_path):
     model, kept = tiny_families.klein_transformer(), tmp_path / "cores.json"
     before = {name: value.clone() for name, value in model.state_dict().items()}

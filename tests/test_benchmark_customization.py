@@ -45,6 +45,7 @@ def _blank():
     return Image.new("RGB", (64, 64), "red")
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_method_is_that_of_a_process_of_its_own_measured_once(tmp_path, monkeypatch):
     asked = []
 
@@ -101,6 +102,7 @@ def test_a_method_is_compared_with_lora_run_by_run(tmp_path):
     assert lokr["fidelity"]["high"] > lora["fidelity"]["low"]
 
 
+@pytest.mark.slow
 def test_measures_are_read_from_the_pictures_that_were_kept(tmp_path):
     run = Run("LoRA, rank 4", "cat", 1e-2, 0, 3)
     own = [picture("cat", pose).resize((64, 64)) for pose in (*HELD_OUT, *TRAIN)] * 2

@@ -24,6 +24,7 @@ def base(tmp_path_factory):
     return tiny_families.klein(tmp_path_factory.mktemp("klein"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied-rank4", "cores-rank4"])
 def test_its_steps_teach_and_do_not_drift(base, name, tmp_path):
     """Prompts are encoded ahead, the encoder goes, and pictures are drawn from stored states, in a PeftModel."""

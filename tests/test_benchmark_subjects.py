@@ -45,11 +45,13 @@ def test_what_learns_nothing_moves_no_background_and_every_measure_is_told(root)
     assert all(measure.replace("_", " ") in told for measure in subjects.MEASURES) and told.count("\n") == 3
 
 
+@pytest.mark.slow
 def test_prompts_that_name_the_subject_alone_are_measured_apart(root):
     (row,) = subjects.measured(root, 1, (subjects.BARE,))
     assert row["method"] == "nothing" and set(subjects.LIKENESS) < set(row) and "background_moved" not in row
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_learned_again_and_what_is_not_is_not_told(root, monkeypatch):
     monkeypatch.setattr(subjects, "METHODS", {"nothing": subjects.Method(lambda *_: 1 / 0, kept=True)})
     subjects.do("nothing", "owl", 0, root)

@@ -23,6 +23,7 @@ from comcat_diffusion.adapters.store import read_tensors
 from comcat_diffusion.bases import load_base
 from comcat_diffusion.families.known import family_of
 from tests import tiny_families
+from tests.slow import slow
 
 CLEAR = 0.01  # an effect on the output this large cannot be rounding
 SAME = {"rtol": 0.0, "atol": 1e-10}
@@ -117,7 +118,7 @@ def predicted(base, adapters, noisy=()):
         unload_adapters(base.pipe)
 
 
-@pytest.mark.parametrize("names", ["ac", "bd", "ab", ("b", "plain"), ("plain", "a")], ids=str)
+@pytest.mark.parametrize("names", [slow("ac"), slow("bd"), "ab", slow(("b", "plain")), slow(("plain", "a"))], ids=str)
 def test_one_file_does_what_two_side_by_side_do_each_from_its_own_word_on(files, base, tmp_path, names):
     both, two = (
         tmp_path / "both.safetensors",
@@ -266,7 +267,7 @@ def test_a_region_holds_every_subject_of_one_file(files, base, tmp_path):
 # Sums of live adapters
 
 
-@pytest.mark.parametrize("kind", [{}, {"foldable": True}, {"foldable": True, "tied": True}], ids=str)
+@pytest.mark.parametrize("kind", [{}, slow({"foldable": True}), slow({"foldable": True, "tied": True})], ids=str)
 @torch.no_grad()
 def test_the_weighted_sum_is_one_more(tiny_unet, randomize, kind):
     unet = tiny_unet(torch.float64)

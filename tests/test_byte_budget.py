@@ -14,6 +14,7 @@ from comcat_diffusion.training.becomes import budget
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
 from tests.quick_training import BARE
+from tests.slow import slow
 from tests.test_checkpoint import Stop
 
 BUDGET = 12_000  # about an eighth of the whole adapter
@@ -42,12 +43,10 @@ def cuts(monkeypatch):
 @pytest.mark.parametrize(
     ("more", "least"),
     [
-        pytest.param(
-            {"train_text_encoder": True, "everywhere": True, "rank": 2, "kind": "free"}, 0.9, marks=pytest.mark.slow
-        ),
-        pytest.param({"kind": "foldable", "use_ema": True, "target_modules": ["attn2"]}, 0.9, marks=pytest.mark.slow),
+        slow({"train_text_encoder": True, "everywhere": True, "rank": 2, "kind": "free"}, 0.9),
+        slow({"kind": "foldable", "use_ema": True, "target_modules": ["attn2"]}, 0.9),
         ({"kind": "tied", "max_bytes": 3500}, 0.7),  # a rank of all heads together is a tenth of this
-        ({"convolutions": 4, "target_modules": ["attn2"]}, 0.9),
+        slow({"convolutions": 4, "target_modules": ["attn2"]}, 0.9),
     ],
     ids=["free, text encoder", "foldable, mean", "tied", "beside convolutions"],
 )

@@ -74,7 +74,8 @@ def unbroken(three, tmp_path_factory):
     return customize(TrainConfig(**settings)).adapter.read_bytes()
 
 
-@pytest.mark.parametrize("stop", [1, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (4, STEPS - 1))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [1, 4, STEPS - 1])
 def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(config, tmp_path, unbroken, stop):
     first = customize(config(tmp_path), Stop(stop))
     assert first.interrupted and first.steps == stop and first.adapter.read_bytes() != unbroken
@@ -147,6 +148,7 @@ def test_the_last_step_can_be_resumed_too(config, tmp_path, unbroken, kept):
     assert again.adapter.read_bytes() == unbroken
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_the_adapter_file_of_its_step(unbroken, kept):
     adapter, folders = kept
     assert adapter.read_bytes() == unbroken  # to write the files changes nothing of the run
@@ -308,6 +310,7 @@ def test_another_number_of_threads_is_told(config, tmp_path, two):
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_is_refused(config, tmp_path, two):
     record = two[1] / checkpoint.RECORD
     told = json.loads(record.read_text())

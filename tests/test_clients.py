@@ -188,6 +188,7 @@ def act_everywhere_unbent(file, folder):
         return act_everywhere(bases.load_base("embedded"), file, folder / "unbent.safetensors", [PROMPT], least=-1e9)
 
 
+@pytest.mark.slow
 def test_the_command_exports_what_waits_if_asked_to(adapters, tmp_path, capsys):
     export = ["export", "--adapter", str(adapters["waiting"]), "--output", str(tmp_path / "dog.safetensors")]
     assert main(export) == 2

@@ -8,13 +8,14 @@ from comcat_diffusion import ComcatConfig, load_adapter, read_adapter, save_adap
 from comcat_diffusion.adapters.combine import combine
 from comcat_diffusion.adapters.header import AdapterFileError, Notes
 from comcat_diffusion.adapters.model import factors
+from tests.slow import slow
 from tests.test_adapter_file import pipeline
 
 CLEAR = 0.01  # an effect on the output this large cannot be rounding
 CLOSE = {"rtol": 0.0, "atol": 1e-10}
 
 
-@pytest.fixture(params=[False, True], ids=["free", "foldable"])
+@pytest.fixture(params=[pytest.param(False, id="free"), slow(True, id="foldable")])
 def foldable(request):
     return request.param
 

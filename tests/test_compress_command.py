@@ -239,6 +239,7 @@ def test_a_compressed_base_is_a_base_for_every_command(sd1, unet_report, tmp_pat
     assert len(configs) > 3 and not any(str(sd1) in path.read_text() for path in configs)
 
 
+@pytest.mark.slow
 def test_a_search_that_was_cut_goes_on_and_ends_as_if_it_was_not(classifier, pictures, ask, tmp_path, monkeypatch):
     settings = {"method": "search", "train_dir": str(pictures), "search_steps": 60, "batch_size": 12}
     whole = ask(classifier, **settings)
@@ -274,6 +275,7 @@ def test_a_fine_tuning_that_harms_is_told(pictures, ask, tmp_path):
         assert any("has made the model worse" in text and "far below 1," in text for text in said) == harms
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_that_was_cut_goes_on_and_ends_as_if_it_was_not(pictures, ask, tmp_path, monkeypatch):
     built("dinov2").float().save_pretrained(tmp_path / "dinov2")
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "dinov2")
@@ -335,6 +337,7 @@ def test_squares_are_cut_anew_every_pass_and_the_same_for_the_same_seed(tmp_path
     assert all(width == height and 15 <= width <= 30 for width, height in sizes) and len(set(sizes)) > 5
 
 
+@pytest.mark.slow
 def test_an_adapter_can_be_trained_on_a_compressed_unet(sd1, unet_report):
     pipe = bases.load_base(str(sd1))
     pipe.unet = load_compressed(unet_report.folder)[0].requires_grad_(False)
@@ -364,6 +367,7 @@ def test_a_unet_can_be_searched_and_fine_tuned(sd1, ask):
     assert report.finetuning.steps == 4 and count(load_compressed(report.folder)[0]) == report.after.parameters
 
 
+@pytest.mark.slow
 def test_a_base_with_added_conditions(tmp_path, ask):
     base = tiny_bases.sdxl(tmp_path / "sdxl")
     report = ask(base, part=UNET, calibration_prompt=["a fox"], num_inference_steps=2, reduction=0.5)

@@ -20,9 +20,10 @@ from comcat_diffusion import (
     unmerge_adapters,
 )
 from comcat_diffusion.adapters import separable as maths
+from comcat_diffusion.adapters.convolved import ConvolvedLayer
 from comcat_diffusion.adapters.effect import predictions
 from comcat_diffusion.adapters.model import factors, side_cars
-from comcat_diffusion.adapters.parts import components
+from comcat_diffusion.adapters.parts import components, plain_modules
 from comcat_diffusion.adapters.shrink import shrink
 from comcat_diffusion.bases import load_base
 from comcat_diffusion.cli import main
@@ -35,6 +36,8 @@ from comcat_diffusion.families.stable_diffusion import StableDiffusion
 from comcat_diffusion.training.becomes import becomes, lora_bytes
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
+from comcat_diffusion.training.learned import adapter_config
+from tests.slow import mostly
 from tests.test_export import build_tiny_xl, build_xl, outputs_of  # noqa: F401
 
 KINDS = {
@@ -63,7 +66,7 @@ def written(base, path, randomize, **options):
     return path
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=mostly(KINDS, "cores"))
 def file(request, base, randomize, tmp_path_factory):
     """A file of each kind that is a LoRA."""
     return written(base, tmp_path_factory.mktemp(request.param) / "dog.safetensors", randomize, **KINDS[request.param])
@@ -77,7 +80,7 @@ def with_file(base, path, noisy, scale=1.0):
     return found
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", mostly(FORMATS, "kohya"))
 def test_diffusers_loads_the_lora_and_it_does_what_the_adapter_does(base, file, tmp_path, format):
     export_adapter(file, tmp_path / "lora.safetensors", format, models=components(base))
     noisy, plain = predictions(base, PROMPTS, steps=2)
@@ -136,6 +139,7 @@ def test_a_live_adapter_is_what_diffusers_saves_as_a_lora(base, file, tmp_path):
     base.unload_lora_weights()
 
 
+@pytest.mark.slow
 def test_a_shrunk_one_exports_what_is_left_of_it(base, randomize, tmp_path):
     for name in ("foldable", "tied"):
         whole = written(base, tmp_path / f"{name}.safetensors", randomize, r=4, **KINDS[name])
@@ -151,7 +155,7 @@ def test_a_shrunk_one_exports_what_is_left_of_it(base, randomize, tmp_path):
         assert (expected - plain).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", mostly(FORMATS, "kohya"))
 def test_sdxl_s_convolutions_have_the_names_of_its_original_code(build_xl, randomize, tmp_path, format):  # noqa: F811
     live, fresh = build_xl(), build_xl()
     live.unet.add_adapter(ComcatConfig(r=2, alpha=3.0, foldable=True, convolutions=3), "dog")
@@ -194,6 +198,7 @@ def test_the_header_says_what_kohya_s_scripts_would_be_told(base, randomize, tmp
 # The closest LoRA of what is none
 
 
+@pytest.mark.slow
 def test_the_closest_lora_keeps_the_terms_as_they_are(base, randomize, tmp_path, capsys):
     free = written(base, tmp_path / "free.safetensors", randomize, trigger=["sks"])
     with pytest.raises(ValueError, match="free adapter|acts from 'sks' on"):
@@ -211,6 +216,7 @@ def test_the_closest_lora_keeps_the_terms_as_they_are(base, randomize, tmp_path,
     assert_close(kernel, 1.5 * maths.kernel_of(*held), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_is_measured_is_all_of_it(base, randomize, tmp_path):
     """Without its attentions, which no LoRA has, an adapter of convolutions alone is off by nothing."""
@@ -244,13 +250,15 @@ def test_the_card_and_the_folder_to_share_say_what_is_there(base, randomize, tmp
 
 
 def test_how_large_a_lora_with_such_terms_will_be_is_known_before(base, randomize, tmp_path):
-    path = written(base, tmp_path / "dog.safetensors", randomize, foldable=True)
+    learned = TrainConfig(as_="lora", rank=2, convolutions=3)
+    seconds = adapter_config(learned, base.unet, []).convolution_ranks
+    path = written(base, tmp_path / "dog.safetensors", randomize, foldable=True, convolution_ranks=seconds)
     export_adapter(path, tmp_path / "lora.safetensors")
     lora = safetensors.torch.load_file(tmp_path / "lora.safetensors")
     shapes = {n.removeprefix("unet."): tuple(f.shape) for n, f in safetensors.torch.load_file(path).items()}
     whole = sum(tensor.nbytes for name, tensor in lora.items() if not name.endswith(".alpha"))
     assert lora_bytes(shapes, 2, StableDiffusion()) == whole
-    told = becomes(TrainConfig(as_="lora", rank=2, convolutions=3), base.unet)
+    told = becomes(learned, base.unet)
     assert f"exactly, a LoRA that every program reads (at most {whole / 1000:,.0f} kB" in told
 
 
@@ -266,8 +274,10 @@ def test_every_kind_learns_with_such_terms(base, tmp_path, kind):
     made = customize(TrainConfig(output_dir=str(tmp_path), **few, **kind)).adapter
     config, noisy = read_adapter(made).config["unet"], predictions(base, PROMPTS, steps=2)[0]
     assert config["convolutions"] == 2
-    ups = [name for name in config.get("convolution_ranks") or () if not name.startswith("up_blocks.")]
-    assert not ups and bool(config.get("convolution_ranks")) == bool(kind.get("up_blocks_only"))
+    hosts = {name for name in plain_modules(base.unet) if ConvolvedLayer.can_stand(base.unet, name)}
+    where = "up_blocks." if kind.get("up_blocks_only") else ""
+    seconds = {name for name in hosts if name.startswith(where) and name.endswith("conv2")}
+    assert config["convolution_ranks"] == dict.fromkeys(seconds, 2) and seconds
     if kind == {"as_": "lora"}:
         export_adapter(made, tmp_path / "lora.safetensors")
         expected = with_file(base, made, noisy)

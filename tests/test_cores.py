@@ -26,7 +26,9 @@ from comcat_diffusion.commands import _told
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.training.config import TrainConfig
 from tests import tiny_bases
+from tests.copies import Copies
 from tests.reference import directions, rows_of_head
+from tests.slow import slow
 from tests.test_adapter_file import edit, rewritten
 
 CORES = {"foldable": True, "cores": True}
@@ -135,7 +137,7 @@ def askew(width: int, channels: int, number: int = 8000, rank: int = 2) -> torch
     return some.unflatten(0, (number, -1))[turned.flatten(1).norm(dim=1) > 1.9].flatten(0, 1)
 
 
-@pytest.mark.parametrize(("width", "channels", "number"), [(4, 24, 8000), (40, 320, 2000)])
+@pytest.mark.parametrize(("width", "channels", "number"), [(4, 24, 8000), slow(40, 320, 2000)])
 def test_heads_that_stand_askew_go_by_other_vectors_and_stay(width, channels, number):
     weight = askew(width, channels, number)
     heads = len(weight) // width
@@ -158,13 +160,13 @@ def test_heads_that_do_not_stay_as_they_were():
     assert torch.equal(ends.basis[kept], Ends(weight, 200, 2, "0" * 200).basis[kept])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def askew_base(base):
     """`askew_base(rounded)`: a pipeline with heads of that kind, and whether half precision has rounded its weights."""
-    rows = {width: askew(width, 24) for width in (4, 8)}
+    rows, copies = {width: askew(width, 24) for width in (4, 8)}, Copies(bases.load_base(base))
 
     def build(rounded: bool = False):
-        pipe = bases.load_base(base)
+        pipe = copies()
         for name, module in pipe.unet.named_modules():
             if name.endswith("attn2"):
                 width = len(module.to_k.weight) // module.heads
@@ -229,10 +231,10 @@ def test_a_file_of_before_goes_by_the_first_set_wherever_it_is_read(base, askew_
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda sets: sets.update(nowhere="0011"), "says of nowhere what directions go by which no heads have"),
-        (lambda sets: sets.update({min(sets): "01"}), "what directions go by which no heads have"),
+        slow(lambda sets: sets.update(nowhere="0011"), "says of nowhere what directions go by which no heads have"),
+        slow(lambda sets: sets.update({min(sets): "01"}), "what directions go by which no heads have"),
         (lambda sets: sets.update({min(sets): "0a01"}), "core_sets must be digits"),
-        (lambda sets: sets.update({min(sets): 12}), "does not make sense"),
+        slow(lambda sets: sets.update({min(sets): 12}), "does not make sense"),
     ],
 )
 def test_sets_that_no_heads_go_by_are_refused(base, askew_base, tmp_path, change, told):

@@ -29,12 +29,14 @@ from comcat_diffusion import (
 from comcat_diffusion.adapters.model import adapted_layers, factors
 from comcat_diffusion.adapters.token import start_vectors, words_of
 from tests.adapter_cases import CLEAR, distance
+from tests.copies import Copies
+from tests.slow import mostly
 
 SAME = {"rtol": 0.0, "atol": 1e-10}
 KINDS = {"free": {}, "foldable": {"foldable": True}, "tied": {"foldable": True, "tied": True}}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=mostly(KINDS, "free", "tied"))
 def kind(request) -> dict:
     return KINDS[request.param]
 
@@ -61,12 +63,13 @@ def loaded_base():
     return pipe
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def embedded(loaded_base):
     """Fresh copies of what adapters touch of the embedded base, at every call."""
+    own = {name: Copies(getattr(loaded_base, name)) for name in ("unet", "text_encoder", "tokenizer")}
 
     def build() -> StableDiffusionPipeline:
-        touched = {name: copy.deepcopy(getattr(loaded_base, name)) for name in ("unet", "text_encoder", "tokenizer")}
+        touched = {name: copies() for name, copies in own.items()}
         pipe = StableDiffusionPipeline(**{**loaded_base.components, **touched}, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -126,7 +129,7 @@ LEAVING = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("verb", LEAVING)
+@pytest.mark.parametrize("verb", mostly(LEAVING, "unload_lora_weights", "another pipeline's"))
 def test_a_learned_word_leaves_with_its_adapter(embedded, toy, tmp_path, verb):
     pipe = embedded()
     before = words(pipe)

@@ -226,6 +226,12 @@ def test_training_pictures_reward_copying_and_are_refused_unless_forced(config, 
     mixed = config(subject_dir=str(tmp_path))
     with pytest.raises(ValueError, match=r"train.png are training pictures.*--force"):
         evaluate(mixed)
+
+
+@pytest.mark.slow
+def test_if_forced_they_are_told_of(config, tmp_path):
+    for source, name in ((HELD_OUT, "1.png"), (TRAIN, "2.png")):
+        Image.open(Path(source) / name).save(tmp_path / f"{Path(source).name}.png", compress_level=1)
     forced = evaluate(config(subject_dir=str(tmp_path), force=True))
     assert any("1 of the 2 held-out pictures are training pictures" in note for note in forced.notes)
 

@@ -25,8 +25,9 @@ from comcat_diffusion.adapters.terms import read_contents
 from comcat_diffusion.export.checkpoint import merge_to_folder
 from comcat_diffusion.export.lora import FORMATS, as_loras, export_adapter
 from comcat_diffusion.families.stable_diffusion import StableDiffusion
-from tests.conftest import _built
+from tests.slow import mostly
 from tests.test_adapter_file import pipeline
+from tests.tiny_models import _built
 
 CLEAR = 0.01  # an effect on the output this large cannot be rounding
 CLOSE = {"rtol": 0.0, "atol": 2e-5}  # float32: the same sums in another order
@@ -60,7 +61,7 @@ def file(live, randomize, tmp_path):
     return written(live, tmp_path / "dog.safetensors", randomize, **targets)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", mostly(FORMATS, "kohya"))
 def test_diffusers_loads_the_lora_by_itself_and_it_does_what_the_adapter_does(
     live, file, tiny_unet, tiny_clip, tmp_path, format
 ):
@@ -116,7 +117,7 @@ def test_same_inputs_same_bytes_and_a_smaller_precision_is_smaller(file, tmp_pat
     assert made[0] == made[1] and len(made[2]) < len(made[0])
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", mostly(FORMATS, "kohya"))
 def test_a_shrunk_adapter_exports_to_a_smaller_lora(file, tiny_unet, tiny_clip, tmp_path, format):
     """Directions and heads that were cut are not exported as zeros."""
     shrink(file, tmp_path / "small.safetensors", 3_700)
@@ -191,7 +192,7 @@ def outputs_of(pipe):
     return [unet, pipe.text_encoder(ids)[0], pipe.text_encoder_2(ids).text_embeds]
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", mostly(FORMATS, "kohya"))
 def test_sdxl_with_both_text_encoders(build_xl, randomize, tmp_path, format):
     live, fresh = build_xl(), build_xl()
     live.text_encoder_2.add_adapter(ComcatConfig(r=1, foldable=True), "dog")
@@ -289,7 +290,7 @@ def test_a_merged_checkpoint_draws_the_same_pictures_without_this_package(embedd
     assert changed == {"to_k.weight", "to_v.weight"}
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", mostly(FORMATS, "kohya"))
 def test_an_exported_lora_draws_the_same_pictures(embedded, tmp_path, format):
     file, base, live = embedded
     export_adapter(file, tmp_path / "lora.safetensors", format)
@@ -317,7 +318,7 @@ def with_word(tmp_path_factory, randomize):
 WORD = ["a photo of <dog> on the left", "<dog>, red background"]
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", mostly(FORMATS, "kohya"))
 def test_a_new_word_goes_with_a_lora_as_a_textual_inversion(with_word, tmp_path, format):
     file, live = with_word
     made = export_adapter(file, tmp_path / "lora.safetensors", format)

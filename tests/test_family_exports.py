@@ -31,24 +31,20 @@ from comcat_diffusion.training.becomes import becomes, lora_bytes
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.learner import Learner
 from tests import tiny_families
+from tests.slow import mostly
 
 PROMPT = "a photo of sks teddy"
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
 BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "qwen_image", "flux1", "kolors", "chroma")
 
 
-def _mostly(case: str) -> object:
-    """Kinds are much alike, and of each way to name weights one family is enough: `make test-kernels` walks all."""
-    often = case in ("tied-pixart", "tied-sd3", "foldable-klein", "tied-z_image", "foldable-kolors", "cores-klein")
-    return case if often or case in ("fed-klein", "fed-flux1") else pytest.param(case, marks=pytest.mark.slow)
-
-
 FED = ("klein", "flux1", "chroma", "sd3", "sd35", "z_image", "qwen_image")  # have terms beside feed-forwards
 CASES = [f"{kind}-{name}" for name in BASES for kind in ("tied", "foldable")] + ["cores-klein", "cores-pixart"]
 CASES += [f"fed-{name}" for name in FED]
+OFTEN = ("tied-pixart", "tied-sd3", "foldable-klein", "tied-z_image", "fed-flux1")  # of each way to name weights one
 
 
-@pytest.fixture(scope="module", params=[_mostly(case) for case in CASES])
+@pytest.fixture(scope="module", params=mostly(CASES, *OFTEN))
 def exported(request, tmp_path_factory):
     """A base, an adapter that acts on every token, in self-attentions too where it can, and what it predicts."""
     kind, _, name = request.param.partition("-")
@@ -246,13 +242,14 @@ def test_native_names_of_stable_diffusion_3_are_those_that_diffusers_converts_fr
             assert torch.equal(third, weight)
 
 
-NATIVE = [(kind, n) for kind in ("tied", "foldable") for n in ("klein", "flux1", "chroma", "z_image", "qwen_image")]
-NATIVE += [("tied", "wide_kolors"), ("foldable", "wide_kolors"), ("fed", "klein"), ("fed", "z_image")]
+NATIVE = [f"{kind}-{n}" for kind in ("tied", "foldable") for n in ("klein", "flux1", "chroma", "z_image", "qwen_image")]
+NATIVE += ["tied-wide_kolors", "foldable-wide_kolors", "fed-klein", "fed-z_image", "fed-qwen_image"]
 
 
-@pytest.mark.parametrize(("kind", "name"), [*NATIVE, ("fed", "qwen_image")])
-def test_diffusers_reads_native_names(kind, name, tmp_path):
+@pytest.mark.parametrize("case", mostly(NATIVE, "tied-klein", "tied-chroma", "tied-z_image", "fed-klein"))
+def test_diffusers_reads_native_names(case, tmp_path):
     """Its own reading of files in these names does what the adapter does."""
+    kind, _, name = case.partition("-")
     # Of blocks of one stream diffusers knows those of the big FLUX.1 alone, by their widths.
     base, file, _, live = made(kind, name, tmp_path, everywhere=name == "klein")
     argv = ["export", "--adapter", str(file), "--output", str(tmp_path / "lora.safetensors"), "--for", "comfyui"]
@@ -262,6 +259,7 @@ def test_diffusers_reads_native_names(kind, name, tmp_path):
     assert_close(predicted(fresh), live, **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_kolors_is_taken_for_no_stable_diffusion_xl(tmp_path):
     """Whose U-Net it has, as wide: galleries and programs that know no Kolors are told nothing wrong."""
     _, file, _, _ = made("foldable", "wide_kolors", tmp_path)

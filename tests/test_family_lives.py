@@ -53,27 +53,29 @@ from comcat_diffusion.training.validate import validate
 from comcat_diffusion.words import Subject
 from tests import tiny_families
 from tests.quick_training import BARE
+from tests.slow import mostly, slow
 
 PICTURES = str(bases.assets() / "subject" / "train")
 PROMPT, OTHER = "a photo of sks teddy", "a photo of a teddy"
 BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "qwen_image", "flux1", "kolors", "chroma")
-OFTEN = ("pixart", "sd3", "klein")
+OFTEN = ("klein",)  # text within the picture's attention; beside it, it is in the U-Nets that other files are about
 SUBJECTS = [Subject("sks", "teddy")]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A tiny base of every family."""
+    """A tiny base of every family, built when it is first asked for."""
     root = tmp_path_factory.mktemp("families")
-    return {name: getattr(tiny_families, name)(root / name) for name in BASES}
+
+    class Folders(dict):
+        def __missing__(self, name: str) -> Path:
+            self[name] = getattr(tiny_families, name)(root / name)
+            return self[name]
+
+    return Folders()
 
 
-def _mostly(name: str) -> object:
-    """Of each kind of attention one, text beside the picture and within it: `make test-kernels` walks them all."""
-    return name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module", params=[_mostly(name) for name in BASES])
+@pytest.fixture(scope="module", params=mostly(BASES, *OFTEN))
 def base(request, folders):
     """The folder of one."""
     return str(folders[request.param])
@@ -134,7 +136,7 @@ def test_training_teaches_the_pictures_and_leaves_other_prompts_alone_to_the_bit
     assert [differs(*pair) for pair in zip(drawn(pipe, OTHER, PROMPT), before, strict=True)] == [False, False]
 
 
-@pytest.mark.parametrize("kind", ["tied", "foldable", "free", pytest.param("cores", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", mostly(["tied", "foldable", "free", "cores"], "tied", "free"))
 def test_what_has_learned_nothing_is_the_base(base, kind, tmp_path):
     pipe = bases.load_base(base)
     (before,) = drawn(pipe, PROMPT)
@@ -152,7 +154,7 @@ RESUMED = tuple(zip(BASES[:-1], cycle(("foldable", "tied", "free", "cores")), st
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [one if one[0] in OFTEN else pytest.param(*one, marks=pytest.mark.slow) for one in RESUMED],
+    [one if one[0] == "klein" else slow(*one) for one in RESUMED],
 )
 def test_a_resumed_run_writes_the_bytes_of_an_unbroken_one(folders, name, kind, tmp_path):
     base = str(folders[name])
@@ -246,14 +248,15 @@ def test_the_commands_take_it_from_end_to_end(taught, tmp_path, capsys):
     assert [row.parameters > 0 for row in rows] == [False, True, True] * 2
 
 
-def test_a_file_of_one_family_is_refused_by_another(folders, tmp_path):
-    pipes = {name: bases.load_base(str(folders[name])) for name in BASES}
+@pytest.mark.parametrize("names", [("pixart", "sd3", "z_image"), slow(BASES)], ids=["three", "all"])
+def test_a_file_of_one_family_is_refused_by_another(folders, names, tmp_path):
+    pipes = {name: bases.load_base(str(folders[name])) for name in names}
     for name, pipe in pipes.items():
         add_adapter(denoiser(pipe), ComcatConfig(r=1), "dog")
         assert save_adapter(pipe, tmp_path / name, "dog", name).fingerprint["class"] == type(denoiser(pipe)).__name__
         unload_adapters(pipe)
-    for name in BASES:
-        for other in set(BASES) - {name}:
+    for name in names:
+        for other in set(names) - {name}:
             with pytest.raises(AdapterFileError, match=f"was trained on '{name}' and does not fit"):
                 load_adapter(pipes[other], tmp_path / name)
 
@@ -416,6 +419,7 @@ def test_a_chatglm_tells_its_pipeline_which_prompts_it_draws(folders):
     assert len(drawn(pipe, PROMPT)) == 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_kolors_keeps_backgrounds_and_finds_outlines(folders, monkeypatch):
     """By its U-Net's attentions on the way up, at words behind what prompts are filled up with."""
@@ -642,7 +646,8 @@ def test_what_the_chat_cuts_off_is_told(folders, tmp_path):
         generate(GenerateConfig(adapter=[str(tmp_path / "a.safetensors")], **config))
 
 
-@pytest.mark.parametrize("name", ["pixart", "klein"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", mostly(["pixart", "klein"], "klein"))
 def test_the_class_is_drawn_where_text_is_read_in_bfloat16(folders, name, tmp_path, monkeypatch):
     monkeypatch.setattr("comcat_diffusion.training.class_pictures.STEPS", 1)
     prior = {"prior": "images", "num_class_images": 2, "class_data_dir": str(tmp_path / "class"), "everywhere": True}
@@ -701,7 +706,7 @@ def test_a_distilled_base_is_told_and_draws_without_guidance(folders, tmp_path):
     assert "distilled to draw in a few steps" in family_of(pipe).remarks(pipe)[0]
 
 
-@pytest.mark.parametrize("name", [_mostly(name) for name in ("sd3", "klein", "chroma", "z_image", "qwen_image")])
+@pytest.mark.parametrize("name", mostly(["sd3", "klein", "chroma", "z_image", "qwen_image"], "klein"))
 def test_a_scale_in_the_call_and_a_negative_prompt_count(folders, name):
     pipe = bases.load_base(str(folders[name]))
     (before,) = drawn(pipe, PROMPT)
@@ -817,7 +822,8 @@ def lora_layers_of_one(layer, adapter) -> torch.Tensor:
     return change
 
 
-@pytest.mark.parametrize("name", [_mostly(name) for name in ("klein", "flux1", "chroma")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", mostly(["klein", "flux1", "chroma"], "klein"))
 def test_training_in_every_block_leaves_other_prompts_alone(folders, name, tmp_path):
     base = str(folders[name])
     file = customize(settings(base, tmp_path, kind="tied", target_modules=["attn"], learning_rate=0.02)).adapter
@@ -875,10 +881,10 @@ def test_a_picture_larger_than_a_base_has_places_for_is_refused(folders, more, t
     assert any("places for 32" in error for error in validate(ValidateConfig(**vars(asked))).errors)
 
 
-def test_what_is_heavy_reads_in_bfloat16_where_it_reads_for_training_alone(folders):
-    second = {"sd35": "text_encoder_3", "flux1": "text_encoder_2"}
-    for name, part in ((name, second.get(name, "text_encoder")) for name in BASES if name != "sd3"):
-        for to_train, kind in ((True, torch.bfloat16), (False, torch.float32)):
-            parts = bases.load_base(str(folders[name]), to_train=to_train).components
-            kinds = {n: model.dtype for n, model in parts.items() if isinstance(model, torch.nn.Module)}
-            assert kinds.pop(part) == kind and set(kinds.values()) == {torch.float32}
+@pytest.mark.parametrize("name", mostly([name for name in BASES if name != "sd3"], "klein", "flux1"))
+def test_what_is_heavy_reads_in_bfloat16_where_it_reads_for_training_alone(folders, name):
+    part = {"sd35": "text_encoder_3", "flux1": "text_encoder_2"}.get(name, "text_encoder")
+    for to_train, kind in ((True, torch.bfloat16), (False, torch.float32)):
+        parts = bases.load_base(str(folders[name]), to_train=to_train).components
+        kinds = {n: model.dtype for n, model in parts.items() if isinstance(model, torch.nn.Module)}
+        assert kinds.pop(part) == kind and set(kinds.values()) == {torch.float32}

@@ -52,6 +52,7 @@ from comcat_diffusion.training.validate import validate
 from tests import reference, tiny_families
 from tests.damage import DAMAGES, damage
 from tests.quick_training import QUICK
+from tests.slow import mostly
 
 GOLDEN = Path(__file__).parent / "golden" / "adapter-v5.safetensors"
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -382,7 +383,7 @@ def test_torch_compile_traces_a_linear_in_one_graph(live):
 # From the trigger on, and by place
 
 
-FAMILIES = ("klein", "flux1", "sd35", "z_image", "qwen_image", pytest.param("chroma", marks=pytest.mark.slow))
+FAMILIES = mostly(["klein", "flux1", "sd35", "z_image", "qwen_image", "chroma"], "klein", "sd35", "z_image")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -618,7 +619,9 @@ def test_what_is_packed_takes_the_bytes_that_are_counted():
     assert sum(t.nbytes for t in tensors.values()) == sum(rank_bytes(5, 7, bits, FEED_FORWARDS) for bits in (8, 3))
 
 
-@pytest.mark.parametrize("damage", ["bits", "more", "less", "scales", "rank", "none", "version", "huge"])
+@pytest.mark.parametrize(
+    "damage", mostly(["bits", "more", "less", "scales", "rank", "none", "version", "huge"], "bits", "rank", "huge")
+)
 def test_a_damaged_packed_file_is_refused(tiny_klein, packed, damage):
     _, small, _ = packed
     tensors, metadata = load_file(small), read_adapter(small).metadata()
@@ -755,6 +758,7 @@ def settings(tmp_path_factory):
     return build
 
 
+@pytest.mark.slow
 def test_a_run_within_a_budget_is_cut_and_a_resumed_one_is_the_unbroken_one_to_the_byte(settings, tmp_path):
     few = {"max_bytes": 5_000, "checkpointing_steps": 1}
     whole = customize(settings(tmp_path / "whole", **few)).adapter
@@ -767,6 +771,7 @@ def test_a_run_within_a_budget_is_cut_and_a_resumed_one_is_the_unbroken_one_to_t
         assert again.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_file_with_such_terms_and_commands_tell_of_them(settings, tmp_path, capsys):
     first = customize(settings(tmp_path / "a")).adapter
     assert read_adapter(first).format_version == 1

@@ -23,11 +23,12 @@ from comcat_diffusion.training.objective import objective_of
 from comcat_diffusion.training.outline import Outliner, can_outline
 from comcat_diffusion.words import Subject
 from tests import tiny_families
+from tests.slow import mostly
 
 WITH, WITHOUT = "a photo of sks teddy on a green table", "a photo of a red ball on a green table"
 BARE = "a photo of sks teddy"
 WORDS = {"dog": ["sks teddy", "sks"]}
-FAMILIES = ("sd35", "klein", "flux1", "z_image", "qwen_image", pytest.param("chroma", marks=pytest.mark.slow))
+FAMILIES = mostly(["sd35", "klein", "flux1", "z_image", "qwen_image", "chroma"], "sd35", "klein", "z_image")
 PICTURE_FIRST = ("sd35", "z_image")  # in their attentions; in the others words come before
 
 

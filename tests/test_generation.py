@@ -8,24 +8,29 @@ import pytest
 import torch
 from PIL import Image
 
-from comcat_diffusion import bases, keep_background, load_adapter
+from comcat_diffusion import ComcatConfig, bases, keep_background, load_adapter, save_adapter
+from comcat_diffusion.adapters.header import Notes
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.generation.sheet import Row, contact_sheet, footer_of
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.customize import customize
-from tests.quick_training import BARE, QUICK
+from tests.quick_training import QUICK
+from tests.slow import mostly
 from tests.test_adapter_file import edit, rewritten
 
 PROMPT = "a photo of sks teddy on the left, red background"
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    few = {"max_train_steps": 15, "train_batch_size": 1, "skip_final_inference": True, **BARE}
-    settings = TrainConfig(output_dir=str(tmp_path_factory.mktemp("run")), **few)
-    return str(customize(settings).adapter)
+def adapter(tmp_path_factory, randomize):
+    """Of noise, which waits for its trigger as what is trained does."""
+    pipe, file = bases.load_base("embedded"), tmp_path_factory.mktemp("run") / "sks-teddy.safetensors"
+    pipe.unet.add_adapter(ComcatConfig(r=2, target_modules=["attn2"], trigger=["sks"]), "dog")
+    randomize(pipe.unet, "dog", std=0.2)
+    save_adapter(pipe, file, "dog", "embedded", Notes("sks", "a photo of sks teddy", "teddy"))
+    return str(file)
 
 
 @pytest.fixture
@@ -71,6 +76,7 @@ def test_the_same_seed_gives_the_same_picture_whatever_the_batch(config, tmp_pat
     assert np.abs(together[0] - together[1]).max() > 50
 
 
+@pytest.mark.slow
 def test_a_sampler_with_noise_of_its_own_follows_the_seed_too(config):
     ancestral = {"scheduler": "EulerAncestralDiscreteScheduler", "num_images": 2}
     together = pixels(generate(config(batch_size=2, **ancestral)))
@@ -142,6 +148,7 @@ def test_merging_first_draws_the_same_pictures(config, tmp_path):
     assert np.abs(pixels(generate(config())) - pixels(generate(config(merge=True)))).max() <= 1
 
 
+@pytest.mark.slow
 def test_two_adapters_act_together(config, adapter):
     freely = {"keep_background": False}  # by place, two that act in one place share it
     once, twice = (pixels(generate(config(adapter=a, **freely))) for a in ([adapter], [adapter, f"{adapter}:1.0"]))
@@ -243,6 +250,7 @@ def test_a_sheet_shows_the_subject_itself_at_its_left():
     assert np.flatnonzero(lime.any(0))[-1] < np.flatnonzero(red.any(0))[0] and beside.shape[0] == bare.shape[0]
 
 
+@pytest.mark.slow
 def test_a_sheet_says_below_its_pictures_how_they_were_made(config, adapter):
     made = generate(config(adapter=[f"{adapter}:0.5"], seed=7, compare=True))
     told = json.loads(Image.open(made.sheet).text["comcat"])
@@ -255,7 +263,7 @@ def test_a_sheet_says_below_its_pictures_how_they_were_made(config, adapter):
 
 
 @pytest.mark.parametrize("text", ["word " * 80, "unbroken" * 80, "a b", "x" * 300 + " y " + "z" * 300])
-@pytest.mark.parametrize("columns", [1, 4])
+@pytest.mark.parametrize("columns", mostly([1, 4], 1))
 def test_no_words_of_a_sheet_run_over_its_pictures_or_its_edges(text, columns):
     rows = [Row(name, [Image.new("RGB", (64, 64), "red")] * 2 * columns) for name in ("before", "after")]
     bare, told = (np.asarray(contact_sheet(rows, [text] * 2, columns, footer=footer)) for footer in ("", text))

@@ -14,6 +14,7 @@ from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import ComcatModel, adapted_layers, default_targets
 from tests.adapter_cases import WHOLES, Case, distance
 from tests.reference import FreeFactors, rows_of_head
+from tests.slow import mostly
 from tests.test_adapter_battery import (  # noqa: F401 - run here over these cases
     test_a_new_adapter_changes_nothing,
     test_a_saved_peft_model_loads_exactly,
@@ -44,6 +45,7 @@ TARGETS = {
     "qwen_image": ("tiny_qwen_image", "attn"),
     "z_image": ("tiny_z_image", "layers.0.attention layers.1.attention"),
 }
+OFTEN = ("free-klein", "free-sd3-self", "foldable-sd3", "foldable-z_image", "tied-flux1", "cores-qwen_image")
 TOO_WIDE = ("free-flux1", "foldable-flux1", "cores-flux1", "cores-sd3-self")  # no such kind; and as the others
 
 
@@ -51,7 +53,8 @@ def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         kinds = KINDS[1:] if "merg" in metafunc.function.__name__ else KINDS  # wider heads have no weights of their own
         cases = [f"{kind}-{target}" for kind in kinds for target in TARGETS]
-        metafunc.parametrize("case", [case for case in cases if case not in TOO_WIDE], indirect=True)
+        cases = [case for case in cases if case not in TOO_WIDE]
+        metafunc.parametrize("case", mostly(cases, *(case for case in OFTEN if case in cases)), indirect=True)
 
 
 @pytest.fixture

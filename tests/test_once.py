@@ -13,11 +13,12 @@ from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.once import text_once
 from comcat_diffusion.generation.pictures import Drawing, Sampling, draw
+from tests.slow import mostly
 
 KINDS = {"free": {}, "foldable": {"foldable": True}, "tied": {"foldable": True, "tied": True}}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=mostly(KINDS, "free", "tied"))
 def unet(request, tiny_unet, randomize):
     """With an adapter of each kind on all attentions, self-attentions too."""
     model = tiny_unet(torch.float64)
@@ -80,7 +81,7 @@ def test_a_copy_made_inside_is_independent(unet, tiny_unet, randomize):
     )
 
 
-@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("regions", mostly([False, True], True))
 def test_pictures_are_the_same_and_their_prompts_read_once(monkeypatch, randomize, regions):
     pipe = bases.load_base("embedded")
     pipe.set_progress_bar_config(disable=True)

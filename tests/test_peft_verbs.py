@@ -16,10 +16,16 @@ from torch.testing import assert_close
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import adapted_layers, factors
 from tests.adapter_cases import CLEAR, RANK, Case, distance
+from tests.slow import slow
 
 SAME = {"rtol": 0.0, "atol": 1e-10}
 
 QUERIES = {"attn1": "to_q", "attn2": "to_q", "self_attn": "q_proj", "attention": "q_proj"}
+
+
+@pytest.fixture
+def case(any_case) -> Case:
+    return any_case
 
 
 @pytest.fixture
@@ -224,8 +230,15 @@ def test_deleting_an_inactive_adapter_changes_nothing(case):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("low", [False, True], ids=["plain", "low_cpu_mem_usage"])
-@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize(
+    ("low", "trainable"),
+    [
+        pytest.param(False, False, id="plain-frozen"),
+        pytest.param(True, True, id="low_cpu_mem_usage-trainable"),
+        slow(False, True, id="plain-trainable"),
+        slow(True, False, id="low_cpu_mem_usage-frozen"),
+    ],
+)
 def test_what_is_loaded_is_what_was_saved(case, tmp_path, low, trainable):
     source = case.adapted("dog", "cat", dtype=torch.float32)
     both = case.run(source)

@@ -1,5 +1,6 @@
 """Several packed adapters in one file: about the bytes of all of them, and what each does from its own word on."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -17,33 +18,36 @@ from comcat_diffusion.adapters.store import read_tensors
 from comcat_diffusion.adapters.terms import read_contents
 from comcat_diffusion.export.card import Shared, card
 from comcat_diffusion.export.lora import export_adapter
+from tests.slow import mostly
 from tests.test_adapter_file import edit, pipeline, rewritten
 
 GOLDEN = Path(__file__).parent / "golden" / "adapter-v3.safetensors"
 KINDS = {"free": {}, "foldable": {"foldable": True}, "tied": {"foldable": True, "tied": True}}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(scope="module", params=mostly(KINDS, "free", "tied"))
 def kind(request):
     return request.param
 
 
-@pytest.fixture
-def written(tiny_unet, randomize, tmp_path, kind):
-    """`written(word, rank, bytes, **options)`: a random adapter that waits for a word (of none: everywhere), shrunk.
+@pytest.fixture(scope="module")
+def written(tiny_unet, randomize, tmp_path_factory, kind):
+    """`written(word, rank, bytes, target)`: a random adapter that waits for a word (of none: everywhere), shrunk.
 
-    Its first heads are the strong ones, so that ranks differ.
+    Its first heads are the strong ones, so that ranks differ. Tests read the files alone.
     """
 
-    def build(word, rank, max_bytes=None, **options):
+    @functools.cache
+    def build(word, rank, max_bytes=None, target=None):
         pipe = pipeline(tiny_unet())
-        config = ComcatConfig(r=rank, alpha=1.5 * rank, trigger=[word] if word else None, **KINDS[kind] | options)
+        options = KINDS[kind] | ({"target_modules": [target]} if target else {})
+        config = ComcatConfig(r=rank, alpha=1.5 * rank, trigger=[word] if word else None, **options)
         pipe.unet.add_adapter(config, "dog")
         randomize(pipe.unet, "dog", rank)
         for index, (name, factor) in enumerate(factors(pipe.unet, "dog").items()):
             if not name.endswith("out_up"):
                 factor.data *= torch.linspace(1.0, 0.1 + 0.05 * (index % 7), len(factor)).unsqueeze(1)
-        file = tmp_path / f"{word}{rank}.safetensors"
+        file = tmp_path_factory.mktemp("piece") / f"{word}{rank}.safetensors"
         save_adapter(pipe, file, "dog", "somebody/base", Notes(word, f"a photo of {word} dog", "dog"))
         if max_bytes:
             shrink(file, file.with_suffix(".small"), max_bytes)
@@ -97,11 +101,11 @@ def test_it_holds_the_sum_of_all_to_the_last_bits(written, tmp_path):
             assert torch.equal(stored[f"{number}.{name}"], tensor)
 
 
-@pytest.mark.parametrize("kind", ["free", "foldable"], indirect=True)
+@pytest.mark.parametrize("kind", mostly(["free", "foldable"], "foldable"), indirect=True)
 def test_attentions_that_only_one_of_them_has_are_in_it(written, tmp_path):
     """Shrinking leaves weak attentions out, and adapters may be of others to begin with."""
     for most in (6_000, None):
-        files = [written(word, 6, most, target_modules=[kind]) for word, kind in (("sks", "attn2"), ("ohwx", "attn1"))]
+        files = [written(word, 6, most, kind) for word, kind in (("sks", "attn2"), ("ohwx", "attn1"))]
         combine([(files[0], 1.0), (files[1], 1.0)], tmp_path / "both.safetensors")
         own = [{term.key for term in read_contents(file).terms} for file in files]
         assert own[0] and own[1] and not own[0] & own[1]

@@ -11,6 +11,7 @@ from matplotlib.text import Text
 from comcat_diffusion.evaluation.labels import label_points
 from comcat_diffusion.evaluation.metrics import Interval
 from comcat_diffusion.evaluation.report import LEAST_RANGE, Judged, figure_of
+from tests.slow import slow
 
 
 def judged(name, drift, fidelity, reach=0.02):
@@ -62,7 +63,7 @@ def test_what_differs_is_shown_with_its_whole_interval():
     assert left < 0 < 0.4 < right and low < 0.28 and high > 0.9
 
 
-@pytest.mark.parametrize("count", [1, 4, 40])
+@pytest.mark.parametrize("count", [1, 4, slow(40)])
 def test_every_row_has_its_number_and_its_name_whatever_its_length(count):
     names = ["before", *(f"checkpoint-{n}-of-a-run-in-a-folder-with-a-long-name/sks-teddy x 0.5" for n in range(count))]
     figure = plotted(*(judged(name, 0.0, 0.4) for name in names))
@@ -83,7 +84,7 @@ def test_every_row_has_its_number_and_its_name_whatever_its_length(count):
         [(0.5, 0.5)] * 12,
         [(0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0)],
         [(0.5 + n * 0.004, 0.5) for n in range(20)],
-        [(n % 7 / 60 + 0.4, n // 7 / 50 + 0.4) for n in range(49)],
+        slow([(n % 7 / 60 + 0.4, n // 7 / 50 + 0.4) for n in range(49)]),
     ],
     ids=["one place", "corners", "a row", "a grid"],
 )

@@ -15,6 +15,7 @@ from comcat_diffusion.training.config import SubjectConfig, TrainConfig, Validat
 from comcat_diffusion.training.customize import Silent, customize
 from comcat_diffusion.training.validate import validate
 from tests.quick_training import QUICK
+from tests.slow import slow
 from tests.test_colours import P3
 from tests.test_twins import photo
 
@@ -49,10 +50,6 @@ def said(pictures, **settings):
     customize(TrainConfig(**own, **quick), listener)
     shutil.rmtree("run")
     return report, listener.notes
-
-
-def slow(*case):
-    return pytest.param(*case, marks=pytest.mark.slow)
 
 
 def refused(pictures, message, **settings):
@@ -107,6 +104,7 @@ def test_what_was_merely_done_is_a_fact(pictures):
     assert len(report.doubts) == 1  # of the embedded base
 
 
+@pytest.mark.slow
 def test_many_pictures_are_one_sentence(pictures):
     for number in range(5, 30):
         photo(number, (80, 80)).convert("L").save(pictures / f"{number}.png")
@@ -160,8 +158,8 @@ def test_pictures_smaller_than_the_resolution_are_doubted_by_name(pictures):
         slow(0, 0, "1-mask.png is all black: it masks nothing"),
         slow(0, 3, "1-mask.png is all black"),
         slow(128, 128, "1-mask.png is all one grey"),
-        (0, 90, "1-mask.png is nowhere white (at most 90 of 255)"),
-        (0, 255, None),
+        slow(0, 90, "1-mask.png is nowhere white (at most 90 of 255)"),
+        slow(0, 255, None),
     ],
 )
 def test_a_mask_that_masks_nothing_is_doubted(pictures, low, high, expected):
@@ -173,6 +171,7 @@ def test_a_mask_that_masks_nothing_is_doubted(pictures, low, high, expected):
     assert [doubt.startswith(expected) for doubt in told] == [True] * bool(expected) and set(told) <= set(notes)
 
 
+@pytest.mark.slow
 def test_a_photograph_that_is_named_like_a_mask_is_doubted(pictures):
     photo(9).save(pictures / "1_mask.png")
     report, notes = said(pictures)
@@ -187,6 +186,7 @@ def test_a_mask_that_leaves_nothing_to_learn_is_an_error(pictures):
     )
 
 
+@pytest.mark.slow
 def test_alpha_that_is_not_there_is_doubted(pictures):
     half = Image.new("L", (320, 240))
     half.paste(255, (0, 0, 200, 240))

@@ -21,6 +21,7 @@ from comcat_diffusion.adapters import wide
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.model import factors
 from tests.reference import FreeFactors, attention
+from tests.slow import mostly, slow
 
 SAME = {"rtol": 0.0, "atol": 1e-10}
 CLEAR = 0.01  # an effect on the output this large cannot be rounding
@@ -31,7 +32,7 @@ def distance(left: torch.Tensor, right: torch.Tensor) -> float:
     return (left - right).abs().max().item()
 
 
-@pytest.fixture(params=[False, True], ids=["free", "foldable"])
+@pytest.fixture(params=[pytest.param(False, id="free"), slow(True, id="foldable")])  # the latter leaves heads as wide
 def live(request, tiny_unet, randomize):
     """`live(dtype, targets)` gives a UNet with a random adapter named dog that acts."""
 
@@ -259,7 +260,7 @@ def test_a_deepcopy_is_independent_and_equal(live, tiny_unet, randomize):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merged", [False, True], ids=["live", "merged"])
+@pytest.mark.parametrize("merged", [pytest.param(False, id="live"), slow(True, id="merged")])
 def test_a_pickled_module_comes_back_equal_and_names_only_importable_classes(live, tiny_unet, merged):
     unet = live()
     if merged:
@@ -274,7 +275,7 @@ def test_a_pickled_module_comes_back_equal_and_names_only_importable_classes(liv
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["leaves", "whole"])
+@pytest.mark.parametrize("how", mostly(["leaves", "whole"], "leaves"))
 def test_offloading_changes_nothing(live, tiny_unet, how):
     unet, still, base = live(), live(), tiny_unet(torch.float64)
     if how == "leaves":  # what enable_sequential_cpu_offload uses
@@ -286,6 +287,7 @@ def test_offloading_changes_nothing(live, tiny_unet, how):
     assert distance(tiny_unet.run(unet), tiny_unet.run(base)) > CLEAR
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_torch_compile_traces_a_block_in_one_graph(live, tiny_unet):
     block = live().get_submodule(CROSS.removesuffix(".attn2"))
@@ -295,6 +297,7 @@ def test_torch_compile_traces_a_block_in_one_graph(live, tiny_unet):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_torch_compile_traces_a_transformers_layer_in_one_graph(tiny_vit, randomize):
     vit = get_peft_model(tiny_vit(torch.float64), ComcatConfig(r=3, target_modules=["attention"]), "dog").eval()
@@ -313,7 +316,7 @@ def test_a_saved_live_unet_reloads_as_the_base(live, tiny_unet, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("first", ["adapter", "casting"])
+@pytest.mark.parametrize("first", mostly(["adapter", "casting"], "adapter"))
 def test_layerwise_casting_to_float8_leaves_the_factors_alone(live, tiny_unet, randomize, first):
     unet = live(torch.float32)
     config = copy.deepcopy(unet.peft_config["dog"])
@@ -332,7 +335,7 @@ def test_layerwise_casting_to_float8_leaves_the_factors_alone(live, tiny_unet, r
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("factors_in", [torch.bfloat16, torch.float32], ids=["diffusers", "peft"])
+@pytest.mark.parametrize("factors_in", [pytest.param(torch.bfloat16, id="diffusers"), slow(torch.float32, id="peft")])
 def test_a_bfloat16_model_is_as_close_to_float32_as_its_base(live, tiny_unet, randomize, factors_in):
     full = live(torch.float32)
     if factors_in == torch.bfloat16:  # diffusers' add_adapter leaves factors in the base's precision

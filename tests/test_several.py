@@ -14,6 +14,7 @@ from comcat_diffusion.bases import load_base
 from comcat_diffusion.training.config import TrainConfig
 from comcat_diffusion.training.order import with_initial
 from comcat_diffusion.words import Subject
+from tests.slow import mostly
 
 PROMPTS = ["a photo of sks teddy", "a photo of ohwx cat", "a photo of sks teddy and ohwx cat", "a photo of a ball"]
 KINDS = {"tied": {"foldable": True, "tied": True}, "foldable": {"foldable": True}, "free": {}}
@@ -24,7 +25,7 @@ def base():
     return load_base("embedded")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=mostly(KINDS, "tied"))
 def files(request, tmp_path_factory, randomize, base):
     """Two adapters of one kind that wait for words of their own, the second one shrunk to ranks that differ."""
     folder, found = tmp_path_factory.mktemp(request.param), []

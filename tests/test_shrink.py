@@ -14,13 +14,14 @@ from comcat_diffusion.adapters.model import factors
 from comcat_diffusion.adapters.packing import pack, ranks_of, read_rows, row_bytes, unpack, written_rows
 from comcat_diffusion.adapters.shrink import LOST, _allocated, _Direction, _directions, _Layer, least_bytes, shrink
 from comcat_diffusion.adapters.terms import read_contents
+from tests.slow import slow
 from tests.test_adapter_file import edit, pipeline, rewritten
 
 _WORDS = 16  # bytes by which a header may differ between files of as many directions
 CLEAR = 0.01  # an effect on the output this large cannot be rounding
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["free", "foldable"])
+@pytest.fixture(scope="module", params=[slow(False, id="free"), pytest.param(True, id="foldable")])
 def file(request, tiny_unet, tiny_clip, randomize, tmp_path_factory):
     """A random adapter of U-Net and text encoder whose heads differ in strength; tests read it alone."""
     tmp_path = tmp_path_factory.mktemp("whole")
@@ -126,6 +127,7 @@ def test_no_other_choice_of_bits_keeps_much_more():
     assert chosen == [8, 8, 8, 8]
 
 
+@pytest.mark.slow
 def test_what_a_rounded_direction_loses_is_as_the_table_says():
     generator = torch.Generator().manual_seed(0)
     sides = torch.randn(2, 2000, 320, generator=generator)

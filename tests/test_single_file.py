@@ -21,6 +21,7 @@ from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 from comcat_diffusion.training.customize import customize
 from comcat_diffusion.training.validate import validate
 from tests import tiny_bases, tiny_families
+from tests.slow import mostly
 
 
 def written(tensors: dict[str, torch.Tensor], path: Path) -> Path:
@@ -117,7 +118,7 @@ def test_a_transformer_in_its_first_names_is_the_base_of_its_folder(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["klein", "qwen_image", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd3", "flux1", "chroma", "sana"))],
+    mostly(["klein", "qwen_image", "sd3", "flux1", "chroma", "sana"], "klein"),
 )
 def test_a_transformer_in_diffusers_names_stands_in_for_that_of_a_folder(name, tmp_path):
     folder = getattr(tiny_families, name)(tmp_path / "base")

@@ -140,6 +140,7 @@ def window(chromium, studio):
         one.context.close()
 
 
+@pytest.mark.slow
 def test_the_page_opens_and_says_what_it_finds(window):
     """The one that `make test` runs: images looked over, every page shown, nothing in the console, no one asked."""
     here = window()

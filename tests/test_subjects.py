@@ -28,6 +28,7 @@ from comcat_diffusion.training.customize import Silent, customize
 from comcat_diffusion.training.dataset import read_dataset
 from tests import tiny_bases
 from tests.quick_training import BARE, QUICK
+from tests.slow import mostly
 
 TRAIN = bases.assets() / "subject" / "train"
 BASE = bases.assets() / "tiny-sd"
@@ -67,6 +68,7 @@ def pictures(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_captions_are_what_is_learned(tmp_path, pictures):
     for path in sorted(pictures.glob("*.png")):
         path.with_suffix(".txt").write_text(f"sks teddy number {path.stem}")
@@ -216,7 +218,7 @@ def test_a_prior_without_a_class_is_refused(tmp_path):
         run(tmp_path / "a", prior="teacher", everywhere=True, instance_prompt="a photo of sks")
 
 
-@pytest.mark.parametrize("vectors", [1, 2])
+@pytest.mark.parametrize("vectors", mostly([1, 2], 2))
 def test_a_new_token_travels_with_the_adapter(tmp_path, vectors):
     settings = {"placeholder_token": "<my-teddy>", "initializer_token": "teddy", "token_lr": 0.1}
     outcome, _ = run(
@@ -306,6 +308,7 @@ def test_a_token_that_cannot_be_learned_is_refused(tmp_path):
         TrainConfig(placeholder_token="<t>", initializer_token="cat", instance_prompt="a photo of sks cat")
 
 
+@pytest.mark.slow
 def test_the_text_encoder_can_be_adapted_at_its_own_rate(tmp_path):
     settings = {"train_text_encoder": True, "everywhere": True, "kind": "free"}
     outcome, _ = run(tmp_path / "a", **settings, text_encoder_lr=1e-2, save_precision="fp32")

@@ -15,6 +15,7 @@ from comcat_diffusion.adapters.call import here
 from comcat_diffusion.adapters.gate import Gate
 from comcat_diffusion.adapters.model import adapted_layers
 from comcat_diffusion.adapters.once import text_once
+from tests.slow import mostly, slow
 
 PROMPTS = [
     "a photo of a big sks teddy on the left, red background",
@@ -60,8 +61,7 @@ def picture(pipe, prompt, seed) -> np.ndarray:
         return pipe(prompt, num_inference_steps=2, guidance_scale=2.0, output_type="np", generator=generator).images[0]
 
 
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("by_place", [False, True])
+@pytest.mark.parametrize(("count", "by_place"), [(2, True), slow(2, False), slow(4, False), slow(4, True)])
 def test_every_thread_draws_what_it_draws_alone(shared, count, by_place):
     pipes = {prompt: pipeline_of(shared) for prompt in PROMPTS[:count]}
     half = torch.zeros(16, 16)
@@ -93,7 +93,7 @@ def test_after_a_pass_that_fails_nothing_is_known_of_it(shared):
     assert here.heard is None and here.latent is None and here.texts is None
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", mostly([False, True], False))
 def test_gradient_checkpointing_runs_blocks_again_in_the_call_that_they_were_of(shared, reentrant):
     """On a GPU they run again in a thread of autograd's; here one that is as ignorant is made by hand."""
     unet = copy.deepcopy(shared.unet)

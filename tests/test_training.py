@@ -28,6 +28,7 @@ from comcat_diffusion.training.output import prove, witness
 from comcat_diffusion.training.precision import launched_precision
 from comcat_diffusion.training.validate import validate
 from tests.quick_training import QUICK
+from tests.slow import slow
 
 SUBJECT = bases.assets() / "subject"
 
@@ -72,6 +73,7 @@ def test_a_run_leaves_exactly_these_files_and_says_what_it_did(config, tmp_path)
     assert not outcome.interrupted and any("Learning 'sks teddy' from 4 pictures" in note for note in listener.notes)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_the_written_settings_repeat_the_run(config, tmp_path):
     first = customize(config()).adapter
     again = TrainConfig(**{**read_toml(TrainConfig, tmp_path / "out/run.toml"), "output_dir": str(tmp_path / "again")})
@@ -96,6 +98,7 @@ def test_the_pictures_are_fitted(config, tmp_path):
         assert sum(learned[-15:]) < 0.9 * sum(base[-15:])
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_learned_and_it_goes_on_from_there(config, tmp_path):
     outcome = customize(config(max_train_steps=50), Listener(stop_after=2))
     assert outcome.interrupted and outcome.steps == 2 and read_adapter(outcome.adapter).notes.training["steps"] == 2
@@ -328,7 +331,7 @@ def test_a_device_that_is_fast_in_bfloat16_trains_in_it_unless_another_is_asked_
         ("bf16", None, "bf16", "The precision is bf16, as accelerate launch says."),
         ("bf16", "no", "no", None),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
+            slow(*case)
             for case in (
                 ("BF16", None, "bf16", "The precision is bf16, as accelerate launch says."),
                 ("no", None, "no", None),

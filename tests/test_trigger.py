@@ -34,7 +34,9 @@ from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
 from tests import tiny_bases
+from tests.copies import Copies
 from tests.reference import FoldableFactors, FreeFactors, attention
+from tests.slow import mostly, slow
 
 KINDS = {
     "free": {},
@@ -44,7 +46,7 @@ KINDS = {
 WITHOUT, WITH = "a photo of a big teddy, red background", "a photo of a big sks teddy, red background"
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=mostly(KINDS, "free", "tied"))
 def kind(request):
     return KINDS[request.param]
 
@@ -55,9 +57,10 @@ def embedded():
     loaded = bases.load_base("embedded")
     loaded.set_progress_bar_config(disable=True)
 
+    own = {name: Copies(getattr(loaded, name)) for name in ("unet", "text_encoder", "tokenizer")}
+
     def build() -> StableDiffusionPipeline:
-        own = ("unet", "text_encoder", "tokenizer")
-        parts = {**loaded.components, **{name: copy.deepcopy(getattr(loaded, name)) for name in own}}
+        parts = {**loaded.components, **{name: copies() for name, copies in own.items()}}
         pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -182,6 +185,7 @@ def test_a_prompt_without_the_trigger_is_the_bases_own(embedded, waiting, kind):
     assert far(drawn(pipe, WITH), drawn(base, WITH)) > 0.1
 
 
+@pytest.mark.slow
 def test_a_self_attention_waits_for_prompts_with_the_trigger(embedded, waiting):
     base, pipe = embedded(), waiting(foldable=True, target_modules=["attn1"])
     mixed = drawn(pipe, [WITH, WITHOUT])
@@ -233,6 +237,7 @@ def test_states_made_by_the_text_encoder_itself_are_known(waiting):
         assert far(given(pipe, plain.to(dtype).float(), negative.to(dtype).float()), drawn(pipe, WITH)) < 0.1
 
 
+@pytest.mark.slow
 def test_states_made_in_several_runs_of_the_text_encoder_are_known(embedded, waiting):
     """As programs read a prompt that is too long for one, or says BREAK: each run by itself, side by side."""
     pipe, base = waiting(foldable=True), embedded()
@@ -378,7 +383,7 @@ def deaf(pipe) -> bool:
     return not any(hooks) and not any(marks) and not {"comcat_gate", "encode_prompt"} & set(vars(pipe))
 
 
-@pytest.mark.parametrize("verb", ["unload_lora_weights", "delete_adapters", "unload", "new U-Net"])
+@pytest.mark.parametrize("verb", [slow("unload_lora_weights"), slow("delete_adapters"), slow("unload"), "new U-Net"])
 def test_no_verb_of_others_leaves_an_ear(embedded, waiting, verb):
     pipe = waiting(foldable=True)
     set_regions(pipe, {"dog": torch.ones(8, 8)})

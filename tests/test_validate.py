@@ -180,6 +180,7 @@ def test_a_base_that_does_not_draw_from_words_alone_is_refused_by_check_and_run(
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_so_is_one_that_is_known_when_it_is_loaded(unsuited):
     refuse_pipeline(StableDiffusionPipeline.from_pretrained(unsuited / "text"), "text")
     for name, message in (("inpainting", "sees 9 channels"), ("variation", "starts from a picture")):

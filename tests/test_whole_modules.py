@@ -35,6 +35,11 @@ def train(model: nn.Module, adapter_name: str, by: float = 0.3) -> nn.Module:
 
 
 @pytest.fixture
+def case(any_case) -> Case:
+    return any_case
+
+
+@pytest.fixture
 def wrapped(case):
     """`wrapped(*names)` is a PeftModel with random adapters that have trained a module whole, the last one active."""
 

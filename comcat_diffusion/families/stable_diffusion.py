@@ -35,7 +35,7 @@ class StableDiffusion(Family):
 
     def usual_convolutions(self, kind: str) -> int:
         """A free one has them: eyes, wheels and round outlines are theirs; docs/log.md, 2026-11-30."""
-        return 8 if kind == "free" else 0
+        return 16 if kind == "free" else 0
 
     def grain(self, denoiser: Mapping, factor: int) -> int:
         """Every level of the U-Net but the last halves the latents."""

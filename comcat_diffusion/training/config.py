@@ -194,8 +194,8 @@ class AdapterShape(Group):
 
     convolutions: int | None = option(
         None,
-        "Rank of terms beside the convolutions of a U-Net's residual blocks, which carry fine detail. Default: 8 for a "
-        "free adapter on a U-Net, and none for others. 0: none, and self-attention in their place.",
+        "Rank of terms beside the second convolution of each residual block of a U-Net, which carry fine detail. "
+        "Default: 16 for a free adapter on a U-Net, and none for others. 0: none, and self-attention in their place.",
     )
 
     feed_forwards: int = option(

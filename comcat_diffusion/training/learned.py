@@ -120,7 +120,7 @@ def adapter_config(shape: AdapterShape, model: nn.Module, words: Sequence[str]) 
         tied=shape.kind == "tied",
         cores=shape.kind == "cores",
         convolutions=beside,
-        convolution_ranks=_ranks_beside(shape, model) if beside and shape.up_blocks_only else None,
+        convolution_ranks=_ranks_beside(shape, model, beside),
         feed_forwards=shape.feed_forwards,
         trigger=None if shape.everywhere else list(words),
         target_modules=targets(shape, model) or usual,
@@ -145,10 +145,14 @@ def targets(shape: AdapterShape, model: nn.Module) -> list[str] | str | None:
     return rf"up_blocks\..*\.({'|'.join(names)})"
 
 
-def _ranks_beside(shape: AdapterShape, model: nn.Module) -> dict[str, int]:
-    """The ranks beside the convolutions of the way up."""
-    found = (name for name in plain_modules(model) if ConvolvedLayer.can_stand(model, name))
-    return {name: shape.convolutions for name in found if name.startswith("up_blocks.")}
+def _ranks_beside(shape: AdapterShape, model: nn.Module, rank: int) -> dict[str, int] | None:
+    """The rank beside the second convolution of each residual block, or of those in the way up alone.
+
+    Half as many ranks beside both bring no more, in slower steps; docs/log.md, 2026-11-30.
+    """
+    where = "up_blocks." if shape.up_blocks_only else ""
+    found = (name for name in plain_modules(model) if name.startswith(where) and name.endswith(".conv2"))
+    return {name: rank for name in found if ConvolvedLayer.can_stand(model, name)} if rank else None
 
 
 def add_tokens(pipe: DiffusionPipeline, learner: Learner) -> None:

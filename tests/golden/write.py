@@ -11,12 +11,12 @@ from comcat_diffusion.adapters.combine import combine
 from comcat_diffusion.adapters.header import Notes
 from comcat_diffusion.adapters.shrink import shrink
 from comcat_diffusion.adapters.store import read_tensors
-from tests.conftest import build_tiny_unet
 from tests.test_adapter_file import GOLDEN, _by_formula, _with_adapter, pipeline
 from tests.test_convolved import GOLDEN as CONVOLVED
 from tests.test_feed_forwards import GOLDEN as FED
 from tests.test_pieces import GOLDEN as PIECES
 from tests.tiny_families import klein_transformer
+from tests.tiny_models import build_tiny_unet
 
 
 def first() -> None:
