@@ -2,7 +2,7 @@
 
 Their own code, imported from their checkouts (clients_loaders.py), says for what it takes a file, and changes the
 weights of small random bases of each family. These have to be the weights that a merged adapter has, which on a U-Net
-has terms beside convolutions as well.
+has terms beside convolutions as well, on a transformer beside feed-forwards where its family has them.
 """
 
 import copy
@@ -58,14 +58,16 @@ BASES = {
     "Z-Image": (tiny_families.z_image_transformer, "z-image", "zimage"),
     "Qwen-Image": (tiny_families.qwen_image_transformer, "qwen-image", ""),
 }
+# Whose blocks of one stream SD.Next, as diffusers, tells by the widths of the big model.
+_BY_WIDTH = ("FLUX.1", "Chroma")
 
 
-def trained(base: nn.Module, file: Path) -> nn.Module:
-    """A random adapter in a file; the base with it merged."""
+def trained(base: nn.Module, file: Path, fed: bool) -> nn.Module:
+    """A random adapter in a file, or not, with terms beside feed-forwards; the base with it merged."""
     made = copy.deepcopy(base)
-    targets = family_of_model(base).usual_targets("foldable")
-    beside = 2 if is_unet(base) else 0
-    config = ComcatConfig(r=2, alpha=3.0, foldable=True, target_modules=targets, convolutions=beside)
+    family = family_of_model(base)
+    beside = {"convolutions": 2 * is_unet(base), "feed_forwards": 2 * (fed and bool(family.feed_forwards))}
+    config = ComcatConfig(r=2, alpha=3.0, foldable=True, target_modules=family.usual_targets("foldable"), **beside)
     made.add_adapter(config, "dog")
     noise = torch.Generator().manual_seed(0)
     for factor in factors(made, "dog").values():
@@ -106,10 +108,10 @@ def main(programs: dict[str, Path]) -> None:
         for name, (make, *kinds) in BASES.items():
             torch.manual_seed(0)
             base, file = make(), Path(place) / f"{len(list(Path(place).iterdir()))}.safetensors"
-            merged = trained(base, file)
-            family = family_in(read_adapter(file)).name
             for program, load in loaders.items():
                 kind = kinds[program != "invokeai"]
+                merged = trained(base, file, program != "sdnext" or name not in _BY_WIDTH)
+                family = family_in(read_adapter(file)).name
                 if not asked(program, base, family, kind):
                     print(f"{name}, {program}: not asked, or none that it reads by itself")
                     continue

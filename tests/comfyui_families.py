@@ -51,10 +51,10 @@ GGUF = dict.fromkeys(FAMILIES, "flux") | {"sd3": "sd3", "z_image": "lumina2", "q
 ALL = r".*\.attn2?|layers\.\d+\.attention"
 KINDS = {
     "tied": {"foldable": True, "tied": True, "trigger": ["sks"]},
-    "free": {"trigger": ["ohwx"]},
+    "free": {"trigger": ["ohwx"], "feed_forwards": 2},
     "cores": {"foldable": True, "cores": True, "trigger": ["sks"]},
-    "all": {"foldable": True, "trigger": ["sks"], "target_modules": ALL},
-    "everywhere": {"foldable": True, "target_modules": ALL},
+    "all": {"foldable": True, "trigger": ["sks"], "target_modules": ALL, "feed_forwards": 2},
+    "everywhere": {"foldable": True, "target_modules": ALL, "feed_forwards": 2},
 }
 PROBE = f"""
 import comfy.model_detection, comfy.samplers, comfy.sd, folder_paths, os, safetensors.torch, torch
@@ -173,8 +173,9 @@ def adapters(pipe: DiffusionPipeline, folder: Path) -> dict[str, Path]:
     for number, (name, options) in enumerate(KINDS.items()):
         pipe.transformer.add_adapter(ComcatConfig(r=2, alpha=3.0, **options), name)
         noise = torch.Generator().manual_seed(number)
-        for factor in factors(pipe.transformer, name).values():
-            factor.data = torch.randn(factor.shape, generator=noise) * (1.0 if name == "cores" else 0.3)
+        for own, factor in factors(pipe.transformer, name).items():
+            size = 0.1 if ".feed_" in own else 1.0 if name == "cores" else 0.3  # larger ones amplify rounding
+            factor.data = torch.randn(factor.shape, generator=noise) * size
         files[name] = folder / f"{name}.safetensors"
         notes = Notes((options.get("trigger") or ["sks"])[0], "a photo of sks dog", "dog")
         save_adapter(pipe, files[name], name, "somebody/base", notes)

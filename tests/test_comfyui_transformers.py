@@ -9,15 +9,22 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from comcat_diffusion import ComcatConfig, save_adapter
+from comcat_diffusion.adapters.fed import FedLayer
 from comcat_diffusion.adapters.fingerprint import fingerprint
+from comcat_diffusion.adapters.model import side_cars
+from comcat_diffusion.adapters.store import read_fitting
 from comcat_diffusion.adapters.texts import texts_of
+from comcat_diffusion.comfy.beside import passing
 from comcat_diffusion.comfy.blocks import FluxSingle, JointBlock, ZImageAttention, block_of
+from comcat_diffusion.comfy.fed import Fed
 from comcat_diffusion.comfy.guests import Guest, Guests
-from comcat_diffusion.comfy.places import ATTENTION, Called, LookedEnough, Places
+from comcat_diffusion.comfy.load import _guest, _of_transformer
+from comcat_diffusion.comfy.places import ATTENTION, PLACES, Called, LookedEnough, Places
 from comcat_diffusion.comfy.quantized import rough, rounded
 from comcat_diffusion.comfy.sharing import PICTURE, Picture, masked_shares
 from comcat_diffusion.comfy.text import SAID, Said, Tokenizer, joined
-from comcat_diffusion.comfy.transformers import KINDS, as_diffusers, attention_names, kind_of
+from comcat_diffusion.comfy.transformers import KINDS, as_diffusers, attention_names, feed_forward_names, kind_of
 from comcat_diffusion.families.family import TRANSFORMER, Reading, Segment
 from comcat_diffusion.families.known import FAMILIES, family_of_model
 from tests.comfyui_transformers import original_names
@@ -81,6 +88,70 @@ def test_a_transformer_has_the_fingerprint_that_it_has_in_diffusers(name):
     assert_close(shell.get_submodule(own).weight, transformer.get_submodule(own).weight, rtol=0, atol=0)
     theirs = ("double_blocks.1", "joint_blocks.1.context_block.attn", "layers.1.attention", "transformer_blocks.1.attn")
     assert there[one] in theirs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MADE)
+def test_terms_beside_feed_forwards_are_beside_what_diffusers_have_they_are(name, randomize, tmp_path):
+    """A file's, Linear by Linear; of one that is rows of a bigger one here, in these rows and no others."""
+    transformer, patcher = MADE[name](), native(MADE[name]())
+    transformer.add_adapter(ComcatConfig(r=2, alpha=3.0, foldable=True, feed_forwards=2), "dog")
+    randomize(transformer, "dog", std=0.3)
+    save_adapter(transformer, tmp_path / "dog.safetensors", "dog")
+    kind = kind_of(patcher.model.diffusion_model)
+    parts, names = _of_transformer(patcher, kind)
+    shell, names = parts[TRANSFORMER], names[TRANSFORMER]
+    fed = {own: layer for own, layer in side_cars(transformer).items() if isinstance(layer, FedLayer)}
+    assert feed_forward_names(patcher.model.diffusion_model, kind).keys() == fed.keys() == FedLayer.hosts(shell).keys()
+    present = fingerprint(shell, "flow")
+    fitting = read_fitting({TRANSFORMER: shell}, present, tmp_path / "dog.safetensors", True, "this model")
+    guest = _guest(tmp_path / "dog.safetensors", TRANSFORMER, fitting, shell, names, 0.5)
+    assert guest.waits_beside.keys() == {names[own] for own in fed}
+    assert set(guest.attentions) == guest.factors.keys() - guest.waits_beside.keys()
+    for own, layer in fed.items():
+        weight = patcher.model.get_submodule(names[own]).weight
+        host = nn.Linear(*reversed(weight.shape), bias=False)
+        hidden, host.weight = torch.randn(2, 3, weight.shape[1]), nn.Parameter(weight.data)
+        change = Fed(Guests((guest,)), names[own], host)(hidden) - host(hidden)
+        at = family_of_model(transformer).native_weight(own)
+        assert at is None or f"diffusion_model.{at.name}" == names[own]
+        rows = slice(None) if at is None else slice(at.place * len(weight) // at.count, None)
+        assert_close(change[..., rows], 0.5 * layer.scaling["dog"] * layer.term("dog", hidden), rtol=1e-4, atol=1e-5)
+        assert change[..., rows].abs().max() > 0.05 and (rows.start is None or not change[..., : rows.start].any())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("place", "around"),
+    [("single_blocks.0.linear1", (3, 2)), ("layers.0.feed_forward.w1", (32, 26)),
+     ("joint_blocks.0.x_block.mlp.fc1", (0, 0)), ("transformer_blocks.0.img_mlp.net.2", (0, 4))],
+)  # fmt: skip
+def test_a_term_beside_a_feed_forward_acts_row_by_row_rank_by_rank_and_token_by_token(place, around):
+    """In float64, against the formula; words have the mean of a mask, and so has what is behind the picture."""
+    torch.manual_seed(0)
+    host, place, grid = nn.Linear(8, 6).double(), f"diffusion_model.{place}", (2, 3)
+    factors = {name: nn.Linear(*size, bias=False).double() for name, size in (("down", (8, 2)), ("up", (2, 6)))}
+    waits = ((("sks",), 1), (("ohwx",), 1))
+    own = {place: {f"feed_{name}": factor for name, factor in factors.items()}}
+    guest = Guest("dog", Path("dog"), ("sks", "ohwx"), waits, own, {place: 0.7}, (), {place: waits})
+    masks = {"dog": torch.tensor([[1.0, 0.5, 0], [1, 0, 0]]).double()}
+    fed, hidden = Fed(Guests((guest,), masks), place, host), torch.randn(3, sum(around) + 6, 8).double()
+    said = {("sks",): torch.tensor([[0.0, 1, 1], [0, 0, 0], [0, 0, 0]]).double().unsqueeze(-1)}
+    said[("ohwx",)] = torch.tensor([[0.0, 0, 1], [0, 1, 1], [0, 0, 0]]).double().unsqueeze(-1)
+    picture = Picture(grid, around[0], masked_shares(masks, grid, grid))
+    with passing({SAID: said, PICTURE: picture}, grid):
+        found = fed(hidden)
+    share = masks["dog"].flatten()
+    share = torch.cat([share.mean().expand(around[0]), share, share.mean().expand(around[1])]).view(1, -1, 1)
+    rows = torch.tensor([[1.0, 1], [0, 1], [0, 0]]).double().unsqueeze(1)
+    wanted = host(hidden) + 0.7 * factors["up"](share * rows * factors["down"](hidden))
+    assert_close(found, wanted)
+    assert torch.equal(found[2], host(hidden)[2]) and (found[:2] - host(hidden)[:2]).abs().max() > 0.1
+    with passing({SAID: {}, PICTURE: picture}, grid):
+        assert torch.equal(fed(hidden), host(hidden))
+    called = {"dog": Called(torch.ones(3, 3), torch.zeros(3, dtype=torch.bool))}
+    with passing({SAID: said, PICTURE: picture, PLACES: Places(called, None, grid)}, grid):  # the base draws
+        assert torch.equal(fed(hidden), host(hidden))
 
 
 def test_a_lora_in_the_weights_is_looked_past():

@@ -1,5 +1,7 @@
 """What is learned on families beyond the U-Nets, merged and as LoRAs: what the adapter does, to rounding."""
 
+import re
+
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import (
@@ -22,7 +24,7 @@ from comcat_diffusion.adapters.placing import add_adapter
 from comcat_diffusion.cli import main
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.export.spread import spread
-from comcat_diffusion.families.known import family_of
+from comcat_diffusion.families.known import family_of, family_of_model
 from comcat_diffusion.generation.config import GenerateConfig
 from comcat_diffusion.generation.generate import generate
 from comcat_diffusion.training.becomes import becomes, lora_bytes
@@ -36,8 +38,10 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
 BASES = ("pixart", "sd3", "sd35", "sana", "klein", "z_image", "qwen_image", "flux1", "kolors", "chroma")
 
 
+FED = ("klein", "flux1", "chroma", "sd3", "sd35", "z_image", "qwen_image")  # have terms beside feed-forwards
 CASES = [f"{kind}-{name}" for name in BASES for kind in ("tied", "foldable")] + ["cores-klein", "cores-pixart"]
-OFTEN = ("tied-pixart", "tied-sd3", "foldable-klein", "tied-z_image")  # of each way to name weights one
+CASES += [f"fed-{name}" for name in FED]
+OFTEN = ("tied-pixart", "tied-sd3", "foldable-klein", "tied-z_image", "fed-flux1")  # of each way to name weights one
 
 
 @pytest.fixture(scope="module", params=mostly(CASES, *OFTEN))
@@ -48,7 +52,7 @@ def exported(request, tmp_path_factory):
 
 
 def made(kind, name, folder, everywhere=True):
-    """See `exported`; not `everywhere`: in joint attention alone."""
+    """See `exported`; `fed` is foldable with terms beside feed-forwards; not `everywhere`: in joint attention alone."""
     base = str(getattr(tiny_families, name)(folder / "base"))
     pipe = bases.load_base(base)
     model = denoiser(pipe)
@@ -57,6 +61,7 @@ def made(kind, name, folder, everywhere=True):
     targets = targets.get(name) if everywhere else None
     targets = targets or default_targets(model)
     kinds = {"foldable": True, "tied": kind == "tied", "cores": kind == "cores"}
+    kinds |= {"feed_forwards": 3 * (kind == "fed")}
     config = ComcatConfig(r=2, alpha=3.0, target_modules=targets, **kinds)
     add_adapter(model, config, "dog")
     with torch.no_grad():
@@ -131,9 +136,12 @@ def test_so_does_the_live_one_and_what_is_merged(exported, tmp_path):
     assert_close(predicted(bases.load_base(str(folder))), live, **CLOSE)
 
 
-def native_weights(pipe) -> dict[str, torch.Tensor]:
-    """The projections of attentions as the family's own checkpoints hold them; Kolors' have diffusers' names."""
-    model, found = denoiser(pipe), {}
+def native_weights(pipe, fed=False) -> dict[str, torch.Tensor]:
+    """The projections of attentions as the family's own checkpoints hold them; Kolors' have diffusers' names.
+
+    With `fed`, also the Linears of feed-forwards that terms stand beside.
+    """
+    model, found = denoiser(pipe), _native_feed_forwards(denoiser(pipe)) if fed else {}
     if hasattr(model, "up_blocks"):
         modules = dict(model.named_modules())
         return {
@@ -175,16 +183,31 @@ def native_weights(pipe) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in found.items()}
 
 
+def _native_feed_forwards(model) -> dict[str, torch.Tensor]:
+    """But for those that are rows of a Linear which attentions have, too."""
+    names = {
+        name: name for name, _ in model.named_modules() if re.fullmatch(family_of_model(model).feed_forwards, name)
+    }
+    for one, other in (
+        (r"single_transformer_blocks(\.\d+)\.(attn\.to|proj)_out", r"single_blocks\1.linear2"),
+        (r"single_transformer_blocks.*", ""),
+        (r"transformer_blocks(\.\d+)\.ff\.net\.0\.proj", r"joint_blocks\1.x_block.mlp.fc1"),
+        (r"transformer_blocks(\.\d+)\.ff\.net\.2", r"joint_blocks\1.x_block.mlp.fc2"),
+    ):
+        names = {name: re.sub(f"^{one}$", other, native) for name, native in names.items()}
+    return {native: model.get_submodule(name).weight for name, native in names.items() if native}
+
+
 def test_native_names_change_the_native_weights_as_merging_does(exported, tmp_path):
     """Every `lora_unet_...` belongs to a fused Linear of the family's own weights, of which it changes no query."""
     base, file, _, _ = exported
     argv = ["export", "--adapter", str(file), "--output", str(tmp_path / "lora.safetensors"), "--for", "comfyui"]
     assert main(argv) == 0
-    merged = bases.load_base(base)
-    before = native_weights(merged)
+    merged, fed = bases.load_base(base), bool(read_adapter(file).config.get("transformer", {}).get("feed_forwards"))
+    before = native_weights(merged, fed)
     load_adapter(merged, file, "dog")
     merge_adapters(merged)
-    after, tensors = native_weights(merged), load_file(tmp_path / "lora.safetensors")
+    after, tensors = native_weights(merged, fed), load_file(tmp_path / "lora.safetensors")
     keys = {"lora_unet_" + name.replace(".", "_"): name for name in before}
     assert {name.partition(".")[0] for name in tensors} == set(keys)
     for key, name in keys.items():
@@ -219,12 +242,14 @@ def test_native_names_of_stable_diffusion_3_are_those_that_diffusers_converts_fr
             assert torch.equal(third, weight)
 
 
-@pytest.mark.parametrize(
-    "name", mostly(["klein", "flux1", "chroma", "z_image", "qwen_image", "wide_kolors"], "klein", "chroma", "z_image")
-)
-@pytest.mark.parametrize("kind", mostly(["tied", "foldable"], "tied"))
-def test_diffusers_reads_native_names(kind, name, tmp_path):
+NATIVE = [f"{kind}-{n}" for kind in ("tied", "foldable") for n in ("klein", "flux1", "chroma", "z_image", "qwen_image")]
+NATIVE += ["tied-wide_kolors", "foldable-wide_kolors", "fed-klein", "fed-z_image", "fed-qwen_image"]
+
+
+@pytest.mark.parametrize("case", mostly(NATIVE, "tied-klein", "tied-chroma", "tied-z_image", "fed-klein"))
+def test_diffusers_reads_native_names(case, tmp_path):
     """Its own reading of files in these names does what the adapter does."""
+    kind, _, name = case.partition("-")
     # Of blocks of one stream diffusers knows those of the big FLUX.1 alone, by their widths.
     base, file, _, live = made(kind, name, tmp_path, everywhere=name == "klein")
     argv = ["export", "--adapter", str(file), "--output", str(tmp_path / "lora.safetensors"), "--for", "comfyui"]

@@ -33,7 +33,6 @@ from comcat_diffusion import (
 from comcat_diffusion.adapters.as_lora import lora_layers
 from comcat_diffusion.adapters.beside_kinds import FEED_FORWARDS
 from comcat_diffusion.adapters.beside_rows import Beside, pack_terms, rank_bytes
-from comcat_diffusion.adapters.combine import combine
 from comcat_diffusion.adapters.fed import FACTORS, FedLayer
 from comcat_diffusion.adapters.header import AdapterFileError, Notes, read_adapter
 from comcat_diffusion.adapters.merge import bake_adapters
@@ -42,11 +41,10 @@ from comcat_diffusion.adapters.shrink import least_bytes, shrink
 from comcat_diffusion.adapters.store import read_tensors
 from comcat_diffusion.adapters.terms import read_contents
 from comcat_diffusion.cli import main
-from comcat_diffusion.comfy.load import load
-from comcat_diffusion.export.fit import refuse_exact
+from comcat_diffusion.export.approximate import approximate
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.families.known import family_of
-from comcat_diffusion.training.becomes import budget
+from comcat_diffusion.training.becomes import becomes, budget
 from comcat_diffusion.training.config import TrainConfig, ValidateConfig
 from comcat_diffusion.training.customize import customize
 from comcat_diffusion.training.learned import adapter_config
@@ -176,7 +174,7 @@ def test_what_has_no_such_terms_is_refused_by_name(tiny_unet, tiny_clip, tiny_kl
     with pytest.raises(ValueError, match="feed_forward_ranks are of terms beside feed-forwards"):
         ComcatConfig(feed_forward_ranks={OUT: 2})
     several = {"trigger": ["a", "b"], "trigger_ranks": [[["a"], 1], [["b"], 1]]}
-    with pytest.raises(ValueError, match="beside feed-forwards are of one subject"):
+    with pytest.raises(ValueError, match="feed_forward_shares must share the ranks of feed_forward_ranks out"):
         ComcatConfig(r=2, feed_forwards=2, **several)
     for model in (tiny_unet(torch.float32), tiny_clip(torch.float32)):
         told = rf"beside feed-forwards are for .*FLUX.2 \[klein\].*this is a {type(model).__name__}"
@@ -653,7 +651,7 @@ def test_a_damaged_packed_file_is_refused(tiny_klein, packed, damage):
 
 def test_without_room_for_a_rank_the_attentions_have_all_of_it(packed, tmp_path):
     dense, _, _ = packed
-    least = least_bytes(read_contents(dense, feed_forwards=True))
+    least = least_bytes(read_contents(dense))
     made = shrink(dense, tmp_path / "least.safetensors", least)
     assert made.bytes <= least and made.header.format_version == 2
 
@@ -670,7 +668,7 @@ def test_the_golden_file_of_format_version_5_opens_for_ever():
     assert len(header.fed["transformer"]) == len({name.rpartition(".")[0] for name in found if "feed_" in name})
 
 
-# What is a LoRA, and what is refused
+# What is a LoRA
 
 
 @torch.no_grad()
@@ -683,6 +681,25 @@ def test_a_term_that_acts_everywhere_is_a_lora_of_its_linear(tiny_klein, live, t
         change = layers[f"{name}.lora_B.weight"] @ layers[f"{name}.lora_A.weight"]
         assert_close(weight + change, model.get_submodule(name).weight, **EXACT)
         assert change.abs().max() > CLEAR
+
+
+def test_the_closest_lora_of_a_free_one_keeps_the_terms_as_they_are(tmp_path, randomize):
+    """Without its attentions, which no LoRA has, it is off by nothing."""
+    pipe = bases.load_base(str(tiny_families.klein(tmp_path / "base")))
+    pipe.transformer.add_adapter(config(alpha=3.0), "dog")
+    only_fed(randomize(pipe.transformer, "dog", std=0.5))
+    save_adapter(pipe, tmp_path / "a.safetensors", "dog")
+    unload_adapters(pipe)
+    with pytest.raises(AdapterFileError, match="is a free adapter"):
+        export_adapter(tmp_path / "a.safetensors", tmp_path / "lora.safetensors")
+    assert approximate(pipe, tmp_path / "a.safetensors", tmp_path / "b.safetensors", [WITH]).error < 1e-5
+    export_adapter(tmp_path / "b.safetensors", tmp_path / "lora.safetensors")
+    lora, own = load_file(tmp_path / "lora.safetensors"), load_file(tmp_path / "a.safetensors")
+    for name, native in ((INTO, "linear1"), (OUT, "linear2")):
+        mark = f"lora_unet_single_blocks_0_{native}"
+        down, up, alpha = (lora[f"{mark}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha"))
+        expected = 1.5 * own[f"transformer.{name}.feed_up"] @ own[f"transformer.{name}.feed_down"]
+        assert_close(alpha / len(down) * up @ down, expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -701,22 +718,6 @@ def test_the_weighted_sum_is_one_more(tiny_klein, live):
     layer, hidden = side_cars(inner)[OUT], noise(1, 5, 64)
     expected = layer.term("a", hidden) + 0.5 * layer.term("b", hidden)
     assert_close(layer.owner(hidden), plain_forward(layer, hidden) + expected, **EXACT)
-
-
-def test_what_other_programs_cannot_read_yet_is_refused_in_a_sentence(live, tmp_path):
-    path, told = tmp_path / "a.safetensors", "has terms beside feed-forwards, which comcat generate"
-    save_adapter(live(dtype=torch.float32, foldable=True), path, "dog")
-    with pytest.raises(AdapterFileError, match=told):
-        export_adapter(path, tmp_path / "b.safetensors")
-    with pytest.raises(AdapterFileError, match=told):
-        combine([(path, 1.0), (path, 1.0)], tmp_path / "b.safetensors")
-    with pytest.raises(AdapterFileError, match=told):
-        refuse_exact(read_adapter(path), path)
-    with pytest.raises(AdapterFileError, match=told):
-        load(None, None, path)
-    with pytest.raises(ValueError, match="writes in no LoRA yet: leave it out, or --as lora"):
-        TrainConfig(as_="lora", feed_forwards=4)
-    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 # Learning
@@ -785,11 +786,28 @@ def test_a_run_goes_on_from_a_file_with_such_terms_and_commands_tell_of_them(set
         customize(settings(tmp_path / "c", **start | {"feed_forwards": 8}))
 
 
+def test_what_is_trained_as_a_lora_is_one(settings, tmp_path):
+    """Of the size that is said before."""
+    config = settings(tmp_path / "a", as_="lora")
+    made = customize(config).adapter
+    export_adapter(made, tmp_path / "lora.safetensors")
+    lora, pipe = load_file(tmp_path / "lora.safetensors"), bases.load_base(config.pretrained_model_name_or_path)
+    size = sum(tensor.nbytes for name, tensor in lora.items() if not name.endswith(".alpha"))
+    told = becomes(config, pipe.transformer)
+    assert f"exactly, a LoRA that every program reads (at most {size / 1000:,.0f} kB" in told
+    pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    found = drawn(pipe, WITHOUT)
+    pipe.unload_lora_weights()
+    assert distance(found, drawn(pipe, WITHOUT)) > 1e-5
+    load_adapter(pipe, made, "dog")
+    assert_close(found, drawn(pipe, WITHOUT), rtol=0, atol=1e-5)
+
+
 def test_what_a_run_would_do_is_said_before(settings, tmp_path, tiny_klein):
     report = validate(settings(tmp_path / "a", ValidateConfig))
     assert not report.errors
     assert any("in terms beside 2 Linears of feed-forwards." in fact for fact in report.facts)
-    assert any(fact.startswith("This adapter is for this tool (about") for fact in report.facts)
+    assert any(fact.startswith("This adapter is for this tool and its ComfyUI node (about") for fact in report.facts)
     told = validate(settings(tmp_path / "a", ValidateConfig, pretrained_model_name_or_path="embedded")).errors
     assert any("--feed_forwards is for Stable Diffusion 3 and 3.5, FLUX.2 [klein]" in error for error in told)
     with pytest.raises(ValueError, match="--feed_forwards must be at least 0"):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from comcat_diffusion.adapters.header import Header, kind_of, read_adapter, refuse_feed_forwards
+from comcat_diffusion.adapters.header import Header, kind_of, read_adapter
 from comcat_diffusion.adapters.same_base import difference
 
 
@@ -20,7 +20,6 @@ def refuse_unlike(adapters: Sequence[tuple[str | Path, float]], rank: int | None
             raise ValueError(f"The weight of {path} must be a finite number other than zero, not {weight}.")
     read = [(path, read_adapter(path)) for path, _ in adapters]
     for path, header in read:
-        refuse_feed_forwards(header, path)
         _refuse_other_base(*read[0], path, header)
         _refuse_other_trigger(*read[0], path, header, rank)
     kinds: dict[str, str] = {}

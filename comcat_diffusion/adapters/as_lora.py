@@ -56,10 +56,13 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, to
     return found
 
 
-def placed(up: torch.Tensor, place: int, count: int) -> torch.Tensor:
-    """The rows of one projection, (H*D, K), among those of `count` of the same height: zero elsewhere."""
-    rows = up.new_zeros(count, *up.shape)
-    rows[place] = up
+def placed(up: torch.Tensor, place: int, count: int, span: int = 1) -> torch.Tensor:
+    """The rows of one projection, (O, K), among those of `count` of the same height, of which it is `span` itself.
+
+    Zero elsewhere.
+    """
+    rows = up.new_zeros(count, len(up) // span, up.shape[1])
+    rows[place : place + span] = up.unflatten(0, (span, -1))
     return rows.flatten(0, 1)
 
 

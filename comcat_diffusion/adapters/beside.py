@@ -269,6 +269,6 @@ class BesideLayer(SideCar):
 
 def waits_of(config: ComcatConfig, name: str) -> list[tuple[tuple[str, ...], int]]:
     """For which words how many of the ranks beside a module wait; none where all wait for the same."""
-    told = (getattr(config, kind.shares) or {} for kind in KINDS if kind.shares)
+    told = (getattr(config, kind.shares) or {} for kind in KINDS)
     shares = next((own[name] for own in told if name in own), ())
     return [(tuple(words), own) for (words, _), own in zip(config.trigger_ranks or (), shares, strict=False) if own]

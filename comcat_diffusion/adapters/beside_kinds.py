@@ -16,7 +16,7 @@ class Kind:
 
     setting: str  # of a configuration: the rank, and what its hosts are called in sentences
     ranks: str  # the same by name of the host
-    shares: str  # how many of these wait for which words; empty where all wait for the same
+    shares: str  # how many of these wait for which words, where not all wait for the same
     told: str  # what the header of a packed file says of them
     version: int  # the format version of packed files that have them
     factors: tuple[str, ...]  # D, then T if there is one, and U
@@ -30,7 +30,7 @@ class Kind:
     @property
     def settings(self) -> tuple[str, ...]:
         """All of them."""
-        return tuple(name for name in (self.setting, self.ranks, self.shares) if name)
+        return self.setting, self.ranks, self.shares
 
     def of_ranks(self, ranks: Mapping[str, int]) -> dict:
         """The settings that name every host with a term beside it and its rank; of none, none."""
@@ -49,7 +49,7 @@ CONVOLUTIONS = Kind(
 FEED_FORWARDS = Kind(
     "feed_forwards",
     "feed_forward_ranks",
-    "",
+    "feed_forward_shares",
     "fed",
     5,
     ("feed_down", "feed_up"),

@@ -13,8 +13,9 @@ import torch
 
 from comcat_diffusion import heads as maths
 from comcat_diffusion.adapters.alike import refuse_unlike, several_words
+from comcat_diffusion.adapters.beside_kinds import KINDS, Kind
 from comcat_diffusion.adapters.beside_rows import Beside, summed
-from comcat_diffusion.adapters.header import Header, Notes, Piece, same_words
+from comcat_diffusion.adapters.header import Header, Notes, Piece, same_words, told_of
 from comcat_diffusion.adapters.packing import FLOAT, HeadBits
 from comcat_diffusion.adapters.pieces import own_tensors
 from comcat_diffusion.adapters.store import TOKEN
@@ -45,8 +46,9 @@ class _Read:
     def beside(self) -> list[Beside]:
         return [replace(term, scale=self.weight * term.scale) for term in self.contents.beside]
 
-    def ranks_beside(self, part: str) -> dict[str, list[int]]:
-        return {term.host: [len(term.down)] for term in self.contents.beside if term.part == part}
+    def ranks_beside(self, part: str, kind: Kind) -> dict[str, list[int]]:
+        own = [term for term in self.contents.beside if (term.part, term.kind) == (part, kind)]
+        return {term.host: [len(term.down)] for term in own}
 
 
 def combine(
@@ -59,9 +61,9 @@ def combine(
 
     Without a rank the heads' ranks are concatenated, which is exact up to the rounding to `dtype`; where a file is
     packed, each keeps its own rows (adapters/pieces.py), so that the sum takes about their bytes. Not so if a dense one
-    has terms beside convolutions, which packing would round: then all of the sum is dense. With a rank, every
+    has terms beside other modules, which packing would round: then all of the sum is dense. With a rank, every
     head's sum is cut by QR and SVD to its best approximation of that rank; of a foldable adapter it is the product
-    without the base, G' Ak^T and Av G, that is approximated. Terms beside convolutions keep all of their ranks. Raises
+    without the base, G' Ak^T and Av G, that is approximated. Terms beside other modules keep all of their ranks. Raises
     ValueError for adapters of different bases or kinds and for weights without meaning.
     """
     if rank is not None and rank < 1:
@@ -95,22 +97,33 @@ def combine(
 def _waiting(read: list[_Read]) -> dict[str, dict]:
     """By part in which files wait for words of their own: all of these, and how many ranks wait for which.
 
-    Of convolutions how many of their ranks do, in the same order.
+    Of other modules how many of the ranks beside them do, in the same order.
     """
     found, headers = {}, [file.contents.header for file in read]
     for part in {part for header in headers for part in header.config if several_words(headers, part)}:
         own = [file for file in read if part in file.contents.header.config]
-        shares, beside = [], {name: [] for file in own for name in file.ranks_beside(part)}
-        for file in own:
-            config = file.contents.header.config[part]
-            rank = max(term.rank for term in file.contents.terms if term.part == part)
-            mine = config.get("trigger_ranks") or [[list(config["trigger"]), rank]]
-            shares += mine
-            there = config.get("convolution_shares") or file.ranks_beside(part)
-            for name, counts in beside.items():
-                counts += there.get(name, [0] * len(mine))
+        mine = [_awaited(file, part) for file in own]
+        shares = [share for of_file in mine for share in of_file]
         words = list(dict.fromkeys(word for own_words, _ in shares for word in own_words))
-        found[part] = {"trigger": words, "trigger_ranks": shares, "convolution_shares": beside}
+        found[part] = {"trigger": words, "trigger_ranks": shares}
+        found[part] |= {kind.shares: _shares_beside(own, part, kind, list(map(len, mine))) for kind in KINDS}
+    return found
+
+
+def _awaited(file: _Read, part: str) -> list[list]:
+    """For which words how many ranks of a file wait at attentions."""
+    config = file.contents.header.config[part]
+    rank = max(term.rank for term in file.contents.terms if term.part == part)
+    return config.get("trigger_ranks") or [[list(config["trigger"]), rank]]
+
+
+def _shares_beside(files: list[_Read], part: str, kind: Kind, counts: list[int]) -> dict[str, list[int]]:
+    """By a kind's host how many ranks are of which words, `counts` being of how many each file has ranks."""
+    found: dict[str, list[int]] = {name: [] for file in files for name in file.ranks_beside(part, kind)}
+    for file, count in zip(files, counts, strict=True):
+        there = file.contents.header.config[part].get(kind.shares) or file.ranks_beside(part, kind)
+        for name, own in found.items():
+            own += there.get(name, [0] * count)
     return found
 
 
@@ -149,7 +162,8 @@ def _pieces(file: _Read, dtype: torch.dtype) -> Iterator[tuple[Piece, dict[str, 
         header, content = assembled(file.contents, dtype, directions)
         packed = safetensors.torch.load(content)
     alpha = {part: file.weight * header.config[part]["alpha"] for part in header.head_ranks}
-    yield Piece(alpha, header.head_ranks, header.row_lengths, header.convolved, file.weight), packed
+    beside = {kind.told: told_of(header, kind) for kind in KINDS}
+    yield Piece(alpha, header.head_ranks, header.row_lengths, weight=file.weight, **beside), packed
 
 
 def concatenated(terms: Sequence[Term]) -> Term:

@@ -62,6 +62,12 @@ class ComcatConfig(PeftConfig):
         default=None,
         metadata={"help": "Their ranks by name of the Linear; others have no term. Default: one rank for all."},
     )
+    feed_forward_shares: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "How many of the ranks of each of these are of which entry of `trigger_ranks`, in its order."
+        },
+    )
     trigger: list[str] | None = field(
         default=None,
         metadata={"help": "Words that call the adapter: it acts on a prompt's tokens from the first of them on."},
@@ -144,11 +150,7 @@ class ComcatConfig(PeftConfig):
                 raise ValueError(f"The rank beside {kind.noun} must be a whole number of at least 0, not {rank!r}.")
         if ranks and not common:
             raise ValueError(f"{kind.ranks} are of terms beside {kind.noun}: set {kind.setting} as well.")
-        if common and self.trigger_ranks and not kind.shares:
-            raise ValueError(
-                f"Terms beside {kind.noun} are of one subject: leave trigger_ranks out, or set {kind.setting}=0."
-            )
-        if kind.shares and (getattr(self, kind.shares) or (common and self.trigger_ranks)):
+        if getattr(self, kind.shares) or (common and self.trigger_ranks):
             self._refuse_other_shares_beside(kind)
 
     def _refuse_other_shares_beside(self, kind: Kind) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from comcat_diffusion.adapters.beside_kinds import CONVOLUTIONS, FEED_FORWARDS, KINDS, Kind
+from comcat_diffusion.adapters.beside_kinds import KINDS, Kind
 from comcat_diffusion.adapters.same_base import NARROWER
 from comcat_diffusion.families.known import family_of_denoiser
 from comcat_diffusion.words import Subject, words_of
@@ -62,7 +62,8 @@ class Piece:
     head_ranks: dict[str, dict[str, list[list[int]]]]  # as of a packed file
     row_lengths: dict[str, list[list[int]]]
     convolved: dict[str, dict[str, list[int]]] = field(default_factory=dict)
-    weight: float = 1.0  # of its terms beside convolutions, whose strength `alpha` is not
+    fed: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    weight: float = 1.0  # of its terms beside other modules, whose strength `alpha` is not
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,9 @@ class Header:
             if not content[name]:  # a file that does without is one that older versions read
                 del content[name]
         for piece in content.get("pieces", ()):
-            if not piece[CONVOLUTIONS.told]:
-                del piece[CONVOLUTIONS.told], piece["weight"]
+            none = [kind.told for kind in KINDS if not piece[kind.told]]
+            for name in none if len(none) < len(KINDS) else [*none, "weight"]:
+                del piece[name]
         if not notes.others:
             del content["notes"]["others"]
         for part in self.packed:  # the ranks of the heads say which layers there are, and of which rank
@@ -233,20 +235,6 @@ def kind_of(config: dict) -> str:
     return kinds[0] if kinds else "foldable" if config.get("foldable") else "free"
 
 
-def has_feed_forwards(header: Header) -> bool:
-    """Whether a file has terms beside feed-forwards."""
-    return any(config.get(FEED_FORWARDS.setting) for config in header.config.values())
-
-
-def refuse_feed_forwards(header: Header, path: str | Path) -> None:
-    """Raise AdapterFileError for a file with terms beside feed-forwards, which few can use."""
-    if has_feed_forwards(header):
-        raise AdapterFileError(
-            f"{path} has terms beside feed-forwards, which comcat generate, evaluate, train, shrink and merge read and "
-            "nothing else does yet: train it again without --feed_forwards."
-        )
-
-
 def awaited(header: Header) -> set[str]:
     """The words that the adapter of a file waits for, in small letters; none if it acts everywhere."""
     return {word.lower() for config in header.config.values() for word in config.get("trigger") or ()}
@@ -278,7 +266,7 @@ def settings_of_layers(ranks: dict[str, int], common: int) -> dict:
 
 def told_of(packed: Header | Piece, kind: Kind) -> dict[str, dict[str, list[int]]]:
     """What a packed file, or a piece of one, says of a kind of terms: [R, O, C] by part and host."""
-    return getattr(packed, kind.told, {})  # pieces have no terms beside feed-forwards yet
+    return getattr(packed, kind.told)
 
 
 def version_beside(packed: Sequence[Header | Piece]) -> int:
@@ -292,7 +280,7 @@ def _shares_beside(header: Header, part: str, kind: Kind, ranks: dict[str, list[
     A piece's words are those that its ranks at attentions wait for, and these stand piece by piece, word by word.
     """
     words = header.config[part].get("trigger_ranks")
-    if not words or not kind.shares:
+    if not words:
         return {}
     ends = list(itertools.accumulate(count for _, count in words))
     last = itertools.accumulate(_rank(piece, part) for piece in header.pieces if part in piece.head_ranks)

@@ -2,7 +2,8 @@
 
 The header's `pieces` say of each what a packed file of it alone would (`head_ranks`, `row_lengths`), and under `alpha`
 its strength, by part: its term is scaled by alpha over its own rank there, so that a weight costs no second rounding.
-Where it has terms beside convolutions, `convolved` says which (beside_rows.py), and `weight` what these are times.
+Where it has terms beside other modules, `convolved` and `fed` say which (beside_rows.py), and `weight` what these are
+times.
 Its tensors are those of that file behind its number, NUMBER.PART.C or NUMBER.PART.rows; embeddings of new words stand
 beside them. What is read is the sum: head by head the ranks of the pieces side by side, zeros where a head of one has
 fewer than its others or an attention is not among its own. So whoever reads dense factors reads these.

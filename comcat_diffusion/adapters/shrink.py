@@ -99,7 +99,7 @@ def shrink(adapter: str | Path, output: str | Path, max_bytes: int) -> Shrunk:
     Factors are float16 if all directions fit that way, else whole numbers of 2 to 8 bits. Raises ValueError if not even
     one direction of one head fits, naming the least.
     """
-    whole_file = read_contents(adapter, feed_forwards=True)
+    whole_file = read_contents(adapter)
     refuse_several(whole_file.header, adapter, "shrinking")
     made, content = shrunk(whole_file, max_bytes)
     atomic.write_bytes(output, content)
@@ -216,7 +216,7 @@ def _kept(layers: list[_Layer], content: bytes) -> float:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "made.safetensors"
         file.write_bytes(content)
-        after = {term.key: term.products() for term in read_contents(file, feed_forwards=True).terms}
+        after = {term.key: term.products() for term in read_contents(file).terms}
     shares = []
     for layer in layers:
         for number, (left, right) in enumerate(layer.term.products()):

@@ -26,7 +26,6 @@ from comcat_diffusion.adapters.header import (
     Header,
     Piece,
     read_adapter,
-    refuse_feed_forwards,
     settings_of_layers,
     version_beside,
 )
@@ -123,15 +122,12 @@ class Contents:
     beside: list[Beside] = field(default_factory=list)  # what there is beside other modules
 
 
-def read_contents(path: str | Path, feed_forwards: bool = False) -> Contents:
+def read_contents(path: str | Path) -> Contents:
     """A file taken apart. What needs no base is checked as strictly as when loading.
 
-    Raises AdapterFileError for a damaged file, naming the module whose factors do not fit each other, and for one with
-    terms beside feed-forwards, unless `feed_forwards` says that the caller knows of them.
+    Raises AdapterFileError for a damaged file, naming the module whose factors do not fit each other.
     """
     header = read_adapter(path)
-    if not feed_forwards:
-        refuse_feed_forwards(header, path)
     refuse_cores(header.config, path)
     tensors = read_tensors(path, header)
     configs = {part: config_of(fields, path) for part, fields in header.config.items()}
@@ -268,7 +264,7 @@ def _config_beside(contents: Contents, part: str) -> dict:
     for kind in KINDS:
         ranks = {term.host: len(term.down) for term in contents.beside if (term.part, term.kind) == (part, kind)}
         found |= kind.of_ranks(ranks)
-        if ranks and kind.shares and before.get(kind.shares):
+        if ranks and before.get(kind.shares):
             found[kind.shares] = before[kind.shares]
     return found
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from comcat_diffusion.adapters.blend import blended
-from comcat_diffusion.adapters.regions import grid_of
+from comcat_diffusion.adapters.regions import beside_words, grid_of
 from comcat_diffusion.adapters.seam import View
 from comcat_diffusion.adapters.wide import Foldable, Free, WideHeads, shared_out
 from comcat_diffusion.comfy.guests import Guest, Guests, OfGuests, Trigger, Waits
 from comcat_diffusion.comfy.places import PLACES, Places, looks
-from comcat_diffusion.comfy.sharing import masked_shares
+from comcat_diffusion.comfy.sharing import PICTURE, masked_shares
 from comcat_diffusion.comfy.text import SAID
 
 Said = Mapping[Trigger, torch.Tensor]
@@ -61,6 +61,20 @@ class Carrying(OfGuests):
         if PLACES in options:
             named = [name for name in live if name in options[PLACES].called]
             found |= options[PLACES].shares(named, grid, like, found)
+        return found
+
+    def shares_of_tokens(
+        self, live: list[str], options: Mapping, like: torch.Tensor, around: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        """The same in a transformer, of its picture's tokens and of those `around`, before them and behind.
+
+        These have no place: they have the mean of the picture's.
+        """
+        picture, places = options[PICTURE], options.get(PLACES)
+        found = {name: beside_words(share, *around) for name, share in picture.shares.items() if name in live}
+        if places is not None and places.at is not None:
+            named = [name for name in live if name in places.called]
+            found |= places.shares(named, picture.grid, like, found, around)
         return found
 
     def _on(self, attention: str, device: torch.device, guest: Guest) -> dict[str, nn.Linear]:

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from comcat_diffusion.adapters.blend import terms_of
-from comcat_diffusion.adapters.regions import beside_words
 from comcat_diffusion.adapters.seam import View, view_of
 from comcat_diffusion.adapters.wide import WideHeads
 from comcat_diffusion.attentions import JOINT
@@ -36,7 +35,7 @@ class Block(Carrying):
     place = ""  # a pattern of its name
 
     def __init__(self, guests: Guests, name: str, block: nn.Module) -> None:
-        on = dict.fromkeys(own for guest in guests.all for own in guest.factors)
+        on = dict.fromkeys(own for guest in guests.all for own in guest.attentions)
         super().__init__(guests, block, [own for own in on if own == name or own.startswith(f"{name}.")])
         self.block, self.name = block, name
 
@@ -93,16 +92,12 @@ class Block(Carrying):
         """
         if not (self.guests.masks or self.guests.keep_background):
             return {}
-        picture, places, around = options[PICTURE], options.get(PLACES), (0, 0)
+        picture, around = options[PICTURE], (0, 0)
         if self.stream:
             count = math.prod(picture.grid)
             before = self.begin(tokens.shape[1], count, picture.words)
             around = before, tokens.shape[1] - before - count
-        found = {name: beside_words(share, *around) for name, share in picture.shares.items() if name in live}
-        if places is not None and places.at is not None:
-            named = [name for name in live if name in places.called]
-            found |= places.shares(named, picture.grid, tokens, found, around)
-        return found
+        return self.shares_of_tokens(live, options, tokens, around)
 
     stream = False  # whether picture and text are one sequence
     table = ""  # the argument that heads are rotated by, if they are
@@ -115,7 +110,8 @@ class Block(Carrying):
         """Of so many tokens those that adapters act on."""
         return of_text
 
-    def begin(self, tokens: int, places: int, words: int) -> int:
+    @staticmethod
+    def begin(tokens: int, places: int, words: int) -> int:
         """Where among so many tokens those of the picture begin."""
         return words
 
@@ -268,7 +264,8 @@ class ZImageAttention(Block):
         """The text's, all of the picture's, and what fills up."""
         return functools.partial(_stream, length)
 
-    def begin(self, tokens: int, places: int, words: int) -> int:
+    @staticmethod
+    def begin(tokens: int, places: int, words: int) -> int:
         """See `Block`."""
         return tokens - -(-places // _FILLED) * _FILLED
 

@@ -23,7 +23,7 @@ Waits = tuple[tuple[Trigger, int], ...]  # for which words how many ranks wait; 
 
 @dataclass(frozen=True)
 class Guest:
-    """An adapter that was invited: its factors by host, an attention or a convolution, and how strong it is."""
+    """An adapter that was invited: its factors by host, an attention or another module, and how strong it is."""
 
     name: str
     path: Path
@@ -32,7 +32,12 @@ class Guest:
     factors: Mapping[str, Mapping[str, nn.Linear]]  # hosts are called as from the model that is patched
     scales: Mapping[str, float]  # by host: strength times alpha / r
     subjects: Trigger = ()  # what its subjects are called in prompts, by which their places are found
-    waits_beside: Mapping[str, Waits] = field(default_factory=lambda: MappingProxyType({}))  # beside each convolution
+    waits_beside: Mapping[str, Waits] = field(default_factory=lambda: MappingProxyType({}))  # by host that is none
+
+    @property
+    def attentions(self) -> list[str]:
+        """Its hosts that are."""
+        return [name for name in self.factors if name not in self.waits_beside]
 
     @property
     def words(self) -> list[Trigger]:

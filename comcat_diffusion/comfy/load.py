@@ -10,11 +10,12 @@ from safetensors import safe_open
 from torch import nn
 
 from comcat_diffusion.adapters import cores
+from comcat_diffusion.adapters.as_lora import placed
 from comcat_diffusion.adapters.beside import waits_of
-from comcat_diffusion.adapters.beside_kinds import split
+from comcat_diffusion.adapters.beside_kinds import FEED_FORWARDS, kind_with, split
 from comcat_diffusion.adapters.config import ComcatConfig
 from comcat_diffusion.adapters.fingerprint import fingerprint_as, layout_of
-from comcat_diffusion.adapters.header import AdapterFileError, Header, called_by, read_adapter, refuse_feed_forwards
+from comcat_diffusion.adapters.header import AdapterFileError, Header, called_by, read_adapter
 from comcat_diffusion.adapters.model import of_pattern
 from comcat_diffusion.adapters.regions import checked_mask
 from comcat_diffusion.adapters.store import Fitting, expected_shapes, read_fitting
@@ -34,10 +35,11 @@ from comcat_diffusion.comfy.names import (
 from comcat_diffusion.comfy.quantized import linear_of, rounded
 from comcat_diffusion.comfy.seated import seated
 from comcat_diffusion.comfy.text import SAID, Tokenizer, Tokens, joined
-from comcat_diffusion.comfy.transformers import Kind, as_diffusers, attention_names, kind_of
+from comcat_diffusion.comfy.transformers import Kind, as_diffusers, attention_names, feed_forward_names, kind_of
 from comcat_diffusion.config import require_scale
 from comcat_diffusion.export.lora import export_adapter
 from comcat_diffusion.families.family import DENOISERS, TRANSFORMER, UNET
+from comcat_diffusion.families.known import family_of_model
 
 
 def load(
@@ -51,7 +53,6 @@ def load(
     require_scale(strength, "The strength")
     path = Path(path)
     header = read_adapter(path)
-    refuse_feed_forwards(header, path)
     trained = header.fingerprint
     kind = kind_of(model.model.diffusion_model)
     parts, names = _of_unet(model, clip, path) if kind is None else _of_transformer(model, kind)
@@ -61,7 +62,8 @@ def load(
         raise AdapterFileError(f"{path} brings new words, which no text encoder of {kind.denoiser} can be given here.")
     own = {}
     for part in fitting.configs:
-        _refuse_rough(model if part in DENOISERS else clip.patcher, fitting.configs[part], names[part])
+        patcher = model if part in DENOISERS else clip.patcher
+        _refuse_rough(patcher, fitting.configs[part], parts[part], names[part])
         own[part] = _guest(path, part, fitting, parts[part], names[part], strength)
     made_model, made_clip = model.clone(), clip.clone()
     if own.keys() & DENOISERS:
@@ -83,7 +85,7 @@ def load_unet(
     trained, shell, names = read_adapter(path).fingerprint, unet_as_diffusers(patcher), _names_of(patcher)
     present = _present(patcher, {UNET: shell}, {UNET: names}, trained)
     fitting = read_fitting({UNET: shell}, present, path, any_weights, "this model")
-    _refuse_rough(patcher, fitting.configs[UNET], names)
+    _refuse_rough(patcher, fitting.configs[UNET], shell, names)
     guest = _guest(path, "unet", fitting, shell, names, strength)
     return seated(patcher, invited(guests_of(patcher), guest)), fitting.header
 
@@ -119,15 +121,20 @@ def _names_of(patcher: object) -> dict[str, str]:
 
 def _of_transformer(model: object, kind: Kind) -> tuple[dict[str, nn.Module], dict[str, dict[str, str]]]:
     """The same of a transformer, whose text encoders carry no adapters."""
-    there = attention_names(model.model.diffusion_model, kind)
+    there = attention_names(model.model.diffusion_model, kind) | feed_forward_names(model.model.diffusion_model, kind)
     names = {TRANSFORMER: {own: f"diffusion_model.{name}" for own, name in there.items()}}
     return {TRANSFORMER: as_diffusers(model, kind)}, names
 
 
-def _refuse_rough(patcher: object, config: ComcatConfig, names: Mapping[str, str]) -> None:
+def _refuse_rough(patcher: object, config: ComcatConfig, shell: nn.Module, names: Mapping[str, str]) -> None:
     """Raise ValueError for cores on quantized weights."""
-    if config.cores and roughness(patcher, names.values()):
+    if config.cores and roughness(patcher, _attentions(shell, names)):
         raise ValueError(cores.QUANTIZED)
+
+
+def _attentions(shell: nn.Module, names: Mapping[str, str]) -> list[str]:
+    """What those of a part are called here that its fingerprint is of."""
+    return [name for own, name in names.items() if not isinstance(shell.get_submodule(own), nn.Linear)]
 
 
 def _present(
@@ -140,7 +147,7 @@ def _present(
         found = fingerprint_of(shell, prediction_of(model))
     else:
         found = fingerprint_as(type(shell).__name__, None, shell, "flow")
-    return rounded(found, trained, roughness(model, names[part].values()))
+    return rounded(found, trained, roughness(model, _attentions(shell, names[part])))
 
 
 def _roots(clip: object) -> dict[str, str]:
@@ -175,17 +182,27 @@ def _guest(
     for name, tensor in (own | beside).items():
         host, _, factor = name.rpartition(".")
         factors.setdefault(host, {})[factor] = linear_of(tensor.float())
-    scales = {names[host]: strength * _scale(config, host, "conv_up" in held) for host, held in factors.items()}
+    beside = {host for host, held in factors.items() if kind_with(held)}
+    scales = {names[host]: strength * _scale(config, host, host in beside) for host in factors}
     waits = tuple((tuple(words), count) for words, count in config.trigger_ranks or ())
-    waits_beside = {names[host]: tuple(waits_of(config, host)) for host in factors if "conv_up" in factors[host]}
-    factors = {names[host]: held for host, held in factors.items()}
+    waits_beside = {names[host]: tuple(waits_of(config, host)) for host in sorted(beside)}
+    factors = {names[host]: _in_rows(held, shell, host) for host, held in factors.items()}
     subjects = tuple(called_by(fitting.header))
     words = tuple(config.trigger or ())
     return Guest(path.stem, path.resolve(), words, waits, factors, scales, subjects, waits_beside)
 
 
+def _in_rows(held: Mapping[str, nn.Linear], shell: nn.Module, host: str) -> Mapping[str, nn.Linear]:
+    """The factors of a host; where it is rows of a Linear here, those of the term beside all of that."""
+    up = FEED_FORWARDS.factors[-1]
+    native = family_of_model(shell).native_weight(host) if up in held else None
+    if native is None:
+        return held
+    return {**held, up: linear_of(placed(held[up].weight.data, native.place, native.count, native.span))}
+
+
 def _scale(config: ComcatConfig, host: str, beside: bool) -> float:
-    """Alpha by rank at an attention, or at a convolution, beside which it is the same for all."""
+    """Alpha by rank at an attention, or at another module, beside which it is the same for all."""
     if beside:
         return config.alpha / config.r
     return of_pattern(config.alpha_pattern, host, config.alpha) / of_pattern(config.rank_pattern, host, config.r)

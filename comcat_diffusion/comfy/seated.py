@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn.functional import pad
 
 from comcat_diffusion.comfy.attended import Attended
+from comcat_diffusion.comfy.beside import Beside, passing
 from comcat_diffusion.comfy.blocks import block_of
-from comcat_diffusion.comfy.convolved import Convolved, passing
+from comcat_diffusion.comfy.convolved import Convolved
+from comcat_diffusion.comfy.fed import Fed
 from comcat_diffusion.comfy.guests import Guests, OfGuests
 from comcat_diffusion.comfy.places import OUTER_SAMPLE, PLACES, Twice
 from comcat_diffusion.comfy.sharing import PICTURE, Picture, masked_shares
@@ -23,7 +25,7 @@ _UNET = "diffusion_model"
 def seated(patcher: object, guests: Guests) -> object:
     """A clone of a `ModelPatcher` with these adapters, and no others; the one that is given stays as it is.
 
-    Raises ValueError if another node has put a forward of its own in the place of an attention's or a convolution's.
+    Raises ValueError if another node has put a forward of its own in the place of one that adapters act in.
     """
     made = patcher.clone()
     model, patches = made.model, made.object_patches
@@ -31,9 +33,9 @@ def seated(patcher: object, guests: Guests) -> object:
         ours = patches.pop(name)
         if ours.foreign is not None:
             patches[name] = ours.foreign
-    for name in dict.fromkeys(name for guest in guests.all for name in guest.factors):
-        host = model.get_submodule(name)
-        place, kind = block_of(name) or (name, Convolved if isinstance(host, nn.Conv2d) else Attended)
+    attended = {name: block_of(name) or (name, Attended) for guest in guests.all for name in guest.attentions}
+    beside = {name: (name, _beside(model.get_submodule(name))) for guest in guests.all for name in guest.waits_beside}
+    for place, kind in dict.fromkeys((attended | beside).values()):
         there = patches.get(f"{place}.forward")
         if there is not None and not isinstance(there, OfGuests):
             raise ValueError(f"Another node has changed {place} already: load the COMCAT adapter before it.")
@@ -51,6 +53,10 @@ def seated(patcher: object, guests: Guests) -> object:
             if guests.placed:
                 made.add_wrapper_with_key(OUTER_SAMPLE, PLACES, Twice(guests.asks, guests.of_tokens))
     return made
+
+
+def _beside(host: nn.Module) -> type[Beside]:
+    return Convolved if isinstance(host, nn.Conv2d) else Fed
 
 
 class _Conditions(OfGuests):
@@ -86,7 +92,7 @@ class _Conditions(OfGuests):
 
 
 class _Passed(OfGuests):
-    """The model's `forward`: hands what the texts say on to its attentions and convolutions."""
+    """The model's `forward`: hands what the texts say on to its attentions, and to what else adapters are beside."""
 
     own = "forward"
 

@@ -6,7 +6,7 @@ Letters: H heads, D head width, C channels.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from torch import nn
 
 from comcat_diffusion.comfy.names import tree, weight_of
 from comcat_diffusion.comfy.quantized import Quantized, linear_of
+from comcat_diffusion.families.family import Family, Native
+from comcat_diffusion.families.known import family_of_denoiser
 
 _UNET = "diffusion_model"
 Weights = Callable[[str], torch.Tensor | Quantized]  # of a Linear by its name, as it is without LoRAs
@@ -45,6 +47,12 @@ class Kind:
     places: tuple[tuple[str, str], ...]  # (diffusers' name, ComfyUI's) of attentions; N stands for a number
     seen: Callable[[nn.Module, Weights, str], Projections]  # an attention, its weights, and its name in ComfyUI
     lacks: str = ""  # a part that it has not and others like it have
+    fed: tuple[tuple[str, str], ...] = ()  # the same as `places` of the Linears of feed-forwards; see adapters/fed.py
+
+    @property
+    def family(self) -> Family:
+        """Whose it is."""
+        return family_of_denoiser(self.denoiser, {})
 
 
 def kind_of(transformer: nn.Module) -> Kind | None:
@@ -55,18 +63,30 @@ def kind_of(transformer: nn.Module) -> Kind | None:
 
 def attention_names(transformer: nn.Module, kind: Kind) -> dict[str, str]:
     """Name in ComfyUI by name in diffusers, of every attention, in diffusers' order."""
+    return dict(sorted(_named(transformer, kind.places).items(), key=lambda pair: _order(pair[0], kind)))
+
+
+def feed_forward_names(transformer: nn.Module, kind: Kind) -> dict[str, str]:
+    """The same of the Linears of feed-forwards that terms can stand beside, some of which are rows of one here."""
+    return _named(transformer, kind.fed)
+
+
+def _named(transformer: nn.Module, places: Sequence[tuple[str, str]]) -> dict[str, str]:
     modules, found = dict(transformer.named_modules()), {}
-    for place, name in kind.places:
+    for place, name in places:
         pattern = re.compile(re.escape(name).replace("N", r"(\d+)"))
         for theirs in modules:
             match = pattern.fullmatch(theirs)
             if match and modules[theirs] is not None:
                 found[place.replace("N", match[1])] = theirs
-    return dict(sorted(found.items(), key=lambda pair: _order(pair[0], kind)))
+    return found
 
 
 def as_diffusers(patcher: object, kind: Kind) -> nn.Module:
-    """The attentions of a `ModelPatcher`'s transformer under diffusers' names, as they are without LoRAs."""
+    """The attentions of a `ModelPatcher`'s transformer under diffusers' names, as they are without LoRAs.
+
+    Linears of feed-forwards are there by their shapes alone.
+    """
     transformer = patcher.model.diffusion_model
 
     def weight(name: str) -> torch.Tensor | Quantized:
@@ -74,7 +94,17 @@ def as_diffusers(patcher: object, kind: Kind) -> nn.Module:
 
     names = attention_names(transformer, kind)
     shell = type(kind.denoiser, (nn.Module,), {})()  # by whose class its family is known
-    return tree({own: kind.seen(transformer.get_submodule(name), weight, name) for own, name in names.items()}, shell)
+    shell = tree({own: kind.seen(transformer.get_submodule(name), weight, name) for own, name in names.items()}, shell)
+    there = dict(shell.named_modules())
+    fed = {own: name for own, name in feed_forward_names(transformer, kind).items() if own not in there}
+    native = kind.family.native_weight
+    return tree({own: _shape_of(weight(name).shape, native(own)) for own, name in fed.items()}, shell)
+
+
+def _shape_of(shape: tuple[int, int], native: Native | None) -> nn.Linear:
+    """A Linear of the shape of a weight (O, C), or of its rows there."""
+    rows = shape[0] * native.span // native.count if native else shape[0]
+    return nn.Linear(shape[1], rows, bias=False, device="meta")
 
 
 def _order(name: str, kind: Kind) -> tuple:
@@ -146,17 +176,34 @@ def _qwen_image(attention: nn.Module, weight: Weights, name: str) -> Projections
 _DOUBLE = ("transformer_blocks.N.attn", "double_blocks.N")
 _SINGLE = ("single_transformer_blocks.N.attn", "single_blocks.N")
 
+_FED_FLUX_2 = (
+    ("single_transformer_blocks.N.attn.to_qkv_mlp_proj", "single_blocks.N.linear1"),
+    ("single_transformer_blocks.N.attn.to_out", "single_blocks.N.linear2"),
+)
+_FED_FLUX_1 = (
+    ("single_transformer_blocks.N.proj_mlp", "single_blocks.N.linear1"),
+    ("single_transformer_blocks.N.proj_out", "single_blocks.N.linear2"),
+)
+
 KINDS = (
-    Kind("Flux2Transformer2DModel", "double_stream_modulation_img", (_DOUBLE, _SINGLE), _flux_2),
+    Kind("Flux2Transformer2DModel", "double_stream_modulation_img", (_DOUBLE, _SINGLE), _flux_2, fed=_FED_FLUX_2),
     Kind(
         "FluxTransformer2DModel",
         "double_blocks.0.img_mod",
         (_DOUBLE, _SINGLE),
         _flux_1,
         lacks="distilled_guidance_layer",
+        fed=_FED_FLUX_1,
     ),
     # Radiance, which draws pixels, has the same blocks.
-    Kind("ChromaTransformer2DModel", "distilled_guidance_layer", (_DOUBLE, _SINGLE), _flux_1, lacks="nerf_blocks"),
+    Kind(
+        "ChromaTransformer2DModel",
+        "distilled_guidance_layer",
+        (_DOUBLE, _SINGLE),
+        _flux_1,
+        lacks="nerf_blocks",
+        fed=_FED_FLUX_1,
+    ),
     # Lumina 2, which it was made of, has a SiLU before its modulations.
     Kind(
         "ZImageTransformer2DModel",
@@ -164,12 +211,14 @@ KINDS = (
         tuple((f"{blocks}.N.attention",) * 2 for blocks in ("noise_refiner", "context_refiner", "layers")),
         _z_image,
         lacks="layers.0.adaLN_modulation.1",
+        fed=tuple((f"layers.N.feed_forward.w{number}",) * 2 for number in (1, 2, 3)),
     ),
     Kind(
         "QwenImageTransformer2DModel",
         "transformer_blocks.0.txt_mod",
         (("transformer_blocks.N.attn",) * 2,),
         _qwen_image,
+        fed=tuple((f"transformer_blocks.N.img_mlp.net.{own}",) * 2 for own in ("0.proj", "2")),
     ),
     Kind(
         "SD3Transformer2DModel",
@@ -179,5 +228,9 @@ KINDS = (
             ("transformer_blocks.N.attn2", "joint_blocks.N.x_block.attn2"),
         ),
         _mmdit,
+        fed=(
+            ("transformer_blocks.N.ff.net.0.proj", "joint_blocks.N.x_block.mlp.fc1"),
+            ("transformer_blocks.N.ff.net.2", "joint_blocks.N.x_block.mlp.fc2"),
+        ),
     ),
 )

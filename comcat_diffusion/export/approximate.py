@@ -7,7 +7,7 @@ have a closed form, since the best unconstrained change of a product is of rank 
     G_h  = argmin |G Wo_h - Ao_h|           whatever the values are
 
 How well it fits is a property of the adapter: heads span D of C channels. So the error is measured on the denoiser
-itself, and what is too far off is not written. Terms beside convolutions are LoRAs already and stay as they are.
+itself, and what is too far off is not written. Terms beside other modules are LoRAs already and stay as they are.
 
 Letters: H heads, D head width, R rank, C channels, N tokens.
 """

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 from comcat_diffusion import markdown
 from comcat_diffusion.adapters.beside_kinds import KINDS
-from comcat_diffusion.adapters.header import Header, has_feed_forwards, kind_of
+from comcat_diffusion.adapters.header import Header, kind_of
 from comcat_diffusion.config import EMBEDDED, EMBEDDED_FLOW, is_hub_id
 from comcat_diffusion.export.clients import CLIENTS, Client, readers
 from comcat_diffusion.export.fit import family_in, waits
@@ -130,7 +130,7 @@ def _shells(header: Header) -> list[str]:
     """Other programs in which the adapter file itself works, with what brings it there."""
     family = family_in(header)
     whole = any(config.get("modules_to_save") for config in header.config.values())
-    if whole or has_feed_forwards(header) or family is None or not family.has_node:
+    if whole or family is None or not family.has_node:
         return []
     forge = set(header.config) == {UNET} and not header.tokens
     return ["ComfyUI with the node pack COMCAT"] + ["Forge with the extension COMCAT"] * forge

@@ -25,6 +25,7 @@ from torch import nn
 
 from comcat_diffusion import atomic
 from comcat_diffusion.adapters import seam
+from comcat_diffusion.adapters.beside_kinds import KINDS
 from comcat_diffusion.adapters.effect import predictions
 from comcat_diffusion.adapters.header import AdapterFileError, Header
 from comcat_diffusion.adapters.merge import layers_of, unload_adapters
@@ -43,7 +44,7 @@ from comcat_diffusion.families.known import family_of
 from comcat_diffusion.words import Subject, filled, without_trigger
 
 STAY = 1e-3  # e, in parts of the mean square of a channel
-_OF_WORDS = ("trigger", "trigger_ranks", "convolution_shares")  # settings of what waits
+_OF_WORDS = ("trigger", "trigger_ranks", *(kind.shares for kind in KINDS))  # settings of what waits
 WITHOUT = 0.1  # w of tokens of prompts without the trigger
 
 

@@ -7,10 +7,8 @@ from comcat_diffusion import atomic
 from comcat_diffusion.adapters.header import (
     AdapterFileError,
     Header,
-    has_feed_forwards,
     kind_of,
     read_adapter,
-    refuse_feed_forwards,
 )
 from comcat_diffusion.families.family import DENOISERS, Family
 from comcat_diffusion.families.known import family_of_denoiser, names
@@ -55,8 +53,7 @@ def refuse_inexpressible(header: Header, adapter: str | Path) -> None:
 
 
 def refuse_other_models(header: Header, adapter: str | Path) -> None:
-    """Raise AdapterFileError for an adapter of what no LoRA file of other tools is for, or has terms of."""
-    refuse_feed_forwards(header, adapter)
+    """Raise AdapterFileError for an adapter of what no LoRA file of other tools is for."""
     if family_in(header) is None:
         kind = str(header.fingerprint.get("class"))
         known = family_of_denoiser(kind, header.fingerprint) is not None
@@ -79,8 +76,7 @@ def waits(header: Header) -> bool:
 def is_exact(header: Header) -> bool:
     """Whether an adapter is a LoRA up to rounding: a tied one, or cores, together with its base, any other alone."""
     whole = any(config.get("modules_to_save") for config in header.config.values())
-    fed = has_feed_forwards(header)  # of which no file is written yet
-    return family_in(header) is not None and not (whole or fed or is_free(header) or waits(header))
+    return family_in(header) is not None and not (whole or is_free(header) or waits(header))
 
 
 def needs_base(header: Header) -> bool:

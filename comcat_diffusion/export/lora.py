@@ -9,7 +9,9 @@ included, since it stands beside the queries that meet the changed keys). Tools 
 differ by module go together, so no strength is left to them: s is in `up`, and alpha is one number for the file.
 
 A term beside a convolution is the LoRA of it whose `down` is of 3 x 3 places, each rank's with one pattern of taps, and
-whose `up` is of one (adapters/separable.py). So it takes nine times the numbers of the channels that come in.
+whose `up` is of one (adapters/separable.py). So it takes nine times the numbers of the channels that come in. A term
+beside a Linear is the LoRA of it; where the Linear, or the weight that holds it, makes keys and values as well, theirs
+and its own are one, their ranks side by side.
 
 Letters: H heads, D head width, R rank, C channels, O channels that go out, K = H*R.
 """
@@ -44,12 +46,12 @@ _SDXL_CONVOLUTIONS = {"conv1": "in_layers.2", "conv2": "out_layers.3"}  # as its
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA of one projection, or of a convolution: the weight changes by up @ down."""
+    """A LoRA of one projection, of a Linear or of a convolution: the weight changes by up @ down."""
 
     part: str  # component of the pipeline
     projection: str  # name within the component
     down: torch.Tensor  # K, C; of a convolution R, C, 3, 3
-    up: torch.Tensor  # H*D, K; of a convolution O, R, 1, 1
+    up: torch.Tensor  # H*D, K; of a Linear O, R, of a convolution O, R, 1, 1
 
     @property
     def rank(self) -> int:
@@ -128,13 +130,15 @@ def as_loras(term: Term, family: Family) -> list[Lora]:
 
 
 def beside_as_loras(term: Beside) -> list[Lora]:
-    """The LoRA of a convolution that does what a term beside it does; none if that is nothing."""
+    """The LoRA of a module that does what a term beside it does; none if that is nothing."""
     acts = term.shares() != 0
     if not acts.any():
         return []
     kept = term.kept(acts)
-    up = kept.scale * kept.up.double()
-    return [Lora(term.part, term.host, lowered(kept.down.double(), kept.taps.double()), up[:, :, None, None])]
+    down, up = kept.down.double(), kept.scale * kept.up.double()
+    if kept.taps is None:
+        return [Lora(term.part, term.host, down, up)]
+    return [Lora(term.part, term.host, lowered(down, kept.taps.double()), up[:, :, None, None])]
 
 
 def _word_files(contents: Contents, output: Path) -> dict[Path, bytes]:
@@ -180,20 +184,21 @@ def _kohya(loras: list[Lora], header: Header, family: Family) -> tuple[dict[str,
 
 
 def _fused(loras: list[Lora], place: Callable[[str], Native | None]) -> list[Lora]:
-    """LoRAs of a family's weights: those of one fused Linear are one, whose `up` has each in its rows."""
-    own: dict[str, list[tuple[Native, Lora]]] = {}
+    """LoRAs of a family's weights: those of one Linear are one, whose `up` has each in its rows."""
+    own: dict[tuple[str, str], list[tuple[Native | None, Lora]]] = {}
     for lora in loras:
         native = place(lora.projection) if lora.part not in TEXT_ENCODERS else None
-        own.setdefault(native.name if native else lora.projection, []).append((native, lora))
+        own.setdefault((lora.part, native.name if native else lora.projection), []).append((native, lora))
     made = []
-    for name, parts in own.items():
-        if parts[0][0] is None:
-            made += [lora for _, lora in parts]
-            continue
+    for (part, name), parts in own.items():
         down = torch.cat([lora.down for _, lora in parts])  # K1 + K2, C
-        columns = [placed(lora.up, native.place, native.count) for native, lora in parts]
-        made.append(Lora(parts[0][1].part, name, down, torch.cat(columns, dim=1)))
+        made.append(Lora(part, name, down, torch.cat([_rows(lora.up, native) for native, lora in parts], dim=1)))
     return made
+
+
+def _rows(up: torch.Tensor, native: Native | None) -> torch.Tensor:
+    """The rows of a weight that holds a projection, where it is none itself."""
+    return up if native is None else placed(up, native.place, native.count, native.span)
 
 
 def _markers(loras: list[Lora]) -> list[Lora]:

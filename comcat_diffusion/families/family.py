@@ -48,6 +48,7 @@ class Native:
     name: str
     place: int
     count: int
+    span: int = 1  # how many of these it is itself
 
 
 class Segment:

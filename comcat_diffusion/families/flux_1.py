@@ -150,7 +150,18 @@ class Flux1(Family):
 
     def native_weight(self, projection: str) -> Native:
         """Queries, keys and values are one Linear, one for the picture, one for the text; in one stream, all is one."""
-        _, block, _, name = projection.split(".")
+        _, block, *_, name = projection.split(".")
         if projection.startswith(STREAM):
-            return Native(f"single_blocks.{block}.linear1", "qkv".index(name[-1]), self.stream_rows)
+            return self._native_of_stream(f"single_blocks.{block}", name)
         return Native(f"double_blocks.{block}.txt_attn.qkv", "qkv".index(name.removesuffix("_proj")[-1]), 3)
+
+    def _native_of_stream(self, block: str, name: str) -> Native:
+        """The first Linear holds all that is made of a block's tokens, and the last one reads it."""
+        first = f"{block}.linear1"
+        if name.endswith("_out"):
+            return Native(f"{block}.linear2", 0, 1)
+        if name == "to_qkv_mlp_proj":  # diffusers' FLUX.2 has it as it is
+            return Native(first, 0, 1)
+        if name == "proj_mlp":
+            return Native(first, 3, self.stream_rows, self.stream_rows - 3)
+        return Native(first, "qkv".index(name[-1]), self.stream_rows)

@@ -117,9 +117,9 @@ class Flux2Klein(Flux1):
 
     def held_by(self, projection: str) -> Native | None:
         """In a block of one stream all that is made of its tokens is one Linear."""
-        if not projection.startswith(STREAM):
-            return None
         block, _, name = projection.rpartition(".")
+        if not projection.startswith(STREAM) or name not in ("to_q", "to_k", "to_v"):
+            return None
         return Native(f"{block}.to_qkv_mlp_proj", "qkv".index(name[-1]), STREAM_ROWS)
 
     def told(self, denoiser: nn.Module, noisy: torch.Tensor, condition: Condition) -> dict[str, torch.Tensor]:

@@ -100,6 +100,8 @@ class StableDiffusion3(Family):
 
     def native_weight(self, projection: str) -> Native:
         """Queries, keys and values are one Linear, one for the picture, one for the text."""
-        _, block, attention, name = projection.split(".")
+        _, block, attention, name = projection.split(".", 3)
+        if attention == "ff":
+            return Native(f"joint_blocks.{block}.x_block.mlp.{'fc1' if name == 'net.0.proj' else 'fc2'}", 0, 1)
         half = {"attn": "context_block.attn", "attn2": "x_block.attn2"}[attention]
         return Native(f"joint_blocks.{block}.{half}.qkv", "qkv".index(name.removesuffix("_proj")[-1]), 3)

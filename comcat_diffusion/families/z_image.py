@@ -135,9 +135,11 @@ class ZImage(Family):
         answer = denoiser(films, (_TIMES - timesteps) / _TIMES, condition["states"], return_dict=False)[0]
         return -torch.stack(answer).squeeze(2)
 
-    def native_weight(self, projection: str) -> Native:
+    def native_weight(self, projection: str) -> Native | None:
         """Queries, keys and values are one Linear."""
         attention, _, name = projection.rpartition(".")
+        if not attention.endswith(".attention"):
+            return None
         return Native(f"{attention}.qkv", "qkv".index(name[-1]), 3)
 
 

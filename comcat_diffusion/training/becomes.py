@@ -40,10 +40,10 @@ def becomes(config: TrainConfig, denoiser: nn.Module) -> str:
     shape, most = adapter_config(config, denoiser, ["a word"]), budget(config, denoiser)
     size = f"{most / 1000:,.0f} kB at most" if most else f"{_whole(config, denoiser) / 1000:,.0f} kB"
     family = family_of_denoiser(type(denoiser).__name__, denoiser.config)
-    if family is None or config.feed_forwards:  # see export/fit.py
+    if family is None:  # see export/fit.py
         return f"This adapter is for this tool (about {size})."
     tools = "this tool and its ComfyUI node" if family.has_node else "this tool"
-    kept = shape if _with_convolutions(config, denoiser) else shape.at_attentions()
+    kept = shape if config.feed_forwards or _with_convolutions(config, denoiser) else shape.at_attentions()
     exact = replace(kept, tied=False, cores=False, foldable=True, target_modules=targets(config, denoiser))
     lora = expected_shapes(denoiser, exact)
     larger = f"{lora_bytes(lora, config.rank, family) / 1000:,.0f} kB"
@@ -72,21 +72,24 @@ def lora_bytes(foldable: Shapes, rank: int, family: Family) -> int:
     """Bytes in float32 of the LoRA that a foldable adapter with factors of these shapes becomes, without its header.
 
     (H*R, C) and (H*R, D) become `down` (H*R, C) and `up` (H*D, H*R), see export/lora.py; beside convolutions (R, C),
-    (R, 9) and (O, R) become (R, C, 3, 3) and (O, R, 1, 1).
+    (R, 9) and (O, R) become (R, C, 3, 3) and (O, R, 1, 1), and beside Linears (R, C) and (O, R) stay so.
     """
     count = 0
     for name, (rows, width) in foldable.items():
         if name.endswith(".conv_down"):
             count += rows * width * TAPS
-        if name.endswith(".conv_up"):
+        if name.endswith((".conv_up", ".feed_down")):
             count += rows * width
+        if name.endswith(".feed_up"):
+            count += rows * width * _height(family.native_weight(name.removesuffix(".feed_up")))
         if name.endswith(".q_core"):
             attention = name.removesuffix(".q_core")
-            columns, native = foldable[f"{attention}.k_down"][1], _native(family, attention)
-            fused = native.count if native else 1  # a fused Linear's `up` has rows for its other projections too
+            columns = foldable[f"{attention}.k_down"][1]
+            fused = _height(family.native_weight(f"{attention}.{family.lora_projections(attention)[0]}"))
             count += 2 * rows * (columns + fused * rows // rank * width)  # of keys and of values
-    return 4 * count
+    return 4 * round(count)
 
 
-def _native(family: Family, attention: str) -> Native | None:
-    return family.native_weight(f"{attention}.{family.lora_projections(attention)[0]}")
+def _height(native: Native | None) -> float:
+    """Of a weight, by that of a projection in it: a fused Linear's `up` has rows for its other projections too."""
+    return native.count / native.span if native else 1

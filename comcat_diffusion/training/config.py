@@ -209,8 +209,6 @@ class AdapterShape(Group):
         if self.as_ == "lora":
             told = "--kind free is outside of what a LoRA can express: leave it out, or leave out --as lora."
             require(self.kind != "free", told)
-            told = "--feed_forwards makes terms that comcat export writes in no LoRA yet: leave it out, or --as lora."
-            require(not self.feed_forwards, told)
             for name, value in (("kind", "foldable"), ("everywhere", True)):
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "kind", self.kind or "free")

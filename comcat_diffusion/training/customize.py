@@ -251,7 +251,7 @@ def _run(
         if accelerator.is_main_process:
             judge.save(target, done)
             if config.max_bytes:
-                learned.take(learner, ema, read_contents(target, feed_forwards=True))
+                learned.take(learner, ema, read_contents(target))
             witness = output.witness(learner, loop.batching.batch(material.crops, objective, 0))
         if not (interrupted or config.skip_final_inference):
             watcher.phase("sampling")

@@ -57,7 +57,7 @@ def within_budget(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner
     """What is left of all that is learned in the budget of bytes."""
     with tempfile.TemporaryDirectory() as folder:
         save(config, pipe, learner, notes, Path(folder) / "small.safetensors")
-        return read_contents(Path(folder) / "small.safetensors", feed_forwards=True)
+        return read_contents(Path(folder) / "small.safetensors")
 
 
 def refuse_small_budget(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner, notes: Notes) -> None:
@@ -75,7 +75,7 @@ def _contents(config: TrainConfig, pipe: DiffusionPipeline, learner: Learner, no
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "whole.safetensors"
         _save_whole(config, pipe, learner, notes, file, torch.float32)
-        return read_contents(file, feed_forwards=True)
+        return read_contents(file)
 
 
 def _save_whole(
