@@ -9,7 +9,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
@@ -627,9 +627,37 @@ def test_the_default_has_them_where_there_are_convolutions(tiny_unet, tiny_klein
     unet, flow = tiny_unet(), tiny_klein()
     usual = adapter_config(TrainConfig(), unet, ["sks"])
     assert (usual.convolutions, usual.target_modules, usual.r) == (16, None, 8)  # None: cross-attention
+    seconds = {name for name in ConvolvedLayer.hosts(unet) if name.endswith(".conv2")}
+    assert usual.convolution_ranks == dict.fromkeys(seconds - {"down_blocks.0.resnets.0.conv2"}, 16)
     without = adapter_config(TrainConfig(convolutions=0), unet, ["sks"])
     assert (without.convolutions, sorted(without.target_modules)) == (0, ["attn1", "attn2"])
     assert budget(TrainConfig(), unet) == budget(TrainConfig(convolutions=0), unet)
     for other in (TrainConfig(kind="tied"), TrainConfig(up_blocks_only=True), TrainConfig(as_="lora")):
         assert adapter_config(other, unet, ["sks"]).convolutions == 0
     assert adapter_config(TrainConfig(), flow, ["sks"]).convolutions == 0
+
+
+@pytest.mark.parametrize(
+    ("kinds", "left_out"),
+    [
+        (("CrossAttnDownBlock2D", "DownBlock2D"), ["0.resnets.0"]),
+        (("DownBlock2D", "CrossAttnDownBlock2D"), ["0.resnets.0", "0.resnets.1", "1.resnets.0"]),  # as SD XL has it
+        (("DownBlock2D", "DownBlock2D"), ["0.resnets.0", "0.resnets.1", "1.resnets.0", "1.resnets.1"]),
+    ],
+)
+def test_nothing_is_learned_beside_convolutions_before_the_first_attention(kinds, left_out):
+    up = [kind.replace("Down", "Up") for kind in reversed(kinds)]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            down_block_types=kinds,
+            up_block_types=up,
+            block_out_channels=(8, 16),
+            layers_per_block=2,
+            norm_num_groups=4,
+            cross_attention_dim=8,
+            attention_head_dim=2,
+        )
+    seconds = {name for name in ConvolvedLayer.hosts(unet) if name.endswith(".conv2")}
+    learned = adapter_config(TrainConfig(), unet, ["sks"]).convolution_ranks
+    assert learned.keys() == seconds - {f"down_blocks.{place}.conv2" for place in left_out}

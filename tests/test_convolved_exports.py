@@ -277,7 +277,7 @@ def test_every_kind_learns_with_such_terms(base, tmp_path, kind):
     hosts = {name for name in plain_modules(base.unet) if ConvolvedLayer.can_stand(base.unet, name)}
     where = "up_blocks." if kind.get("up_blocks_only") else ""
     seconds = {name for name in hosts if name.startswith(where) and name.endswith("conv2")}
-    assert config["convolution_ranks"] == dict.fromkeys(seconds, 2) and seconds
+    assert config["convolution_ranks"] == dict.fromkeys(seconds - {"down_blocks.0.resnets.0.conv2"}, 2) and seconds
     if kind == {"as_": "lora"}:
         export_adapter(made, tmp_path / "lora.safetensors")
         expected = with_file(base, made, noisy)

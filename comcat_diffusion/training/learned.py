@@ -1,5 +1,6 @@
 """Which parameters are learned: the factors of the adapters and the embeddings of a new token, with their rates."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from comcat_diffusion.training.config import AdapterShape, TrainConfig
 from comcat_diffusion.training.learner import Learner
 from comcat_diffusion.words import Subject
 
+_UP = (math.inf, 0)  # behind the way down
 ADAPTER = "subject"  # name of the adapter inside the models while it is trained
 
 
@@ -146,13 +148,23 @@ def targets(shape: AdapterShape, model: nn.Module) -> list[str] | str | None:
 
 
 def _ranks_beside(shape: AdapterShape, model: nn.Module, rank: int) -> dict[str, int] | None:
-    """The rank beside the second convolution of each residual block, or of those in the way up alone.
+    """The rank beside the second convolution of each residual block after the first attention, or of the way up alone.
 
-    Half as many ranks beside both bring no more, in slower steps; docs/log.md, 2026-11-30.
+    Half as many ranks beside both bring no more, in slower steps; before the first attention they bring nothing, and
+    what is learned at attentions needs no way back through there. docs/log.md, 2026-11-30.
     """
-    where = "up_blocks." if shape.up_blocks_only else ""
-    found = (name for name in plain_modules(model) if name.startswith(where) and name.endswith(".conv2"))
-    return {name: rank for name in found if ConvolvedLayer.can_stand(model, name)} if rank else None
+    if not rank:
+        return None
+    names = [name for name in plain_modules(model) if name.startswith("up_blocks.") or not shape.up_blocks_only]
+    first = min((_down(name) for name in names if ".attentions." in name), default=_UP)
+    seconds = (name for name in names if name.endswith(".conv2") and ConvolvedLayer.can_stand(model, name))
+    return {name: rank for name in seconds if _down(name) == _UP or _down(name) > first}
+
+
+def _down(name: str) -> tuple[float, int]:
+    """Where in the way down it is: the block, and the place there, at which a residual block precedes an attention."""
+    found = re.match(r"down_blocks\.(\d+)\.\w+\.(\d+)\.", name)
+    return (int(found[1]), int(found[2])) if found else _UP
 
 
 def add_tokens(pipe: DiffusionPipeline, learner: Learner) -> None:
