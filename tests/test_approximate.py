@@ -43,6 +43,7 @@ def predicted(pipe):
     return pipe.unet(noise, 500, context)[0]
 
 
+@pytest.mark.slow
 def test_an_adapter_that_could_be_folded_is_found_exactly_and_exports(randomize, tmp_path):
     file = free_file(tmp_path / "free.safetensors", randomize, inside=True)
     pipe = bases.load_base("embedded")

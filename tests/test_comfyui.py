@@ -35,6 +35,7 @@ from comcat_diffusion.comfy.text import SAID, Said, Tokenizer, joined
 from comcat_diffusion.config import BaseSettings
 from comcat_diffusion.export.lora import _original_name, export_adapter
 from comcat_diffusion.export.spread import shells
+from tests.slow import slow
 
 PACK = Path(__file__).parents[1] / "integrations" / "comfyui"
 EXAMPLES = {"comcat-api": PACK / "comcat-api.json", "comcat": PACK / "example_workflows" / "comcat.json"}
@@ -456,7 +457,7 @@ def test_several_subjects_in_one_file_are_several_files(packed, files, model, cl
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, slow(True)])
 def test_terms_of_several_subjects_wait_for_words_of_their_own(packed, files, model, clip, tmp_path, randomize):
     pipe, unet = load_base("embedded"), model.model.diffusion_model
     beside = {

@@ -142,6 +142,7 @@ def test_every_method_holds_the_budget(classifier, dense, pictures, ask, method)
     assert all(width is None or width % 2 == 0 for width in plan.widths.values())
 
 
+@pytest.mark.slow
 def test_fine_tuning_brings_the_model_nearer_and_leaves_the_random_numbers(classifier, pictures, ask):
     said, state = [], torch.get_rng_state()
     report = ask(

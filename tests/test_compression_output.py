@@ -80,6 +80,7 @@ def test_tokens_that_weigh_more_are_fitted_as_if_they_came_more_often():
     assert (alike.solve(prior, True)[0] - weighed.solve(prior, True)[0]).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_weights_are_the_mean_squares_of_the_outputs_gradients():
     model, _, blocks, calls, _, _ = streams("dinov2")
     state = torch.get_rng_state()

@@ -127,6 +127,7 @@ def planted():
     return model
 
 
+@pytest.mark.slow
 def test_the_search_finds_planted_ranks():
     model = planted()
     units = {unit.name: unit for unit in cost.units(model, ("attention", "mlp"))}

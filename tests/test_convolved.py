@@ -570,6 +570,7 @@ def test_a_free_one_is_no_lora_and_says_what_to_do(live, tmp_path):
 # Learning
 
 
+@pytest.mark.slow
 def test_terms_learn_what_attentions_did_not(tiny_unet):
     unet, target = tiny_unet(torch.float32), noise(2, 4, 8, 8, seed=5).float()
     unet.add_adapter(ComcatConfig(r=2, target_modules=["attn2"], convolutions=4), "dog")

@@ -112,6 +112,7 @@ def test_the_lora_is_the_kernel_in_float64(base, file, tmp_path):
     assert kernel.abs().max() > CLEAR
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_it_merges_exactly_and_into_a_checkpoint(base, file, tmp_path):
     noisy, plain = predictions(base, PROMPTS, steps=2)

@@ -185,6 +185,7 @@ def without_sets(tensors, metadata):
     edit(metadata, lambda header: header["config"]["unet"].pop("core_sets", None))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_file_says_what_its_directions_go_by_so_that_a_rounded_base_draws_the_same(base, askew_base, tmp_path):
     pipe, rounded = askew_base(), askew_base(rounded=True)
@@ -262,7 +263,7 @@ def test_another_base_gets_its_own_sets_by_the_same_configuration(askew_base, ba
     assert config.core_sets is None and found[0] != found[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)])
 @torch.no_grad()
 def test_they_are_found_after_a_change_of_precision_but_of_no_other_weights(saved, base, dtype):
     pipe, file = saved

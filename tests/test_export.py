@@ -318,7 +318,8 @@ def with_word(tmp_path_factory, randomize):
 WORD = ["a photo of <dog> on the left", "<dog>, red background"]
 
 
-@pytest.mark.parametrize("format", mostly(FORMATS, "kohya"))
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_new_word_goes_with_a_lora_as_a_textual_inversion(with_word, tmp_path, format):
     file, live = with_word
     made = export_adapter(file, tmp_path / "lora.safetensors", format)

@@ -123,6 +123,7 @@ def differs(one: Image.Image, other: Image.Image) -> bool:
     return ImageChops.difference(one, other).getbbox() is not None
 
 
+@pytest.mark.slow
 def test_training_teaches_the_pictures_and_leaves_other_prompts_alone_to_the_bit(taught):
     base, file = taught
     pipe = bases.load_base(base)

@@ -84,6 +84,7 @@ def test_a_sampler_with_noise_of_its_own_follows_the_seed_too(config):
     assert np.abs(together - apart).max() <= 1
 
 
+@pytest.mark.slow
 def test_pictures_of_other_shapes_are_what_the_bases_own_pipeline_draws(config, adapter):
     """Without adapters diffusers alone is the oracle."""
     size = {"height": 48, "width": 96, "num_images": 1}
@@ -116,6 +117,7 @@ def test_a_side_that_is_left_open_is_the_resolution(config):
         config(width=0)
 
 
+@pytest.mark.slow
 def test_a_region_has_the_shape_of_the_picture(config, adapter, tmp_path):
     left = np.zeros((48, 96), np.uint8)
     left[:, :32] = 255

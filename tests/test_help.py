@@ -173,6 +173,7 @@ def test_what_is_said_twice_or_not_at_all_is_one_sentence(command, words, senten
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_subject_is_validated_and_taught_by_two_words(tmp_path, capsys):
     words = [str(ROOT / "assets" / "subject" / "train"), "sks teddy", "--output_dir", str(tmp_path)]
     assert main(["validate", *words]) == 0

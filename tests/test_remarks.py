@@ -63,6 +63,7 @@ def refused(pictures, message, **settings):
     return errors
 
 
+@pytest.mark.slow
 def test_photographs_on_the_embedded_base_are_doubted_with_what_it_knows_and_the_way_out(pictures):
     report, notes = said(pictures)
     (doubt,) = report.doubts
@@ -82,6 +83,7 @@ def test_of_several_subjects_one_with_photographs_is_enough(pictures):
     assert any("The embedded base is" in doubt for doubt in validate(ValidateConfig(subjects=both)).doubts)
 
 
+@pytest.mark.slow
 def test_what_was_merely_done_is_a_fact(pictures):
     Image.open(pictures / "1.png").save(pictures / "1.png", icc_profile=P3)
     Image.open(pictures / "2.png").convert("CMYK").save(pictures / "2.tif")
@@ -199,6 +201,7 @@ def test_alpha_that_is_not_there_is_doubted(pictures):
     assert told[1:] == [f"{n}.png has neither an alpha channel nor a mask: all of it counts." for n in (3, 4)]
 
 
+@pytest.mark.slow
 def test_one_broken_picture_among_many_is_refused_with_an_offer_and_left_out_on_demand(pictures):
     (pictures / "2.png").write_bytes((pictures / "2.png").read_bytes()[:300])
     Image.new("L", (9, 9)).save(pictures / "3-mask.png")

@@ -316,6 +316,7 @@ def test_two_adapters_wait_for_their_own_words(embedded, waiting):
     assert far(drawn(pipe, WITH.replace("sks", "zwx")), cat) == 0 and far(cat, dog) > 0.05
 
 
+@pytest.mark.slow
 def test_two_adapters_that_wait_for_one_word_are_told_of(embedded, waiting, tmp_path):
     for name, word in (("dog", "sks"), ("cat", "SKS"), ("bird", "zwx")):
         save_adapter(waiting(word, name, foldable=True), tmp_path / f"{name}.safetensors", name, "embedded")
