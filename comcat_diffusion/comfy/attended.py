@@ -4,6 +4,7 @@ Letters: B batch, N tokens of the picture, M context tokens, T triggers, C chann
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from comcat_diffusion.comfy.sharing import PICTURE, masked_shares
 from comcat_diffusion.comfy.text import SAID
 
 Said = Mapping[Trigger, torch.Tensor]
+Begin = Callable[[int, int, int], int]  # where the picture's begin, of all tokens, places of the picture, and words
 Spread = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -64,13 +66,19 @@ class Carrying(OfGuests):
         return found
 
     def shares_of_tokens(
-        self, live: list[str], options: Mapping, like: torch.Tensor, around: tuple[int, int]
+        self, live: list[str], options: Mapping, like: torch.Tensor, begin: Begin | None
     ) -> dict[str, torch.Tensor]:
-        """The same in a transformer, of its picture's tokens and of those `around`, before them and behind.
+        """The same in a transformer, of tokens (B, N, C), among which its picture's begin; None: there are no others.
 
-        These have no place: they have the mean of the picture's.
+        Those before them and behind have no place: they have the mean of the picture's.
         """
-        picture, places = options[PICTURE], options.get(PLACES)
+        if not (self.guests.masks or self.guests.keep_background):
+            return {}
+        picture, places, around = options[PICTURE], options.get(PLACES), (0, 0)
+        if begin is not None:
+            tokens, count = like.shape[1], math.prod(picture.grid)
+            before = begin(tokens, count, picture.words)
+            around = before, tokens - before - count
         found = {name: beside_words(share, *around) for name, share in picture.shares.items() if name in live}
         if places is not None and places.at is not None:
             named = [name for name in live if name in places.called]

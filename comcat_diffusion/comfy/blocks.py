@@ -9,7 +9,6 @@ Letters: B batch, N tokens, M context tokens, H heads, D head width, R rank.
 import contextlib
 import functools
 import inspect
-import math
 import re
 from collections.abc import Callable, Mapping
 
@@ -23,7 +22,7 @@ from comcat_diffusion.attentions import JOINT
 from comcat_diffusion.comfy.attended import Carrying, Said, Spread, of_picture, of_text
 from comcat_diffusion.comfy.guests import Guest, Guests
 from comcat_diffusion.comfy.places import PLACES, LookedEnough, of_both
-from comcat_diffusion.comfy.sharing import PICTURE, SharedHeads
+from comcat_diffusion.comfy.sharing import SharedHeads
 from comcat_diffusion.comfy.text import SAID
 
 _FILLED = 32  # a multiple that Z-Image fills its tokens up to
@@ -90,14 +89,7 @@ class Block(Carrying):
 
         Of a stream's words, which have no place, they are the mean of the picture's.
         """
-        if not (self.guests.masks or self.guests.keep_background):
-            return {}
-        picture, around = options[PICTURE], (0, 0)
-        if self.stream:
-            count = math.prod(picture.grid)
-            before = self.begin(tokens.shape[1], count, picture.words)
-            around = before, tokens.shape[1] - before - count
-        return self.shares_of_tokens(live, options, tokens, around)
+        return self.shares_of_tokens(live, options, tokens, self.begin if self.stream else None)
 
     stream = False  # whether picture and text are one sequence
     table = ""  # the argument that heads are rotated by, if they are

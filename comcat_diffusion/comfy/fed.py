@@ -5,7 +5,6 @@ The host may keep its weight in few bits: its own forward makes what it makes, a
 Letters: B batch, N tokens, C channels that come in, O that go out, R rank.
 """
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -15,10 +14,13 @@ from torch.nn.functional import linear
 
 from comcat_diffusion.comfy.beside import Beside
 from comcat_diffusion.comfy.blocks import FluxSingle, ZImageAttention
-from comcat_diffusion.comfy.sharing import PICTURE
 
 # Hosts in blocks of one stream, and the attentions that know where its picture begins; others see pictures alone.
 _STREAMS = ((r"single_blocks\.\d+\.linear[12]", FluxSingle), (r"layers\.\d+\.feed_forward\.w[123]", ZImageAttention))
+
+
+def _at_once(tokens: int, places: int, words: int) -> int:
+    return 0
 
 
 class Fed(Beside):
@@ -28,13 +30,8 @@ class Fed(Beside):
         self, live: list[str], options: Mapping, latent: tuple[int, int], made: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """See `Beside`; words in a stream, and pictures to look at, have the mean of the picture's."""
-        if not (self.guests.masks or self.guests.keep_background):
-            return {}
-        picture, tokens = options[PICTURE], made.shape[1]
-        count = math.prod(picture.grid)
-        stream = next((kind for pattern, kind in _STREAMS if re.search(pattern, self.name)), None)
-        before = stream.begin(tokens, count, picture.words) if stream else 0
-        return self.shares_of_tokens(live, options, made, (before, tokens - before - count))
+        begin = next((kind.begin for pattern, kind in _STREAMS if re.search(pattern, self.name)), _at_once)
+        return self.shares_of_tokens(live, options, made, begin)
 
     def laid(self, by_token: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """As they are."""
